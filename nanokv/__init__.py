@@ -1,0 +1,29 @@
+"""nanokv: an LLM inference engine small enough to read, whose subject is the KV cache.
+
+from nanokv import LLM, EngineConfig, SamplingParams
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanokv.core.config import EngineConfig
+    from nanokv.core.request import RequestOutput, SamplingParams
+    from nanokv.llm import LLM
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "EngineConfig", "RequestOutput", "SamplingParams", "__version__"]
+
+_HOMES = {
+    "LLM": "nanokv.llm",
+    "EngineConfig": "nanokv.core.config",
+    "RequestOutput": "nanokv.core.request",
+    "SamplingParams": "nanokv.core.request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names are imported when they are first used: `nanokv --help` should not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nanokv' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

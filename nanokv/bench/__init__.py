@@ -1,0 +1,1 @@
+"""Workloads, measuring, reports and figures of `nanokv bench`."""

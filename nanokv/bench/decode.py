@@ -1,0 +1,74 @@
+"""`bench decode`: tokens per second over batch size and context, and how near that is to the memory's limit.
+
+A decode step must read every weight once and the K and V of every request. On most machines that bounds it:
+
+    bytes of a step = weights + batch * context * bytes per token
+    share = bytes of a step / time of a step / bandwidth measured in the same run
+
+Weights that fit in a CPU's cache are not read from memory, so a tiny model may pass 100 %. What a step computes grows
+with the batch, so the share falls where computing, not reading, takes the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from nanokv.bench.measure import Ticker, bandwidth, check_length, decode_speed, no_tick, warm_up, weight_bytes
+from nanokv.llm import LLM
+
+
+def bytes_per_step(weights: int, batch: int, context: int, bytes_per_token: int) -> int:
+    """Bytes that one decode step must read at least."""
+    return weights + batch * context * bytes_per_token
+
+
+def measure_decode(
+    llm: LLM,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    steps: int = 20,
+    repeat: int = 1,
+    tick: Ticker = no_tick,
+) -> list[dict[str, Any]]:
+    """A row for each batch and context that fits in the pool and the model; medians of `repeat`.
+
+    Raises ConfigError when a context is too long for the model.
+    """
+    check_length(llm, max(contexts), steps + 8)
+    warm_up(llm, 64)
+    weights, limit = weight_bytes(llm), bandwidth(llm.device)
+    rows = []
+    for batch in batches:
+        for context in contexts:
+            if fits(llm, batch, context, steps):
+                speed = median(decode_speed(llm, batch, context, steps) for _ in range(repeat))
+                rows.append(_row(llm, batch, context, speed, weights, limit))
+            tick()
+    return rows
+
+
+def fits(llm: LLM, batch: int, context: int, steps: int) -> bool:
+    """Whether `batch` requests of this context can decode together."""
+    engine = llm.engine
+    pages = batch * engine.layout.pages_for(context + steps + 8)
+    return pages <= engine.store.num_pages and batch <= llm.config.max_requests
+
+
+def _row(llm: LLM, batch: int, context: int, speed: float, weights: int, limit: float) -> dict[str, Any]:
+    per_token = llm.engine.layout.bytes_per_token
+    moved = bytes_per_step(weights, batch, context, per_token)
+    step = batch / speed
+    return {
+        "batch": batch,
+        "context_tokens": context,
+        "output_tokens_per_s": speed,
+        "step_s": step,
+        "bytes_per_token": per_token,
+        "weight_bytes": weights,
+        "bytes_per_step": moved,
+        "bytes_per_s": moved / step,
+        "bandwidth_bytes_per_s": limit,
+        "bandwidth_share": moved / step / limit,
+    }

@@ -1,0 +1,235 @@
+"""Measuring: requests through an engine in a closed loop, the two speeds, and the memory bandwidth of the machine.
+
+The words are vLLM's: TTFT is arrival to first token, latency is arrival to last token, TPOT is
+(latency - TTFT) / (tokens - 1). In a closed loop `concurrency` clients each send the next request when their last one
+is answered, so (Little's law) mean latency = concurrency / requests per second while all of them are busy.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from math import prod
+from statistics import mean, median
+
+import torch
+
+from nanokv.bench.workloads import random_prompts, shared_prefix_prompts
+from nanokv.cache.manager import CacheManager
+from nanokv.core.errors import ConfigError, NanokvError
+from nanokv.core.request import Request, RequestOutput, SamplingParams
+from nanokv.llm import LLM
+from nanokv.models import FAMILIES
+
+Ticker = Callable[[], None]
+"""Called once for each request that has been answered, for progress bars."""
+
+BANDWIDTH_BYTES = 1 << 29
+"""Read to measure memory bandwidth: far more than any last-level cache holds."""
+FILLER = 0x3C
+"""The byte that stands in pages nobody computed: a harmless number in float32, bfloat16 and float16."""
+
+
+def no_tick() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One request's numbers. Seconds; tokens."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    ttft_s: float
+    tpot_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What a closed loop gave: the wall time of all of it, and each request's numbers."""
+
+    wall_s: float
+    requests: list[Answered]
+
+    @property
+    def requests_per_s(self) -> float:
+        return len(self.requests) / self.wall_s
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        return sum(one.output_tokens for one in self.requests) / self.wall_s
+
+    @property
+    def mean_latency_s(self) -> float:
+        return mean(one.latency_s for one in self.requests)
+
+    @property
+    def hit_ratio(self) -> float:
+        return sum(one.cached_tokens for one in self.requests) / sum(one.prompt_tokens for one in self.requests)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt tokens that no cache saved."""
+        return sum(one.prompt_tokens - one.cached_tokens for one in self.requests)
+
+    def ttft_s(self, share: float) -> float:
+        """The TTFT that `share` of the requests stayed below or at."""
+        return percentile([one.ttft_s for one in self.requests], share)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Linear interpolation between the closest ranks; share 0.5 is the median."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def spread(values: Sequence[float]) -> float:
+    """(largest - smallest) / median, 0 for one value."""
+    return (max(values) - min(values)) / median(values)
+
+
+def closed_loop(
+    llm: LLM, prompts: Iterable[list[int]], output_tokens: int, concurrency: int, tick: Ticker = no_tick
+) -> Loop:
+    """Answers all prompts, `concurrency` of them at a time, each with exactly `output_tokens` greedy tokens.
+
+    Raises NanokvError when a request ends in any other way.
+    """
+    params = greedy(output_tokens)
+    waiting, live, answered = deque(prompts), 0, []
+    start = time.perf_counter()
+    while waiting or live:
+        while waiting and live < concurrency:
+            llm.engine.add_request(Request(waiting.popleft(), params))
+            live += 1
+        for output in llm.engine.step():
+            if output.finished:
+                live -= 1
+                answered.append(_answered(output, output_tokens))
+                tick()
+    return Loop(time.perf_counter() - start, answered)
+
+
+def greedy(output_tokens: int) -> SamplingParams:
+    """Exactly this many tokens, the most likely ones."""
+    return SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
+
+
+def _answered(output: RequestOutput, wanted: int) -> Answered:
+    got, metrics = len(output.token_ids), output.metrics
+    if output.finish_reason != "length" or got != wanted:
+        why = output.error or output.finish_reason
+        raise NanokvError(f"a request of the bench ended after {got} of {wanted} tokens: {why}")
+    cached = output.cached_tokens
+    tpot = metrics.tpot or 0.0
+    return Answered(len(output.prompt_token_ids), cached, got, metrics.ttft, tpot, metrics.latency)
+
+
+def check_length(llm: LLM, prompt_tokens: int, output_tokens: int) -> None:
+    """Raises ConfigError when a request of this length is too long for the model or its pool."""
+    longest = llm.engine.max_length
+    if prompt_tokens + output_tokens > longest:
+        raise ConfigError(f"{prompt_tokens} prompt and {output_tokens} output tokens: at most {longest} together here")
+
+
+def warm_up(llm: LLM, prompt_tokens: int) -> None:
+    """Runs every path once, so that compilation and first touches of memory are not measured."""
+    prompts = random_prompts(3, prompt_tokens, llm.model_config.vocab_size, seed=-1)
+    closed_loop(llm, prompts[:1], 4, 1)
+    closed_loop(llm, [prompt[:33] for prompt in prompts], 4, 3)
+    llm.reset_prefix_cache()
+
+
+def prefill_speed(llm: LLM, prompt_tokens: int, repeat: int = 3) -> float:
+    """Prompt tokens per second of one request alone that finds nothing in the cache (median of `repeat`)."""
+    prompts = random_prompts(repeat, prompt_tokens, llm.model_config.vocab_size, seed=-2)
+    speeds = [prompt_tokens / closed_loop(llm, [prompt], 1, 1).wall_s for prompt in prompts]
+    llm.reset_prefix_cache()
+    return median(speeds)
+
+
+def decode_speed(llm: LLM, batch: int, context: int, steps: int, shared: int = 0) -> float:
+    """Output tokens per second while `batch` requests of about `context` tokens decode together.
+
+    The first `shared` tokens are common to all: the same pages, which a CPU may find in its own cache. Only steps in
+    which every request decodes are timed; the median of `steps` of them counts. The contexts are not computed but
+    declared (`declare_cached`): what pages hold does not change how long it takes to read them.
+    """
+    prompts = shared_prefix_prompts(batch, context, min(shared, context - 1), llm.model_config.vocab_size, seed=-3)
+    declare_cached(llm, prompts)
+    engine, params = llm.engine, greedy(steps + 8)
+    ids = {engine.add_request(Request(prompt, params)) for prompt in prompts}
+    started: set[str] = set()
+    while started != ids:
+        started |= {output.request_id for output in engine.step()}
+    times = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        outputs = engine.step()
+        times.append(time.perf_counter() - begin)
+        if len(outputs) != batch or any(output.finished for output in outputs):
+            raise NanokvError(f"{batch} requests of {context} tokens do not decode together in this pool")
+    for request_id in ids:
+        engine.abort(request_id)
+    engine.step()  # hands out the last outputs of the aborted requests
+    llm.reset_prefix_cache()
+    return batch / median(times)
+
+
+def declare_cached(llm: LLM, prompts: Iterable[list[int]]) -> None:
+    """Publishes pages for these prompts without computing them. For timing only: reset the prefix cache afterwards.
+
+    The pages are written, because memory that was never written is one page of zeros to the operating system, and
+    reads of it would come from the CPU's cache.
+    """
+    pool = llm.engine.store.pool
+    for prompt in prompts:
+        pages = declare(llm.engine.cache, prompt)
+        pool[torch.tensor(pages, dtype=torch.int64, device=pool.device)] = FILLER
+
+
+def declare(cache: CacheManager, prompt: list[int]) -> list[int]:
+    """Puts a prompt into the tree by the cache's own four verbs, as if it had been computed. Returns its new pages.
+
+    Raises NanokvError when the pool has no room.
+    """
+    request = Request(prompt)
+    request.tokens, request.num_prompt = array("i", prompt), len(prompt)
+    cache.match(request)
+    missing, first_new = request.num_tokens - request.num_computed, len(request.pages)
+    if not cache.reserve(request, missing):
+        cache.release(request)
+        raise NanokvError(f"the pool has no room for {missing} more tokens (kv_memory)")
+    pages = list(request.pages[first_new:])
+    request.num_computed += missing
+    cache.commit(request)
+    cache.release(request)
+    return pages
+
+
+def bandwidth(device: torch.device, repeat: int = 5) -> float:
+    """Bytes per second that this process can read from memory: the fastest sum over a buffer beyond every cache."""
+    buffer = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
+    times = []
+    for _ in range(repeat + 1):
+        begin = time.perf_counter()
+        buffer.sum().item()  # item() waits for a GPU
+        times.append(time.perf_counter() - begin)
+    return BANDWIDTH_BYTES / min(times[1:])
+
+
+def weight_bytes(llm: LLM) -> int:
+    """Bytes of weights that one decode step must read: all tensors, less a table of which only rows are looked up."""
+    config = llm.model_config
+    shapes = import_module(FAMILIES[config.family][1]).tensors(config)
+    table = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    return (sum(prod(shape) for shape in shapes.values()) - table) * llm.dtype.itemsize

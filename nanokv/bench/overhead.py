@@ -1,0 +1,113 @@
+"""What the engine costs beside the model: scheduler, tree and batch building in a step, and a match in a large tree.
+
+Used by scripts/bench_peers.py; a reader may call it too:
+
+    step_overhead(llm, running=64, context=256)         -> seconds of a step, and of those not in the forward pass
+    match_time(pages=100_000, prompt_tokens=10_000)     -> seconds of one match, list conversion included
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from array import array
+from statistics import median
+from typing import Any
+
+from nanokv.bench.measure import declare, declare_cached, greedy
+from nanokv.bench.workloads import random_prompts
+from nanokv.cache.manager import CacheManager
+from nanokv.core.request import Request
+from nanokv.core.spec import PageLayout
+from nanokv.llm import LLM
+
+PAGE_SIZE = 16
+
+
+def step_overhead(llm: LLM, running: int, context: int, tree_pages: int = 0, steps: int = 20) -> dict[str, Any]:
+    """Times decode steps of `running` requests while the tree holds at least `tree_pages` pages.
+
+    Everything in a step that is not the decoder's forward pass counts as overhead, sampling and outputs included.
+    """
+    engine, vocab_size, page_size = llm.engine, llm.model_config.vocab_size, llm.config.page_size
+    llm.reset_prefix_cache()
+    per_prompt = 64 * page_size
+    for seed in range(tree_pages // 64):
+        declare(engine.cache, random_prompts(1, per_prompt, vocab_size, seed)[0])
+    prompts = random_prompts(running, context, vocab_size, seed=-4)
+    declare_cached(llm, prompts)
+    ids = {engine.add_request(Request(prompt, greedy(steps + 8))) for prompt in prompts}
+    started: set[str] = set()
+    while started != ids:
+        started |= {output.request_id for output in engine.step()}
+    inside = 0.0
+    forward = engine.model.forward
+
+    def timed_forward(*arguments: Any) -> Any:
+        nonlocal inside
+        begin = time.perf_counter()
+        logits = forward(*arguments)
+        inside = time.perf_counter() - begin
+        return logits
+
+    whole, beside = [], []
+    engine.model.forward = timed_forward
+    try:
+        for _ in range(steps):
+            begin = time.perf_counter()
+            engine.step()
+            whole.append(time.perf_counter() - begin)
+            beside.append(whole[-1] - inside)
+    finally:
+        del engine.model.forward
+    cached = engine.stats()["pages_cached"]
+    for request_id in ids:
+        engine.abort(request_id)
+    engine.step()
+    llm.reset_prefix_cache()
+    return {
+        "running": running,
+        "context_tokens": context,
+        "tree_pages": cached,
+        "step_s": median(whole),
+        "overhead_s": median(beside),
+        "overhead_share": median(beside) / median(whole),
+    }
+
+
+def match_time(pages: int, prompt_tokens: int, vocab_size: int = 49152, repeat: int = 20, seed: int = 0) -> dict:
+    """Times CacheManager.match of prompts that stand whole in a tree of `pages` pages.
+
+    Every path of the tree branches every 1 to 8 pages, as the prompt's does. Timed: the conversion of a list of token
+    ids to the request's array, and the match; the release is not.
+    """
+    generator = random.Random(seed)
+    cache = CacheManager(PageLayout([], PAGE_SIZE), pages + prompt_tokens)
+    trunks: list[list[int]] = []
+    branches = 0
+    while cache.stats()["pages_cached"] < pages:
+        trunk = [generator.randrange(vocab_size) for _ in range(prompt_tokens)]
+        trunks.append(trunk)
+        declare(cache, trunk)
+        length = generator.randint(1, 8)
+        while length * PAGE_SIZE < prompt_tokens and cache.stats()["pages_cached"] < pages:
+            tail = [generator.randrange(vocab_size) for _ in range(generator.randint(1, 8) * PAGE_SIZE)]
+            declare(cache, trunk[: length * PAGE_SIZE] + tail)
+            branches += 1
+            length += generator.randint(1, 8)
+    times = []
+    for trunk in (trunks[:-1] or trunks)[:repeat]:
+        request = Request(trunk)
+        begin = time.perf_counter()
+        request.tokens = array("i", request.prompt_token_ids)
+        matched = cache.match(request)
+        times.append(time.perf_counter() - begin)
+        cache.release(request)
+    return {
+        "tree_pages": cache.stats()["pages_cached"],
+        "branches": branches,
+        "prompt_tokens": prompt_tokens,
+        "matched_tokens": matched,
+        "match_s": median(times),
+        "match_worst_s": max(times),
+    }

@@ -1,0 +1,161 @@
+"""`bench prefix`: prefix caching under load. Prompts of fixed length whose shared prefix sweeps from nothing to all.
+
+Before each point the cache is emptied and, where something is shared, one untimed request brings the prefix in. Then
+`requests` of them are answered in a closed loop.
+
+The ceiling is the time that a perfect cache would need, from speeds measured in the same run:
+
+    time = uncached prompt tokens / prefill speed + output tokens after the first / decode speed
+    requests/s = requests / time        mean latency = concurrency / (requests/s)
+
+uncached   what must be computed though every shared token is cached: a match is whole pages and leaves one token
+prefill    tokens/s of one prompt of this length, alone, on an empty cache
+decode     tokens/s of `concurrency` requests that share as much, in the middle of their answers. The first token of
+           an answer comes out of the prefill and costs no step of its own.
+
+Requests whose uncached parts are computed together in one step may pass it a little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanokv.bench.measure import (
+    Loop,
+    Ticker,
+    check_length,
+    closed_loop,
+    decode_speed,
+    no_tick,
+    prefill_speed,
+    spread,
+    warm_up,
+)
+from nanokv.bench.workloads import shared_prefix_prompts
+from nanokv.llm import LLM
+
+DECODE_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Tokens per second: of a prefill alone, and of decoding at each (concurrency, shared tokens)."""
+
+    prefill: float
+    decode: dict[tuple[int, int], float]
+
+
+def matchable(prompt_tokens: int, shared: int, page_size: int) -> int:
+    """Tokens of a prompt that a perfect cache finds: whole pages of the shared part, at least one token left over."""
+    return min(shared, prompt_tokens - 1) // page_size * page_size
+
+
+def ceiling_requests_per_s(uncached: float, output_tokens: int, prefill: float, decode: float) -> float:
+    """Requests per second of a perfect cache; `uncached` prompt tokens of each request must be computed."""
+    return 1 / (uncached / prefill + (output_tokens - 1) / decode)
+
+
+def requests_for(concurrency: int, requests: int | None) -> int:
+    """Requests of one point: as asked for, else two rounds of every client and at least four."""
+    return requests if requests is not None else max(4, 2 * concurrency)
+
+
+def measure_speeds(llm: LLM, prompt_tokens: int, output_tokens: int, points: Iterable[tuple[int, int]]) -> Speeds:
+    """The speeds the ceiling rests on; `points` are (concurrency, shared tokens)."""
+    context = prompt_tokens + output_tokens // 2
+    decode = {point: decode_speed(llm, point[0], context, DECODE_STEPS, point[1]) for point in points}
+    return Speeds(prefill_speed(llm, prompt_tokens), decode)
+
+
+def measure_prefix(
+    llm: LLM,
+    prompt_tokens: int,
+    output_tokens: int,
+    shared: Sequence[float],
+    concurrency: Sequence[int],
+    requests: int | None = None,
+    repeat: int = 1,
+    tick: Ticker = no_tick,
+) -> list[dict[str, Any]]:
+    """A row for each concurrency and shared part. Raises ConfigError when the requests are too long for the model.
+
+    shared       parts of the prompt, 0 to 1
+    concurrency  clients in the closed loop
+    requests     of one point; None: see requests_for
+    repeat       measures each point so many times; rows hold the run whose requests/s is the median
+    """
+    check_length(llm, prompt_tokens, output_tokens)
+    warm_up(llm, prompt_tokens)
+    points = [(clients, round(part * prompt_tokens)) for clients in concurrency for part in shared]
+    speeds = measure_speeds(llm, prompt_tokens, output_tokens, points)
+    rows = []
+    for clients, tokens in points:
+        count = requests_for(clients, requests)
+        loops = [
+            run_point(llm, prompt_tokens, output_tokens, tokens, clients, count, seed, tick) for seed in range(repeat)
+        ]
+        rows.append(_row(llm, loops, prompt_tokens, output_tokens, tokens, clients, speeds))
+    return rows
+
+
+def run_point(
+    llm: LLM,
+    prompt_tokens: int,
+    output_tokens: int,
+    shared: int,
+    concurrency: int,
+    requests: int,
+    seed: int = 0,
+    tick: Ticker = no_tick,
+) -> Loop:
+    """One point of the sweep on a cache that holds the shared prefix and nothing else."""
+    prompts = shared_prefix_prompts(requests + 1, prompt_tokens, shared, llm.model_config.vocab_size, seed)
+    llm.reset_prefix_cache()
+    if shared:
+        closed_loop(llm, prompts[:1], 1, 1)
+    return closed_loop(llm, prompts[1:], output_tokens, concurrency, tick)
+
+
+def _row(
+    llm: LLM,
+    loops: list[Loop],
+    prompt_tokens: int,
+    output_tokens: int,
+    shared: int,
+    concurrency: int,
+    speeds: Speeds,
+) -> dict[str, Any]:
+    rates = [loop.requests_per_s for loop in loops]
+    loop = sorted(loops, key=lambda one: one.requests_per_s)[len(loops) // 2]
+    uncached = prompt_tokens - matchable(prompt_tokens, shared, llm.config.page_size)
+    decode = speeds.decode[concurrency, shared]
+    ceiling = ceiling_requests_per_s(uncached, output_tokens, speeds.prefill, decode)
+    return {
+        "concurrency": concurrency,
+        "shared_tokens": shared,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "requests": len(loop.requests),
+        "repeats": len(loops),
+        "hit_ratio": loop.hit_ratio,
+        "requests_per_s": loop.requests_per_s,
+        "requests_per_s_spread": spread(rates),
+        "mean_latency_s": loop.mean_latency_s,
+        "ttft_p50_s": loop.ttft_s(0.5),
+        "ttft_p95_s": loop.ttft_s(0.95),
+        "output_tokens_per_s": loop.output_tokens_per_s,
+        "computed_tokens": loop.computed_tokens,
+        "computed_tokens_perfect": uncached * len(loop.requests),
+        "prefill_tokens_per_s": speeds.prefill,
+        "decode_tokens_per_s": decode,
+        "ceiling_requests_per_s": ceiling,
+        "ceiling_mean_latency_s": concurrency / ceiling,
+        "ceiling_share": loop.requests_per_s / ceiling,
+    }
+
+
+def runs(shared: Sequence[float], concurrency: Sequence[int], requests: int | None, repeat: int) -> int:
+    """Timed requests of a sweep, for progress bars."""
+    return repeat * len(shared) * sum(requests_for(clients, requests) for clients in concurrency)

@@ -1,0 +1,60 @@
+"""`bench request`: one request alone, and the most that a perfect cache hit can save of it.
+
+The hit erases the prefill, but its last token is computed all the same, which takes about one decode step:
+
+    prefill share = (TTFT - TPOT) / total
+
+That is the ceiling. Beside it stands what a hit really saves: the same prompt again, found in the cache.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from nanokv.bench.measure import Answered, Ticker, check_length, closed_loop, no_tick, warm_up
+from nanokv.bench.workloads import random_prompts
+from nanokv.llm import LLM
+
+
+def prefill_share(ttft_s: float, tpot_s: float, total_s: float) -> float:
+    """The part of a request's time that a perfect cache hit would save."""
+    return max(0.0, ttft_s - tpot_s) / total_s
+
+
+def measure_request(
+    llm: LLM, prompt_tokens: int, output_tokens: int, repeat: int = 1, tick: Ticker = no_tick
+) -> dict[str, Any]:
+    """One row: medians of `repeat` requests on an empty cache, each followed by the same one on a full cache.
+
+    Raises ConfigError when the request is too long for the model.
+    """
+    check_length(llm, prompt_tokens, output_tokens)
+    warm_up(llm, min(prompt_tokens, 512))
+    miss: list[Answered] = []
+    hit: list[Answered] = []
+    for prompt in random_prompts(repeat, prompt_tokens, llm.model_config.vocab_size):
+        miss += closed_loop(llm, [prompt], output_tokens, 1, tick).requests
+        hit += closed_loop(llm, [prompt], output_tokens, 1, tick).requests
+        llm.reset_prefix_cache()
+    ttft, tpot, total = (median(getattr(one, name) for one in miss) for name in ("ttft_s", "tpot_s", "latency_s"))
+    hit_total = median(one.latency_s for one in hit)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "repeats": repeat,
+        "ttft_s": ttft,
+        "tpot_s": tpot,
+        "total_s": total,
+        "prefill_tokens_per_s": prompt_tokens / ttft,
+        "prefill_share": prefill_share(ttft, tpot, total),
+        "hit_ttft_s": median(one.ttft_s for one in hit),
+        "hit_total_s": hit_total,
+        "hit_cached_tokens": hit[0].cached_tokens,
+        "hit_saved_share": 1 - hit_total / total,
+    }
+
+
+def runs(repeat: int) -> int:
+    """Requests that one row answers, for progress bars."""
+    return 2 * repeat

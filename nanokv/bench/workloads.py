@@ -1,0 +1,28 @@
+"""Prompts of a bench: random token ids, so that prompts share what they are made to share and nothing else."""
+
+from __future__ import annotations
+
+import random
+
+
+def random_prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """`count` prompts of `length` tokens that share nothing."""
+    return shared_prefix_prompts(count, length, 0, vocab_size, seed)
+
+
+def shared_prefix_prompts(count: int, length: int, shared: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """`count` prompts of `length` tokens that begin with the same `shared` tokens and differ from the next one on.
+
+    Two of them differ exactly at index `shared` as long as `count` is not above `vocab_size`; with shared == length
+    they are all the same. Equal arguments give equal prompts.
+    """
+    generator = random.Random(f"{seed} {length} {shared}")
+    prefix = [generator.randrange(vocab_size) for _ in range(shared)]
+    first = generator.randrange(vocab_size)
+    prompts = []
+    for index in range(count):
+        tail = [generator.randrange(vocab_size) for _ in range(length - shared)]
+        if tail:
+            tail[0] = (first + index) % vocab_size
+        prompts.append(prefix + tail)
+    return prompts

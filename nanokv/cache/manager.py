@@ -1,0 +1,295 @@
+"""CacheManager: the one door between the scheduler and the cache. Knows requests and pages; knows no tensors.
+
+Who owns what, for one request (P = page_size; boundaries of ownership are whole pages):
+
+    [0, num_published * P)      the tree owns these pages; the request locks `node`, the node that ends here
+    [num_published * P, ...)    private: the PagePool counts the requests that hold the page (1, or more after a fork)
+
+    match     |== tree ==|                                    pages found; node locked
+    reserve   |== tree ==|-- private --|-- private, empty --|  room for the tokens of the next step
+    commit    |======== tree ========|-- private ------------| full pages whose tokens are computed change hands
+    release   (nothing)                                       the tree keeps its pages, private ones are freed
+
+Every page is in exactly one of: free, held (private to requests), cached and evictable, cached and locked.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from typing import Protocol
+
+from nanokv.cache.pool import PagePool
+from nanokv.cache.radix import RadixTree
+from nanokv.core.errors import CacheError
+from nanokv.core.events import EventLog
+from nanokv.core.request import Request
+from nanokv.core.spec import PageLayout
+
+
+class Cache(Protocol):
+    """What a scheduler needs: four verbs and three looks, over a prefix tree or over pages given by another process."""
+
+    def match(self, request: Request) -> int: ...
+    def reserve(self, request: Request, num_tokens: int) -> bool: ...
+    def commit(self, request: Request, in_flight: int = 0) -> None: ...
+    def release(self, request: Request) -> None: ...
+    def prefix_length(self, request: Request) -> int: ...
+    def take_copies(self) -> list[tuple[int, int]]: ...
+    @property
+    def num_available(self) -> int: ...
+
+
+class CacheManager:
+    """Pages for requests: found in the prefix tree, taken from the pool, published, shared and given back.
+
+    layout         PageLayout, of which only page_size matters here
+    num_pages      pages in the pool
+    prefix_cache   False: nothing is published and nothing is found
+    events         EventLog, or None
+    """
+
+    def __init__(
+        self, layout: PageLayout, num_pages: int, prefix_cache: bool = True, events: EventLog | None = None
+    ) -> None:
+        self.page_size = layout.page_size
+        self.prefix_cache = prefix_cache
+        self._pool = PagePool(num_pages)
+        self._tree = RadixTree(layout.page_size)
+        self._events = events if events is not None else EventLog(None)
+        self._live: set[Request] = set()
+        self._copies: list[tuple[int, int]] = []
+        self._counters = dict.fromkeys(("evictions", "hit_tokens", "queried_tokens", "copies"), 0)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `reserve` could hand out now: free ones, and cached ones that nobody locks."""
+        return self._pool.num_free + self._tree.num_evictable
+
+    def can_ever_fit(self, num_tokens: int) -> bool:
+        """Whether the empty pool would hold K and V of this many tokens."""
+        return self.pages_for(num_tokens) <= self._pool.num_pages
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold this many tokens."""
+        return -(-num_tokens // self.page_size)
+
+    # -- the four verbs
+
+    def match(self, request: Request) -> int:
+        """Finds the longest cached prefix of the request's known tokens and holds it. Returns its tokens.
+
+        At least the last known token is left to compute, because the cache holds no logits; whole pages only. On the
+        way out num_computed stands at the end of the match. A request that wants the logits of every row has to compute
+        every row, so it looks nothing up. Raises CacheError when the request is already served.
+        """
+        if request in self._live:
+            raise CacheError(f"{request} is matched twice without a release between")
+        if request.wants_all_logits:
+            self._open(request, b"")
+            request.admitted = True  # neither a hit nor a query is counted
+        else:
+            self._open(request, self._matchable(request))
+        if not request.admitted:
+            request.num_cached = request.num_kv_matched = request.num_computed
+        self._log("match", request, request.pages)
+        return request.num_computed
+
+    def reserve(self, request: Request, num_tokens: int) -> bool:
+        """Makes room for the next `num_tokens` after num_computed; evicts cached pages where it must.
+
+        All or nothing: False changes nothing. Where the next token falls into a page that a forked request holds too,
+        the request gets a page of its own, and a copy is listed that has to run before the step does.
+        """
+        self._expect_live(request)
+        first = request.num_computed // self.page_size
+        copy = first < len(request.pages) and self._pool.count(request.pages[first]) > 1
+        missing = max(0, self.pages_for(request.num_computed + num_tokens) - len(request.pages))
+        if missing + copy > self.num_available:
+            return False
+        self._make_room(missing + copy)
+        if copy:
+            self._copy_on_write(request, first)
+        if missing:
+            pages = self._pool.allocate(missing)
+            request.pages.extend(pages)
+            self._log("alloc", request, pages)
+        if not request.admitted:
+            request.admitted = True
+            self._counters["hit_tokens"] += request.num_cached
+            self._counters["queried_tokens"] += request.num_tokens
+        return True
+
+    def commit(self, request: Request, in_flight: int = 0) -> None:
+        """Publishes the full pages whose tokens are computed: prompt and answer alike.
+
+        in_flight   tokens counted in num_computed whose step has been dispatched but has not come back
+        A page whose tokens stand in the tree already (another request computed the same) is dropped; the tree's page
+        takes its place in request.pages. A page still shared with a fork waits until the others have their own copy.
+        """
+        self._expect_live(request)
+        if self.prefix_cache:
+            self._publish(request, min(request.num_computed - in_flight, request.num_tokens))
+
+    def release(self, request: Request) -> None:
+        """The request lets go of everything: it has finished, was aborted, or is preempted. What is published stays.
+
+        A request that holds nothing (still waiting, or released before) lets go of nothing.
+        A copy into a page freed here may still be listed. It does no harm: copies run before the step and in the order
+        they were listed, so whoever gets the page next writes after it.
+        """
+        if request not in self._live:
+            return
+        self._live.remove(request)
+        self._tree.unlock(request.node)
+        freed = self._pool.release(request.pages[request.num_published :])
+        request.node, request.pages = None, array("i")
+        request.num_published = request.num_computed = 0
+        self._log("free", request, freed)
+
+    # -- forks
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Gives `child`, whose tokens begin like the parent's, everything computed for the parent so far.
+
+            |== published: both lock the node ==|-- private pages: one more owner --|   parent's empty pages: not shared
+
+        The parent's full pages are published first, so with a prefix cache only an unfinished tail is ever private and
+        shared; whoever writes into it first copies it. Raises CacheError when the tokens or the namespaces differ.
+        """
+        self._expect_live(parent)
+        length = min(parent.num_computed, child.num_tokens)
+        alike = parent.tokens[:length] == child.tokens[:length]
+        if child in self._live or not alike or parent.params.cache_salt != child.params.cache_salt:
+            raise CacheError(f"{child} is served already, or does not begin like {parent}")
+        if self.prefix_cache:
+            self._publish(parent, length)
+        if parent.num_published * self.page_size > length:
+            raise CacheError(f"{child} ends before the published pages of {parent}: match it instead")
+        child.node, child.num_published = parent.node, parent.num_published
+        child.pages = parent.pages[: self.pages_for(length)]
+        child.num_computed = length
+        child.num_cached, child.num_kv_matched, child.admitted = parent.num_cached, parent.num_kv_matched, True
+        self._tree.lock(child.node)
+        self._pool.share(child.pages[child.num_published :])
+        self._live.add(child)
+        self._log("share", child, child.pages)
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        """The page copies (src, dst) listed since the last call: to run in this order, before the step's forward pass.
+
+        In this order each source still holds what it held when its copy was listed: a source that was freed since can
+        only be overwritten by a later copy, or by the forward pass.
+        """
+        copies, self._copies = self._copies, []
+        return copies
+
+    # -- looking
+
+    def prefix_length(self, request: Request) -> int:
+        """Tokens that `match` would find right now. Holds, splits and touches nothing."""
+        return self._tree.length(self._matchable(request), request.params.cache_salt) * self.page_size
+
+    def stats(self) -> dict[str, int]:
+        """Plain numbers: pages by state, and counters since the start.
+
+        hit_tokens of queried_tokens were found when requests were first admitted; later resumptions are not counted.
+        """
+        return {
+            "pages_total": self._pool.num_pages,
+            "pages_free": self._pool.num_free,
+            "pages_held": self._pool.num_pages - self._pool.num_free - self._tree.num_pages,
+            "pages_cached": self._tree.num_pages,
+            "pages_locked": self._tree.num_locked,
+            **self._counters,
+        }
+
+    def reset(self) -> None:
+        """Forgets every cached page that no request holds."""
+        self._log("free", None, self._pool.release(self._tree.evict(self._tree.num_evictable)))
+
+    def check(self) -> None:
+        """Recounts every page and every lock from the live requests. Raises CacheError where the books disagree."""
+        self._pool.check()
+        self._tree.check(request.node for request in self._live)
+        owners = Counter(page for node in self._tree.nodes() for page in node.pages)
+        if owners and max(owners.values()) > 1:
+            raise CacheError("a page stands in the tree twice")
+        held = Counter(page for request in self._live for page in request.pages[request.num_published :])
+        if held.keys() & owners.keys():
+            raise CacheError(f"pages {sorted(held.keys() & owners.keys())[:8]} are private and in the tree")
+        owners.update(held)
+        for page in range(self._pool.num_pages):
+            if self._pool.count(page) != owners[page]:
+                raise CacheError(f"page {page} counts {self._pool.count(page)} owners and has {owners[page]}")
+        for request in self._live:
+            self._check_request(request)
+
+    # -- inside
+
+    def _expect_live(self, request: Request) -> None:
+        if request not in self._live:
+            raise CacheError(f"{request} holds nothing here: match it first")
+
+    def _matchable(self, request: Request) -> bytes:
+        return request.tokens[: max(0, request.num_tokens - 1)].tobytes()
+
+    def _open(self, request: Request, blob: bytes) -> None:
+        request.node, request.pages = self._tree.match(blob, request.params.cache_salt)
+        self._tree.lock(request.node)
+        self._live.add(request)
+        request.num_published = len(request.pages)
+        request.num_computed = request.num_published * self.page_size
+
+    def _make_room(self, num_pages: int) -> None:
+        short = num_pages - self._pool.num_free
+        if short > 0:
+            evicted = self._pool.release(self._tree.evict(short))
+            self._counters["evictions"] += len(evicted)
+            self._log("evict", None, evicted)
+
+    def _copy_on_write(self, request: Request, index: int) -> None:
+        shared = request.pages[index]
+        (own,) = self._pool.allocate(1)
+        self._pool.release([shared])
+        request.pages[index] = own
+        self._copies.append((shared, own))
+        self._counters["copies"] += 1
+        self._log("copy", request, [shared, own])
+
+    def _publish(self, request: Request, num_tokens: int) -> None:
+        first, last = request.num_published, num_tokens // self.page_size
+        last = next((i for i in range(first, last) if self._pool.count(request.pages[i]) > 1), last)
+        if last <= first:
+            return
+        run = request.tokens[first * self.page_size : last * self.page_size].tobytes()
+        own = request.pages[first:last]
+        request.node, standing = self._tree.extend(request.node, run, own)
+        request.pages[first:last] = standing
+        request.num_published = last
+        self._log("publish", request, standing)
+        duplicates = [page for page, kept in zip(own, standing, strict=True) if page != kept]
+        if duplicates:
+            self._log("free", request, self._pool.release(duplicates))
+
+    def _check_request(self, request: Request) -> None:
+        path, node = [], request.node
+        while node is not None:
+            path.append(node)
+            root, node = node, node.parent
+        path.reverse()
+        published = request.num_published * self.page_size
+        if root.salt != request.params.cache_salt:
+            raise CacheError(f"{request} stands in namespace {root.salt!r}")
+        if [page for node in path for page in node.pages] != list(request.pages[: request.num_published]):
+            raise CacheError(f"{request} and its node disagree about the published pages")
+        if b"".join(node.run for node in path) != request.tokens[:published].tobytes():
+            raise CacheError(f"{request} stands on other tokens than its own")
+        if not published <= request.num_computed <= len(request.pages) * self.page_size:
+            raise CacheError(f"{request} has computed tokens without a page, or published pages it has not computed")
+
+    def _log(self, event: str, request: Request | None, pages: Iterable[int]) -> None:
+        if self._events.on:
+            who = {} if request is None else {"request": request.request_id, "index": request.index}
+            self._events.write(event, **who, pages=list(pages))

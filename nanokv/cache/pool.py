@@ -1,0 +1,72 @@
+"""PagePool: page ids, reference counts and the free list. Knows no tensors, no tokens and no requests.
+
+Two books that must agree:
+
+    free ids   a stack: the page freed last is handed out first, while its bytes are still in the caches
+    counts     0 free; 1 one owner (a request, or the prefix tree); more: a page that forked requests share
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nanokv.core.errors import CacheError
+
+
+class PagePool:
+    """The ids 0 .. num_pages - 1, each free or owned.
+
+    num_pages   pages in the pool, at least 1
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        if num_pages < 1:
+            raise ValueError(f"num_pages={num_pages}: a pool needs at least one page")
+        self.num_pages = num_pages
+        self._counts = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def count(self, page: int) -> int:
+        """How many owners the page has; 0 when it is free."""
+        return self._counts[page]
+
+    def allocate(self, num_pages: int) -> list[int]:
+        """`num_pages` free pages, each with one owner from now on. Raises CacheError when there are fewer."""
+        if num_pages > len(self._free):
+            raise CacheError(f"{num_pages} pages wanted, {len(self._free)} free: the caller makes room first")
+        pages = [self._free.pop() for _ in range(num_pages)]
+        for page in pages:
+            self._counts[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more owner for each page. Raises CacheError for a page that is free."""
+        for page in pages:
+            if self._counts[page] == 0:
+                raise CacheError(f"page {page} is free and cannot be shared")
+            self._counts[page] += 1
+
+    def release(self, pages: Iterable[int]) -> list[int]:
+        """One owner less for each page. Returns the pages that became free. Raises CacheError for a double release."""
+        freed = []
+        for page in pages:
+            if self._counts[page] == 0:
+                raise CacheError(f"page {page} is released twice")
+            self._counts[page] -= 1
+            if self._counts[page] == 0:
+                freed.append(page)
+        self._free.extend(freed)
+        return freed
+
+    def check(self) -> None:
+        """Raises CacheError unless the free list holds exactly the pages without an owner, each once."""
+        free = set(self._free)
+        if len(free) != len(self._free):
+            raise CacheError("a page stands in the free list twice")
+        ownerless = {page for page, count in enumerate(self._counts) if count == 0}
+        if free != ownerless:
+            raise CacheError(f"free list and counts disagree about pages {sorted(free ^ ownerless)[:8]}")

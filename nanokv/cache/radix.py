@@ -1,0 +1,270 @@
+"""RadixTree: runs of tokens -> the pages that hold them. Knows neither requests nor bytes of K and V.
+
+A node holds a run of whole pages. Tokens are compared as bytes (int32, `array('i', tokens).tobytes()`), so that a match
+of thousands of tokens runs at the speed of memcmp; a page is the smallest thing that is matched, split or evicted.
+
+    root (one a namespace)
+     +-- [system prompt: pages 4 7 1]            a node's children differ in their first page
+          +-- [question A: pages 2 9]            a request's handle is the node that ENDS where its published
+          +-- [question B: page 5]               pages end; a lock on it counts on every node up to the root
+
+A match that ends inside a run splits it. The lower part keeps its identity: whoever holds it still ends there.
+
+    before   parent -- node [p0 p1 p2 p3]          after   parent -- upper [p0 p1] -- node [p2 p3]
+
+Locks: node.locks is the number of handles on the node or below it, so an unlocked node has an unlocked subtree, and
+all pages that are not locked can be evicted, leaf by leaf. Each node pays for its own pages in `num_locked`.
+Source: SGLang RadixAttention (Zheng et al. 2024).
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from nanokv.core.errors import CacheError
+
+TOKEN_BYTES = array("i").itemsize
+
+
+class Node:
+    """A run of tokens and its pages, below the run of its parent. `last_use` is a tick of the tree's clock."""
+
+    __slots__ = ("children", "last_use", "locks", "pages", "parent", "queued", "run", "salt")
+
+    def __init__(self, parent: Node | None, run: bytes, pages: array[int], salt: str | None = None) -> None:
+        self.parent = parent
+        self.run = bytearray(run)  # grows in place while its only reader decodes
+        self.pages = pages
+        self.children: dict[bytes, Node] = {}  # by the bytes of the child's first page
+        self.locks = 0
+        self.last_use = 0
+        self.queued = False  # whether the eviction heap has an entry for it
+        self.salt = salt  # a root's namespace
+
+
+class RadixTree:
+    """The prefix tree of one pool.
+
+    page_size    tokens in a page
+    Attributes: num_pages (in the tree), num_locked (of them, under a lock); both are kept up to date step by step
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self.num_pages = 0
+        self.num_locked = 0
+        self._page_bytes = page_size * TOKEN_BYTES
+        self._roots: dict[str | None, Node] = {}
+        self._clock = 0
+        self._heap: list[tuple[int, int, Node]] = []  # (last use when queued, serial, leaf)
+        self._serial = 0
+
+    @property
+    def num_evictable(self) -> int:
+        return self.num_pages - self.num_locked
+
+    # -- finding
+
+    def length(self, blob: bytes, salt: str | None = None) -> int:
+        """Pages that `match` would find. Changes nothing."""
+        if salt not in self._roots:
+            return 0
+        _, position, partial = self._walk(blob, self._roots[salt])
+        in_part = 0 if partial is None else self._common_pages(partial, blob, position)
+        return position // self._page_bytes + in_part
+
+    def match(self, blob: bytes, salt: str | None = None) -> tuple[Node, array[int]]:
+        """The longest run of whole pages that stands in the tree, and the node that ends there (split if need be).
+
+        blob    tokens as bytes; what is left over after the last whole page is ignored
+        Returns the node (a root when nothing matched; not locked yet) and the pages on the way to it
+        """
+        root = self._roots.setdefault(salt, Node(None, b"", array("i"), salt))
+        nodes, position, partial = self._walk(blob, root)
+        if partial is not None:
+            nodes.append(self._split(partial, self._common_pages(partial, blob, position)))
+        self._clock += 1
+        pages = array("i")
+        for node in nodes:
+            node.last_use = self._clock
+            pages.extend(node.pages)
+        return nodes[-1], pages
+
+    def _walk(self, blob: bytes, root: Node) -> tuple[list[Node], int, Node | None]:
+        """Nodes from the root down whose runs match whole, the byte they reach, and a child that matches in part."""
+        page_bytes = self._page_bytes
+        node, position, nodes = root, 0, [root]
+        while (child := node.children.get(blob[position : position + page_bytes])) is not None:
+            if not blob.startswith(child.run, position):
+                return nodes, position, child
+            node = child
+            nodes.append(node)
+            position += len(node.run)
+        return nodes, position, None
+
+    def _common_pages(self, node: Node, blob: bytes, position: int) -> int:
+        """Whole pages that node.run shares with blob[position:], at least 1: its first page is how it was found."""
+        size = self._page_bytes
+        low, high = 1, len(node.run) // size
+        while low < high:
+            middle = (low + high + 1) // 2
+            if blob.startswith(node.run[low * size : middle * size], position + low * size):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _split(self, node: Node, num_pages: int) -> Node:
+        """Puts the first `num_pages` of the node into a new parent; the node keeps its identity and the rest."""
+        at = num_pages * self._page_bytes
+        upper = Node(node.parent, node.run[:at], node.pages[:num_pages])
+        upper.locks, upper.last_use = node.locks, node.last_use
+        node.parent.children[self._key(node)] = upper
+        node.parent, node.run, node.pages = upper, node.run[at:], node.pages[num_pages:]
+        upper.children[self._key(node)] = node
+        return upper
+
+    def _key(self, node: Node) -> bytes:
+        return bytes(node.run[: self._page_bytes])
+
+    # -- holding
+
+    def lock(self, node: Node) -> None:
+        """One more handle on the node: nothing on its way to the root is evicted until `unlock`."""
+        while node is not None:
+            if node.locks == 0:
+                self.num_locked += len(node.pages)
+            node.locks += 1
+            node = node.parent
+
+    def unlock(self, node: Node) -> None:
+        """One handle less. Its whole path counts as used just now."""
+        self._clock += 1
+        leaf = node
+        while node is not None:
+            if node.locks == 0:
+                raise CacheError("a node of the prefix tree is unlocked twice")
+            node.locks -= 1
+            if node.locks == 0:
+                self.num_locked -= len(node.pages)
+            node.last_use = self._clock
+            node = node.parent
+        self._settle(leaf)
+
+    def extend(self, node: Node, run: bytes, pages: array[int]) -> tuple[Node, array[int]]:
+        """Continues the tree below `node`, on which the caller has a lock, and moves that lock to the new end.
+
+        run     tokens of whole pages, as bytes
+        pages   the caller's page for each of them
+        Returns the node that ends there and the pages that now stand in the tree: pages[i] itself where it was
+                adopted, another page where the tree held that page's tokens already (then pages[i] stays the caller's)
+        """
+        if node.locks == 0:
+            raise CacheError("only the holder of a node may extend it")
+        size, position, standing = self._page_bytes, 0, array("i")
+        while position < len(run):
+            child = node.children.get(run[position : position + size])
+            if child is None:
+                rest = pages[position // size :]
+                return self._append(node, run[position:], rest), standing + rest
+            if not run.startswith(child.run, position):
+                child = self._split(child, self._common_pages(child, run, position))
+            if child.locks == 0:
+                self.num_locked += len(child.pages)
+            child.locks += 1
+            standing.extend(child.pages)
+            position += len(child.run)
+            node = child
+        return node, standing
+
+    def _append(self, node: Node, run: bytes, pages: array[int]) -> Node:
+        self.num_pages += len(pages)
+        self.num_locked += len(pages)
+        if node.parent is not None and not node.children and node.locks == 1:
+            # Only the caller ends here: the leaf grows, and a long answer is one node, not a chain of one-page nodes.
+            node.run += run
+            node.pages.extend(pages)
+            return node
+        child = Node(node, run, pages)
+        child.locks = 1
+        node.children[self._key(child)] = child
+        return child
+
+    # -- letting go
+
+    def evict(self, num_pages: int) -> list[int]:
+        """Takes up to `num_pages` unlocked pages out of the tree, least recently used leaf first, each leaf from its
+        tail, so that prefixes survive longest. Returns them; fewer only when everything else is locked."""
+        evicted: list[int] = []
+        while self._heap and len(evicted) < num_pages:
+            queued_at, serial, node = self._heap[0]
+            if node.locks or node.children:
+                heapq.heappop(self._heap)
+                node.queued = False
+            elif queued_at != node.last_use:  # used since: it queues again, further back
+                heapq.heapreplace(self._heap, (node.last_use, serial, node))
+            else:
+                kept = max(0, len(node.pages) - (num_pages - len(evicted)))
+                evicted.extend(reversed(node.pages[kept:]))
+                if kept:
+                    del node.pages[kept:], node.run[kept * self._page_bytes :]
+                else:
+                    heapq.heappop(self._heap)
+                    self._remove(node)
+        self.num_pages -= len(evicted)
+        return evicted
+
+    def _remove(self, node: Node) -> None:
+        parent, node.parent = node.parent, None
+        del parent.children[self._key(node)]
+        self._settle(parent)
+
+    def _settle(self, node: Node) -> None:
+        """Queues a node that may now be evicted; forgets the root of an empty namespace."""
+        if node.locks or node.children:
+            return
+        if node.parent is None:
+            del self._roots[node.salt]
+        elif not node.queued:
+            node.queued = True
+            self._serial += 1
+            heapq.heappush(self._heap, (node.last_use, self._serial, node))
+
+    # -- proving
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node, roots included, parents before children."""
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    def check(self, handles: Iterable[Node]) -> None:
+        """Recounts everything from the nodes that are held right now. Raises CacheError where the books disagree."""
+        locks: Counter[Node] = Counter()
+        for node in handles:
+            while node is not None:
+                locks[node] += 1
+                node = node.parent
+        queued = {node for _, _, node in self._heap}
+        num_pages = num_locked = 0
+        for node in self.nodes():
+            num_pages += len(node.pages)
+            num_locked += len(node.pages) if node.locks else 0
+            if node.locks != locks.pop(node, 0):
+                raise CacheError(f"a node with pages {list(node.pages)[:8]} miscounts its locks ({node.locks})")
+            if len(node.run) != len(node.pages) * self._page_bytes:
+                raise CacheError(f"a run of {len(node.run)} bytes stands beside {len(node.pages)} pages")
+            if any(child.parent is not node or self._key(child) != key for key, child in node.children.items()):
+                raise CacheError("a child is filed under another key or parent")
+            if node.parent is None and not (node.locks or node.children):
+                raise CacheError(f"namespace {node.salt!r} is empty and still there")
+            if node.parent is not None and not (node.pages and (node.locks or node.children or node in queued)):
+                raise CacheError("an unlocked leaf would never be evicted, or a node has no pages")
+        if locks:
+            raise CacheError("a held node is not in the tree")
+        if (num_pages, num_locked) != (self.num_pages, self.num_locked):
+            raise CacheError(f"{num_pages} pages, {num_locked} locked; counted {self.num_pages}, {self.num_locked}")

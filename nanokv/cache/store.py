@@ -1,0 +1,100 @@
+"""CacheStore: the bytes behind the page ids. Knows the layout; knows neither owners nor tokens.
+
+    pool   uint8 [num_pages, page_bytes], one flat allocation
+
+    page i | layer 0 planes | layer 1 planes | ... | layer n planes |
+           ^ i * page_bytes                  ^ first_layer .. last_layer lie side by side: one slice
+
+Because a page is one contiguous block, moving it anywhere (host memory, a file, another process) is one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nanokv.core.spec import PageLayout
+
+_CACHE_LINE = 64
+
+
+def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Zeroed uint8 [num_bytes], because a kernel may multiply a slot nobody wrote yet by weight 0, and 0 * NaN is NaN.
+
+    On a CPU the system maps zero pages on first touch: a pool of gigabytes costs nothing until it is used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    block = np.zeros(num_bytes + _CACHE_LINE, dtype=np.uint8)
+    start = -block.ctypes.data % _CACHE_LINE
+    return torch.from_numpy(block[start : start + num_bytes])
+
+
+class CacheStore:
+    """Whole pages and slices of their layers, in and out of one buffer.
+
+    layout      PageLayout: page_bytes and where each layer lies
+    num_pages   pages in the pool
+    device      where the pool is allocated
+    buffer      uint8, contiguous, num_pages * page_bytes elements: memory handed in from outside (shared memory,
+                CUDA IPC) instead of an allocation; its contents are kept and `device` is the buffer's
+    Raises      ValueError for a buffer of the wrong dtype, size or strides
+    """
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        num_pages: int,
+        device: torch.device | str = "cpu",
+        buffer: torch.Tensor | None = None,
+    ) -> None:
+        num_bytes = num_pages * layout.page_bytes
+        if buffer is None:
+            buffer = _zeros(num_bytes, torch.device(device))
+        elif buffer.dtype != torch.uint8 or not buffer.is_contiguous() or buffer.numel() != num_bytes:
+            raise ValueError(
+                f"buffer {buffer.dtype} {list(buffer.shape)}: expected contiguous uint8 of {num_bytes} bytes "
+                f"({num_pages} pages of {layout.page_bytes})"
+            )
+        self.layout = layout
+        self.pool = buffer.view(num_pages, layout.page_bytes)
+
+    @property
+    def num_pages(self) -> int:
+        return self.pool.shape[0]
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies page src over page dst for each (src, dst), one after the other.
+
+        The order is part of the contract: a page may be the source of one copy and the destination of a later one.
+        """
+        for src, dst in copies:
+            self.pool[dst].copy_(self.pool[src])
+
+    def read_pages(self, pages: Sequence[int], first_layer: int = 0, last_layer: int | None = None) -> torch.Tensor:
+        """A copy of the layers first_layer .. last_layer - 1 of these pages: uint8 [len(pages), bytes], contiguous."""
+        return self._layers(first_layer, last_layer).index_select(0, self._index(pages))
+
+    def write_pages(
+        self, pages: Sequence[int], data: torch.Tensor, first_layer: int = 0, last_layer: int | None = None
+    ) -> None:
+        """Writes what `read_pages` of the same layers returned into these pages, which must be different ones.
+
+        data    uint8 [len(pages), bytes], on any device
+        Raises  ValueError for data of another shape or dtype
+        """
+        target = self._layers(first_layer, last_layer)
+        if data.dtype != torch.uint8 or tuple(data.shape) != (len(pages), target.shape[1]):
+            raise ValueError(
+                f"data {data.dtype} {list(data.shape)}: expected uint8 {[len(pages), target.shape[1]]} for these layers"
+            )
+        target.index_copy_(0, self._index(pages), data.to(self.pool.device))
+
+    def _layers(self, first: int, last: int | None) -> torch.Tensor:
+        start, end = self.layout.layer_range(first, self.layout.num_layers if last is None else last)
+        return self.pool[:, start:end]
+
+    def _index(self, pages: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(list(pages), dtype=torch.int64, device=self.pool.device)

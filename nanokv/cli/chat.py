@@ -1,0 +1,147 @@
+"""nanokv chat: a conversation in the terminal, or one answer to a prompt or a pipe. What happens inside is in repl/."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nanokv.cli.common import model_folder
+from nanokv.core.config import EngineConfig
+from nanokv.core.errors import ConfigError, RequestError
+from nanokv.core.request import SamplingParams
+from nanokv.hub.catalog import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from nanokv.cli.repl.session import ChatSession
+
+SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+
+
+@click.command(
+    epilog="\b\nExamples:\n  nanokv chat\n  nanokv chat -p 'Name three rivers.' --temperature 0\n"
+    "  nanokv chat -p 'Summarise this:' < notes.txt"
+)
+@click.argument("model", required=False)
+@click.option("-p", "--prompt", metavar="TEXT", help="Answer this and leave; a text piped in is put after it.")
+@click.option("--system", metavar="TEXT", help="System message. Default: the chat template's own.")
+@click.option("--max-tokens", type=int, help="Tokens of an answer at most. Default: 1024.")
+@click.option("--temperature", type=float, help="Randomness; 0 is greedy. Default, as for the next four: the model's.")
+@click.option("--top-k", type=int, help="Sample from the k most likely tokens; 0: from all.")
+@click.option("--top-p", type=float, help="Sample from the likeliest tokens that have this probability together.")
+@click.option("--min-p", type=float, help="Drop tokens less likely than this times the likeliest.")
+@click.option("--seed", type=int, help="Makes answers reproducible. Default: another one each time.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option("--codec", default="raw", show_default=True, help="How K and V are written into pages.")
+@click.option("--kv-memory", metavar="SIZE", help="Memory for K and V, such as 512MiB.")
+@click.option("--page-size", type=int, default=16, show_default=True, help="Tokens in a page.")
+@click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse K and V of earlier turns. Default: yes.")
+@click.option("--max-model-len", type=int, metavar="N", help="Tokens of a conversation at most. Default: the model's.")
+@click.option("--stats/--no-stats", default=True, help="A line of numbers after each answer, on stderr. Default: yes.")
+@click.option("--event-log", metavar="FILE", help="Write what happens to pages and requests to a JSONL file.")
+def chat(
+    model: str | None, prompt: str | None, system: str | None, stats: bool, seed: int | None, **options: Any
+) -> None:
+    """Chat with MODEL: a catalog name, a folder, or ORG/NAME after `nanokv pull`.
+
+    Without MODEL: smollm2-135m-instruct, fetched the first time. /? in the chat lists what it can do. With -p, or a
+    text on stdin, one answer is printed.
+    """
+    chosen = {name: options.pop(name) for name in SAMPLING if name in options} | {"seed": seed}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    try:
+        SamplingParams(**chosen).validate()
+        # Without --seed each chat draws differently: the engine's seed stands in for those of its requests.
+        config = EngineConfig(seed=int.from_bytes(os.urandom(4), "little"), **options)
+    except (RequestError, ConfigError) as error:
+        raise click.UsageError(str(error)) from None
+    question = None
+    if prompt is not None or not _is_terminal(sys.stdin):
+        question = _question(prompt)
+    name = DEFAULT_MODEL if model is None else Path(model).resolve().name if Path(model).is_dir() else model
+    session = _open(model_folder(model), name, system, chosen, config, stats)
+    if question is None:
+        _converse(session)
+    else:
+        with session.stop:
+            turn = session.send(question, time.perf_counter())
+        if turn.stopped:
+            sys.exit(130)
+    session.llm.close()
+
+
+def _open(
+    folder: Path, name: str, system: str | None, chosen: dict[str, Any], config: EngineConfig, stats: bool
+) -> ChatSession:
+    """Load the model and open a session with it. Raises CheckpointError, ConfigError, RequestError."""
+    from dataclasses import replace
+
+    from nanokv.cli.repl.settings import checked, model_defaults
+    from nanokv.cli.repl.terminal import Terminal
+
+    params = checked(replace(model_defaults(folder), **chosen))
+    terminal = Terminal()
+    # Imports take most of the time of a short answer. What they make lives as long as the process, so the garbage
+    # collector need not walk it: neither now, nor later, nor at the end.
+    gc.disable()
+    try:
+        with terminal.busy(f"loading {name} ..."):
+            Thread(target=_read_ahead, args=(folder,), daemon=True).start()
+            from nanokv.cli.repl.session import ChatSession
+            from nanokv.llm import LLM
+
+            return ChatSession(LLM(folder, config), name, system, params, terminal, stats)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _converse(session: ChatSession) -> None:
+    from nanokv.cli.repl.commands import completions
+    from nanokv.cli.repl.reader import LineReader
+
+    llm, terminal = session.llm, session.terminal
+    terminal.note(
+        f"{session.model} · {str(llm.dtype).removeprefix('torch.')} on {llm.device} · "
+        f"context {llm.engine.max_length:,} tokens · /? for help"
+    )
+    session.run(LineReader(completions, terminal.note))
+
+
+def _question(prompt: str | None) -> str:
+    """The prompt of the command line, with what is piped in after it. Raises RequestError where it is empty."""
+    piped = "" if _is_terminal(sys.stdin) else _read_pipe()
+    question = "\n\n".join(text for text in (prompt, piped) if text and text.strip())
+    if not question:
+        raise RequestError("the prompt is empty: give -p TEXT, or a text on stdin")
+    return question
+
+
+def _read_pipe() -> str:
+    """All of stdin. Raises RequestError where it is not UTF-8."""
+    if sys.stdin is None:  # started with stdin closed
+        return ""
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"stdin: not valid UTF-8 at byte {error.start} (0x{data[error.start]:02x})") from None
+
+
+def _is_terminal(stream: Any) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def _read_ahead(folder: Path) -> None:
+    """Has the kernel fetch the weights from disk while torch is imported, which takes about as long."""
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

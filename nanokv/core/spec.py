@@ -1,0 +1,122 @@
+"""Plane, LayerSpec, PageLayout: what one layer keeps, in bytes. Knows neither tensors' contents nor who owns a page.
+
+A page is one contiguous block of bytes that holds every paged plane of every layer for `page_size` tokens; a state is
+one contiguous block that holds every state plane of every layer for one sequence:
+
+    page   | layer 0: k | layer 0: v | layer 1: k | layer 1: v | ...      each plane aligned to 16 bytes
+    pool   uint8 [num_pages, page_bytes], flat: plane p of page i starts at i * page_bytes + offset(p)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One named array that lives in a page (one slice per token) or beside a sequence.
+
+    shape       without the token axis for a state plane; with the page's tokens at `token_axis` for a paged one
+    token_axis  the axis of `shape` that counts tokens, or None for a state plane
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    token_axis: int | None
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 0 if self.token_axis is None else self.num_bytes // self.shape[self.token_axis]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer keeps: `paged` per token, `state` per sequence. Bytes are payload, without alignment."""
+
+    paged: tuple[Plane, ...] = ()
+    state: tuple[Plane, ...] = ()
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(plane.bytes_per_token for plane in self.paged)
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        return sum(plane.num_bytes for plane in self.state)
+
+
+@dataclass(frozen=True)
+class PlaneSlot:
+    """Where one plane of one layer lies: `offset` bytes after the start of its page (or of its state)."""
+
+    plane: Plane
+    offset: int
+
+
+class PageLayout:
+    """The byte offsets of every plane of every layer in a page and in a state, computed from the layers' specs.
+
+    specs       one LayerSpec a layer
+    page_size   tokens in a page
+    Attributes: page_bytes, state_bytes (padded, what is allocated); page_payload, state_payload (without padding)
+    """
+
+    def __init__(self, specs: list[LayerSpec], page_size: int) -> None:
+        self.specs = list(specs)
+        self.page_size = page_size
+        self._paged: list[dict[str, PlaneSlot]] = []
+        self._state: list[dict[str, PlaneSlot]] = []
+        self.page_bytes = self._place(self._paged, [spec.paged for spec in specs])
+        self.state_bytes = self._place(self._state, [spec.state for spec in specs])
+        self.page_payload = sum(plane.num_bytes for spec in specs for plane in spec.paged)
+        self.state_payload = sum(spec.bytes_per_sequence for spec in specs)
+
+    @staticmethod
+    def _place(table: list[dict[str, PlaneSlot]], layers: list[tuple[Plane, ...]]) -> int:
+        end = 0
+        for planes in layers:
+            slots = {}
+            for plane in planes:
+                slots[plane.name] = PlaneSlot(plane, end)
+                end += -(-plane.num_bytes // ALIGNMENT) * ALIGNMENT
+            table.append(slots)
+        return end
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.specs)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Payload bytes that one more token costs, all layers together."""
+        return sum(spec.bytes_per_token for spec in self.specs)
+
+    def paged(self, layer: int, name: str) -> PlaneSlot:
+        """The slot of a paged plane. Raises KeyError where the layer keeps no such plane."""
+        return self._paged[layer][name]
+
+    def state(self, layer: int, name: str) -> PlaneSlot:
+        """The slot of a state plane. Raises KeyError where the layer keeps no such plane."""
+        return self._state[layer][name]
+
+    def layer_range(self, first: int, last: int) -> tuple[int, int]:
+        """The bytes [start, end) of a page that hold the layers first..last-1: they lie side by side."""
+        starts = [min((slot.offset for slot in slots.values()), default=None) for slots in self._paged]
+        later = [start for start in starts[last:] if start is not None]
+        own = [start for start in starts[first:last] if start is not None]
+        end = later[0] if later else self.page_bytes
+        return (own[0] if own else end), end
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.page_size)

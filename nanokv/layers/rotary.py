@@ -1,0 +1,51 @@
+"""Rotary position embedding: the angles of every position, as one table of cosines and sines."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+ROPE_KINDS = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """How positions turn into angles.
+
+    dim     dimensions of a head that are rotated
+    theta   base of the geometric series of frequencies
+    kind    "default"; "linear" divides every frequency by `factor` (Chen et al. 2023); "llama3" divides the low ones
+            only: waves longer than original_max_positions / low_freq_factor, with a ramp down to those shorter than
+            original_max_positions / high_freq_factor, which stay (Llama 3.1)
+    """
+
+    dim: int
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+def frequencies(rope: RopeConfig) -> torch.Tensor:
+    """Radians per position of each pair of dimensions: float32 [dim / 2]. Su et al. 2021."""
+    plain = 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
+    if rope.kind == "default":
+        return plain
+    if rope.kind == "linear":
+        return plain / rope.factor
+    wavelengths = 2 * math.pi / plain
+    turns = rope.original_max_positions / wavelengths
+    kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return (1 - kept) * plain / rope.factor + kept * plain
+
+
+def cos_sin_table(rope: RopeConfig, num_positions: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Row p: the cosines, then the sines of the angles at position p; float32 [num_positions, dim]."""
+    positions = torch.arange(num_positions, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies(rope))
+    return torch.cat((angles.cos(), angles.sin()), dim=1).to(device)

@@ -1,0 +1,249 @@
+"""LLM: the door for programs. Texts or token ids in, RequestOutput out; everything below works on token ids."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanokv.codecs import resolve_codec
+from nanokv.core.config import EngineConfig
+from nanokv.core.errors import ConfigError, RequestError
+from nanokv.core.request import Request, RequestOutput, SamplingParams
+from nanokv.engine.engine import Engine
+from nanokv.hub.home import resolve_model
+from nanokv.kernels import ops
+from nanokv.models.config import ModelConfig
+from nanokv.models.loader import load_model
+from nanokv.text.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Prompt = str | list[int]
+
+
+class LLM:
+    """A model, its cache and its engine.
+
+        with LLM("smollm2-135m-instruct") as llm:
+            print(llm.generate("The capital of France is", SamplingParams(temperature=0)) [0].text)
+
+    model     a catalog name, a hub id that has been pulled, or a folder with config.json, *.safetensors and
+              tokenizer.json (which may be missing when prompts are token ids)
+    config    EngineConfig, or its fields as keywords
+    Raises    ConfigError, CheckpointError
+    """
+
+    def __init__(self, model: str | Path, config: EngineConfig | None = None, **fields: Any) -> None:
+        if config is not None and fields:
+            raise ConfigError(f"{', '.join(fields)}: give a config or fields, not both")
+        self.config = config if config is not None else EngineConfig.from_fields(**fields)
+        self.folder = resolve_model(model)
+        self.device = resolve_device(self.config.device)
+        self.model_config = ModelConfig.from_folder(self.folder)
+        self.dtype = resolve_dtype(self.config.dtype, self.model_config)
+        codec = resolve_codec(self.config.codec, self.dtype)
+        self.tokenizer = Tokenizer.from_folder(self.folder)
+        decoder = load_model(
+            self.folder,
+            self.model_config,
+            dtype=self.dtype,
+            device=self.device,
+            codec=codec,
+            page_size=self.config.page_size,
+            load=self.config.load,
+            seed=self.config.seed,
+        )
+        self.engine = Engine(decoder, self.config, self.tokenizer, self.device)
+        self._inbox: dict[str, deque[RequestOutput]] = {}
+
+    # ---- generating -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Finished outputs, in the order of the prompts; n samples of a prompt are n outputs in a row.
+
+        prompts   a text, a list of token ids, or a list of either
+        params    one for all, or one for each prompt
+        Raises    RequestError when any of them cannot be served; then none is.
+        """
+        batch = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(batch):
+            raise RequestError(f"params: {len(each)} for {len(batch)} prompts; give one, or one for each prompt")
+        ids: list[str] = []
+        try:
+            for prompt, chosen in zip(batch, each, strict=True):
+                ids.append(self._submit(Request(self._encode(prompt), chosen)))
+            while any(request_id in self.engine for request_id in ids):
+                self._step()
+            finished = [output for request_id in ids for output in self._inbox[request_id] if output.finished]
+        finally:
+            self._forget(ids)
+        order = {request_id: place for place, request_id in enumerate(ids)}
+        return sorted(finished, key=lambda output: (order[output.request_id], output.index))
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Outputs of one prompt as they come, the new text of each in `.delta`. Closing the iterator aborts it.
+
+        The request is checked and queued at once; streams may be interleaved with each other and with generate().
+        """
+        return _Stream(self, self._submit(Request(self._encode(prompt), params)))
+
+    def chat(
+        self, messages: list[dict[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
+    ) -> RequestOutput:
+        """The assistant's answer to `messages` ({"role", "content"}), through the model's chat template."""
+        return self.generate([self._render(messages, template_kwargs)], params)[0]
+
+    def stream_chat(
+        self, messages: list[dict[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
+    ) -> Iterator[RequestOutput]:
+        """chat(), as a stream."""
+        return self.stream(self._render(messages, template_kwargs), params)
+
+    # ---- scoring --------------------------------------------------------------------------------------------------
+
+    def score(self, token_ids: list[int]) -> torch.Tensor:
+        """Logits of every position: float32 [tokens, vocab], row i = logits after token i.
+
+        Every position is computed, through the cache, in engine steps beside whatever else runs.
+        """
+        return torch.cat(list(self.score_blocks(token_ids)))
+
+    def score_blocks(self, token_ids: list[int]) -> Iterator[torch.Tensor]:
+        """score() as an iterator of row blocks, so that a long text need not fit in memory as logits."""
+        request = Request(token_ids, SamplingParams(max_tokens=1))
+        request.logit_blocks = []
+        request_id = self._submit(request)
+        try:
+            while request.logit_blocks or request_id in self.engine:
+                if request.logit_blocks:
+                    yield request.logit_blocks.pop(0)
+                else:
+                    self._step()
+            if request.error is not None:
+                raise RuntimeError(f"scoring failed: {request.error}")
+        finally:
+            self._forget([request_id])
+
+    # ---- the rest -------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float | bool]:
+        """Plain numbers since the LLM was made.
+
+        bytes_per_token, page_size, page_bytes      what the cache costs (payload; page_bytes with padding)
+        pages_total, pages_free, pages_held         pages that are free, or private to running requests
+        pages_cached, pages_locked                  pages in the prefix tree; those of them that running requests use
+        hit_tokens, queried_tokens                  prompt tokens found in the prefix cache, and looked up
+        evictions, copies                           cached pages dropped for room; shared pages copied before a write
+        preemptions, steps                          requests sent back to the queue; engine steps
+        requests_running, requests_waiting          right now
+        row_invariant                               whether this machine's matrix products give a row the same bits
+                                                    whatever its batch mates, which exactness rests on
+        """
+        return {**self.engine.stats(), "row_invariant": ops.row_invariant(self.dtype, self.device)}
+
+    def reset_prefix_cache(self) -> None:
+        """Drop every cached page that no running request holds."""
+        self.engine.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Abort what runs and close the event log. Safe to call twice."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if self.tokenizer is None:
+            raise RequestError(f"prompt: {self.folder} has no tokenizer.json; give token ids")
+        return self.tokenizer.encode(prompt, add_special=True)
+
+    def _render(self, messages: list[dict[str, Any]], template_kwargs: dict[str, Any]) -> list[int]:
+        if self.tokenizer is None:
+            raise RequestError(f"messages: {self.folder} has no tokenizer.json; use generate() with token ids")
+        return self.tokenizer.chat(messages, **template_kwargs)
+
+    def _submit(self, request: Request) -> str:
+        request_id = self.engine.add_request(request)
+        self._inbox[request_id] = deque()
+        return request_id
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            if output.request_id in self._inbox:
+                self._inbox[output.request_id].append(output)
+
+    def _forget(self, ids: list[str]) -> None:
+        for request_id in ids:
+            if request_id in self.engine:
+                self.engine.abort(request_id)
+            self._inbox.pop(request_id, None)
+
+
+class _Stream:
+    """Iterator over the outputs of one request; a generator would not abort it if closed before the first output."""
+
+    def __init__(self, llm: LLM, request_id: str) -> None:
+        self._llm = llm
+        self.request_id = request_id
+
+    def __iter__(self) -> _Stream:
+        return self
+
+    def __next__(self) -> RequestOutput:
+        inbox = self._llm._inbox.get(self.request_id)
+        while inbox is not None:
+            if inbox:
+                output = inbox.popleft()
+                if output.finished and not inbox and self.request_id not in self._llm.engine:
+                    self.close()
+                return output
+            self._llm._step()
+        raise StopIteration
+
+    def close(self) -> None:
+        """Abort the request if it still runs."""
+        self._llm._forget([self.request_id])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], (str, list, tuple)))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a name; "auto" takes CUDA where it is there. Raises ConfigError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device={name!r}: allowed are auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r}: allowed are auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"device={name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu")
+    return device
+
+
+def resolve_dtype(name: str, model: ModelConfig) -> torch.dtype:
+    """The torch dtype of a name; "auto" takes the checkpoint's. Raises ConfigError."""
+    chosen = (model.dtype or "float32") if name == "auto" else name
+    if chosen not in DTYPES:
+        raise ConfigError(f"dtype={chosen!r}: allowed are auto, {', '.join(DTYPES)}")
+    return DTYPES[chosen]

@@ -1,0 +1,107 @@
+"""Decoder: the stack of blocks that every family shares, in one call or stepped layer by layer.
+
+    x, residual = decoder.embed(batch)
+    for layer in decoder.layers:
+        x = layer(x, residual, pool, batch)
+    logits = decoder.logits(x, residual, batch)
+
+The stream of a row is x + residual: what the last sublayer gave, and the sum before it. The addition waits for the
+next norm, which does both in one pass over memory. A caller that steps the layers may read, drop or replace rows
+between two of them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from nanokv.codecs.raw import RawCodec
+from nanokv.core.batch import Batch
+from nanokv.core.errors import CacheError
+from nanokv.core.spec import LayerSpec, PageLayout
+from nanokv.layers.attention import Attention
+from nanokv.layers.linear import Embedding, Linear
+from nanokv.layers.mlp import MLP
+from nanokv.layers.norm import RMSNorm
+from nanokv.models.config import ModelConfig
+
+
+def layer_specs(config: ModelConfig, codec: RawCodec, page_size: int) -> list[LayerSpec]:
+    """What each layer of the model keeps, known without its weights (`nanokv size`)."""
+    return [Attention.spec(codec, config.num_kv_heads, config.head_dim, page_size)] * config.num_layers
+
+
+class Mixer(Protocol):
+    """The half of a block that looks at other tokens, and so the half that keeps something."""
+
+    def bind(self, layout: PageLayout, layer: int) -> None: ...
+
+    def __call__(self, x: torch.Tensor, pool: torch.Tensor, batch: Batch) -> torch.Tensor: ...
+
+
+class Block:
+    """A pre-norm block: mix tokens, then transform each.
+
+    Call   x, residual [rows, width], activation dtype -> the new x; residual is updated IN PLACE
+    """
+
+    def __init__(self, input_norm: RMSNorm, mixer: Mixer, mlp_norm: RMSNorm, mlp: MLP) -> None:
+        self.input_norm = input_norm
+        self.mixer = mixer
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor, pool: torch.Tensor, batch: Batch) -> torch.Tensor:
+        x = self.mixer(self.input_norm.add(x, residual), pool, batch)
+        return self.mlp(self.mlp_norm.add(x, residual))
+
+
+class Decoder:
+    """A language model over pages. `bind` a layout before the first step.
+
+    config   ModelConfig
+    specs    LayerSpec of each layer, for PageLayout
+    layers   list of Block
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        specs: list[LayerSpec],
+        embedding: Embedding,
+        layers: list[Block],
+        norm: RMSNorm,
+        head: Linear,
+    ) -> None:
+        self.config = config
+        self.specs = specs
+        self.embedding = embedding
+        self.layers = layers
+        self.norm = norm
+        self.head = head
+
+    def bind(self, layout: PageLayout) -> None:
+        """Gives each layer the offsets of its planes. Raises CacheError for the layout of another model."""
+        sizes = {plane.shape[plane.token_axis] for spec in self.specs for plane in spec.paged}
+        if layout.specs != self.specs or not sizes <= {layout.page_size}:
+            raise CacheError("the page layout is that of another model, codec or page size than the decoder's")
+        for index, layer in enumerate(self.layers):
+            layer.mixer.bind(layout, index)
+
+    def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stream before the first layer: x and residual, each [rows, width]."""
+        x = self.embedding(batch.token_ids)
+        return x, torch.zeros_like(x)
+
+    def logits(self, x: torch.Tensor, residual: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Logits of batch.logit_rows after the last layer: float32 [wanted, vocab]."""
+        rows = batch.logit_rows
+        return self.head(self.norm.add(x[rows], residual[rows])).float()
+
+    def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
+        """One step: writes the k and v of every row into the pool, returns float32 [wanted, vocab]."""
+        x, residual = self.embed(batch)
+        for layer in self.layers:
+            x = layer(x, residual, pool, batch)
+        return self.logits(x, residual, batch)

@@ -1,0 +1,1 @@
+"""Text to token ids and back: tokenizer, chat template, conversation, incremental detokenizer. Knows no tensors."""

@@ -1,0 +1,176 @@
+"""The chat template of a checkpoint: messages in, the text the model was trained to continue out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nanokv.core.errors import CheckpointError, RequestError
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class ChatTemplate:
+    """A jinja template, compiled in a sandbox: it comes with the weights and is code of someone else.
+
+    source          the template's text
+    special_tokens  names the template may use, such as {"bos_token": "<s>"}
+    Raises CheckpointError where the text is no template.
+    Source   the environment is that of transformers (utils/chat_template_utils.py), which templates are written for
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        from jinja2 import TemplateSyntaxError
+
+        self.source = source
+        self.special_tokens = dict(special_tokens or {})
+        try:
+            self._template = _environment().from_string(source)
+        except TemplateSyntaxError as error:
+            raise CheckpointError(f"chat template, line {error.lineno}: {_one_line(error)}") from error
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ChatTemplate | None:
+        """From chat_template.jinja, else tokenizer_config.json (a text, or named ones: "default"); None without one.
+
+        Raises CheckpointError, naming the file, where one of them is damaged.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        special = {**_special_tokens(_read_json(folder / "special_tokens_map.json")), **_special_tokens(config)}
+        try:
+            source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            source = config.get("chat_template")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{folder / 'chat_template.jinja'}: {error}") from error
+        if isinstance(source, list):
+            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+            source = named.get("default")
+        if source is None:
+            return None
+        if not isinstance(source, str):
+            raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template is not a text")
+        return cls(source, special)
+
+    def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The conversation as one text, ending where the assistant is to speak.
+
+        messages    {"role": ..., "content": ...} and what else the template reads
+        variables   passed to the template: tools, documents, enable_thinking, ...
+        Raises      RequestError, one line, where a message is misshapen or the template refuses it
+        """
+        from jinja2 import TemplateError
+
+        known: dict[str, Any] = {"tools": None, "documents": None, **self.special_tokens, **_plain(variables)}
+        try:
+            return self._template.render(
+                messages=check_messages(messages), add_generation_prompt=add_generation_prompt, **known
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, AttributeError, LookupError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(f"messages: the model's chat template refuses them: {_one_line(error)}") from error
+
+
+def check_messages(messages: Sequence[Mapping]) -> list[dict]:
+    """Messages as plain JSON types: a template never sees a live object. Raises RequestError naming the place."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise RequestError(f"messages={messages!r:.80}: expected a list of {{'role', 'content'}}")
+    if not messages:
+        raise RequestError("messages=[]: expected at least one message")
+    for place, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RequestError(f"messages[{place}]={message!r:.80}: expected {{'role': text, 'content': text}}")
+        if "content" not in message and "tool_calls" not in message:
+            raise RequestError(f"messages[{place}]: a message of {message['role']!r} has no 'content'")
+        if not isinstance(message.get("content"), (str, list, tuple, type(None))):
+            raise RequestError(f"messages[{place}]['content']={message['content']!r:.80}: expected a text")
+    return [_plain(message) for message in messages]
+
+
+def _plain(value: Any) -> Any:
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    raise RequestError(f"messages: a {type(value).__name__} is no text, number, list or dictionary")
+
+
+@cache
+def _environment() -> Any:
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %}: marks the assistant's words for training; here it lets them pass."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    class Namespace(jinja2.utils.Namespace):
+        """A template may not plant names that Python calls on its own (__html__, ...)."""
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                raise jinja2.TemplateError(f"a namespace takes no name with an underscore first: {name}")
+            super().__setitem__(name, value)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        # jinja's own escapes <, > and & for HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["namespace"] = Namespace
+    environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
+    return environment
+
+
+def _special_tokens(config: dict) -> dict[str, str]:
+    """bos_token and its like, which files write as a text or as {"content": text}."""
+    found = {}
+    for name in _SPECIAL:
+        value = config.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON object, or an empty one where there is no such file. Raises CheckpointError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {_one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,93 @@
+"""What bench_peers.py measures: the rows of the table, and how a worker's answer becomes a number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import mean, median
+
+PAGE = 16
+CLIENTS, SHARED = (1, 4, 16), (0.0, 0.5, 0.9)
+PREFIX_PROMPT, PREFIX_OUTPUT = 1024, 32
+ALL, SERVERS = ("nanokv", "vllm", "llama", "transformers"), ("nanokv", "vllm")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: `requests` prompts of equal length in a closed loop of `concurrency` clients.
+
+    measure   "decode_tokens_per_s", "output_tokens_per_s", "prefill_tokens_per_s" or "requests_per_s"
+    shared    tokens that all prompts share, and that one untimed request brought into the cache before
+    engines   who takes part: llama.cpp and transformers share no prefixes between requests
+    """
+
+    name: str
+    measure: str
+    prompt_tokens: int
+    output_tokens: int
+    requests: int
+    concurrency: int
+    shared: int = 0
+    engines: tuple[str, ...] = ALL
+
+    @property
+    def is_prefix(self) -> bool:
+        return self.measure == "requests_per_s"
+
+    def value(self, answer: dict) -> float:
+        """The measure, from a worker's answer."""
+        wall, requests = answer["wall_s"], answer["requests"]
+        if self.measure == "decode_tokens_per_s":
+            return mean((self.output_tokens - 1) / (one["latency_s"] - one["ttft_s"]) for one in requests)
+        if self.measure == "prefill_tokens_per_s":
+            return len(requests) * self.prompt_tokens / wall
+        if self.measure == "output_tokens_per_s":
+            return len(requests) * self.output_tokens / wall
+        return len(requests) / wall
+
+    def details(self, answer: dict) -> dict:
+        """The rest of what a run tells."""
+        requests = answer["requests"]
+        cached = sum(one["cached_tokens"] for one in requests)
+        return {
+            "wall_s": answer["wall_s"],
+            "mean_latency_s": mean(one["latency_s"] for one in requests),
+            "ttft_p50_s": median(one["ttft_s"] for one in requests),
+            "hit_ratio": cached / (len(requests) * self.prompt_tokens),
+            "computed_tokens": len(requests) * self.prompt_tokens - cached,
+        }
+
+    def expected_s(self, prefill_tokens_per_s: float, decode_tokens_per_s: float) -> float:
+        """About how long a run takes an engine of these speeds, measured with one request."""
+        uncached = self.requests * (self.prompt_tokens - self.shared) + self.shared
+        together = min(self.concurrency, 3)  # what batching gains, guessed low
+        return uncached / prefill_tokens_per_s + self.requests * self.output_tokens / (decode_tokens_per_s * together)
+
+
+def all_rows() -> list[Row]:
+    """The rows of the table, in its order."""
+    rows = [
+        Row("decode, 1 request, 256 tokens of context", "decode_tokens_per_s", 256, 128, 1, 1),
+        Row("4 requests of 256+128", "output_tokens_per_s", 256, 128, 4, 4),
+        Row("16 requests of 256+128", "output_tokens_per_s", 256, 128, 16, 16),
+        Row("prefill of 2,048 tokens", "prefill_tokens_per_s", 2048, 1, 1, 1),
+    ]
+    for part in SHARED:
+        for clients in CLIENTS:
+            rows.append(
+                Row(
+                    f"bench prefix, concurrency {clients}, shared {part:g}",
+                    "requests_per_s",
+                    PREFIX_PROMPT,
+                    PREFIX_OUTPUT,
+                    max(4, 2 * clients if clients < 16 else 16),
+                    clients,
+                    round(part * PREFIX_PROMPT),
+                    SERVERS,
+                )
+            )
+    return rows
+
+
+def quick_rows() -> list[Row]:
+    """The rows that tell most in the shortest time."""
+    return [row for row in all_rows() if not row.is_prefix or (row.concurrency, row.shared) == (16, 922)]

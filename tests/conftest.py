@@ -1,0 +1,27 @@
+"""What the test files share: where weights live during tests, and SmolLM2, pulled once into the checkout."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The package may be installed elsewhere; its tests, and the commands they start, use the checkout's weights.
+os.environ.setdefault("NANOKV_HOME", str(ROOT / "weights"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct; fetched when it is not there."""
+    from nanokv.hub.pull import pull
+
+    return pull("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """A random Llama of two layers in float32, made with transformers; it has no tokenizer."""
+    from tests import oracles
+
+    return oracles.llama(tmp_path_factory.mktemp("tiny-llama"))

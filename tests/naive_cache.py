@@ -1,0 +1,195 @@
+"""Slow and obvious twins of the cache, for tests: a prefix tree that is a dict, and an engine whose K and V are texts.
+
+NaivePrefixes keeps one entry for each cached page, keyed by (namespace, all tokens up to its end). House runs requests
+over a real CacheManager and writes into each token slot what its K and V depend on: namespace and every token up to it.
+So any hit, copy or eviction that would make a request read something else is seen at once.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+
+from nanokv.cache import CacheManager
+from nanokv.core.events import EventLog
+from nanokv.core.request import Request, SamplingParams
+from nanokv.core.spec import LayerSpec, PageLayout, Plane
+
+
+def blob(tokens) -> bytes:
+    return array("i", tokens).tobytes()
+
+
+def layout_of(page_size: int) -> PageLayout:
+    plane = Plane("k", (1, page_size, 4), torch.float32, 1)
+    return PageLayout([LayerSpec(paged=(plane,)), LayerSpec(paged=(plane,))], page_size)
+
+
+class NaivePrefixes:
+    """Pages by prefix; everything is found by looking at everything."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.pages: dict[tuple, int] = {}
+        self.used: dict[tuple, int] = {}
+        self.handles: list[tuple] = []
+        self.clock = 0
+
+    def steps(self, salt, tokens) -> list[tuple]:
+        """The keys of the whole pages of these tokens, nearest to the root first."""
+        ends = range(self.page_size, len(tokens) + 1, self.page_size)
+        return [(salt, tuple(tokens[:end])) for end in ends]
+
+    def find(self, salt, tokens) -> list[tuple]:
+        found = []
+        for key in self.steps(salt, tokens):
+            if key not in self.pages:
+                break
+            found.append(key)
+        return found
+
+    def touch(self, keys) -> None:
+        self.clock += 1
+        for key in keys:
+            self.used[key] = self.clock
+
+    def lock(self, salt, tokens) -> None:
+        self.handles.append((salt, tuple(tokens)))
+
+    def unlock(self, salt, tokens) -> None:
+        self.handles.remove((salt, tuple(tokens)))
+        self.touch(self.steps(salt, tokens))
+
+    def extend(self, salt, tokens, pages) -> list[int]:
+        """Moves one handle to the end of `tokens`, whose last pages are `pages`; returns those that stand there now."""
+        keys = self.steps(salt, tokens)
+        self.handles.remove((salt, tuple(tokens[: (len(keys) - len(pages)) * self.page_size])))
+        self.handles.append((salt, tuple(tokens)))
+        standing = []
+        for key, page in zip(keys[len(keys) - len(pages) :], pages, strict=True):
+            standing.append(self.pages.setdefault(key, page))
+            self.used.setdefault(key, self.clock)
+        return standing
+
+    def locked(self) -> set[tuple]:
+        return {key for salt, tokens in self.handles for key in self.steps(salt, tokens)}
+
+    def evict(self, num_pages: int) -> list[int]:
+        evicted, locked = [], self.locked()
+        while len(evicted) < num_pages:
+            parents = {(salt, tokens[: -self.page_size]) for salt, tokens in self.pages}
+            leaves = [key for key in self.pages if key not in parents and key not in locked]
+            if not leaves:
+                break
+            oldest = min(leaves, key=self.used.get)
+            evicted.append(self.pages.pop(oldest))
+            del self.used[oldest]
+        return evicted
+
+
+class House:
+    """Requests over a CacheManager, and a store that remembers what each slot of each page was computed from."""
+
+    def __init__(self, num_pages: int, page_size: int = 4, prefix_cache: bool = True, event_log=None) -> None:
+        self.page_size = page_size
+        self.events = EventLog(event_log)
+        self.cache = CacheManager(layout_of(page_size), num_pages, prefix_cache, self.events)
+        self.slots = [[None] * page_size for _ in range(num_pages)]
+        self.running: list[Request] = []
+        self.num_made = 0
+
+    def request(self, tokens, salt: str | None = None) -> Request:
+        self.num_made += 1
+        request = Request(list(tokens), SamplingParams(cache_salt=salt), f"r{self.num_made}")
+        request.tokens = array("i", tokens)
+        request.num_prompt = len(request.tokens)
+        return request
+
+    def admit(self, request: Request, num_tokens: int | None = None) -> bool:
+        """Match and reserve, as the scheduler does: everything still to compute, or `num_tokens` of it."""
+        self.cache.match(request)
+        wanted = request.num_to_compute if num_tokens is None else min(num_tokens, request.num_to_compute)
+        if not self.schedule(request, wanted):
+            self.cache.release(request)
+            return False
+        self.running.append(request)
+        return True
+
+    def schedule(self, request: Request, num_tokens: int) -> bool:
+        if not self.cache.reserve(request, num_tokens):
+            return False
+        request.num_scheduled = num_tokens
+        return True
+
+    def drop(self, request: Request) -> None:
+        """Finished, aborted or preempted: the cache cannot tell."""
+        request.num_scheduled = 0
+        self.cache.release(request)
+        self.running.remove(request)
+
+    def fork(self, parent: Request, token: int) -> Request:
+        child = self.request([*parent.tokens[: parent.num_computed], token], parent.params.cache_salt)
+        self.cache.fork(parent, child)
+        self.running.append(child)
+        return child
+
+    def run(self, next_token: int = 0, come_back: bool = True) -> None:
+        """One step: copies, forward pass, commit. With come_back=False its tokens are still on their way."""
+        for src, dst in self.cache.take_copies():
+            self.slots[dst] = list(self.slots[src])
+        for page, slots in enumerate(self.slots):
+            if self.cache._pool.count(page) == 0:
+                slots[:] = ["freed"] * self.page_size
+        in_tree = {page for node in self.cache._tree.nodes() for page in node.pages}
+        stepped = [(request, request.num_scheduled) for request in self.running]
+        for request, count in stepped:
+            for position in range(request.num_computed, request.num_computed + count):
+                page = request.pages[position // self.page_size]
+                assert page not in in_tree, "a published page is written"
+                self.slots[page][position % self.page_size] = self._value(request, position)
+            request.advance()
+        for request, count in stepped:
+            self.cache.commit(request, in_flight=0 if come_back else count)
+            if count and request.num_to_compute == 0:
+                request.tokens.append(next_token)
+        self.verify()
+
+    def serve(self, tokens, answer=(), salt: str | None = None) -> Request:
+        """A whole life: admitted, prefilled, decoded, finished."""
+        request = self.request(tokens, salt)
+        assert self.admit(request)
+        for token in answer:
+            self.run(token)
+            assert self.schedule(request, 1)
+        self.run()
+        self.drop(request)
+        return request
+
+    def verify(self) -> None:
+        """Between steps: the books balance, and every request reads what it would have computed itself."""
+        self.cache.check()
+        for request in self.running:
+            for position in range(request.num_computed):
+                slot = self.slots[request.pages[position // self.page_size]][position % self.page_size]
+                assert slot == self._value(request, position), f"{request} reads {slot} at {position}"
+        for (salt, tokens), page in standing(self.cache._tree).items():
+            for slot, end in enumerate(range(len(tokens) - self.page_size + 1, len(tokens) + 1)):
+                assert self.slots[page][slot] == (salt, blob(tokens[:end])), f"page {page} is filed under other tokens"
+
+    @staticmethod
+    def _value(request: Request, position: int) -> tuple:
+        return request.params.cache_salt, request.tokens[: position + 1].tobytes()
+
+
+def standing(tree) -> dict[tuple, int]:
+    """The tree's contents in the words of NaivePrefixes.pages."""
+    contents, before = {}, {}
+    for node in tree.nodes():
+        salt, tokens = before[node.parent] if node.parent is not None else (node.salt, ())
+        own = tuple(array("i", bytes(node.run)))
+        before[node] = salt, tokens + own
+        size = len(own) // len(node.pages) if node.pages else 0
+        for place, page in enumerate(node.pages):
+            contents[salt, tokens + own[: (place + 1) * size]] = page
+    return contents

@@ -1,0 +1,94 @@
+"""The detokenizer: whole characters only, and in the end the same text as decoding everything at once."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tokenizer import TEXTS, sentencepiece
+
+from nanokv.text.detokenizer import Detokenizer
+from nanokv.text.tokenizer import Tokenizer
+
+_LOADED = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded(smollm2):
+    _LOADED["bytes"] = Tokenizer.from_folder(smollm2)
+    _LOADED["pieces"] = sentencepiece()
+
+
+def deltas(tokenizer: Tokenizer, ids: list[int], skip_special: bool = True) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, skip_special)
+    pieces = [*map(detokenizer.push, ids), detokenizer.flush()]
+    assert detokenizer.text == "".join(pieces)
+    return pieces
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("text", [*TEXTS, "กำลังทดสอบภาษาไทย", "👩‍🚀🧑🏿‍🤝‍🧑🏻", " leading", "a\ufffdb"])
+def test_a_text_comes_back_in_whole_characters(kind, text):
+    tokenizer = _LOADED[kind]
+    ids = tokenizer.encode(text)
+    for skip in (True, False):
+        pieces = deltas(tokenizer, ids, skip)
+        assert "".join(pieces) == tokenizer.decode(ids, skip_special=skip)
+        assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+@given(st.lists(st.integers(0, 49200) | st.integers(17, 300), max_size=60), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_any_ids_give_what_decoding_them_at_once_gives(ids, skip):
+    tokenizer = _LOADED["bytes"]
+    assert "".join(deltas(tokenizer, ids, skip)) == tokenizer.decode(ids, skip_special=skip)
+
+
+@given(st.text(max_size=30), st.integers(0, 3))
+@settings(max_examples=80, deadline=None)
+def test_pieces_cut_short_give_what_decoding_them_at_once_gives(text, cut):
+    tokenizer = _LOADED["pieces"]
+    ids = tokenizer.encode(text)
+    ids = [1, *ids[: len(ids) - cut], 2]
+    # a run of bytes with a broken end is garbage as a whole to the library, also its beginning, shown long before
+    if "\ufffd" not in tokenizer.decode(ids):
+        assert "".join(deltas(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_truncated_character_shows_when_no_more_tokens_come():
+    for kind in ("bytes", "pieces"):
+        tokenizer = _LOADED[kind]
+        ids = tokenizer.encode("hello 👍")[:-1]
+        pieces = deltas(tokenizer, ids)
+        assert not any("\ufffd" in piece for piece in pieces[:-1])
+        assert pieces[-1] == tokenizer.decode(ids).removeprefix("hello ")
+
+
+def test_pieces_that_never_become_a_character_are_not_held_back_forever():
+    tokenizer = _LOADED["pieces"]
+    pieces = deltas(tokenizer, [3 + 0xFF] * 40)
+    assert sum("\ufffd" in piece for piece in pieces) >= 4
+    assert "".join(pieces) == "\ufffd" * 40
+
+
+def test_special_and_unknown_tokens_between_the_bytes_of_a_character_do_not_break_it():
+    tokenizer = _LOADED["bytes"]
+    first, *rest = tokenizer.encode("👍")
+    assert "".join(deltas(tokenizer, [first, 2, 99999, *rest])) == "👍"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_the_cost_of_a_token_does_not_grow(kind):
+    tokenizer = _LOADED[kind]
+    ids = tokenizer.encode("hello world 漢 ") * 400
+
+    def seconds(times: int) -> float:
+        detokenizer = Detokenizer(tokenizer)
+        start = time.perf_counter()
+        for _ in range(times):
+            for token_id in ids:
+                detokenizer.push(token_id)
+        return time.perf_counter() - start
+
+    short = min(seconds(1) for _ in range(3))
+    assert seconds(5) < 5 * 4 * short

@@ -1,0 +1,190 @@
+"""Linear layers: right for every shape and format, and in float32 a row's bits depend on that row alone."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanokv.kernels import linear as kernels
+from nanokv.kernels.linear import activation_dtype, embed, linear, pack_linear, row_invariant
+from nanokv.kernels.reference import linear as reference
+
+FORMATS = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (5, 3), (16, 64), (17, 63), (100, 77), (1000, 33), (960, 576), (576, 1536)]
+ROWS = [*range(1, 20), 31, 63, 64, 65, 130]
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape_and_format_agrees_with_sums_in_float64(shape, dtype):
+    weight = noise(*shape).to(dtype)
+    packed = pack_linear(weight, torch.float32)
+    assert (packed.shape, packed.weight_dtype, packed.activation_dtype) == (shape, dtype, torch.float32)
+    for rows in ROWS:
+        x = noise(rows, shape[1], seed=rows)
+        y = linear(x, packed)
+        assert y.is_contiguous() and y.dtype == torch.float32
+        torch.testing.assert_close(y, reference.linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
+def test_no_rows_give_no_rows():
+    assert linear(torch.empty(0, 64), pack_linear(noise(20, 64), torch.float32)).shape == (0, 20)
+
+
+def test_a_bias_is_added():
+    weight, x, bias = noise(20, 64), noise(3, 64, seed=1), noise(20, seed=2)
+    y = linear(x, pack_linear(weight, torch.float32), bias)
+    torch.testing.assert_close(y, reference.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_may_be_a_view_of_wider_rows_or_of_columns():
+    weight, wide = noise(48, 64), noise(7, 200, seed=1)
+    packed = pack_linear(weight, torch.float32)
+    assert torch.equal(linear(wide[:, 100:164], packed), linear(wide[:, 100:164].contiguous(), packed))
+    columns = wide.T[:64, :5].contiguous().T
+    assert torch.equal(linear(columns, packed), linear(columns.contiguous(), packed))
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", [(100, 77), (960, 576), (576, 1536)], ids=str)
+def test_a_row_has_the_same_bits_whatever_the_number_of_rows(shape, dtype):
+    packed = pack_linear(noise(*shape).to(dtype), torch.float32)
+    x = noise(513, shape[1], seed=1)
+    whole = bits(linear(x, packed))
+    for rows in [*range(1, 41), 63, 64, 65, 128, 511, 512]:
+        assert torch.equal(bits(linear(x[:rows], packed)), whole[:rows]), rows
+    alone = torch.cat([bits(linear(x[row : row + 1], packed)) for row in range(100)])
+    assert torch.equal(alone, whole[:100])
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_a_row_has_the_same_bits_whatever_its_place_and_its_mates(dtype):
+    packed = pack_linear(noise(960, 576).to(dtype), torch.float32)
+    x = noise(97, 576, seed=1)
+    whole = bits(linear(x, packed))
+    order = torch.randperm(97, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(bits(linear(x[order], packed)), whole[order])
+    mates = noise(97, 576, seed=3) * 1e6
+    mates[40] = x[40]
+    mates[0] = float("nan")
+    assert torch.equal(bits(linear(mates, packed))[40], whole[40])
+
+
+def test_a_row_has_the_same_bits_whatever_the_number_of_threads():
+    packed, x, threads = pack_linear(noise(960, 576), torch.float32), noise(70, 576, seed=1), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(bits(linear(x, packed)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_the_engine_can_say_that_rows_are_invariant(dtype):
+    if activation_dtype("cpu", dtype) == torch.float32:
+        assert row_invariant(dtype, "cpu") is True
+    else:
+        assert row_invariant(dtype, "cpu") in (True, False)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", [(100, 77), (512, 64)], ids=str)
+def test_a_packed_weight_is_also_an_embedding_table_and_unpacks_to_itself(shape, dtype):
+    table = noise(*shape).to(dtype)
+    packed = pack_linear(table, torch.float32, keep=True)
+    ids = torch.tensor([0, shape[0] - 1, 15, 16, 17, 15])
+    assert torch.equal(embed(packed, ids), reference.embed(table, ids, torch.float32))
+    assert embed(packed, ids).is_contiguous()
+    assert torch.equal(packed.unpack(), table)
+    assert packed.table is None
+
+
+def test_16_bit_weights_stay_16_bit():
+    assert pack_linear(noise(64, 64).bfloat16(), torch.float32).num_bytes == 64 * 64 * 2
+
+
+def test_packing_copies_so_that_a_checkpoint_can_be_dropped():
+    weight = noise(64, 64)
+    packed = pack_linear(weight, torch.float32)
+    before = packed.unpack().clone()
+    weight.zero_()
+    assert torch.equal(packed.unpack(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_what_no_packed_form_serves_falls_back_to_torch(dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "_multiplies_bfloat16", lambda: False)
+    weight, x = noise(20, 64).to(dtype), noise(3, 64, seed=1).to(dtype)
+    packed = pack_linear(weight, dtype)
+    assert packed.form == "plain"
+    torch.testing.assert_close(linear(x, packed), reference.linear(x, weight), rtol=2e-2, atol=5e-2)
+    assert torch.equal(embed(packed, torch.tensor([19, 0])), weight[[19, 0]])
+
+
+def test_x_of_the_wrong_width_or_dtype_is_refused():
+    packed = pack_linear(noise(20, 64), torch.float32)
+    for x in (noise(3, 63), noise(3, 65), noise(3, 64).double()):
+        with pytest.raises(TypeError, match=r"expected float32 \[rows, 64\]"):
+            linear(x, packed)
+
+
+def test_activations_take_the_dtype_that_the_device_multiplies(monkeypatch):
+    monkeypatch.setattr(kernels, "_multiplies_bfloat16", lambda: True)
+    assert activation_dtype("cpu", torch.bfloat16) == torch.bfloat16
+    monkeypatch.setattr(kernels, "_multiplies_bfloat16", lambda: False)
+    assert activation_dtype("cpu", torch.bfloat16) == torch.float32
+    assert activation_dtype("cpu", torch.float16) == torch.float32
+    assert activation_dtype("cpu", torch.float32) == torch.float32
+    assert activation_dtype("cuda:1", torch.bfloat16) == torch.bfloat16
+    assert activation_dtype(torch.device("cuda"), torch.float16) == torch.float16
+
+
+def onednn_form(weight: torch.Tensor, keep: bool):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    return kernels._pack_onednn(weight, keep)
+
+
+def test_the_onednn_form_keeps_a_rows_bits_for_any_number_of_rows():
+    weight, x = noise(100, 77), noise(40, 77, seed=1)
+    packed = onednn_form(weight, keep=False)
+    whole = linear(x, packed)
+    torch.testing.assert_close(whole, reference.linear(x, weight), rtol=1e-4, atol=1e-4)
+    for rows in range(41):
+        assert torch.equal(linear(x[:rows], packed), whole[:rows]), rows
+    assert torch.equal(packed.unpack(), weight)
+
+
+def test_the_onednn_form_serves_as_a_table_only_when_its_rows_were_kept():
+    weight, ids = noise(20, 64), torch.tensor([3, 19])
+    assert torch.equal(embed(onednn_form(weight, keep=True), ids), weight[ids])
+    with pytest.raises(ValueError, match="keep=True"):
+        embed(onednn_form(weight, keep=False), ids)
+
+
+@pytest.mark.skipif(not kernels._multiplies_bfloat16(), reason="needs a CPU with bfloat16 instructions")
+@pytest.mark.parametrize("shape", [(960, 576), (576, 1536)], ids=str)
+def test_bfloat16_throughout_agrees_with_sums_in_float64(shape):
+    weight = noise(*shape).bfloat16()
+    packed = pack_linear(weight, torch.bfloat16)
+    assert packed.form == "onednn"
+    for rows in (1, 2, 3, 17, 64):
+        x = noise(rows, shape[1], seed=rows).bfloat16()
+        torch.testing.assert_close(linear(x, packed), reference.linear(x, weight), rtol=2e-2, atol=0.3)
+
+
+def test_numba_is_imported_only_when_a_weight_is_packed():
+    code = "import sys, nanokv.kernels.linear; assert 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,138 @@
+"""The door for programs: prompts of every kind, streams, chats, stop texts, scoring. On a real model, for real text."""
+
+import pytest
+
+from nanokv import SamplingParams
+from nanokv.core.errors import CheckpointError, RequestError
+from nanokv.llm import LLM
+
+GREEDY = SamplingParams(temperature=0, max_tokens=16)
+COUNTING = "1 2 3 4 5 6 7 8 9 10 11 12"
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2):
+    with LLM(smollm2, kv_memory="256MiB") as llm:
+        yield llm
+
+
+def test_prompts_may_be_texts_or_ids_one_or_many(llm):
+    ids = llm.tokenizer.encode(COUNTING)
+    one = llm.generate(COUNTING, GREEDY)
+    assert len(one) == 1 and one[0].prompt_token_ids == ids
+    assert llm.generate(ids, GREEDY)[0].text == one[0].text
+    outputs = llm.generate([COUNTING, ids, "Hello"], [GREEDY, GREEDY, SamplingParams(temperature=0, max_tokens=3)])
+    assert [len(output.token_ids) for output in outputs] == [16, 16, 3]
+    assert outputs[0].text == outputs[1].text == one[0].text
+    assert llm.generate([], GREEDY) == []
+
+
+def test_params_that_do_not_fit_the_prompts_are_refused(llm):
+    with pytest.raises(RequestError, match="2 for 1 prompts"):
+        llm.generate("a", [GREEDY, GREEDY])
+
+
+def test_one_bad_prompt_stops_the_call_and_leaves_nothing_behind(llm):
+    with pytest.raises(RequestError):
+        llm.generate(["fine", [10**6]], GREEDY)
+    assert not llm.engine.has_work or [llm.engine.step(), llm.engine.has_work][1] is False
+    llm.engine.cache.check()
+
+
+def test_deltas_add_up_to_the_text(llm):
+    outputs = list(llm.stream(COUNTING, GREEDY))
+    assert "".join(output.delta for output in outputs) == outputs[-1].text == llm.generate(COUNTING, GREEDY)[0].text
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+
+
+def test_streams_interleave_with_each_other_and_with_generate(llm):
+    first, second = llm.stream(COUNTING, GREEDY), llm.stream("Once upon a time", GREEDY)
+    texts = ["", ""]
+    for _ in range(4):
+        texts[0] += next(first).delta
+        texts[1] += next(second).delta
+    between = llm.generate("Hello", GREEDY)[0].text
+    texts[0] += "".join(output.delta for output in first)
+    texts[1] += "".join(output.delta for output in second)
+    expected = [output.text for output in llm.generate([COUNTING, "Once upon a time", "Hello"], GREEDY)]
+    assert [*texts, between] == expected
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_closed_stream_is_aborted(llm, steps):
+    stream = llm.stream(COUNTING, SamplingParams(max_tokens=1000, temperature=0, ignore_eos=True))
+    for _ in range(steps):
+        next(stream)
+    stream.close()
+    assert stream.request_id not in llm.engine
+    assert list(stream) == []
+    assert llm.stats()["pages_held"] == 0
+
+
+def test_a_stop_text_across_token_borders_ends_the_answer(llm):
+    free = llm.generate(COUNTING, GREEDY)[0].text
+    stop = free[7:12]  # cut without regard to tokens
+    outputs = list(llm.stream(COUNTING, SamplingParams(temperature=0, max_tokens=16, stop=(stop, "never there"))))
+    assert outputs[-1].text == free[: free.index(stop)]
+    assert outputs[-1].finish_reason == "stop"
+    assert "".join(output.delta for output in outputs) == outputs[-1].text  # nothing shown was taken back
+
+
+def test_a_stop_text_that_does_not_come_holds_nothing_back_at_the_end(llm):
+    free = llm.generate(COUNTING, GREEDY)[0].text
+    held = llm.generate(COUNTING, SamplingParams(temperature=0, max_tokens=16, stop=(free[-3:] + "never",)))[0]
+    assert held.text == free and held.finish_reason == "length"
+
+
+def test_min_tokens_holds_stop_texts_off(llm):
+    free = llm.generate(COUNTING, GREEDY)[0]
+    stop = free.text[:2]
+    late = SamplingParams(temperature=0, max_tokens=16, stop=(stop,), min_tokens=10)
+    assert len(llm.generate(COUNTING, late)[0].token_ids) >= 10
+
+
+def test_a_chat_answers_and_its_next_turn_is_cached(llm):
+    messages = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    answer = llm.chat(messages, SamplingParams(temperature=0, max_tokens=40))
+    assert "Paris" in answer.text and answer.finish_reason == "stop"
+    messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": "And of Italy?"}]
+    outputs = list(llm.stream_chat(messages, SamplingParams(temperature=0, max_tokens=5)))
+    assert outputs[-1].cached_tokens >= 32
+
+
+def test_seeded_samples_repeat_and_unseeded_ones_differ(llm):
+    seeded = SamplingParams(seed=5, max_tokens=12)
+    texts = [output.text for output in llm.generate([COUNTING] * 2, seeded)]
+    assert texts[0] == texts[1]
+    free = SamplingParams(max_tokens=12, temperature=1.5)
+    assert len({output.text for output in llm.generate(["Once"] * 4, free)}) > 1
+
+
+def test_score_predicts_what_greedy_decoding_does(llm):
+    output = llm.generate(COUNTING, GREEDY)[0]
+    text = [*output.prompt_token_ids, *output.token_ids]
+    best = llm.score(text).argmax(dim=-1).tolist()
+    assert best[len(output.prompt_token_ids) - 1 : -1] == output.token_ids
+
+
+def test_stats_are_documented_plain_numbers(llm):
+    for name, value in llm.stats().items():
+        assert isinstance(value, (int, float)), name
+        assert name in LLM.stats.__doc__, name
+
+
+def test_a_model_that_is_not_there_says_what_to_do(tmp_path):
+    with pytest.raises(CheckpointError, match="nanokv pull"):
+        LLM("no-such-model")
+    with pytest.raises(CheckpointError, match="config.json"):
+        LLM(tmp_path)
+
+
+def test_a_model_without_tokenizer_serves_ids(tiny_llama):
+    with LLM(tiny_llama, num_pages=64) as llm:
+        assert llm.tokenizer is None
+        assert llm.generate([[5, 6, 7]], GREEDY)[0].text == ""
+        with pytest.raises(RequestError, match=r"tokenizer\.json"):
+            llm.generate("text", GREEDY)
+        with pytest.raises(RequestError, match=r"tokenizer\.json"):
+            llm.chat([{"role": "user", "content": "hi"}])

@@ -1,0 +1,300 @@
+"""The four verbs: pages are found, taken, published and given back; each pitfall other engines fell into is a story."""
+
+import json
+
+import pytest
+from naive_cache import House
+
+from nanokv.core.errors import CacheError
+
+
+def prompt(length: int, start: int = 0) -> list[int]:
+    return list(range(start, start + length))
+
+
+@pytest.mark.parametrize(("length", "cached"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (11, 8)])
+def test_a_full_hit_still_computes_a_token_and_is_whole_pages(length, cached):
+    house = House(16)
+    house.serve(prompt(12))
+    request = house.request(prompt(length))
+    assert house.cache.prefix_length(request) == cached
+    assert house.cache.match(request) == cached == request.num_computed == request.num_cached
+    assert len(request.pages) == cached // 4
+
+
+def test_the_next_turn_hits_the_answer_of_the_last_one_but_not_its_last_token():
+    house = House(16)
+    house.serve(prompt(6), answer=[50, 51, 52])  # 6 + 2 tokens are computed: two full pages; 52 never was
+    assert house.admit(turn := house.request([*prompt(6), 50, 51, 52, 60]))
+    house.run()
+    assert turn.num_cached == 8
+
+
+def test_nothing_is_visible_before_it_is_computed():
+    house = House(16)
+    first = house.request(prompt(12))
+    house.admit(first)
+    house.cache.commit(first)
+    assert house.cache.prefix_length(house.request(prompt(12))) == 0
+    house.run()
+    assert house.cache.prefix_length(house.request(prompt(12))) == 8
+
+
+def test_tokens_still_in_flight_are_not_published():
+    house = House(16)
+    first = house.request(prompt(9))
+    house.admit(first, 8)
+    house.run(come_back=False)
+    assert first.num_computed == 8 and first.num_published == 0
+    house.cache.commit(first, in_flight=3)
+    assert first.num_published == 1
+    house.cache.commit(first)
+    assert first.num_published == 2
+
+
+def test_two_requests_that_computed_the_same_in_one_step_keep_one_copy():
+    house = House(16)
+    assert house.admit(first := house.request(prompt(9))) and house.admit(second := house.request(prompt(9)))
+    house.run()
+    assert first.pages[:2] == second.pages[:2] and first.pages[2] != second.pages[2]
+    assert house.cache.stats()["pages_held"] == 2 and house.cache.stats()["pages_free"] == 12
+
+
+def test_salts_share_nothing():
+    house = House(16)
+    house.serve(prompt(8), salt="mine")
+    for salt, hit in (("mine", 4), (None, 0), ("", 0), ("yours", 0)):
+        assert house.cache.prefix_length(house.request(prompt(8), salt)) == hit
+
+
+def test_a_preempted_request_finds_prompt_and_answer_again_and_is_counted_once():
+    house = House(16)
+    request = house.request(prompt(6))
+    house.admit(request)
+    for token in (50, 51, 52):
+        house.run(token)
+        assert house.schedule(request, 1)
+    house.drop(request)  # the token at position 8 was scheduled and never computed
+    assert (request.num_computed, request.num_published, len(request.pages), request.node) == (0, 0, 0, None)
+    assert house.admit(request) and request.num_computed == 8
+    house.run()
+    stats = house.cache.stats()
+    assert (request.num_cached, stats["hit_tokens"], stats["queried_tokens"]) == (0, 0, 6)
+
+
+def test_hits_are_counted_when_a_request_gets_room_not_each_time_it_asks():
+    house = House(4)
+    house.serve(prompt(8))
+    big = house.request(prompt(40))
+    assert not house.admit(big) and not house.admit(big)
+    assert house.cache.stats()["queried_tokens"] == 8
+    assert house.admit(late := house.request(prompt(9)))
+    assert (house.cache.stats()["hit_tokens"], house.cache.stats()["queried_tokens"], late.num_cached) == (8, 17, 8)
+
+
+def test_without_a_prefix_cache_nothing_is_published_or_found():
+    house = House(16, prefix_cache=False)
+    house.serve(prompt(9), answer=[1, 2])
+    assert not house.cache.prefix_length(house.request(prompt(9))) and house.cache.stats()["pages_free"] == 16
+
+
+def test_a_request_that_wants_every_row_looks_nothing_up_and_keeps_the_pages_that_stood():
+    house = House(16)
+    house.serve(prompt(8))
+    scored = house.request(prompt(8))
+    scored.logit_blocks = []
+    assert house.cache.match(scored) == 0 and house.schedule(scored, 8) and scored.num_computed == 0
+    house.running.append(scored)
+    house.run()
+    assert house.cache.stats()["pages_cached"] == 2 and house.cache.stats()["queried_tokens"] == 8
+
+
+def test_room_is_counted_in_pages_whatever_the_chunks_are():
+    house = House(16)
+    house.admit(request := house.request(prompt(30)), 3)
+    for chunk, pages in ((3, 2), (2, 2), (1, 3), (16, 7), (4, 8)):
+        house.run()
+        assert house.schedule(request, chunk) and len(request.pages) == pages
+
+
+def test_a_reservation_that_fails_changes_nothing():
+    house = House(4)
+    house.serve(prompt(8))
+    house.admit(house.request(prompt(13)), 1)
+    house.cache.match(second := house.request(prompt(9, 100)))
+    before = house.cache.stats()
+    assert not house.cache.reserve(second, 9)
+    assert house.cache.stats() == before and not second.pages
+    house.cache.release(second)
+    house.verify()
+
+
+def test_cached_pages_make_room_but_never_those_somebody_holds():
+    house = House(4)
+    house.serve(prompt(8))
+    house.serve(prompt(8, 100))
+    assert house.admit(holder := house.request(prompt(8)))  # holds one page, and takes one
+    assert house.cache.num_available == 2
+    assert not house.admit(house.request(prompt(9, 200)))
+    assert house.admit(house.request(prompt(8, 200)))
+    house.run()
+    assert house.cache.stats()["evictions"] == 3 and holder.num_cached == 4
+
+
+def test_a_recycled_page_is_not_found_under_its_old_tokens():
+    house = House(2)
+    house.serve(prompt(8))
+    house.serve(prompt(8, 100))
+    assert house.cache.prefix_length(house.request(prompt(9))) == 0
+
+
+def test_what_can_never_fit_is_known_beforehand():
+    cache = House(4).cache
+    assert cache.can_ever_fit(16) and not cache.can_ever_fit(17)
+
+
+def test_a_second_release_lets_go_of_nothing_and_a_second_match_is_an_error():
+    house = House(4)
+    request = house.request(prompt(6))
+    house.admit(request)
+    with pytest.raises(CacheError, match="matched twice"):
+        house.cache.match(request)
+    for _ in range(2):
+        house.cache.release(request)
+        house.cache.check()
+    assert house.cache.stats()["pages_free"] == 4
+    with pytest.raises(CacheError, match="match it first"):
+        house.cache.commit(request)
+
+
+def test_reset_forgets_what_nobody_holds():
+    house = House(8)
+    house.serve(prompt(12))
+    house.cache.match(house.request(prompt(6)))
+    house.cache.reset()
+    stats = house.cache.stats()
+    assert (stats["pages_cached"], stats["pages_locked"], stats["pages_free"], stats["evictions"]) == (1, 1, 7, 0)
+
+
+# -- forks
+
+
+def forked(house, length=6, count=2):
+    parent = house.request(prompt(length))
+    assert house.admit(parent)
+    house.run(next_token=50)
+    return [parent] + [house.fork(parent, 51 + n) for n in range(count - 1)]
+
+
+def test_samples_share_the_prompt_and_only_the_unfinished_tail_is_copied():
+    house = House(16)
+    samples = forked(house, count=3)
+    assert house.cache.stats()["pages_free"] == 14
+    assert all(house.schedule(sample, 1) for sample in samples)
+    tail = samples[2].pages[1]  # the last one to write has the page for itself
+    assert house.cache._copies == [(tail, samples[0].pages[1]), (tail, samples[1].pages[1])]
+    house.run()
+    assert house.cache.stats()["copies"] == 2 and house.cache.stats()["pages_free"] == 12
+
+
+def test_without_a_prefix_cache_forks_share_full_pages_by_count():
+    house = House(16, prefix_cache=False)
+    parent, child = forked(house, length=10)
+    assert house.schedule(parent, 1) and house.schedule(child, 1)
+    house.run()
+    assert parent.pages[:2] == child.pages[:2] and house.cache.stats()["pages_free"] == 12
+    house.drop(parent)
+    house.verify()
+
+
+def test_a_fork_shares_what_is_computed_not_the_parents_empty_pages():
+    house = House(16)
+    house.serve(prompt(5))
+    parent = house.request(prompt(30))
+    house.admit(parent, 2)
+    house.run()
+    assert house.schedule(parent, 12) and len(parent.pages) == 5
+    child = house.fork(parent, 99)
+    assert (len(child.pages), child.num_computed, child.num_cached) == (2, 6, 4)
+    house.run()
+
+
+def test_a_fork_that_finds_no_page_for_its_copy_waits():
+    house = House(2)
+    parent, child = forked(house)
+    assert not house.schedule(parent, 1)
+    house.drop(child)
+    assert house.schedule(parent, 1) and house.cache.take_copies() == []
+
+
+def test_the_source_of_a_copy_may_become_the_destination_of_a_later_one():
+    house = House(5, prefix_cache=False)
+    first, second = forked(house, length=3)
+    other, another = forked(house, length=2)
+    assert house.schedule(first, 1)
+    house.drop(second)  # the page that `first` is copied from is free now, and is the next to be handed out
+    assert house.schedule(other, 1) and house.schedule(another, 1)
+    assert house.cache._copies[0][0] == house.cache._copies[1][1]
+    house.run()
+
+
+def test_a_copy_into_a_page_that_was_freed_again_does_no_harm():
+    house = House(5)
+    parent, child = forked(house)
+    assert house.schedule(parent, 1)
+    house.drop(parent)  # its copy is still listed
+    assert house.admit(late := house.request(prompt(8, 100)))
+    assert house.cache._copies[0][1] in late.pages and house.schedule(child, 1)
+    house.run()
+
+
+def test_a_copy_of_a_copy_in_one_step_reads_the_first_one():
+    house = House(8)
+    parent, _ = forked(house)
+    assert house.schedule(parent, 1)
+    child = house.fork(parent, 60)
+    house.drop(parent)
+    assert house.schedule(child, 1)
+    house.run()
+
+
+def test_a_page_still_shared_with_a_fork_is_published_once_it_is_not():
+    house = House(8)
+    parent = house.request(prompt(7))
+    house.admit(parent)
+    house.run(50)
+    assert house.schedule(parent, 1)
+    child = house.fork(parent, 51)  # forked while the parent's next token was already planned into the tail
+    house.run()
+    assert (parent.num_computed, parent.num_published) == (8, 1)
+    assert house.schedule(child, 1)
+    house.run()
+    assert (parent.num_published, child.num_published) == (2, 2) and parent.pages[1] != child.pages[1]
+
+
+def test_a_fork_of_other_tokens_or_another_namespace_is_refused():
+    house = House(8)
+    parent = forked(house, count=1)[0]
+    for child in (house.request(prompt(7, 1)), house.request(prompt(7), "salt"), house.request(prompt(3)), parent):
+        with pytest.raises(CacheError):
+            house.cache.fork(parent, child)
+    house.verify()
+
+
+def test_every_page_can_be_followed_through_the_log(tmp_path):
+    house = House(4, event_log=str(tmp_path / "events.jsonl"))
+    house.serve(prompt(9))
+    house.serve(prompt(9), answer=[1])
+    house.serve(prompt(9, 100))
+    house.events.close()
+    records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()[1:]]
+    story = [(record["event"], record.get("request"), record["pages"]) for record in records]
+    assert story[:4] == [
+        ("match", "r1", []),
+        ("alloc", "r1", [0, 1, 2]),
+        ("publish", "r1", [0, 1]),
+        ("free", "r1", [2]),
+    ]
+    assert story[4:6] == [("match", "r2", [0, 1]), ("alloc", "r2", [2])]
+    assert [event for event, _, _ in story[-4:]] == ["evict", "alloc", "publish", "free"]
+    assert story[-4] == ("evict", None, [1])  # the tail of the older prompt

@@ -1,0 +1,179 @@
+"""config.json in every layout that is around, and what is said about the ones that cannot be run."""
+
+import json
+
+import oracles
+import pytest
+import torch
+import transformers
+
+from nanokv.codecs import RawCodec
+from nanokv.core.errors import CheckpointError
+from nanokv.layers.rotary import RopeConfig
+from nanokv.models.config import ModelConfig
+from nanokv.models.decoder import layer_specs
+
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 49152,
+}
+LLAMA3_SCALING = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def without(*names: str, **changes) -> dict:
+    return {name: value for name, value in {**SMOLLM2, **changes}.items() if name not in names}
+
+
+def test_a_hub_file_of_transformers_4_is_read():
+    config = ModelConfig.from_dict(SMOLLM2)
+    assert config == ModelConfig(
+        family="llama",
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        norm_eps=1e-5,
+        rope=RopeConfig(64, 100000.0),
+        max_positions=8192,
+        tie_embeddings=True,
+        attention_bias=False,
+        mlp_bias=False,
+        eos_token_ids=(2,),
+        bos_token_id=1,
+        dtype="bfloat16",
+    )
+
+
+def test_a_file_of_transformers_5_says_the_same(tmp_path):
+    known = {name: value for name, value in SMOLLM2.items() if name not in ("rope_scaling", "model_type")}
+    transformers.LlamaConfig(**known).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in written and "dtype" in written, "transformers still writes the layout under test"
+    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_dict(SMOLLM2)
+
+
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_llama3_scaling_is_read_from_old_and_new_keys(kind):
+    scaling = {kind if name == "rope_type" else name: value for name, value in LLAMA3_SCALING.items()}
+    expected = RopeConfig(64, 500000.0, "llama3", 32.0, 1.0, 4.0, 8192)
+    assert ModelConfig.from_dict(without(rope_scaling=scaling, rope_theta=500000.0)).rope == expected
+    new = without("rope_scaling", "rope_theta", rope_parameters={**scaling, "rope_theta": 500000.0})
+    assert ModelConfig.from_dict(new).rope == expected
+
+
+def test_what_old_files_leave_out_has_its_old_meaning():
+    config = ModelConfig.from_dict(without("num_key_value_heads", "rope_theta", "torch_dtype", "tie_word_embeddings"))
+    assert config.num_kv_heads == 9 and config.rope.theta == 10000.0
+    assert config.dtype is None and config.tie_embeddings is False
+
+
+def test_eos_ids_of_both_files_are_merged(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+    assert ModelConfig.from_folder(tmp_path).eos_token_ids == (2,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+    assert ModelConfig.from_folder(tmp_path).eos_token_ids == (2, 0)
+    assert ModelConfig.from_dict(without(eos_token_id=[7, 8])).eos_token_ids == (7, 8)
+    assert ModelConfig.from_dict(without("eos_token_id", "bos_token_id")).eos_token_ids == ()
+
+
+def test_the_specs_of_the_layers_need_no_weights():
+    specs = layer_specs(ModelConfig.from_dict(SMOLLM2), RawCodec(torch.bfloat16), 16)
+    assert len(specs) == 30 and sum(spec.bytes_per_token for spec in specs) == 30 * 2 * 3 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, ["gpt2", "GPT2LMHeadModel", "LlamaForCausalLM"]),
+        ({"model_type": None}, ["model_type=None", "llama"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification", "LlamaForCausalLM"]),
+        ({"architectures": "LlamaForCausalLM"}, ["architectures"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers=0", "at least 1"]),
+        ({"num_hidden_layers": True}, ["num_hidden_layers=True"]),
+        ({"vocab_size": -5}, ["vocab_size=-5"]),
+        ({"vocab_size": "49152"}, ["vocab_size='49152'"]),
+        ({"hidden_size": 575}, ["hidden_size=575", "num_attention_heads=9"]),
+        ({"hidden_size": 9 * 7}, ["head_dim", "7 is odd"]),
+        ({"head_dim": 64.0}, ["head_dim=64.0"]),
+        ({"num_key_value_heads": 2}, ["num_key_value_heads=2", "num_attention_heads=9"]),
+        ({"rms_norm_eps": 0}, ["rms_norm_eps=0"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps=nan"]),
+        ({"max_position_embeddings": None}, ["max_position_embeddings", "missing"]),
+        ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings='yes'", "true or false"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "silu"]),
+        ({"eos_token_id": 49152}, ["eos_token_id=49152", "vocab_size=49152"]),
+        ({"eos_token_id": [2, "x"]}, ["eos_token_id=[2, 'x']"]),
+        ({"bos_token_id": -1}, ["bos_token_id=-1"]),
+        ({"torch_dtype": "float64"}, ["torch_dtype='float64'", "bfloat16"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "'fp8'"]),
+        ({"rope_theta": 0}, ["rope_theta=0"]),
+        ({"rope_scaling": "llama3"}, ["rope_scaling", "JSON object"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope_scaling", "'yarn'", "llama3"]),
+        ({"rope_scaling": {"type": "linear"}}, ["rope_scaling: factor", "missing"]),
+        ({"rope_scaling": {**LLAMA3_SCALING, "high_freq_factor": 1.0}}, ["low_freq_factor", "high_freq_factor"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters", "full_attention"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_field_that_makes_no_sense_is_named(changes, words):
+    with pytest.raises(CheckpointError) as error:
+        ModelConfig.from_dict(without(**changes))
+    message = str(error.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps", "vocab_size"],
+)
+def test_a_field_that_is_missing_is_named_with_its_file(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(without(name)))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {name}.*missing"):
+        ModelConfig.from_folder(tmp_path)
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere: not a folder"):
+        ModelConfig.from_folder(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+        ModelConfig.from_folder(tmp_path)
+    for content in ("{", "[]", "\ufffe"):
+        (tmp_path / "config.json").write_text(content, encoding="utf-16")
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            ModelConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+    (tmp_path / "generation_config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: expected a JSON object"):
+        ModelConfig.from_folder(tmp_path)
+
+
+def test_the_oracles_read_back(tmp_path):
+    config = ModelConfig.from_folder(oracles.llama(tmp_path, head_dim=24, num_key_value_heads=1))
+    assert (config.head_dim, config.num_kv_heads, config.hidden_size, config.dtype) == (24, 1, 64, "float32")

@@ -1,0 +1,272 @@
+"""The prefix tree: what it finds, what it splits, what it may evict, and what a match costs."""
+
+import random
+import time
+from array import array
+
+import pytest
+from naive_cache import blob
+
+from nanokv.cache import RadixTree
+from nanokv.core.errors import CacheError
+
+PAGE = 4
+
+
+class Planted(RadixTree):
+    """A tree that numbers its pages itself and plants whole prompts."""
+
+    def __init__(self, page_size: int = PAGE) -> None:
+        super().__init__(page_size)
+        self.page_size, self.num_made = page_size, 0
+
+    def hold(self, tokens, salt=None):
+        """Match, lock, publish the rest: the handle at the end of `tokens`."""
+        node, found = self.match(blob(tokens), salt)
+        self.lock(node)
+        rest = len(tokens) // self.page_size - len(found)
+        pages = array("i", range(self.num_made, self.num_made + rest))
+        self.num_made += rest
+        return self.extend(node, blob(tokens[len(found) * self.page_size :]), pages)[0]
+
+    def plant(self, tokens, salt=None) -> None:
+        self.unlock(self.hold(tokens, salt))
+
+
+def pages(*names: int) -> list[int]:
+    """Tokens of whole pages, each page named by one number."""
+    return [name for name in names for _ in range(PAGE)]
+
+
+def found(tree, tokens, salt=None) -> list[int]:
+    foretold = tree.length(blob(tokens), salt)
+    _, matched = tree.match(blob(tokens), salt)
+    assert len(matched) == foretold
+    return list(matched)
+
+
+def test_a_match_is_whole_pages_and_the_rest_is_ignored():
+    tree = Planted()
+    tree.plant(pages(1, 2, 3))
+    assert found(tree, pages(1, 2, 3)) == [0, 1, 2]
+    assert found(tree, [*pages(1, 2), 3, 3, 3]) == [0, 1]
+    assert found(tree, [*pages(1), 2, 2, 2, 9]) == [0]
+
+
+def test_a_match_inside_a_run_splits_it_and_the_lower_part_keeps_its_identity():
+    tree = Planted()
+    handle = tree.hold(pages(1, 2, 3, 4))
+    upper, matched = tree.match(blob(pages(1, 2, 9)))
+    assert list(matched) == [0, 1] == list(upper.pages)
+    assert list(handle.pages) == [2, 3] and handle.parent is upper and upper.locks == 1
+    tree.check([handle])
+
+
+def test_length_neither_splits_nor_touches():
+    tree = Planted()
+    tree.plant(pages(1, 2, 3, 4))
+    tree.plant(pages(5))
+    assert tree.length(blob(pages(1, 2, 9))) == 2
+    assert tree.length(blob(pages(1)), "elsewhere") == 0
+    assert [len(node.pages) for node in tree.nodes() if node.parent] == [1, 4]
+    assert tree.evict(1) == [3]  # still the least recently used
+    tree.check([])
+
+
+def test_siblings_that_share_part_of_their_first_page_are_told_apart():
+    tree = Planted()
+    tree.plant([1, 1, 1, 1])
+    tree.plant([1, 1, 1, 2])
+    assert (found(tree, [1, 1, 1, 2]), found(tree, [1, 1, 1, 3])) == ([1], [])
+
+
+def test_tokens_are_compared_themselves_so_no_hash_can_be_forged():
+    assert hash((-1,)) == hash((-2,))
+    tree = Planted()
+    tree.plant(pages(-1))
+    assert found(tree, pages(-2)) == []
+
+
+def test_namespaces_share_nothing_and_none_is_not_an_empty_salt():
+    tree = Planted()
+    for salt in (None, "", "None", "a"):
+        assert found(tree, pages(1), salt) == []
+        tree.plant(pages(1), salt)
+    assert [found(tree, pages(1), salt) for salt in (None, "", "None", "a")] == [[0], [1], [2], [3]]
+
+
+def test_an_empty_namespace_is_forgotten():
+    tree = Planted()
+    for number in range(100):
+        tree.plant(pages(1), f"salt {number}")
+        tree.evict(1)
+    node, _ = tree.match(blob(pages(1)), "looked for in vain")
+    tree.lock(node)
+    tree.unlock(node)
+    assert not list(tree.nodes())
+
+
+def test_the_leaf_of_a_lone_reader_grows_instead_of_making_a_chain():
+    tree = Planted()
+    node = tree.hold(pages(0))
+    for name in range(1, 50):
+        again, adopted = tree.extend(node, blob(pages(name)), array("i", [name]))
+        assert again is node and list(adopted) == [name]
+    assert sum(1 for _ in tree.nodes()) == 2  # the root and one leaf
+    tree.check([node])
+
+
+def test_a_leaf_with_two_readers_does_not_grow_under_the_other():
+    tree = Planted()
+    first, second = tree.hold(pages(1)), tree.hold(pages(1))
+    assert first is second
+    longer, _ = tree.extend(first, blob(pages(2)), array("i", [7]))
+    assert longer.parent is second and list(second.pages) == [0]
+    tree.check([longer, second])
+
+
+def test_what_stands_already_is_handed_back_and_the_newcomers_page_stays_its_own():
+    tree = Planted()
+    root, _ = tree.match(b"")
+    tree.lock(root)
+    tree.plant(pages(1, 2, 3))
+    end, stands = tree.extend(root, blob(pages(1, 2, 5, 6)), array("i", [70, 71, 72, 73]))
+    assert list(stands) == [0, 1, 72, 73] and tree.num_pages == 5
+    tree.check([end])
+
+
+def test_only_the_holder_of_a_node_may_extend_it():
+    tree = Planted()
+    tree.plant(pages(1))
+    with pytest.raises(CacheError, match="holder"):
+        tree.extend(tree.match(blob(pages(1)))[0], blob(pages(2)), array("i", [5]))
+
+
+def test_the_matched_node_itself_is_locked_not_only_its_parents():
+    tree = Planted()
+    handle = tree.hold(pages(1, 2))
+    assert (tree.num_locked, tree.evict(2)) == (2, [])
+    tree.unlock(handle)
+    assert (tree.num_locked, sorted(tree.evict(2))) == (0, [0, 1])
+
+
+def test_a_node_unlocked_twice_is_an_error():
+    tree = Planted()
+    handle = tree.hold(pages(1))
+    tree.unlock(handle)
+    with pytest.raises(CacheError, match="twice"):
+        tree.unlock(handle)
+
+
+def test_locked_and_evictable_do_not_drift_on_splits_and_shared_paths():
+    tree = Planted()
+    first = tree.hold(pages(1, 2, 3, 4))
+    second = tree.hold(pages(1, 2, 5))
+    third = tree.hold(pages(1))
+    assert (tree.num_pages, tree.num_locked, tree.num_evictable) == (5, 5, 0)
+    tree.unlock(first)
+    assert (tree.num_locked, tree.num_evictable) == (3, 2)
+    tree.unlock(second)
+    assert tree.num_locked == 1
+    tree.check([third])
+
+
+def test_eviction_takes_the_least_recently_used_leaf_from_its_tail():
+    tree = Planted()
+    tree.plant(pages(1, 2, 3))
+    tree.plant(pages(4, 5))
+    assert tree.evict(2) == [2, 1]
+    assert found(tree, pages(1, 2, 3)) == [0]  # the prefix survives, and is now the one used last
+    assert tree.evict(3) == [4, 3, 0]
+    assert tree.num_pages == 0
+
+
+def test_a_parent_follows_its_last_child_and_a_split_leaves_no_cold_parent():
+    tree = Planted()
+    tree.plant(pages(1, 2))
+    tree.plant(pages(8))
+    tree.plant(pages(1, 3))  # splits [1 2]; the shared page has just been used, the tail [2] has not
+    assert tree.evict(4) == [1, 2, 3, 0]
+
+
+def test_a_hit_moves_the_whole_path_to_the_back_of_the_queue():
+    tree = Planted()
+    tree.plant(pages(1, 2))
+    tree.plant(pages(3))
+    found(tree, pages(1, 2))
+    assert tree.evict(1) == [2]
+
+
+def test_an_evicted_page_is_no_longer_found():
+    tree = Planted()
+    tree.plant(pages(1, 2))
+    tree.evict(1)
+    tree.plant(pages(7, 8))
+    assert found(tree, pages(1, 2)) == [0]
+
+
+def test_the_eviction_queue_does_not_grow_with_hits():
+    tree = Planted()
+    tree.plant(pages(1))
+    for _ in range(1000):
+        tree.plant(pages(1))
+    assert len(tree._heap) == 1
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda tree, leaf: setattr(leaf, "locks", 1),
+        lambda tree, leaf: setattr(tree, "num_locked", 1),
+        lambda tree, leaf: leaf.pages.append(9),
+        lambda tree, leaf: tree._heap.clear(),
+        lambda tree, leaf: leaf.run.__setitem__(0, 99),
+    ],
+    ids=["lock", "counter", "pages", "queue", "key"],
+)
+def test_check_sees_books_that_do_not_balance(spoil):
+    tree = Planted()
+    tree.plant(pages(1, 2))
+    tree.check([])
+    spoil(tree, tree.match(blob(pages(1, 2)))[0])
+    with pytest.raises(CacheError):
+        tree.check([])
+
+
+# -- what a match costs
+
+
+def bushy(num_pages: int, page_size: int = 16) -> tuple[Planted, list[list[int]]]:
+    """A tree of about `num_pages` pages and some of its prompts: 10,000 tokens, with a branch every 1 to 8 pages."""
+    rng = random.Random(num_pages)
+    tree, trunks = Planted(page_size), []
+    num_trunks = max(1, num_pages // 6_000)
+    bushiness = max(1, (num_pages // num_trunks - 625) // 139)
+    for _ in range(num_trunks):
+        trunk = [rng.randrange(50_000) for _ in range(10_000)]
+        trunks.append(trunk)
+        tree.plant(trunk)
+        end = 0
+        while (end := end + rng.randint(1, 8)) < 625:
+            length = rng.randint(1, 2 * bushiness - 1) * page_size
+            tree.plant(trunk[: end * page_size] + [rng.randrange(50_000) for _ in range(length)])
+    return tree, trunks
+
+
+def match_times(tree: Planted, prompts: list[list[int]], repeats: int = 30) -> list[float]:
+    """Seconds of list -> array -> match -> lock -> unlock for each prompt, best of `repeats`, other prompts between."""
+    best = [float("inf")] * len(prompts)
+    for _ in range(repeats):
+        for place, prompt in enumerate(prompts):
+            start = time.perf_counter()
+            node, _ = tree.match(array("i", prompt).tobytes())
+            tree.lock(node)
+            tree.unlock(node)
+            best[place] = min(best[place], time.perf_counter() - start)
+    return best
+
+
+def test_a_match_costs_the_same_in_a_large_tree():
+    small, large = (match_times(*bushy(size), repeats=10) for size in (2_000, 100_000))
+    assert min(large) < 3e-3  # about 0.5 ms; the bounds leave room for a busy machine
+    assert min(large) < 4 * min(small)

@@ -1,0 +1,124 @@
+"""nanokv size: numbers from the layout the engine allocates."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from nanokv.cli.main import main
+from nanokv.cli.size import CacheSize, measure
+from nanokv.core.spec import LayerSpec, PageLayout, Plane
+from nanokv.hub.catalog import CATALOG
+
+NAME = "smollm2-135m-instruct"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["size", *arguments])
+
+
+def rows(*arguments):
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)["rows"]
+
+
+def test_smollm2_costs_what_two_planes_of_three_heads_cost():
+    first, middle, last = rows(NAME)
+    assert first["bytes_per_token"] == 30 * 2 * 3 * 64 * 2 == 23_040
+    assert first["bytes_per_token_by_layer"] == [768] * 30
+    assert first["state_bytes_per_sequence"] == 0
+    assert [row["context_tokens"] for row in (first, middle, last)] == [1024, 16384, 262144]
+    assert middle["payload_bytes"] == middle["padded_bytes"] == 16384 * 23_040
+    assert [row["within_trained_context"] for row in (first, middle, last)] == [True, False, False]
+    assert first["tokens_in_memory"] == (4 << 30) // (16 * 23_040) * 16
+
+
+def test_options_change_the_layout():
+    (row,) = rows(NAME, "--dtype", "float32", "--page-size", "64", "--memory", "1GB", "--context", "100")
+    assert row["bytes_per_token"] == 46_080
+    assert (row["pages"], row["payload_bytes"], row["padded_bytes"]) == (2, 4_608_000, 128 * 46_080)
+    assert row["tokens_in_memory"] == 10**9 // (64 * 46_080) * 64
+
+
+def test_a_model_may_be_a_name_a_folder_or_a_config(smollm2):
+    result = run(NAME, str(smollm2), str(smollm2 / "config.json"), "--json")
+    value = json.loads(result.stdout)
+    assert value["command"] == "size"
+    assert value["model"] == [NAME, str(smollm2), str(smollm2 / "config.json")]
+    assert len({row["bytes_per_token"] for row in value["rows"]}) == 1
+    assert len(value["rows"]) == 9
+
+
+def test_every_catalog_name_can_be_measured():
+    result = run(*CATALOG)
+    assert result.exit_code == 0, result.stderr
+
+
+def test_people_get_a_table():
+    text = run(NAME, "--context", "1K,300").stdout
+    assert "k 3x64, v 3x64" in text
+    assert "4.0 GiB hold 186,400 tokens" in text
+    assert "1K" in text
+    assert "22.5 MiB" in text
+    assert "300" in text
+
+
+def test_odd_heads_show_what_alignment_costs(tmp_path):
+    config = {**CATALOG[NAME].config, "head_dim": 2, "num_key_value_heads": 1, "num_attention_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (row,) = rows(str(tmp_path), "--page-size", "1", "--context", "10")
+    assert (row["bytes_per_token"], row["payload_bytes"], row["padded_bytes"]) == (240, 2400, 10 * 30 * 2 * 16)
+
+
+def test_states_are_paid_once_a_sequence():
+    spec = LayerSpec(
+        paged=(Plane("k", (2, 16, 8), torch.bfloat16, 1),), state=(Plane("state", (3, 5), torch.float32, None),)
+    )
+    layout = PageLayout([spec, spec], 16)
+    one = CacheSize("x", measure(NAME, "auto", "raw", 16).config, "bfloat16", "raw", layout)
+    assert one.payload(17) == 17 * 64 + 120
+    assert one.padded(17) == 2 * 16 * 64 + 128
+    assert one.tokens_in(128 + 3 * 1024 + 5) == 48
+    only = PageLayout([LayerSpec(state=spec.state)], 16)
+    recurrent = CacheSize("x", one.config, "bfloat16", "raw", only)
+    assert (recurrent.tokens_in(63), recurrent.tokens_in(64), recurrent.padded(10**6)) == (0, None, 64)
+
+
+def test_the_growth_is_drawn(tmp_path):
+    for name in ("growth.svg", "growth.png"):
+        result = run(NAME, "--plot", str(tmp_path / name))
+        assert result.exit_code == 0, result.stderr
+        assert result.stderr == f"wrote {tmp_path / name}\n"
+    assert "svg" in ET.parse(tmp_path / "growth.svg").getroot().tag
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (["nonsense"], 1, "'nonsense' is no model"),
+        ([NAME, "--codec", "zip"], 2, "codec='zip': allowed are"),
+        ([NAME, "--memory", "much"], 2, "memory='much'"),
+        ([NAME, "--memory", "0"], 2, "memory='0'"),
+        ([NAME, "--context", "1K,x"], 2, "'x': expected token counts"),
+        ([NAME, "--context", "0"], 2, "'0': expected token counts"),
+        ([NAME, "--plot", "growth.pdf"], 2, ".png or .svg"),
+        ([NAME, "--plot", "/no/such/folder/growth.png"], 1, "/no/such/folder/growth.png: No such file"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, code, complaint):
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert complaint in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_unknown_family_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    result = run(str(tmp_path / "config.json"))
+    assert result.exit_code == 1
+    assert "mamba" in result.stderr
+    assert "llama" in result.stderr

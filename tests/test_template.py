@@ -1,0 +1,154 @@
+"""Chat templates: equal to transformers', found where checkpoints keep them, one line when they refuse."""
+
+import json
+
+import pytest
+
+from nanokv.core.errors import CheckpointError, RequestError
+from nanokv.text.template import ChatTemplate
+from nanokv.text.tokenizer import Tokenizer
+
+USER = [{"role": "user", "content": "Hi"}]
+CHATS = [
+    USER,
+    [{"role": "system", "content": "Be brief."}, *USER],
+    [*USER, {"role": "assistant", "content": "Hello  there\n"}, {"role": "user", "content": "日本 👍 1234 <b>&'\""}],
+    [{"role": "user", "content": "def f():\n    return 1\n"}],
+]
+
+QWEN3 = """
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- for tool in tools %}{{- "\\n" }}{{- tool | tojson }}{%- endfor %}
+    {{- "<|im_end|>\\n" }}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and message.content is string %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
+        {%- generation %}{{- '<|im_start|>assistant\\n' ~ content }}{%- endgeneration %}
+    {%- elif message.role == "tool" %}
+        {%- if loop.first %}{%- continue %}{%- endif %}
+        {{- raise_exception("no tools here") }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content | trim }}
+    {%- endif %}
+    {{- '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+{%- set extra = dict(a=1, b="<é>") %}
+{{- extra | tojson(indent=1) }}{{ bos_token }}
+"""
+
+
+@pytest.fixture(scope="module")
+def theirs(smollm2):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.mark.parametrize("messages", CHATS)
+@pytest.mark.parametrize("prompt", [True, False])
+def test_smollm2s_text_and_ids_equal_those_of_transformers(smollm2, theirs, messages, prompt):
+    tokenizer = Tokenizer.from_folder(smollm2)
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
+    assert tokenizer.apply_template(messages, add_generation_prompt=prompt) == text
+    assert tokenizer.chat(messages, add_generation_prompt=prompt) == ids
+
+
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}, {"tools": [{"name": "f", "x": "<é>"}]}])
+def test_what_templates_use_equals_transformers(theirs, variables):
+    chat = [*CHATS[2], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}, *USER]
+    expected = theirs.apply_chat_template(
+        chat, chat_template=QWEN3, tokenize=False, add_generation_prompt=True, **variables
+    )
+    template = ChatTemplate(QWEN3, {"bos_token": theirs.bos_token})
+    assert template.render(chat, **variables) == expected
+
+
+def test_the_file_goes_before_the_config(tmp_path):
+    config = {"chat_template": "from config {{ bos_token }}", "bos_token": {"content": "<s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert ChatTemplate.from_folder(tmp_path).render(USER) == "from config <s>"
+    (tmp_path / "chat_template.jinja").write_text("from file {{ bos_token }}{{ eos_token }}")
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "</s>", "bos_token": "older"}')
+    assert ChatTemplate.from_folder(tmp_path).render(USER) == "from file <s></s>"
+
+
+def test_of_named_templates_the_default_is_taken(tmp_path):
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert ChatTemplate.from_folder(tmp_path).render(USER) == "plain"
+
+
+def test_a_folder_may_have_no_template(tmp_path, smollm2):
+    assert ChatTemplate.from_folder(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_bytes((smollm2 / "tokenizer.json").read_bytes())
+    with pytest.raises(RequestError, match="no chat template"):
+        Tokenizer.from_folder(tmp_path).chat(USER)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("tokenizer_config.json", "{", "tokenizer_config.json"),
+        ("tokenizer_config.json", "[]", "expected a JSON object"),
+        ("tokenizer_config.json", '{"chat_template": 3}', "chat_template is not a text"),
+        ("chat_template.jinja", "{% for %}", "chat template, line 1"),
+    ],
+)
+def test_a_damaged_template_is_named(tmp_path, name, content, complaint):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=complaint):
+        ChatTemplate.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('only\nusers') }}",
+        "{{ messages[7].content }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ nothing.at.all }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% set ns = namespace() %}{% set ns.__html__ = 1 %}",
+        "{{ range(10**9) | list }}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_a_template_that_fails_is_one_line(source):
+    with pytest.raises(RequestError, match="chat template refuses") as caught:
+        ChatTemplate(source).render(USER)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "at least one"),
+        ("Hi", "expected a list"),
+        ({"role": "user"}, "expected a list"),
+        ([{"content": "Hi"}], r"messages\[0\]"),
+        ([*USER, {"role": "user"}], r"messages\[1\]: a message of 'user' has no 'content'"),
+        ([{"role": "user", "content": 3}], r"messages\[0\]\['content'\]=3: expected a text"),
+        ([{"role": "user", "content": "Hi", "image": object()}], "object is no text"),
+    ],
+)
+def test_a_misshapen_message_is_named(messages, complaint):
+    with pytest.raises(RequestError, match=complaint):
+        ChatTemplate("x").render(messages)
