@@ -11,7 +11,7 @@ import torch
 
 from nanokv.codecs import resolve_codec
 from nanokv.core.config import EngineConfig
-from nanokv.core.errors import ConfigError, RequestError
+from nanokv.core.errors import ConfigError, NanokvError, RequestError
 from nanokv.core.request import Request, RequestOutput, SamplingParams
 from nanokv.engine.engine import Engine
 from nanokv.hub.home import resolve_model
@@ -100,6 +100,8 @@ class LLM:
         self, messages: list[dict[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
     ) -> RequestOutput:
         """The assistant's answer to `messages` ({"role", "content"}), through the model's chat template."""
+        if params is not None and params.n != 1:
+            raise RequestError(f"n={params.n}: a chat has one answer; use generate() for more")
         return self.generate([self._render(messages, template_kwargs)], params)[0]
 
     def stream_chat(
@@ -125,11 +127,11 @@ class LLM:
         try:
             while request.logit_blocks or request_id in self.engine:
                 if request.logit_blocks:
-                    yield request.logit_blocks.pop(0)
+                    yield request.logit_blocks.pop(0).clone()  # a plain tensor, where the engine's is for inference
                 else:
                     self._step()
-            if request.error is not None:
-                raise RuntimeError(f"scoring failed: {request.error}")
+            if request.finish_reason != "length":
+                raise NanokvError(f"scoring ended early: {request.error or request.finish_reason}")
         finally:
             self._forget([request_id])
 
@@ -182,9 +184,10 @@ class LLM:
         return request_id
 
     def _step(self) -> None:
+        foreign = []  # of requests that the caller gave to the engine, and will ask it for
         for output in self.engine.step():
-            if output.request_id in self._inbox:
-                self._inbox[output.request_id].append(output)
+            self._inbox.get(output.request_id, foreign).append(output)
+        self.engine.put_back(foreign)
 
     def _forget(self, ids: list[str]) -> None:
         for request_id in ids:
@@ -211,6 +214,9 @@ class _Stream:
                 if output.finished and not inbox and self.request_id not in self._llm.engine:
                     self.close()
                 return output
+            if self.request_id not in self._llm.engine:  # somebody else stepped the engine and has its outputs
+                self.close()
+                break
             self._llm._step()
         raise StopIteration
 

@@ -22,8 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,12 +31,12 @@ sys.path.insert(0, str(ROOT))
 
 from peers.client import HERE, Worker, WorkerError, environment  # noqa: E402
 from peers.gguf import bf16_gguf  # noqa: E402
-from peers.rows import PREFIX_OUTPUT, PREFIX_PROMPT, Row, all_rows, quick_rows  # noqa: E402
+from peers.rows import PREFIX_OUTPUT, PREFIX_PROMPT, Row, all_rows, quick_rows, rounded, summary  # noqa: E402
 
 from nanokv.bench.workloads import shared_prefix_prompts  # noqa: E402
 from nanokv.cli.common import hardware  # noqa: E402
 from nanokv.core.config import parse_bytes  # noqa: E402
-from nanokv.core.errors import NanokvError  # noqa: E402
+from nanokv.core.errors import ConfigError, NanokvError  # noqa: E402
 from nanokv.hub.catalog import DEFAULT_MODEL  # noqa: E402
 from nanokv.hub.home import resolve_model  # noqa: E402
 from nanokv.models.config import ModelConfig  # noqa: E402
@@ -48,11 +48,12 @@ CHAT_REPEATS = 5
 
 def main() -> None:
     options = parse()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     with tempfile.TemporaryDirectory(prefix="bench_peers") as scratch:
         try:
             Comparison(options, Path(scratch)).run()
-        except (NanokvError, KeyboardInterrupt) as error:
+        except (NanokvError, WorkerError, KeyboardInterrupt) as error:
             sys.exit(f"bench_peers: {error or 'interrupted; what was measured is in ' + str(options.output)}")
 
 
@@ -69,7 +70,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--kv-memory", default="3GiB", help="of each engine (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--limit-s", type=float, default=60, help="leave out runs that would take longer (%(default)s)")
+    parser.add_argument("--limit-s", type=float, default=90, help="leave out runs that would take longer (%(default)s)")
+    parser.add_argument("--once-s", type=float, default=20, help="do not repeat runs that took longer (%(default)s)")
+    parser.add_argument("--add", action="store_true", help="keep what the output file holds of other dtypes")
     parser.add_argument("--quick", action="store_true", help="few rows, one repeat")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/cpu.json", help="(%(default)s)")
     options = parser.parse_args()
@@ -87,15 +90,17 @@ class Comparison:
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         self.options, self.scratch = options, scratch
         self.model = resolve_model(options.model)
-        self.vocab_size = ModelConfig.from_folder(self.model).vocab_size
+        config = ModelConfig.from_folder(self.model)
+        self.vocab_size = config.vocab_size
         rows = quick_rows() if options.quick else all_rows()
         self.rows = [row for row in rows if options.rows in row.name]
         self.workers: list[Worker] = []
         self.speeds: dict[str, tuple[float, float]] = {}
+        self.slowness: dict[str, float] = defaultdict(lambda: 1.0)  # a long prompt may be slower than a short one
         self.settings = {
             "threads": options.threads,
             "kv_bytes": parse_bytes(options.kv_memory, "kv_memory"),
-            "max_model_len": 4096,
+            "max_model_len": min(4096, config.max_positions),
             "max_step_tokens": 2048,
             "max_requests": 64,
         }
@@ -104,18 +109,33 @@ class Comparison:
             "date": time.strftime("%Y-%m-%d"),
             "hardware": hardware(),
             "model": options.model,
-            "settings": {**self.settings, "repeats": options.repeats, "limit_s": options.limit_s},
+            "settings": {**self.settings, "repeats": options.repeats, "once_s": options.once_s},
             "engines": {},
             "rows": [],
             "failures": [],
         }
+        if options.add and options.output.exists():
+            self.keep(json.loads(options.output.read_text(encoding="utf-8")))
+
+    def keep(self, earlier: dict[str, Any]) -> None:
+        """Takes over what an earlier run on this machine measured at other dtypes."""
+        for name in ("hardware", "model", "settings"):
+            if rounded(self.result[name]) != earlier[name]:
+                raise ConfigError(f"--add: {self.options.output} was measured with another {name}")
+        dtypes = self.options.dtypes.split(",")
+        for part in (earlier, *earlier["rows"]):
+            for names in ("engines", "left_out", "ceilings"):
+                if names in part:
+                    part[names] = {name: one for name, one in part[names].items() if name.split()[1] not in dtypes}
+        kept = [one for one in earlier["failures"] if one["engine"].split()[-1] not in dtypes]
+        self.result = {**earlier, "date": self.result["date"], "failures": kept}
 
     def run(self) -> None:
         try:
             if self.options.rows in CHAT:
                 self.measure_chat()
             self.start()
-            measured = {row.name: self.new_row(row) for row in self.rows}
+            measured = {row.name: self.row(row.name, row.measure, **row.shape) for row in self.rows}
             for repeat in range(self.options.repeats):
                 if any(row.is_prefix for row in self.rows):
                     self.measure_ceilings(measured)
@@ -131,7 +151,7 @@ class Comparison:
     # ---- workers ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Starts every engine that was asked for; one that fails is left out and said so in the result."""
+        """Starts every engine that was asked for; a peer that fails is left out, and the result says so."""
         pythons = {
             "nanokv": sys.executable,
             "vllm": self.options.vllm_python,
@@ -152,6 +172,8 @@ class Comparison:
                     self.workers.append(worker)
                     self.speeds[worker.name] = self.warm_up(worker)
                 except (WorkerError, NanokvError) as error:
+                    if engine == "nanokv":
+                        raise
                     self.fail(f"{engine} {dtype}", "load", error)
                     continue
                 about = {"engine": engine, "dtype": dtype, "load_s": worker.load_s, **worker.about}
@@ -168,20 +190,13 @@ class Comparison:
 
     # ---- measuring --------------------------------------------------------------------------------------------------
 
-    def new_row(self, row: Row) -> dict[str, Any]:
-        made = {
-            "name": row.name,
-            "measure": row.measure,
-            "prompt_tokens": row.prompt_tokens,
-            "output_tokens": row.output_tokens,
-            "requests": row.requests,
-            "concurrency": row.concurrency,
-            "shared_tokens": row.shared,
-            "engines": {},
-            "left_out": {},
-        }
-        self.result["rows"].append(made)
-        return made
+    def row(self, name: str, measure: str, **shape: int) -> dict[str, Any]:
+        """The row of this name in the result, made where it is not there."""
+        for made in self.result["rows"]:
+            if made["name"] == name:
+                return made
+        self.result["rows"].append({"name": name, "measure": measure, **shape, "engines": {}, "left_out": {}})
+        return self.result["rows"][-1]
 
     def measure(self, row: Row, made: dict[str, Any], repeat: int, place: int) -> None:
         """One run of a row by every engine that takes part."""
@@ -194,9 +209,11 @@ class Comparison:
         }
         workers = [worker for worker in self.workers if worker.engine in row.engines]
         for worker in workers if (repeat + place) % 2 == 0 else reversed(workers):
-            if worker.name in made["left_out"]:
+            runs = made["engines"].get(worker.name, {"values": [], "runs": []})
+            took_long = bool(runs["runs"]) and runs["runs"][0]["wall_s"] > self.options.once_s
+            if worker.name in made["left_out"] or took_long:
                 continue
-            expected = row.expected_s(*self.speeds[worker.name])
+            expected = row.expected_s(*self.speeds[worker.name]) * self.slowness[worker.name]
             if expected > self.options.limit_s:
                 made["left_out"][worker.name] = f"a run would take about {expected:.0f} s"
                 continue
@@ -207,10 +224,11 @@ class Comparison:
                 self.fail(worker.name, row.name, error)
                 continue
             value = row.value(answer)
-            runs = made["engines"].setdefault(worker.name, {"values": [], "runs": []})
             runs["values"].append(value)
             runs["runs"].append(row.details(answer))
-            runs |= summary(runs["values"])
+            made["engines"][worker.name] = runs | summary(runs["values"])
+            beyond = answer["wall_s"] / row.expected_s(*self.speeds[worker.name])
+            self.slowness[worker.name] = max(self.slowness[worker.name], beyond)
             say(f"{repeat + 1}/{self.options.repeats}  {row.name}  {worker.name}  {value:.4g} {row.measure}")
         self.save()
 
@@ -250,8 +268,7 @@ class Comparison:
         if "transformers" in self.options.peers:
             script = str(HERE / "transformers_chat.py")
             commands["transformers"] = [self.options.transformers_python, script, str(self.model), dtype, "Hi", "1"]
-        made: dict[str, Any] = {"name": CHAT, "measure": "seconds", "engines": {}, "left_out": {}}
-        self.result["rows"].append(made)
+        made = self.row(CHAT, "seconds")
         for repeat in range(2 if self.options.quick else CHAT_REPEATS + 1):
             for engine, command in commands.items() if repeat % 2 == 0 else reversed(commands.items()):
                 variables = environment(engine, self.settings)
@@ -279,19 +296,6 @@ class Comparison:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(rounded(self.result), indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}
-
-
-def rounded(value: Any) -> Any:
-    """The same with floats of six digits: more is noise, and makes a committed file hard to read."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    return [rounded(part) for part in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def machine(result: dict) -> str:
         f"{result['date']}, {hardware['cpu']}, {settings['threads']} threads, {memory:.0f} GiB, {hardware['system']}, "
         f"Python {hardware['python']}. Model {result['model']}; each engine has "
         f"{settings['kv_bytes'] / 2**30:.0f} GiB for KV, {settings['max_model_len']:,} tokens of length, steps of "
-        f"{settings['max_step_tokens']:,} tokens. Median of {settings['repeats']} runs (lowest to highest).",
+        f"{settings['max_step_tokens']:,} tokens. Median of {settings['repeats']} runs (lowest to highest); "
+        f"what took more than {settings['once_s']:.0f} s was run once.",
         "",
     ]
     rows = []

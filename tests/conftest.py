@@ -22,6 +22,6 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """A random Llama of two layers in float32, made with transformers; it has no tokenizer."""
-    from tests import oracles
+    import oracles
 
     return oracles.llama(tmp_path_factory.mktemp("tiny-llama"))

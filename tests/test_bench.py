@@ -22,7 +22,7 @@ from nanokv.bench.measure import (
     weight_bytes,
 )
 from nanokv.bench.overhead import match_time, step_overhead
-from nanokv.bench.prefix import ceiling_requests_per_s, matchable, measure_prefix
+from nanokv.bench.prefix import ceiling_requests_per_s, matchable, measure_prefix, requests_for
 from nanokv.bench.request import measure_request, prefill_share
 from nanokv.bench.workloads import random_prompts, shared_prefix_prompts
 from nanokv.cli.main import main
@@ -68,6 +68,11 @@ def test_a_perfect_cache_finds_whole_pages_and_leaves_one_token():
 
 def test_the_ceiling_adds_prefill_and_decode():
     assert ceiling_requests_per_s(uncached=100, output_tokens=11, prefill=1000.0, decode=50.0) == pytest.approx(1 / 0.3)
+
+
+def test_every_client_has_a_request():
+    assert [requests_for(clients, None) for clients in (1, 4, 16)] == [4, 8, 32]
+    assert [requests_for(clients, 6) for clients in (1, 4, 16)] == [6, 6, 16]
 
 
 def test_a_decode_step_reads_the_weights_once_and_every_context():
@@ -290,9 +295,7 @@ def result(scripts):
         engines = {"nanokv bfloat16": runs(2.0, 2.1, 2.2), "vllm bfloat16": runs(1.0, 1.1, 1.2)}
         if row.measure == "decode_tokens_per_s":
             engines["llama bfloat16"] = runs(4.0)
-        fields = ("name", "measure", "prompt_tokens", "output_tokens", "requests", "concurrency")
-        one = {name: getattr(row, name) for name in fields}
-        one |= {"shared_tokens": row.shared, "engines": engines, "left_out": {}}
+        one = {"name": row.name, "measure": row.measure, **row.shape, "engines": engines, "left_out": {}}
         if row.is_prefix:
             one["ceilings"] = {"nanokv bfloat16": {**runs(2.4), "computed_tokens": 1792}}
         made.append(one)
@@ -303,7 +306,14 @@ def result(scripts):
         "date": "2026-01-02",
         "hardware": {"cpu": "a CPU", "memory_bytes": 2**34, "system": "Linux", "python": "3.11"},
         "model": "a-model",
-        "settings": {"threads": 2, "kv_bytes": 3 << 30, "max_model_len": 4096, "max_step_tokens": 2048, "repeats": 3},
+        "settings": {
+            "threads": 2,
+            "kv_bytes": 3 << 30,
+            "max_model_len": 4096,
+            "max_step_tokens": 2048,
+            "repeats": 3,
+            "once_s": 20,
+        },
         "engines": {name: about for name in ("nanokv bfloat16", "vllm bfloat16", "llama bfloat16")},
         "rows": made,
     }
@@ -344,6 +354,12 @@ def test_blocks_come_from_the_json_alone_and_other_text_stays(scripts, result):
         scripts["report"].fill("# no blocks", result)
 
 
+def test_the_page_is_that_of_the_committed_numbers(scripts):
+    committed = json.loads((ROOT / "docs/benchmarks/cpu.json").read_text())
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert scripts["report"].fill(page, committed) == page, "run scripts/bench_report.py"
+
+
 def test_the_figure_is_the_same_bytes_for_the_same_json(scripts, result, tmp_path):
     for name in ("a.svg", "b.svg"):
         scripts["figure"].draw(result, tmp_path / name)
@@ -369,3 +385,14 @@ def test_the_comparison_runs_and_survives_a_peer_that_does_not_start(tiny_llama,
     assert found["engines"]["nanokv float32"]["flags"]["max_step_tokens"] == 2048
     assert [failure["engine"] for failure in found["failures"]] == ["vllm float32"]
     assert "FAILED  vllm float32" in done.stderr
+
+    command[command.index("float32")] = "bfloat16"
+    done = subprocess.run([*command, "--add"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    both = json.loads(output.read_text())
+    (row,) = both["rows"]
+    assert row["engines"]["nanokv float32"] == mine
+    assert list(row["engines"]) == list(both["engines"]) == ["nanokv float32", "nanokv bfloat16"]
+    assert [failure["engine"] for failure in both["failures"]] == ["vllm float32", "vllm bfloat16"]
+    done = subprocess.run([*command, "--add", "--repeats", "1"], capture_output=True, text=True)
+    assert (done.returncode, "another settings" in done.stderr) == (1, True)

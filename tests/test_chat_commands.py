@@ -231,9 +231,9 @@ def test_save_overwrites_only_when_told(desk, tmp_path):
         (lambda d: d.update(version=2), "version 2"),
         (lambda d: d.pop("messages"), 'expected "model"'),
         (lambda d: d.update(settings=[]), 'expected "model"'),
-        (lambda d: d["settings"].update(temperature="-1"), "temperature=-1.0"),
-        (lambda d: d["settings"].update(temperature=1), "settings['temperature']=1"),
-        (lambda d: d["settings"].update(colour="red"), "settings['colour']"),
+        (lambda d: d["settings"].update(temperature=-1), "settings: temperature=-1"),
+        (lambda d: d["settings"].update(temperature="warm"), "temperature='warm'"),
+        (lambda d: d["settings"].update(colour="red"), "no such parameter: colour"),
         (lambda d: d["messages"].append({"role": "assistant", "content": "x"}), "expected a message of 'user'"),
         (lambda d: d["messages"][0].update(content=3), "expected a text"),
         (lambda d: d["messages"].append({"role": "user", "content": "unanswered"}), "ends with a question"),
@@ -246,7 +246,7 @@ def test_a_file_that_is_no_saved_chat_changes_nothing(desk, tmp_path, change, co
         "format": "nanokv-chat",
         "version": 1,
         "model": "m",
-        "settings": {"temperature": "0.5"},
+        "settings": {"temperature": 0.5},
         "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
     }
     change(document)

@@ -150,7 +150,7 @@ def test_a_recycled_page_is_not_found_under_its_old_tokens():
 
 def test_what_can_never_fit_is_known_beforehand():
     cache = House(4).cache
-    assert cache.can_ever_fit(16) and not cache.can_ever_fit(17)
+    assert (cache.pages_for(16), cache.pages_for(17)) == (4, 5)
 
 
 def test_a_second_release_lets_go_of_nothing_and_a_second_match_is_an_error():

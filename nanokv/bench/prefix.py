@@ -58,8 +58,8 @@ def ceiling_requests_per_s(uncached: float, output_tokens: int, prefill: float, 
 
 
 def requests_for(concurrency: int, requests: int | None) -> int:
-    """Requests of one point: as asked for, else two rounds of every client and at least four."""
-    return requests if requests is not None else max(4, 2 * concurrency)
+    """Requests of one point: as asked for but one a client at least; else two a client and at least four."""
+    return max(4, 2 * concurrency) if requests is None else max(requests, concurrency)
 
 
 def measure_speeds(llm: LLM, prompt_tokens: int, output_tokens: int, points: Iterable[tuple[int, int]]) -> Speeds:

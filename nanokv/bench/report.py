@@ -102,7 +102,9 @@ def draw_prefix(figure: Figure, rows: Sequence[Row]) -> None:
     for axes, (name, ceiling, title) in zip(figure.subplots(1, 3), panels, strict=True):
         for clients, points in _groups(rows, "concurrency").items():
             shared = [row["shared_tokens"] for row in points]
-            (line,) = axes.plot(shared, [row[name] for row in points], marker="o", label=f"{clients} clients")
+            (line,) = axes.plot(
+                shared, [row[name] for row in points], marker="o", label=f"{clients} client{'s' * (clients > 1)}"
+            )
             if ceiling is not None:
                 axes.plot(shared, [row[ceiling] for row in points], "--", color=line.get_color(), linewidth=1)
         axes.set(title=title, xlabel=f"shared tokens of {rows[0]['prompt_tokens']:,}")

@@ -29,13 +29,14 @@ from nanokv.core.spec import PageLayout
 
 
 class Cache(Protocol):
-    """What a scheduler needs: four verbs and three looks, over a prefix tree or over pages given by another process."""
+    """What a scheduler needs: four verbs and four looks, over a prefix tree or over pages given by another process."""
 
     def match(self, request: Request) -> int: ...
     def reserve(self, request: Request, num_tokens: int) -> bool: ...
     def commit(self, request: Request, in_flight: int = 0) -> None: ...
     def release(self, request: Request) -> None: ...
     def prefix_length(self, request: Request) -> int: ...
+    def pages_for(self, num_tokens: int) -> int: ...
     def take_copies(self) -> list[tuple[int, int]]: ...
     @property
     def num_available(self) -> int: ...
@@ -63,13 +64,14 @@ class CacheManager:
         self._counters = dict.fromkeys(("evictions", "hit_tokens", "queried_tokens", "copies"), 0)
 
     @property
+    def tree(self) -> RadixTree:
+        """The prefix tree, to look at."""
+        return self._tree
+
+    @property
     def num_available(self) -> int:
         """Pages that `reserve` could hand out now: free ones, and cached ones that nobody locks."""
         return self._pool.num_free + self._tree.num_evictable
-
-    def can_ever_fit(self, num_tokens: int) -> bool:
-        """Whether the empty pool would hold K and V of this many tokens."""
-        return self.pages_for(num_tokens) <= self._pool.num_pages
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold this many tokens."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,7 @@ def engine_options(command: Callable) -> Callable:
     return command
 
 
-@click.group(epilog="Example: nanokv bench prefix --plot prefix.png")
+@click.group(epilog="\b\nExample:\n  nanokv bench prefix --plot prefix.png")
 def bench() -> None:
     """Measure this engine on this machine: one request, prefix caching under load, decoding."""
 
@@ -107,7 +107,9 @@ def request(prompt_tokens: list[int], output_tokens: int, **options: Any) -> Non
               help="Parts of the prompt that all requests share.")  # fmt: skip
 @click.option("--concurrency", type=COUNTS, default="1,4,16", show_default=True,
               help="Clients; each sends its next request when the last is answered.")  # fmt: skip
-@click.option("--requests", type=COUNT, help="Requests of one point.  [default: 2 x clients, at least 4]")
+@click.option(
+    "--requests", type=COUNT, help="Requests of one point, at least one a client.  [default: 2 a client, at least 4]"
+)
 @engine_options
 def prefix(
     prompt_tokens: int,
@@ -184,14 +186,17 @@ class Bench:
     def __enter__(self) -> Bench:
         from nanokv.llm import LLM
 
-        with self._folder() as folder:
+        with ExitStack() as stack:
+            folder = stack.enter_context(self._folder())
+            self._report = stack.enter_context(progress_bars())
+            self._report("load", 0, None)
             self.llm: LLM = LLM(folder, load="dummy" if self._dummy else "auto", **self._fields)
-        self._bars = progress_bars()
-        self._report = self._bars.__enter__()
+            self._report("load", 1, 1)
+            stack.callback(self.llm.close)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._bars.__exit__(*exception)
         self.settings |= {
             "repeat": self.repeat,
             "device": str(self.llm.device),
@@ -201,7 +206,7 @@ class Bench:
             "max_step_tokens": self.llm.config.max_step_tokens,
             "pages": self.llm.engine.store.num_pages,
         }
-        self.llm.close()
+        self._stack.close()
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:

@@ -81,6 +81,8 @@ class EngineConfig:
         for name, allowed in (("schedule", _SCHEDULES), ("load", _LOADS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+        if self.event_log is not None and not isinstance(self.event_log, str):
+            raise ConfigError(f"event_log={self.event_log!r}: expected a path as text")
         for name in ("device", "dtype", "codec"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected a name")

@@ -6,7 +6,7 @@ class NanokvError(Exception):
 
 
 class ConfigError(NanokvError, ValueError):
-    """A choice in EngineConfig (or its environment) that cannot be honoured."""
+    """A choice in EngineConfig that cannot be honoured."""
 
 
 class RequestError(NanokvError, ValueError):

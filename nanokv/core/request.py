@@ -81,7 +81,7 @@ class SamplingParams:
         self._number("temperature", 0.0, math.inf)
         self._number("top_p", 0.0, 1.0, open_below=True)
         self._number("min_p", 0.0, 1.0)
-        self._number("repetition_penalty", 0.0, math.inf, open_below=True)
+        self._number("repetition_penalty", 0.01, 100.0)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos={self.ignore_eos!r}: expected True or False")
         for name, kind in (("stop", str), ("stop_token_ids", int)):
@@ -179,6 +179,7 @@ class Request:
         self.index = 0  # which of the n samples
         self.seed = 0  # resolved by the engine
         self.logit_blocks: list[Any] | None = None  # score(): float32 [rows, vocab] of each step, instead of sampling
+        self.num_scored = 0  # rows of logits delivered so far: a preempted request computes some rows twice
         self.num_forks = 0  # samples that share this request's prompt and are not running yet
 
         self.tokens: array[int] = array("i")  # filled by the engine once the ids are checked

@@ -13,16 +13,16 @@ import logging
 import time
 from array import array
 
-import numpy as np
 import torch
 
 from nanokv.cache.manager import CacheManager
 from nanokv.cache.store import CacheStore
 from nanokv.core.config import EngineConfig
-from nanokv.core.errors import RequestError
+from nanokv.core.errors import ConfigError, RequestError
 from nanokv.core.events import EventLog
 from nanokv.core.request import Request, RequestMetrics, RequestOutput
 from nanokv.core.spec import PageLayout
+from nanokv.engine.admission import check_request
 from nanokv.engine.answer import Answer
 from nanokv.engine.memory import pool_size
 from nanokv.engine.runner import Runner, num_logit_rows
@@ -51,16 +51,19 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.layout = PageLayout(model.specs, config.page_size)
-        self.events = EventLog(config.event_log)
+        longest = model.config.max_positions
+        if config.max_model_len is not None and config.max_model_len > longest:
+            raise ConfigError(f"max_model_len={config.max_model_len}: this model reaches {longest} tokens at most")
         num_pages = pool_size(config, self.layout, torch.device(device))
+        self.events = EventLog(config.event_log)
         self.store = CacheStore(self.layout, num_pages, device)
         self.cache = CacheManager(self.layout, num_pages, config.prefix_cache, self.events)
         model.bind(self.layout)
         self.runner = Runner(model, self.store, config.page_size)
         self.scheduler = Scheduler(config, self.cache, self.events)
         # A request alone must fit in the pool; the last token sampled is never written.
-        longest = min(config.max_model_len or model.config.max_positions, model.config.max_positions)
-        self.max_length = min(longest, num_pages * config.page_size + 1)
+        self._pool_tokens = num_pages * config.page_size
+        self.max_length = min(config.max_model_len or longest, self._pool_tokens + 1)
         self.num_steps = 0
         self._live: dict[str, list[Request]] = {}
         self._outputs: list[RequestOutput] = []
@@ -70,7 +73,12 @@ class Engine:
 
     def add_request(self, request: Request) -> str:
         """Queue a request and return its id. Raises RequestError, naming field, value and what is allowed."""
-        self._validate(request)
+        if request.request_id is not None and request.request_id in self._live:
+            raise RequestError(f"request_id={request.request_id!r}: a request with this id is still live")
+        request.prompt_token_ids = check_request(request, self.model.config, self.config, self._longest(request))
+        if request.params.stop and self.tokenizer is None:
+            raise RequestError(f"stop={request.params.stop!r}: stop texts need a tokenizer, which this model lacks")
+        request.tokens = array("i", request.prompt_token_ids)
         self._num_added += 1
         if request.request_id is None:
             request.request_id = f"request-{self._num_added}"
@@ -114,17 +122,23 @@ class Engine:
                 self._run(plan)
         except Exception as error:
             logger.exception("a step failed; its requests end with an error")
-            for request in self._samples_of(plan.requests or self.scheduler.running):
+            # Where planning itself failed, it is one of the running, or the one that was about to be admitted.
+            failed = plan.requests or self.scheduler.running or list(self.scheduler.waiting)[:1]
+            for request in self._samples_of(failed):
                 self._finish(request, "error", f"{type(error).__name__}: {error}")
         except BaseException:  # Ctrl-C in the middle of a step: nothing of it counts, its requests compute it again
-            for request in self._samples_of(plan.requests):
-                if request in self.scheduler.running:
-                    self.scheduler.preempt(request)
+            interrupted = self._samples_of(plan.requests)
+            for request in [request for request in reversed(self.scheduler.running) if request in interrupted]:
+                self.scheduler.preempt(request)
             raise
         if self.config.debug_checks and not self._live:
             self.cache.check()
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def put_back(self, outputs: list[RequestOutput]) -> None:
+        """Outputs that the caller of `step` had no use for; the next step returns them again."""
+        self._outputs.extend(outputs)
 
     def _samples_of(self, requests: list[Request]) -> list[Request]:
         """Every live sample of these requests: siblings share the fate of a step, forked in it or not."""
@@ -155,7 +169,9 @@ class Engine:
         for request, count in zip(plan.requests, wanted, strict=True):
             self.cache.commit(request)
             if request.wants_all_logits:
-                request.logit_blocks.append(logits[first : first + count])
+                again = max(0, request.num_scored - (request.num_computed - count))
+                request.logit_blocks.append(logits[first + again : first + count])
+                request.num_scored = max(request.num_scored, request.num_computed)
             elif count:
                 samples = [request, *self._fork(request)]
                 sampled.extend(samples)
@@ -173,12 +189,12 @@ class Engine:
 
     def _fork(self, request: Request) -> list[Request]:
         """The other samples of a request whose prompt has just been computed: they share its pages from here on."""
-        children = []
-        for index in range(1, request.num_forks + 1):
+        children: list[Request] = []
+        num_forks, request.num_forks = request.num_forks, 0
+        for index in range(1, num_forks + 1):
             child = Request(request.prompt_token_ids, request.params, request.request_id)
             child.index, child.seed, child.max_tokens = index, request.seed, request.max_tokens
             child.num_prompt = request.num_prompt
-            child.num_cached, child.num_kv_matched = request.num_cached, request.num_kv_matched
             child.tokens = array("i", request.tokens)
             child.logprobs = [] if request.logprobs is not None else None
             child.metrics = RequestMetrics(request.metrics.arrival, request.metrics.first_scheduled)
@@ -187,18 +203,20 @@ class Engine:
             self.scheduler.join(child)
             self._live[request.request_id].append(child)
             children.append(child)
-        request.num_forks = 0
         return children
 
-    def _append(self, request: Request, token: int, scores: dict[int, float] | None, now: float) -> None:
+    def _append(self, request: Request, token: int | None, scores: dict[int, float] | None, now: float) -> None:
         params = request.params
+        if token is None:
+            self._finish(request, "error", "the model's logits are not finite; a wider dtype may help")
+            return
         request.tokens.append(token)
         request.metrics.token_times.append(now)
         if scores is not None:
             request.logprobs.append(scores)
         is_eos = token in params.stop_token_ids or (not params.ignore_eos and token in self.model.config.eos_token_ids)
         if request.answer is not None and not is_eos:
-            request.answer.push(token, request.num_generated > params.min_tokens or not params.min_tokens)
+            request.answer.push(token, request.num_generated >= params.min_tokens)
         if is_eos or (request.answer is not None and request.answer.stopped):
             self._finish(request, "stop")
         elif request.num_generated >= request.max_tokens:
@@ -241,48 +259,13 @@ class Engine:
 
     # ---- the rest -------------------------------------------------------------------------------------------------
 
+    def _longest(self, request: Request) -> int:
+        """Prompt tokens that leave room for an answer; a scored text has none, but every token of it is written."""
+        return min(self.max_length, self._pool_tokens) if request.wants_all_logits else self.max_length - 1
+
     def _prepare_answer(self, request: Request) -> None:
         if self.tokenizer is not None and not request.wants_all_logits:
             request.answer = Answer(self.tokenizer, request.params.stop)
-
-    def _validate(self, request: Request) -> None:
-        request.params.validate()
-        if request.request_id is not None and request.request_id in self._live:
-            raise RequestError(f"request_id={request.request_id!r}: a request with this id is still live")
-        if request.finish_reason is not None or request.metrics.first_scheduled is not None:
-            raise RequestError(
-                f"request_id={request.request_id!r}: this Request object was used before; make a new one"
-            )
-        try:
-            request.prompt_token_ids = [int(token) for token in request.prompt_token_ids]
-            request.tokens = array("i", request.prompt_token_ids)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise RequestError(f"prompt_token_ids: expected a list of token ids ({error})") from None
-        if not request.tokens:
-            raise RequestError("prompt_token_ids=[]: expected at least one token")
-        vocab_size = self.model.config.vocab_size
-        ids = np.frombuffer(request.tokens, np.int32)
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
-            raise RequestError(f"prompt_token_ids: unknown token id {wrong}; allowed are 0 to {vocab_size - 1}")
-        longest = self.max_length - (not request.wants_all_logits)
-        if len(request.tokens) > longest:
-            raise RequestError(
-                f"prompt_token_ids: {len(request.tokens)} tokens; this model and its pool of "
-                f"{self.store.num_pages} pages allow at most {longest} (max_model_len, kv_memory, num_pages)"
-            )
-        params = request.params
-        if params.n > self.config.max_requests:
-            raise RequestError(f"n={params.n}: at most {self.config.max_requests} samples run at once (max_requests)")
-        for token in params.stop_token_ids:
-            if not 0 <= token < vocab_size:
-                raise RequestError(f"stop_token_ids: unknown token id {token}; allowed are 0 to {vocab_size - 1}")
-        if params.logprobs is not None and params.logprobs > vocab_size:
-            raise RequestError(f"logprobs={params.logprobs}: the vocabulary has {vocab_size} tokens")
-        if params.stop and self.tokenizer is None:
-            raise RequestError(
-                f"stop={params.stop!r}: stop texts need a tokenizer; this model has none (stop_token_ids)"
-            )
 
     def reset_prefix_cache(self) -> None:
         """Drop every cached page that no running request holds."""

@@ -14,14 +14,17 @@ import torch
 
 from nanokv.core.request import Request
 
+COLDEST = 1e-6
+"""Temperatures below this are as good as greedy, and in float32 they would divide by zero."""
 CANDIDATES = 512
 """Most likely tokens looked at first: a nucleus rarely needs more, and 512 of 49,152 sort in a tenth of the time."""
 
 
+@torch.inference_mode()
 def sample(
     logits: torch.Tensor, requests: list[Request], eos_token_ids: Collection[int]
-) -> tuple[list[int], list[dict[int, float] | None]]:
-    """One token a row.
+) -> tuple[list[int | None], list[dict[int, float] | None]]:
+    """One token a row; None where the row's logits are not finite.
 
     logits    float32 [rows, vocab]; changed in place where a request asks for a penalty or min_tokens
     requests  the request of each row; the token sampled stands at position request.num_tokens
@@ -31,14 +34,14 @@ def sample(
     raw = [_log_probabilities(logits[row], request) for row, request in enumerate(requests)]
     for row, request in enumerate(requests):
         _shape(logits[row], request, eos_token_ids)
-    tokens = logits.argmax(dim=-1).tolist()
-    drawn = [row for row, request in enumerate(requests) if request.params.temperature > 0]
+    largest = logits.max(dim=-1)
+    is_sound = largest.values.isfinite().tolist()
+    tokens = [token if sound else None for token, sound in zip(largest.indices.tolist(), is_sound, strict=True)]
+    drawn = [row for row, request in enumerate(requests) if is_sound[row] and request.params.temperature > COLDEST]
     if drawn:
         temperatures = torch.tensor([requests[row].params.temperature for row in drawn], device=logits.device)
-        # Subtracting the maximum first keeps a tiny temperature from overflowing to infinity.
-        hot = logits[drawn]
-        hot = (hot - hot.amax(dim=-1, keepdim=True)) / temperatures[:, None]
-        probabilities = hot.softmax(dim=-1)
+        # Subtracting the maximum first keeps a small temperature from overflowing to infinity.
+        probabilities = ((logits[drawn] - largest.values[drawn, None]) / temperatures[:, None]).softmax(dim=-1)
         best = probabilities.topk(min(CANDIDATES, probabilities.shape[-1]), dim=-1)
         for i, row in enumerate(drawn):
             tokens[row] = _draw(requests[row], probabilities[i], best.values[i], best.indices[i])
@@ -96,8 +99,8 @@ def _log_probabilities(row: torch.Tensor, request: Request) -> torch.Tensor | No
     return row.log_softmax(dim=-1) if request.params.logprobs is not None else None
 
 
-def _report(scores: torch.Tensor | None, token: int, request: Request) -> dict[int, float] | None:
-    if scores is None:
+def _report(scores: torch.Tensor | None, token: int | None, request: Request) -> dict[int, float] | None:
+    if scores is None or token is None:
         return None
     report = {token: float(scores[token])}
     if request.params.logprobs:

@@ -28,7 +28,7 @@ MIN_SHARED = 32
 MAX_PASSED_OVER = 100
 """Plans that may admit a later request instead before a waiting one has its turn (ageing)."""
 LOOK_AHEAD = 64
-"""Waiting requests that longest-prefix ordering compares in one plan: bounds the work of a plan."""
+"""Waiting requests that one plan looks at: bounds its work, however long the queue is."""
 SCORE_ROWS = 256
 """Rows of one step whose full logits are asked for: 256 x 49,152 floats are 48 MiB."""
 
@@ -117,59 +117,70 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         slots = self._config.max_requests - sum(1 + request.num_forks for request in self.running)
-        queue = list(self.waiting)
-        num_admitted_before = len(self.running)
-        for request in self._admission_order():
+        if budget <= 0 or slots <= 0 or not self.waiting:
+            return
+        queue = [self.waiting[place] for place in range(min(LOOK_AHEAD, len(self.waiting)))]
+        admitted = []
+        for request in self._admission_order(queue):
             if budget <= 0 or slots < 1 + request.num_forks:
                 break
-            if self._waits_for_prefix(request):
+            found = 0 if request.wants_all_logits else self._cache.prefix_length(request)
+            if self._waits_for_prefix(request, found):
                 continue
-            self._cache.match(request)
-            wanted = min(request.num_to_compute, budget, self._row_limit(request))
-            if not self._has_room(request) or not self._cache.reserve(request, wanted):
-                self._cache.release(request)
+            wanted = self._reserve_first(request, budget, found)
+            if wanted == 0:
                 break
             self.waiting.remove(request)
             self._forget(request)
             self.running.append(request)
             request.num_scheduled = wanted
             plan.requests.append(request)
+            admitted.append(request)
             budget -= wanted
             slots -= 1 + request.num_forks
-        admitted = set(self.running[num_admitted_before:])
         if admitted:
             last = max(place for place, request in enumerate(queue) if request in admitted)
             for request in queue[:last]:
                 if request not in admitted:
                     self._passed_over[request] = self._passed_over.get(request, 0) + 1
 
-    def _has_room(self, request: Request) -> bool:
+    def _reserve_first(self, request: Request, budget: int, found: int) -> int:
+        """Match, and pages for the first chunk; returns its tokens, or 0 with nothing held where there is no room."""
+        if not self._has_room(request, found // self._config.page_size):
+            return 0
+        try:
+            self._cache.match(request)
+            wanted = min(request.num_to_compute, budget, self._row_limit(request))
+            # Asked again: what was evictable before the match may be the very pages that the match now holds.
+            if self._has_room(request, len(request.pages)) and self._cache.reserve(request, wanted):
+                return wanted
+        except BaseException:
+            self._cache.release(request)
+            raise
+        self._cache.release(request)
+        return 0
+
+    def _has_room(self, request: Request, found_pages: int) -> bool:
         """Whether all its known tokens fit beside what running requests have been promised and one page more for each:
         who is admitted should not have to be preempted at once."""
         if not self.running:
             return True
-        promised = sum(self._pages_for(other.num_tokens) - len(other.pages) + 1 for other in self.running)
-        needed = self._pages_for(request.num_tokens + 1) - len(request.pages)
+        promised = sum(self._cache.pages_for(other.num_tokens) - len(other.pages) + 1 for other in self.running)
+        needed = self._cache.pages_for(request.num_tokens + 1) - found_pages
         return needed + promised <= self._cache.num_available
 
-    def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.page_size)
-
-    def _admission_order(self) -> list[Request]:
-        queue = list(self.waiting)
-        if self._config.schedule == "fcfs" or len(queue) < 2:
+    def _admission_order(self, queue: list[Request]) -> list[Request]:
+        if self._config.schedule == "fcfs":
             return queue
-        head, tail = queue[:LOOK_AHEAD], queue[LOOK_AHEAD:]
-        aged = [request for request in head if self._is_aged(request)]
-        fresh = [request for request in head if not self._is_aged(request)]
+        fresh = [request for request in queue if not self._is_aged(request)]
         fresh.sort(key=self._cache.prefix_length, reverse=True)
-        return aged + fresh + tail
+        return [request for request in queue if self._is_aged(request)] + fresh
 
     def _is_aged(self, request: Request) -> bool:
         return self._passed_over.get(request, 0) >= MAX_PASSED_OVER
 
-    def _waits_for_prefix(self, request: Request) -> bool:
-        """Whether a running request is computing a prefix that `request` shares: then it is computed once.
+    def _waits_for_prefix(self, request: Request, found: int) -> bool:
+        """Whether a running request computes a prefix that `request` shares beyond the `found` tokens in the cache.
 
         The prefix in the making is read off the requests that prefill, so an abort or a preemption releases whoever
         waits without any bookkeeping. (In-batch prefix caching of SGLang's scheduler.)
@@ -188,7 +199,7 @@ class Scheduler:
             if not other.is_prefilling or other.params.cache_salt != request.params.cache_salt:
                 continue
             shared = _common_prefix(request, other) // page_size * page_size
-            if shared - max(other.num_published * page_size, self._cache.prefix_length(request)) >= MIN_SHARED:
+            if shared - max(other.num_published * page_size, found) >= MIN_SHARED:
                 self._waits_for[request] = (other, shared)
                 return True
         return False

@@ -80,7 +80,7 @@ def environment(engine: str, settings: dict) -> dict[str, str]:
     variables |= {"OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1"}
     if engine == "nanokv":
         variables["PYTHONPATH"] = str(ROOT)
-    if engine == "vllm":
+    if engine == "vllm":  # which runs on Linux only, so the affinity can be asked for
         variables |= {
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, settings["kv_bytes"] >> 30)),
             "VLLM_CPU_OMP_THREADS_BIND": cpu_range(sorted(os.sched_getaffinity(0))),

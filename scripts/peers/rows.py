@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import mean, median
+from typing import Any
 
-PAGE = 16
-CLIENTS, SHARED = (1, 4, 16), (0.0, 0.5, 0.9)
+REQUESTS, SHARED = {1: 3, 4: 8, 16: 16}, (0.0, 0.5, 0.9)
 PREFIX_PROMPT, PREFIX_OUTPUT = 1024, 32
-ALL, SERVERS = ("nanokv", "vllm", "llama", "transformers"), ("nanokv", "vllm")
+ALL, BATCHING, SHARING = ("nanokv", "vllm", "llama", "transformers"), ("nanokv", "vllm", "llama"), ("nanokv", "vllm")
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Row:
 
     measure   "decode_tokens_per_s", "output_tokens_per_s", "prefill_tokens_per_s" or "requests_per_s"
     shared    tokens that all prompts share, and that one untimed request brought into the cache before
-    engines   who takes part: llama.cpp and transformers share no prefixes between requests
+    engines   who takes part: llama.cpp and transformers share no prefixes between requests, and transformers does not
+              batch requests that come and go
     """
 
     name: str
@@ -28,6 +29,12 @@ class Row:
     concurrency: int
     shared: int = 0
     engines: tuple[str, ...] = ALL
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What the result says of the row's requests."""
+        names = ("prompt_tokens", "output_tokens", "requests", "concurrency")
+        return {name: getattr(self, name) for name in names} | {"shared_tokens": self.shared}
 
     @property
     def is_prefix(self) -> bool:
@@ -67,22 +74,22 @@ def all_rows() -> list[Row]:
     """The rows of the table, in its order."""
     rows = [
         Row("decode, 1 request, 256 tokens of context", "decode_tokens_per_s", 256, 128, 1, 1),
-        Row("4 requests of 256+128", "output_tokens_per_s", 256, 128, 4, 4),
-        Row("16 requests of 256+128", "output_tokens_per_s", 256, 128, 16, 16),
+        Row("4 requests of 256+128", "output_tokens_per_s", 256, 128, 4, 4, engines=BATCHING),
+        Row("16 requests of 256+128", "output_tokens_per_s", 256, 128, 16, 16, engines=BATCHING),
         Row("prefill of 2,048 tokens", "prefill_tokens_per_s", 2048, 1, 1, 1),
     ]
     for part in SHARED:
-        for clients in CLIENTS:
+        for clients in REQUESTS:
             rows.append(
                 Row(
                     f"bench prefix, concurrency {clients}, shared {part:g}",
                     "requests_per_s",
                     PREFIX_PROMPT,
                     PREFIX_OUTPUT,
-                    max(4, 2 * clients if clients < 16 else 16),
+                    REQUESTS[clients],
                     clients,
                     round(part * PREFIX_PROMPT),
-                    SERVERS,
+                    SHARING,
                 )
             )
     return rows
@@ -91,3 +98,17 @@ def all_rows() -> list[Row]:
 def quick_rows() -> list[Row]:
     """The rows that tell most in the shortest time."""
     return [row for row in all_rows() if not row.is_prefix or (row.concurrency, row.shared) == (16, 922)]
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """What a table shows of several runs."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def rounded(value: Any) -> Any:
+    """The same with floats of six digits: more is noise, and makes a committed file hard to read."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list) else value

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanokv.cli.repl.settings import SETTINGS, changed, shown
+from nanokv.cli.repl.settings import SETTINGS, checked
 from nanokv.core.errors import RequestError
 from nanokv.core.request import SamplingParams
 
@@ -31,7 +31,7 @@ def save_chat(path: Path, chat: SavedChat, overwrite: bool) -> None:
         "format": FORMAT,
         "version": VERSION,
         "model": chat.model,
-        "settings": shown(chat.params),
+        "settings": {name: getattr(chat.params, name) for name in SETTINGS},
         "messages": chat.messages,
     }
     text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
@@ -68,11 +68,13 @@ def load_chat(path: Path) -> SavedChat:
         raise RequestError(f'{path}: expected "model" (a text), "settings" (an object) and "messages" (a list)')
     if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "user":
         raise RequestError(f"{path}: ends with a question; the last message has to be an answer")
-    params = SamplingParams()
-    for name, text in settings.items():
-        if name not in SETTINGS or not isinstance(text, str):
-            raise RequestError(f"{path}: settings[{name!r}]={text!r}: expected texts of {', '.join(SETTINGS)}")
-        params = changed(params, name, text)
+    unknown = [name for name in settings if name not in SETTINGS]
+    if unknown:
+        raise RequestError(f"{path}: settings: no such parameter: {unknown[0]}; there are {', '.join(SETTINGS)}")
+    try:
+        params = checked(SamplingParams(**settings))
+    except RequestError as error:
+        raise RequestError(f"{path}: settings: {error}") from None
     return SavedChat(model, messages, params)
 
 

@@ -10,8 +10,9 @@ import torch
 from numba import njit
 
 from nanokv.core.batch import Batch
+from nanokv.kernels.cpu.compiled import compiled
 from nanokv.kernels.cpu.exp import LOG2E, ONE, exp2
-from nanokv.kernels.cpu.team import TEAM, threads_for, together
+from nanokv.kernels.cpu.team import TEAM, share, threads_for
 from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, view, widen
 from nanokv.kernels.ops import KVPlanes
 
@@ -54,14 +55,10 @@ def _norm_work(counter, x, residual, weight, out, rows, width, eps, format, weig
                 target[d] = narrow(widen(narrow(wide[d] * factor, format)) * widen(scale[d]), format)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _norm(team, threads, x, residual, weight, out, rows, width, eps, format, weight_format):
-    counter = np.zeros(1, np.int64)
-    args = (counter.ctypes.data, x, residual, weight, out, rows, width, np.float32(eps), format, weight_format)
-    if threads > 1:
-        together(team, threads, _norm_work, args)
-    else:
-        _norm_work(*args)
+    args = (x, residual, weight, out, rows, width, np.float32(eps), format, weight_format)
+    share(team, threads, _norm_work, args)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -101,14 +98,10 @@ def _silu_work(counter, gate_up, out, rows, width, format):
                 target[d] = narrow(g * ((ONE if g >= 0 else e) / (ONE + e)) * widen(up[d]), format)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _silu(team, threads, gate_up, out, rows, width, format):
-    counter = np.zeros(1, np.int64)
-    args = (counter.ctypes.data, gate_up, out, rows, width, format)
-    if threads > 1:
-        together(team, threads, _silu_work, args)
-    else:
-        _silu_work(*args)
+    args = (gate_up, out, rows, width, format)
+    share(team, threads, _silu_work, args)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -155,20 +148,16 @@ def _rope_work(
                     v_page[d] = narrow(widen(v[d]), page_format)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _rope(
     team, threads, qkv, rows, cos_sin, rotary, pool, geometry, positions, pages, slots, heads, format, page_format
 ):  # fmt: skip
-    counter = np.zeros(1, np.int64)
     numbers = (geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], geometry[5])
     args = (
-        counter.ctypes.data, qkv, rows, cos_sin, rotary, pool, numbers, positions, pages, slots, heads, format,
+        qkv, rows, cos_sin, rotary, pool, numbers, positions, pages, slots, heads, format,
         page_format,
     )  # fmt: skip
-    if threads > 1:
-        together(team, threads, _rope_work, args)
-    else:
-        _rope_work(*args)
+    share(team, threads, _rope_work, args)
 
 
 def rope_and_store(

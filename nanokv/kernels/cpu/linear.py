@@ -16,14 +16,14 @@ import math
 import mmap
 import threading
 
-import numpy as np
 import torch
 from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from nanokv.kernels.cpu.team import TEAM, threads_for, together
+from nanokv.kernels.cpu.compiled import compiled
+from nanokv.kernels.cpu.team import TEAM, share, threads_for
 from nanokv.kernels.cpu.words import FLOAT, FORMAT, INT, constant, emit_fma, emit_widen, fetch_add, view
 
 LANES = 16
@@ -136,17 +136,13 @@ def _work(counter, x, x_stride, w, y, rows, depth, blocks, row_block, group, for
                 row += size
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _multiply(team, threads, x, x_stride, w, y, rows, depth, blocks, format):
     row_block = MOST_ROWS * min(max(NEAR // (4 * depth * MOST_ROWS), 4), 32)
     # As many equal groups for each thread as GROUP demands, at least two: so the last ones end together.
     group = -(-blocks // (threads * max(2, -(-blocks // (threads * GROUP)))))
-    counter = np.zeros(1, np.int64)
-    args = (counter.ctypes.data, x, x_stride, w, y, rows, depth, blocks, row_block, group, format)
-    if threads > 1:
-        together(team, threads, _work, args)
-    else:
-        _work(*args)
+    args = (x, x_stride, w, y, rows, depth, blocks, row_block, group, format)
+    share(team, threads, _work, args)
 
 
 class _Shelf:
@@ -205,14 +201,10 @@ def _pack_work(counter, w, blocks, out, depth, format):
                     block[k * LANES + lane] = row[k]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _pack(team, threads, w, blocks, out, depth, format):
-    counter = np.zeros(1, np.int64)
-    args = (counter.ctypes.data, w, blocks, out, depth, format)
-    if threads > 1:
-        together(team, threads, _pack_work, args)
-    else:
-        _pack_work(*args)
+    args = (w, blocks, out, depth, format)
+    share(team, threads, _pack_work, args)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

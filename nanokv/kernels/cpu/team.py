@@ -36,34 +36,46 @@ def threads_for(work: float) -> int:
 
 
 @intrinsic
-def together(typingctx, team, threads, body, args):
-    """body(*args) once on each of `threads` threads of the team at address `team`; returns when all are done.
+def share(typingctx, team, threads, body, args):
+    """body(counter, *args) once on each of `threads` threads of the team at address `team`; returns when all are done.
 
-    body must not raise; what the threads share stands behind addresses in `args`.
+    counter   address of an int64 that starts at 0 and is common to the threads: they draw units of work from it with
+              `fetch_add`, which balances them whatever a unit costs
+    body      a compiled function that does not raise; its other results stand behind addresses in `args`
     """
-    signature = body.get_call_type(typingctx, tuple(args), {})
+    called = body.get_call_type(typingctx, (types.int64, *args), {})
 
-    def codegen(context, builder, call, values):
+    def codegen(context, builder, signature, values):
         team, threads, _, packed = values
-        compiled = body.dispatcher.overloads[signature.args]
+        compiled = body.dispatcher.overloads[called.args]
         context.active_code_library.add_linking_library(compiled.library)
-        place = cgutils.alloca_once_value(builder, packed)
-        anything = ir.IntType(8).as_pointer()
-        outlined = ir.Function(
-            builder.module, ir.FunctionType(ir.VoidType(), [anything]), f"{builder.function.name}.together"
-        )
+        number, byte = ir.IntType(64), ir.IntType(8).as_pointer()
+        # What the threads need lies on the stack of the caller, who waits for them: the counter, then the arguments.
+        counter = cgutils.alloca_once(builder, number)
+        builder.store(number(0), counter)
+        shared = ir.LiteralStructType([number, packed.type])
+        place = cgutils.alloca_once(builder, shared)
+        numbers = builder.insert_value(ir.Constant(shared, ir.Undefined), builder.ptrtoint(counter, number), 0)
+        builder.store(builder.insert_value(numbers, packed, 1), place)
+
+        name = f"{builder.function.name}.{body.dispatcher.py_func.__name__}"
+        outlined = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [byte]), name)
         outlined.linkage = "internal"
         inside = ir.IRBuilder(outlined.append_basic_block())
-        there = inside.load(inside.bitcast(outlined.args[0], packed.type.as_pointer()), typ=packed.type)
+        given = inside.load(inside.bitcast(outlined.args[0], shared.as_pointer()), typ=shared)
         function = context.declare_function(builder.module, compiled.fndesc)
-        context.call_conv.call_function(
-            inside, function, signature.return_type, signature.args, cgutils.unpack_tuple(inside, there)
-        )
+        inputs = [inside.extract_value(given, 0), *cgutils.unpack_tuple(inside, inside.extract_value(given, 1))]
+        context.call_conv.call_function(inside, function, called.return_type, called.args, inputs)
         inside.ret_void()
-        kind = ir.FunctionType(ir.VoidType(), [outlined.type, anything, ir.IntType(32), ir.IntType(32)])
-        parallel = builder.inttoptr(team, kind.as_pointer())
-        thread_count = builder.trunc(threads, ir.IntType(32))
-        builder.call(parallel, [outlined, builder.bitcast(place, anything), thread_count, ir.IntType(32)(0)])
+
+        with builder.if_else(builder.icmp_signed(">", threads, threads.type(1))) as (many, one):
+            with many:
+                kind = ir.FunctionType(ir.VoidType(), [outlined.type, byte, ir.IntType(32), ir.IntType(32)])
+                parallel = builder.inttoptr(team, kind.as_pointer())
+                count = builder.trunc(threads, ir.IntType(32))
+                builder.call(parallel, [outlined, builder.bitcast(place, byte), count, ir.IntType(32)(0)])
+            with one:
+                builder.call(outlined, [builder.bitcast(place, byte)])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, body, args), codegen

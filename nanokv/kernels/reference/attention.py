@@ -50,7 +50,7 @@ def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch
     pool     uint8 [num_pages, page_bytes]
     batch    Batch; a row sees the keys at positions <= batch.positions[row]
     Returns  [rows, heads * head_dim], contiguous, dtype of q
-    Source   Kwon et al. 2023 (PagedAttention); Ainslie et al. 2023 (grouped queries: heads h * group .. share KV head h)
+    Source   Kwon et al. 2023 (PagedAttention); Ainslie et al. 2023 (group queries share a KV head)
     """
     rows, heads, head_dim = q.shape
     k_plane = plane_view(pool, planes, planes.k_offset)

@@ -1,0 +1,47 @@
+"""What a request must be before it is queued. Raises RequestError naming field, value and what is allowed."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+from nanokv.core.config import EngineConfig
+from nanokv.core.errors import RequestError
+from nanokv.core.request import Request
+from nanokv.models.config import ModelConfig
+
+
+def check_request(request: Request, model: ModelConfig, config: EngineConfig, longest: int) -> list[int]:
+    """The prompt's token ids as plain ints, once everything about the request has been checked.
+
+    longest   prompt tokens that this engine can serve
+    """
+    params = request.params
+    params.validate()
+    if request.finish_reason is not None or request.metrics.first_scheduled is not None:
+        raise RequestError(f"request_id={request.request_id!r}: this Request object was used before; make a new one")
+    try:
+        token_ids = [int(token) for token in request.prompt_token_ids]
+        ids = np.frombuffer(array("i", token_ids), np.int32) if token_ids else np.empty(0, np.int32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"prompt_token_ids: expected a list of token ids ({error})") from None
+    if not token_ids:
+        raise RequestError("prompt_token_ids=[]: expected at least one token")
+    vocab_size = model.vocab_size
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+        raise RequestError(f"prompt_token_ids: unknown token id {wrong}; allowed are 0 to {vocab_size - 1}")
+    if len(token_ids) > longest:
+        raise RequestError(
+            f"prompt_token_ids: {len(token_ids)} tokens; this model and its pool allow at most {longest} "
+            "(max_model_len, kv_memory, num_pages)"
+        )
+    if params.n > config.max_requests:
+        raise RequestError(f"n={params.n}: at most {config.max_requests} samples run at once (max_requests)")
+    for token in params.stop_token_ids:
+        if not 0 <= token < vocab_size:
+            raise RequestError(f"stop_token_ids: unknown token id {token}; allowed are 0 to {vocab_size - 1}")
+    if params.logprobs is not None and params.logprobs > vocab_size:
+        raise RequestError(f"logprobs={params.logprobs}: the vocabulary has {vocab_size} tokens")
+    return token_ids

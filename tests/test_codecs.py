@@ -1,0 +1,32 @@
+"""The raw codec: the model's own numbers, and clear words where a name or a dtype is unknown."""
+
+import pytest
+import torch
+
+from nanokv.codecs import resolve_codec
+from nanokv.core.errors import ConfigError
+from nanokv.core.spec import LayerSpec, PageLayout
+
+
+def test_raw_keeps_k_and_v_as_they_are():
+    codec = resolve_codec("raw", torch.bfloat16)
+    planes = codec.planes(3, 64, 16)
+    assert [(plane.name, plane.shape, plane.dtype) for plane in planes] == [
+        ("k", (3, 16, 64), torch.bfloat16),
+        ("v", (3, 16, 64), torch.bfloat16),
+    ]
+    assert LayerSpec(planes).bytes_per_token == 2 * 3 * 64 * 2
+
+
+def test_bind_says_where_the_planes_lie():
+    codec = resolve_codec("raw", torch.float16)
+    layout = PageLayout([LayerSpec(codec.planes(3, 64, 16))] * 4, 16)
+    planes = codec.bind(layout, 2)
+    assert (planes.k_offset, planes.v_offset, planes.page_bytes) == (4 * 6144, 5 * 6144, 8 * 6144)
+
+
+def test_unknown_names_and_dtypes_are_refused():
+    with pytest.raises(ConfigError, match="codec='zip': allowed are raw"):
+        resolve_codec("zip", torch.float32)
+    with pytest.raises(ConfigError, match="int8"):
+        resolve_codec("raw", torch.int8)
