@@ -30,3 +30,8 @@ def test_unknown_names_and_dtypes_are_refused():
         resolve_codec("zip", torch.float32)
     with pytest.raises(ConfigError, match="int8"):
         resolve_codec("raw", torch.int8)
+
+
+def test_a_layer_that_keeps_no_k_and_v_cannot_be_bound():
+    with pytest.raises(KeyError):
+        resolve_codec("raw", torch.float32).bind(PageLayout([LayerSpec()], 16), 0)

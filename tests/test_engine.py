@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanokv import EngineConfig, SamplingParams
-from nanokv.core.errors import ConfigError, RequestError
+from nanokv.core.errors import ConfigError, NanokvError, RequestError
 from nanokv.core.request import Request
 from nanokv.llm import LLM
 
@@ -252,6 +252,94 @@ def test_an_interrupt_in_a_step_loses_nothing(llm, monkeypatch):
     assert run(llm)[-1].token_ids == expected
 
 
+def test_a_failure_while_planning_an_admission_ends_that_request_only(llm, monkeypatch):
+    def fails(*arguments):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(llm.engine.cache, "reserve", fails)
+    llm.engine.add_request(Request(prompt(20), GREEDY, "unlucky"))
+    assert [(o.request_id, o.finish_reason) for o in run(llm, 2)] == [("unlucky", "error")]
+    monkeypatch.undo()
+    assert_all_pages_back(llm)
+    assert llm.generate([prompt(20)], GREEDY)[0].finish_reason == "length"
+
+
+def test_logits_that_are_not_finite_end_their_request_only(llm, monkeypatch):
+    original = llm.engine.runner.run
+
+    def poisoned(plan):
+        logits = original(plan)
+        if len(logits) == 2:
+            logits[1] = float("nan")
+        return logits
+
+    monkeypatch.setattr(llm.engine.runner, "run", poisoned)
+    llm.engine.add_request(Request(prompt(5), GREEDY, "well"))
+    llm.engine.add_request(Request(prompt(5, 1), SamplingParams(seed=1), "ill"))
+    final = {output.request_id: output for output in run(llm) if output.finished}
+    assert final["well"].finish_reason == "length"
+    assert final["ill"].finish_reason == "error" and "not finite" in final["ill"].error
+
+
+@pytest.mark.parametrize("params", [{"min_tokens": 4}, {"repetition_penalty": 1.3}, {"temperature": 1e-46}])
+def test_parameters_that_reshape_logits_work_through_the_engine(llm, params):
+    chosen = SamplingParams(**{"max_tokens": 6, "temperature": 0, **params})
+    output = llm.generate([prompt(12)], chosen)[0]
+    assert output.finish_reason in ("stop", "length")
+    assert len(output.token_ids) > params.get("min_tokens", 0)
+
+
+def test_a_scored_text_must_fit_in_the_pool(tiny_llama):
+    with LLM(tiny_llama, page_size=4, num_pages=16) as llm:
+        assert llm.score(prompt(64)).shape[0] == 64
+        with pytest.raises(RequestError, match="at most 64"):
+            llm.score(prompt(65))
+
+
+def test_a_preempted_score_delivers_each_row_once(llm):
+    expected = llm.score(prompt(40))
+    blocks = llm.score_blocks(prompt(40))
+    rows = [next(blocks)]
+    llm.engine.scheduler.preempt(llm.engine.scheduler.running[0])
+    rows.extend(blocks)
+    assert torch.equal(torch.cat(rows), expected)
+
+
+def test_an_aborted_score_says_so(llm):
+    blocks = llm.score_blocks(prompt(40))
+    next(blocks)
+    llm.engine.abort(llm.engine.scheduler.running[0].request_id)
+    with pytest.raises(NanokvError, match="abort"):
+        list(blocks)
+
+
+def test_outputs_of_the_engines_own_requests_are_kept_for_the_engine(llm):
+    llm.engine.add_request(Request(prompt(12), GREEDY, "own"))
+    stream = llm.stream(prompt(12, 1), GREEDY)
+    assert len(list(stream)) == 6
+    own = [output for output in run(llm) if output.request_id == "own"]
+    assert [len(output.token_ids) for output in own] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_stream_whose_outputs_another_took_ends(llm):
+    stream = llm.stream(prompt(12), GREEDY)
+    run(llm)
+    assert list(stream) == []
+
+
+def test_a_full_disk_ends_the_event_log_and_nothing_else(tiny_llama, tmp_path, monkeypatch):
+    with LLM(tiny_llama, page_size=4, num_pages=64, event_log=str(tmp_path / "events.jsonl")) as llm:
+
+        class Full:
+            def write(self, text):
+                raise OSError(28, "No space left on device")
+
+        llm.engine.events._file = Full()
+        assert llm.generate([prompt(20)], GREEDY)[0].finish_reason == "length"
+        assert not llm.engine.events.on
+        assert_all_pages_back(llm)
+
+
 def test_stop_ids_and_eos(llm):
     free = llm.generate([prompt(12)], GREEDY)[0].token_ids
     third = free[2]
@@ -288,6 +376,9 @@ def test_the_event_log_tells_what_happened(tiny_llama, tmp_path):
         ({"kv_memory": "10"}, "one page"),
         ({"num_pages": 10**9}, "are free"),
         ({"no_such": 1}, "no_such"),
+        ({"max_model_len": 513}, "max_model_len=513"),
+        ({"event_log": "/no/such/folder/x"}, "event_log="),
+        ({"event_log": 3}, "event_log=3"),
     ],
 )
 def test_choices_that_cannot_be_honoured_are_named(tiny_llama, fields, words):

@@ -91,6 +91,20 @@ def test_min_tokens_holds_stop_texts_off(llm):
     assert len(llm.generate(COUNTING, late)[0].token_ids) >= 10
 
 
+def test_a_stop_text_may_match_at_exactly_min_tokens(llm):
+    free = llm.generate(COUNTING, GREEDY)[0]
+    texts = [output.text for output in llm.stream(COUNTING, GREEDY)]
+    stop = texts[3][len(texts[2]) :]  # the text of the fourth token
+    at = next(i for i, text in enumerate(texts) if stop in text) + 1
+    exact = SamplingParams(temperature=0, max_tokens=16, stop=(stop,), min_tokens=at)
+    assert len(llm.generate(COUNTING, exact)[0].token_ids) == at <= len(free.token_ids)
+
+
+def test_a_chat_has_one_answer(llm):
+    with pytest.raises(RequestError, match="n=2"):
+        llm.chat([{"role": "user", "content": "hi"}], SamplingParams(n=2))
+
+
 def test_a_chat_answers_and_its_next_turn_is_cached(llm):
     messages = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     answer = llm.chat(messages, SamplingParams(temperature=0, max_tokens=40))
