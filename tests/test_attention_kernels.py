@@ -24,7 +24,7 @@ class Requests:
         layout = PageLayout([LayerSpec(paged=codec.planes(kv_heads, head_dim, page_size))] * 3, page_size)
         self.lengths, self.planes, self.scale = lengths, codec.bind(layout, layer), head_dim**-0.5
         counts = [layout.pages_for(length) for length in lengths]
-        shuffled = torch.randperm(sum(counts), generator=noise).int()
+        shuffled = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(page_size)).int()
         self.pool = torch.full((sum(counts), layout.page_bytes), 255, dtype=torch.uint8)
         self.tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
         self.q = []

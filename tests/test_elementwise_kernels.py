@@ -42,9 +42,7 @@ def test_norms_agree_with_the_reference(dtype, weight_dtype):
             x, residual = noise(rows, width, dtype=dtype), noise(rows, width, seed=2, dtype=dtype)
             assert_close(cpu.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
             mine, truth = residual.clone(), residual.clone()
-            assert_close(
-                cpu.add_rms_norm(x, mine, weight, 1e-5), reference.add_rms_norm(x, truth, weight, 1e-5)
-            )
+            assert_close(cpu.add_rms_norm(x, mine, weight, 1e-5), reference.add_rms_norm(x, truth, weight, 1e-5))
             assert same_bits(mine, truth)
 
 
