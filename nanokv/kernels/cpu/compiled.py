@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,19 @@ _STAMP = _fingerprint()
 
 
 def compiled(function: Callable) -> Callable:
-    """numba.njit that releases the GIL and keeps its machine code on disk.
+    """numba.njit that releases the GIL and keeps its machine code on disk, where there is a folder to write to.
 
     numba asks only whether the file of `function` itself has changed, and would run old code after an edit of a
     function that it calls. So the stamp of the cache becomes the content of all kernels.
     """
-    dispatcher = njit(nogil=True, cache=True)(function)
-    dispatcher._cache._cache_file._source_stamp = _STAMP
+    dispatcher = njit(nogil=True)(function)
+    with contextlib.suppress(RuntimeError):  # numba found no folder: this process compiles for itself
+        dispatcher.enable_caching()
+        dispatcher._cache._cache_file._source_stamp = _STAMP
     return dispatcher
+
+
+def inner(function: Callable) -> Callable:
+    """numba.njit for a function that only compiled code calls: without the door to Python, which takes long to make,
+    and with the numbers of IEEE 754 where Python raises (a division by zero)."""
+    return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function)

@@ -6,7 +6,9 @@ import numpy as np
 
 from nanokv.core.batch import Batch
 
-STRIP = 64  # keys that attention takes at once; strips begin at multiples of it
+# Keys that attention takes at once; strips begin at multiples of it. (numba compiles a function anew for each plain
+# int constant that is passed to it, and only once for a numpy integer.)
+STRIP = np.int64(64)
 BLOCK = 64  # rows of one request that share the widened keys
 
 

@@ -3,12 +3,20 @@
 A second pool beside torch's would spin on the same cores between layers. So a kernel is handed to the very function
 that torch's own parallel loops go through: GOMP_parallel, of whichever OpenMP library torch was linked to. The team is
 torch's, its size is torch.get_num_threads(), and its threads are still awake from the matrix product before.
+
+What 30 layers of decode attention add between two torch.mm each (2 cores of an AMD Zen 3, ms):
+
+    requests x tokens    torch's team    one thread    numba prange: its own OpenMP    numba prange: workqueue
+    16 x 320             10.8            20.5          11.7                            24
+    4 x 512              4.3             7.2           4.7                             10
+    1 x 256              0.64            0.96          0.89                            4.5
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 import torch
 from llvmlite import ir
@@ -19,7 +27,7 @@ from numba.extending import intrinsic
 
 def _find_parallel() -> int:
     """Address of GOMP_parallel, or 0 where torch's OpenMP library has none (then kernels run on one thread)."""
-    library = "libtorch_cpu.so" if os.name == "posix" else "torch_cpu.dll"
+    library = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
     try:
         function = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", library)).GOMP_parallel
     except (OSError, AttributeError):

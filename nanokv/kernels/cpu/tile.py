@@ -8,16 +8,17 @@ vector is and where a tile begins change nothing in any number.
 from __future__ import annotations
 
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from nanokv.kernels.cpu.exp import emit_exp2
 from nanokv.kernels.cpu.words import FLOAT, INT, constant, emit_fma, emit_widen
 
-# Floats in two vector registers. Four rows of that width keep eight chains of multiply-adds in flight, which is what
-# hides their latency; fewer rows need more width, as far as there are registers (AVX2 has 16, AVX-512 32).
-PAIR = 32 if binding.get_host_cpu_features().get("avx512f", False) else 16
-WIDTH_1, WIDTH_2 = 64, 2 * PAIR
+# Rows of a tile -> floats of each row in it: eight registers of sums (six, for 3 rows), because about eight chains of
+# multiply-adds hide each other's latency. AVX2 has 16 registers of 8 floats, AVX-512 32 of 16.
+_PAIR = 32 if binding.get_host_cpu_features().get("avx512f", False) else 16
+_WIDTHS = {1: 64, 2: 2 * _PAIR, 3: _PAIR, 4: _PAIR}
 
 
 def _vector(builder, base, index, kind, width):
@@ -43,69 +44,51 @@ def _spread(builder, number, width):
     return builder.shuffle_vector(one, one, constant(ir.VectorType(INT, width), 0))
 
 
-@intrinsic(prefer_literal=True)
-def _tile(typingctx, rows, width, fresh, a, a_stride, b, b_stride, c, c_stride, depth):
-    """c[rows, width] += a[rows, depth] @ b[depth, width], all of c in registers. rows and width are literal."""
-    num_rows, num_lanes = rows.literal_value, width.literal_value
-
-    def codegen(context, builder, signature, args):
-        fresh, a, a_stride, b, b_stride, c, c_stride, depth = args[2:]
-        a, b, c = (builder.inttoptr(address, FLOAT.as_pointer()) for address in (a, b, c))
-        index = a_stride.type
-        a_rows = [builder.gep(a, [builder.mul(a_stride, index(r))], source_etype=FLOAT) for r in range(num_rows)]
-        c_starts = [builder.mul(c_stride, index(r)) for r in range(num_rows)]
-        zero = constant(ir.VectorType(FLOAT, num_lanes), 0.0)
-        sums = []
-        for start in c_starts:
-            old = _load(builder, c, start, FLOAT, num_lanes)
-            sums.append(cgutils.alloca_once_value(builder, builder.select(fresh, zero, old)))
-        with cgutils.for_range(builder, depth) as loop:
-            b_row = _load(builder, b, builder.mul(loop.index, b_stride), FLOAT, num_lanes)
-            for total, a_row in zip(sums, a_rows, strict=True):
-                number = builder.load(builder.gep(a_row, [loop.index], source_etype=FLOAT), typ=FLOAT)
-                step = emit_fma(builder, _spread(builder, number, num_lanes), b_row, builder.load(total))
-                builder.store(step, total)
-        for total, start in zip(sums, c_starts, strict=True):
-            _store(builder, builder.load(total), c, start)
-        return context.get_dummy_value()
-
-    return types.void(rows, width, types.boolean, *[types.int64] * 7), codegen
+def _emit_tile(builder, rows, width, a, a_stride, b, b_stride, c, c_stride, depth):
+    """The loop over `depth` for a fixed number of rows and columns, all of c in registers."""
+    index = depth.type
+    a_rows = [builder.gep(a, [builder.mul(a_stride, index(r))], source_etype=FLOAT) for r in range(rows)]
+    c_starts = [builder.mul(c_stride, index(r)) for r in range(rows)]
+    sums = [cgutils.alloca_once_value(builder, _load(builder, c, start, FLOAT, width)) for start in c_starts]
+    with cgutils.for_range(builder, depth) as loop:
+        b_row = _load(builder, b, builder.mul(loop.index, b_stride), FLOAT, width)
+        for total, a_row in zip(sums, a_rows, strict=True):
+            number = builder.load(builder.gep(a_row, [loop.index], source_etype=FLOAT), typ=FLOAT)
+            builder.store(emit_fma(builder, _spread(builder, number, width), b_row, builder.load(total)), total)
+    for total, start in zip(sums, c_starts, strict=True):
+        _store(builder, builder.load(total), c, start)
 
 
-@njit
-def multiply(rows, columns, depth, fresh, a, a_stride, b, b_stride, c, c_stride):
-    """c[rows, columns] = a[rows, depth] @ b[depth, columns], plus what stood in c unless `fresh`.
+@intrinsic
+def multiply(typingctx, rows, columns, depth, a, a_stride, b, b_stride, c, c_stride):
+    """c[rows, columns] += a[rows, depth] @ b[depth, columns].
 
     rows      1 to 4
     columns   rounded up to a multiple of 16; b and c have room for that
     a, b, c   addresses of float32; strides count floats from row to row
     """
-    n = 0
-    if rows == 4:
-        while n + PAIR <= columns:
-            _tile(4, PAIR, fresh, a, a_stride, b + 4 * n, b_stride, c + 4 * n, c_stride, depth)
-            n += PAIR
-        while n < columns:
-            _tile(4, 16, fresh, a, a_stride, b + 4 * n, b_stride, c + 4 * n, c_stride, depth)
-            n += 16
-    elif rows == 3:
-        while n < columns:
-            _tile(3, 16, fresh, a, a_stride, b + 4 * n, b_stride, c + 4 * n, c_stride, depth)
-            n += 16
-    elif rows == 2:
-        while n + WIDTH_2 <= columns:
-            _tile(2, WIDTH_2, fresh, a, a_stride, b + 4 * n, b_stride, c + 4 * n, c_stride, depth)
-            n += WIDTH_2
-        while n < columns:
-            _tile(2, 16, fresh, a, a_stride, b + 4 * n, b_stride, c + 4 * n, c_stride, depth)
-            n += 16
-    else:
-        while n + WIDTH_1 <= columns:
-            _tile(1, WIDTH_1, fresh, a, a_stride, b + 4 * n, b_stride, c + 4 * n, c_stride, depth)
-            n += WIDTH_1
-        while n < columns:
-            _tile(1, 16, fresh, a, a_stride, b + 4 * n, b_stride, c + 4 * n, c_stride, depth)
-            n += 16
+
+    def codegen(context, builder, signature, args):
+        rows, columns, depth, a, a_stride, b, b_stride, c, c_stride = args
+        a, b, c = (builder.inttoptr(address, FLOAT.as_pointer()) for address in (a, b, c))
+        index = rows.type
+        columns = builder.and_(builder.add(columns, index(15)), index(-16))
+        end = builder.append_basic_block()
+        choice = builder.switch(rows, end)
+        for count, width in _WIDTHS.items():
+            case = builder.append_basic_block()
+            choice.add_case(index(count), case)
+            builder.position_at_end(case)
+            whole = builder.and_(columns, index(-width))
+            for start, stop, step in ((index(0), whole, width), (whole, columns, 16)):
+                with cgutils.for_range_slice(builder, start, stop, index(step), index) as (n, _):
+                    b_part, c_part = (builder.gep(place, [n], source_etype=FLOAT) for place in (b, c))
+                    _emit_tile(builder, count, step, a, a_stride, b_part, b_stride, c_part, c_stride, depth)
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9), codegen
 
 
 @intrinsic
@@ -166,14 +149,48 @@ def widen_16(typingctx, source, out, format):
     return types.void(types.int64, types.int64, format), codegen
 
 
+def _strip(builder, address):
+    """A strip's 64 float32 as four vectors."""
+    return [_load(builder, address, address.type(n), FLOAT, 16) for n in range(0, 64, 16)]
+
+
 @intrinsic
-def largest(typingctx, address):
-    """The largest of 64 float32."""
+def largest(typingctx, scores):
+    """The largest of the 64 float32 at an address."""
 
     def codegen(context, builder, signature, args):
-        numbers = _load(builder, args[0], args[0].type(0), FLOAT, 64)
-        function = ir.FunctionType(FLOAT, [numbers.type])
-        function = cgutils.get_or_insert_function(builder.module, function, "llvm.vector.reduce.fmax.v64f32")
-        return builder.call(function, [numbers], fastmath=("nnan",))
+        a, b, c, d = _strip(builder, args[0])
+
+        def larger(x, y):
+            return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+        top = larger(larger(a, b), larger(c, d))
+        kind = ir.FunctionType(FLOAT, [top.type])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fmax.v16f32")
+        return builder.call(function, [top], fastmath=("nnan",))
 
     return types.float32(types.int64), codegen
+
+
+@intrinsic
+def weigh(typingctx, scores, scale, top, sums, decay):
+    """Each of 64 scores s becomes the weight 2**(s * scale - top); weights are added to 16 sums, which decay first.
+
+    scores, sums   addresses of 64 and of 16 float32
+    """
+
+    def codegen(context, builder, signature, args):
+        scores, scale, top, sums, decay = args
+        scale, decay, top = (_spread(builder, number, 16) for number in (scale, decay, builder.fneg(top)))
+        weights = [emit_exp2(builder, emit_fma(builder, s, scale, top)) for s in _strip(builder, scores)]
+        for n, weight in enumerate(weights):
+            _store(builder, weight, builder.inttoptr(scores, FLOAT.as_pointer()), scores.type(16 * n))
+        a, b, c, d = weights
+        total = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
+        zero = sums.type(0)
+        total = emit_fma(builder, _load(builder, sums, zero, FLOAT, 16), decay, total)
+        _store(builder, total, builder.inttoptr(sums, FLOAT.as_pointer()), zero)
+        return context.get_dummy_value()
+
+    number, address = types.float32, types.int64
+    return types.void(address, number, number, address, number), codegen
