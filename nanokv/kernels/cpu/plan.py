@@ -15,7 +15,7 @@ BLOCK = 64  # rows of one request that share the widened keys
 class Plan:
     """The tensors of a batch as numpy views, and its blocks of rows.
 
-    positions, write_pages, write_slots   int32 [rows]
+    positions     int32 [rows]
     page_tables   int32 [requests, widest]
     blocks        int64 [blocks, 4]: first row, row after the last, request, greatest position; the dearest come first
     block_rows    rows of the largest block
@@ -25,7 +25,6 @@ class Plan:
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.positions, self.page_tables = batch.positions.numpy(), batch.page_tables.numpy()
-        self.write_pages, self.write_slots = batch.write_pages.numpy(), batch.write_slots.numpy()
         starts = batch.request_starts.numpy().astype(np.int64)
         counts = -(-np.diff(starts) // BLOCK)
         request = np.repeat(np.arange(len(counts)), counts)
