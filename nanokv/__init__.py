@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanokv.core.config import EngineConfig
+    from nanokv.core.errors import NanokvError
     from nanokv.core.request import RequestOutput, SamplingParams
     from nanokv.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "EngineConfig", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "EngineConfig", "NanokvError", "RequestOutput", "SamplingParams", "__version__"]
 
 _HOMES = {
     "LLM": "nanokv.llm",
     "EngineConfig": "nanokv.core.config",
+    "NanokvError": "nanokv.core.errors",
     "RequestOutput": "nanokv.core.request",
     "SamplingParams": "nanokv.core.request",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ class LLM:
     model     a catalog name, a hub id that has been pulled, or a folder with config.json, *.safetensors and
               tokenizer.json (which may be missing when prompts are token ids)
     config    EngineConfig, or its fields as keywords
-    Raises    ConfigError, CheckpointError
+    Raises    ConfigError, CheckpointError; weights are not fetched here, `nanokv pull NAME` does that
+
+    Threads may call it at the same time: their requests run in the same steps.
     """
 
     def __init__(self, model: str | Path, config: EngineConfig | None = None, **fields: Any) -> None:
@@ -59,6 +62,8 @@ class LLM:
         )
         self.engine = Engine(decoder, self.config, self.tokenizer, self.device)
         self._inbox: dict[str, deque[RequestOutput]] = {}
+        self._lock = RLock()  # held while a request is queued, stepped or dropped, and its outputs handed out
+        self._closed = False
 
     # ---- generating -----------------------------------------------------------------------------------------------
 
@@ -73,7 +78,7 @@ class LLM:
         params    one for all, or one for each prompt
         Raises    RequestError when any of them cannot be served; then none is.
         """
-        batch = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        batch = _as_list(prompts)
         each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
             raise RequestError(f"params: {len(each)} for {len(batch)} prompts; give one, or one for each prompt")
@@ -81,8 +86,8 @@ class LLM:
         try:
             for prompt, chosen in zip(batch, each, strict=True):
                 ids.append(self._submit(Request(self._encode(prompt), chosen)))
-            while any(request_id in self.engine for request_id in ids):
-                self._step()
+            while self._step_for(ids):
+                pass
             finished = [output for request_id in ids for output in self._inbox[request_id] if output.finished]
         finally:
             self._forget(ids)
@@ -125,11 +130,11 @@ class LLM:
         request.logit_blocks = []
         request_id = self._submit(request)
         try:
-            while request.logit_blocks or request_id in self.engine:
+            while True:
                 if request.logit_blocks:
                     yield request.logit_blocks.pop(0).clone()  # a plain tensor, where the engine's is for inference
-                else:
-                    self._step()
+                elif not self._step_for([request_id]) and not request.logit_blocks:
+                    break
             if request.finish_reason != "length":
                 raise NanokvError(f"scoring ended early: {request.error or request.finish_reason}")
         finally:
@@ -143,7 +148,12 @@ class LLM:
         bytes_per_token, page_size, page_bytes      what the cache costs (payload; page_bytes with padding)
         pages_total, pages_free, pages_held         pages that are free, or private to running requests
         pages_cached, pages_locked                  pages in the prefix tree; those of them that running requests use
-        hit_tokens, queried_tokens                  prompt tokens found in the prefix cache, and looked up
+        state_bytes                                 one sequence's recurrent state; where there is one, also:
+        states_total, states_free, states_held      states that are free, or belong to running requests
+        states_cached, state_evictions              checkpoints in the prefix tree; those dropped for room
+        hit_tokens, queried_tokens                  prompt tokens that the prefix cache saved, and that were looked up
+        kv_hit_tokens                               prompt tokens whose pages were found: more than hit_tokens only
+                                                    where a recurrent state was missing
         evictions, copies                           cached pages dropped for room; shared pages copied before a write
         preemptions, steps                          requests sent back to the queue; engine steps
         requests_running, requests_waiting          right now
@@ -157,8 +167,10 @@ class LLM:
         self.engine.reset_prefix_cache()
 
     def close(self) -> None:
-        """Abort what runs and close the event log. Safe to call twice."""
-        self.engine.close()
+        """Abort what runs and close the event log; no request is taken after that. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+            self.engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -168,7 +180,7 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return prompt
+            return prompt  # the engine checks ids
         if self.tokenizer is None:
             raise RequestError(f"prompt: {self.folder} has no tokenizer.json; give token ids")
         return self.tokenizer.encode(prompt, add_special=True)
@@ -179,21 +191,30 @@ class LLM:
         return self.tokenizer.chat(messages, **template_kwargs)
 
     def _submit(self, request: Request) -> str:
-        request_id = self.engine.add_request(request)
-        self._inbox[request_id] = deque()
-        return request_id
+        with self._lock:
+            if self._closed:
+                raise NanokvError("this LLM is closed: make a new one")
+            request_id = self.engine.add_request(request)
+            self._inbox[request_id] = deque()
+            return request_id
 
-    def _step(self) -> None:
-        foreign = []  # of requests that the caller gave to the engine, and will ask it for
-        for output in self.engine.step():
-            self._inbox.get(output.request_id, foreign).append(output)
-        self.engine.put_back(foreign)
+    def _step_for(self, ids: list[str]) -> bool:
+        """One step if any of these requests still runs; False, with all their outputs in the inbox, if none does."""
+        with self._lock:
+            if not any(request_id in self.engine for request_id in ids):
+                return False
+            foreign = []  # of requests that the caller gave to the engine, and will ask it for
+            for output in self.engine.step():
+                self._inbox.get(output.request_id, foreign).append(output)
+            self.engine.put_back(foreign)
+            return True
 
     def _forget(self, ids: list[str]) -> None:
-        for request_id in ids:
-            if request_id in self.engine:
-                self.engine.abort(request_id)
-            self._inbox.pop(request_id, None)
+        with self._lock:
+            for request_id in ids:
+                if request_id in self.engine:
+                    self.engine.abort(request_id)
+                self._inbox.pop(request_id, None)
 
 
 class _Stream:
@@ -209,15 +230,15 @@ class _Stream:
     def __next__(self) -> RequestOutput:
         inbox = self._llm._inbox.get(self.request_id)
         while inbox is not None:
-            if inbox:
-                output = inbox.popleft()
-                if output.finished and not inbox and self.request_id not in self._llm.engine:
+            with self._llm._lock:
+                if inbox:
+                    output = inbox.popleft()
+                    if output.finished and not inbox and self.request_id not in self._llm.engine:
+                        self.close()
+                    return output
+                if not self._llm._step_for([self.request_id]):  # somebody else stepped the engine and has its outputs
                     self.close()
-                return output
-            if self.request_id not in self._llm.engine:  # somebody else stepped the engine and has its outputs
-                self.close()
-                break
-            self._llm._step()
+                    break
         raise StopIteration
 
     def close(self) -> None:
@@ -228,8 +249,14 @@ class _Stream:
         self.close()
 
 
-def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], (str, list, tuple)))
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A text or token ids as a list of one. Raises RequestError for what is no sequence."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
+        raise RequestError(f"prompts={prompts!r:.60}: expected a text, a list of token ids, or a list of either")
+    one = len(prompts) > 0 and not isinstance(prompts[0], (str, Sequence))
+    return [prompts] if one else list(prompts)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Times paged attention on this CPU: the shapes that docs/benchmarks.md speaks of, bfloat16 pages, SmolLM2's heads.
+"""Times paged attention on this CPU: SmolLM2-135M's heads, and those of DeepSeek-V2-Lite over latents (absorbed MLA).
 
 python scripts/bench_attention.py
 """
@@ -6,15 +6,36 @@ python scripts/bench_attention.py
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
 from nanokv.codecs.raw import RawCodec
 from nanokv.core.batch import Batch
-from nanokv.core.spec import LayerSpec, PageLayout
+from nanokv.core.spec import LayerSpec, PageLayout, Plane
 from nanokv.kernels import ops
 
-HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, LAYERS, REPEATS = 9, 3, 64, 16, 30, 9
+PAGE_SIZE, LAYERS, REPEATS = 16, 30, 9
+
+
+def smollm2(dtype: torch.dtype) -> tuple[PageLayout, list[ops.KVPlanes], int]:
+    """Pages of 30 layers of 3 KV heads of 64 dims, and 9 query heads."""
+    codec = RawCodec(dtype)
+    layout = PageLayout([LayerSpec(codec.planes(3, 64, PAGE_SIZE))] * LAYERS, PAGE_SIZE)
+    return layout, [codec.bind(layout, layer) for layer in range(LAYERS)], 9
+
+
+def deepseek_v2_lite(dtype: torch.dtype) -> tuple[PageLayout, list[ops.KVPlanes], int]:
+    """Pages of one layer of latents of 512 and rotated keys of 64, and 16 query heads."""
+    planes = Plane("latent", (PAGE_SIZE, 512), dtype, 0), Plane("k_rope", (PAGE_SIZE, 64), dtype, 0)
+    layout, size = PageLayout([LayerSpec(planes)], PAGE_SIZE), dtype.itemsize
+    return layout, [
+        ops.KVPlanes(
+            k_offset=0, v_offset=0, tail_offset=layout.paged(0, "k_rope").offset, page_bytes=layout.page_bytes,
+            page_size=PAGE_SIZE, token_stride=512 * size, head_stride=0, tail_stride=64 * size, kv_heads=1,
+            head_dim=512, value_dim=512, tail_dim=64, dtype=dtype,
+        )
+    ], 16  # fmt: skip
 
 
 def batch_of(requests: int, length: int, rows: int) -> tuple[Batch, int]:
@@ -30,19 +51,21 @@ def batch_of(requests: int, length: int, rows: int) -> tuple[Batch, int]:
     ), requests * pages
 
 
-def milliseconds(requests: int, length: int, rows: int, layers: int) -> list[float]:
+def milliseconds(
+    model: Callable, dtype: torch.dtype, requests: int, length: int, rows: int, layers: int
+) -> list[float]:
     """Times of all `layers` calls of one step, fastest first."""
-    codec = RawCodec(torch.bfloat16)
-    layout = PageLayout([LayerSpec(codec.planes(KV_HEADS, HEAD_DIM, PAGE_SIZE))] * LAYERS, PAGE_SIZE)
-    planes = [codec.bind(layout, layer) for layer in range(layers)]
+    layout, planes, heads = model(dtype)
     batch, pages = batch_of(requests, length, rows)
-    pool = torch.randn(pages * layout.page_bytes // 2).bfloat16().view(torch.uint8).view(pages, layout.page_bytes)
-    q = torch.randn(requests * rows, HEADS, HEAD_DIM)
+    pool = torch.randn(pages * layout.page_bytes // dtype.itemsize).to(dtype).view(torch.uint8)
+    pool = pool.view(pages, layout.page_bytes)
+    depth = planes[0].head_dim + planes[0].tail_dim
+    q = torch.randn(requests * rows, heads, depth)
     times = []
     for _ in range(REPEATS + 1):
         begin = time.perf_counter()
-        for layer in planes:
-            ops.paged_attention(q, pool, layer, batch, HEAD_DIM**-0.5)
+        for layer in planes[:layers]:
+            ops.paged_attention(q, pool, layer, batch, depth**-0.5)
         times.append((time.perf_counter() - begin) * 1e3)
     return sorted(times[1:])
 
@@ -50,14 +73,17 @@ def milliseconds(requests: int, length: int, rows: int, layers: int) -> list[flo
 def main() -> None:
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads; milliseconds: fastest, median, slowest of {REPEATS}")
+    f32, bf16 = torch.float32, torch.bfloat16
     for name, shape in {
-        "decode, 1 x 256 tokens, 30 layers": (1, 256, 1, LAYERS),
-        "decode, 16 x 320 tokens, 30 layers": (16, 320, 1, LAYERS),
-        "decode, 16 x 1,024 tokens, 30 layers": (16, 1024, 1, LAYERS),
-        "prefill, 2,048 tokens, 1 layer": (1, 2048, 2048, 1),
+        "decode, 1 x 256 tokens, 30 layers": (smollm2, bf16, 1, 256, 1, LAYERS),
+        "decode, 16 x 320 tokens, 30 layers": (smollm2, bf16, 16, 320, 1, LAYERS),
+        "decode, 16 x 1,024 tokens, 30 layers": (smollm2, bf16, 16, 1024, 1, LAYERS),
+        "prefill, 2,048 tokens, 1 layer": (smollm2, bf16, 1, 2048, 2048, 1),
+        "latents, decode, 1 x 4,096 tokens, 1 layer": (deepseek_v2_lite, bf16, 1, 4096, 1, 1),
+        "the same in float32": (deepseek_v2_lite, f32, 1, 4096, 1, 1),
     }.items():
         times = milliseconds(*shape)
-        print(f"{name:40} {times[0]:8.2f} {times[REPEATS // 2]:8.2f} {times[-1]:8.2f}")
+        print(f"{name:44} {times[0]:8.2f} {times[REPEATS // 2]:8.2f} {times[-1]:8.2f}")
 
 
 if __name__ == "__main__":

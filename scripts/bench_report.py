@@ -1,4 +1,4 @@
-"""Tables of docs/benchmarks.md and the README's figure, from the JSON that scripts/bench_peers.py wrote.
+"""Tables of docs/benchmarks.md and the README's figure, from what scripts/bench_peers.py and bench_families.py wrote.
 
     python scripts/bench_report.py            rewrites the generated blocks of docs/benchmarks.md, draws cpu.svg
     python scripts/bench_report.py --check    exit code 1 when the blocks are not those of the JSON
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from peers.figure import NAMES, UNITS, draw, is_less_better, number
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON = ROOT / "docs/benchmarks/cpu.json"
+FAMILIES = ROOT / "docs/benchmarks/families.json"
 PAGE = ROOT / "docs/benchmarks.md"
 FIGURE = ROOT / "docs/benchmarks/cpu.svg"
 
@@ -203,12 +205,36 @@ def prefix(result: dict) -> str:
     return markdown([*header, "TTFT p50"], rows)
 
 
+def families(result: dict) -> str:
+    """Two ways side by side, from families.json, which stands beside the peers' numbers and knows its own machine."""
+    result = json.loads(FAMILIES.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    lines = [f"{result['hardware']['cpu']}, {result['threads']} threads, {versions}. Medians (lowest to highest).", ""]
+    rows = []
+    for row in result["rows"]:
+        ours, theirs = (_milliseconds(row[f"{side}_s"]) for side in ("ours", "theirs"))
+        low, high = min(row["ratios"]), max(row["ratios"])
+        verdict = "yes" if round(row["ratio"], 2) >= row["least"] else "**no**"
+        ratio = f"{row['ratio']:.2f} x ({low:.2f} to {high:.2f})"
+        rows.append(
+            [row["name"], row["shape"], f"{row['ours']}: {ours}", f"{row['theirs']}: {theirs}", ratio,
+             f"at least {row['least']:g} x", verdict]
+        )  # fmt: skip
+    header = ["measure", "shape", "", "against", "faster", "to reach", "reached"]
+    return "\n".join(lines) + "\n" + markdown(header, rows)
+
+
+def _milliseconds(times: list[float]) -> str:
+    return f"{1e3 * statistics.median(times):.3g} ms"
+
+
 BLOCKS: dict[str, Callable[[dict], str]] = {
     "machine": machine,
     "targets": targets,
     "losses": losses,
     "speed": speed,
     "prefix": prefix,
+    "families": families,
 }
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
+from nanokv.cache.store import CacheStore
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
 from nanokv.models.decoder import Decoder
@@ -14,11 +16,12 @@ from nanokv.models.decoder import Decoder
 
 @dataclass
 class Sequence:
-    """Token ids, the pages that hold their K and V, and how many are computed."""
+    """Token ids, the pages that hold their K and V, the state of its recurrent layers, and how many are computed."""
 
     tokens: list[int]
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
+    state: int | None = None
 
 
 def make_batch(chunks: list[tuple[Sequence, int]], page_size: int, last_only: bool = False) -> Batch:
@@ -41,25 +44,47 @@ def make_batch(chunks: list[tuple[Sequence, int]], page_size: int, last_only: bo
         request_starts=torch.tensor(starts, dtype=torch.int32),
         page_tables=torch.tensor(tables, dtype=torch.int32),
         logit_rows=torch.tensor(list(rows), dtype=torch.int64),
-        state_ids=torch.zeros(0, dtype=torch.int32),
+        state_ids=torch.tensor([one.state for one, _ in chunks if one.state is not None], dtype=torch.int32),
         page_size=page_size,
     )
 
 
-class Rig:
-    """A decoder bound to a pool of its own, in pages of the size it was built for.
+def step_of(
+    rows: dict[int, list[int]],
+    tables: torch.Tensor,
+    page_size: int,
+    write_pages: torch.Tensor | None = None,
+    write_slots: torch.Tensor | None = None,
+) -> Batch:
+    """A step for kernels, which see no tokens: positions of some requests, whose pages are rows of `tables`."""
+    positions = torch.tensor([p for own in rows.values() for p in own], dtype=torch.int32)
+    starts = torch.tensor([0, *accumulate(len(own) for own in rows.values())], dtype=torch.int32)
+    unused = torch.zeros(len(positions), dtype=torch.int32)
+    return Batch(
+        token_ids=unused.long(), positions=positions,
+        write_pages=unused if write_pages is None else write_pages.int(),
+        write_slots=unused if write_slots is None else write_slots.int(), request_starts=starts,
+        page_tables=tables[list(rows)], logit_rows=unused[:0].long(), state_ids=unused[:0], page_size=page_size,
+    )  # fmt: skip
 
-    Every byte of the pool starts as 0x3F, which is a number near 1 in each float type: a slot that is read before it
+
+class Rig:
+    """A decoder bound to a store of its own, in pages of the size it was built for.
+
+    Every byte of the store starts as 0x3F, which is a number near 1 in each float type: a slot that is read before it
     is written changes the result.
     """
 
     def __init__(self, decoder: Decoder, num_pages: int = 64, seed: int = 0) -> None:
         self.decoder = decoder
-        plane = decoder.specs[0].paged[0]
+        plane = next(plane for spec in decoder.specs for plane in spec.paged)
         self.page_size = plane.shape[plane.token_axis]
         self.layout = PageLayout(decoder.specs, self.page_size)
         decoder.bind(self.layout)
-        self.pool = torch.full((num_pages, self.layout.page_bytes), 0x3F, dtype=torch.uint8)
+        num_states = 8 if self.layout.state_bytes else 0
+        dirty = torch.full((num_pages * self.layout.page_bytes + num_states * self.layout.state_bytes,), 0x3F).byte()
+        self.store = CacheStore(self.layout, num_pages, buffer=dirty, num_states=num_states)
+        self.free_states = list(range(num_states))
         self.free = list(range(num_pages))
         random.Random(seed).shuffle(self.free)
 
@@ -68,13 +93,13 @@ class Rig:
         count = self.layout.pages_for(len(tokens))
         pages, self.free = self.free[:count], self.free[count:]
         assert len(pages) == count, "the pool of the rig is too small"
-        return Sequence(tokens, pages)
+        return Sequence(tokens, pages, state=self.free_states.pop() if self.free_states else None)
 
     def step(self, *chunks: tuple[Sequence, int], last_only: bool = False) -> list[torch.Tensor]:
         """Computes the next `count` tokens of each sequence; returns each one's logits [count or 1, vocab]."""
         batch = make_batch(list(chunks), self.page_size, last_only)
         with torch.inference_mode():
-            logits = self.decoder.forward(batch, self.pool)
+            logits = self.decoder.forward(batch, self.store)
         for sequence, count in chunks:
             sequence.num_computed += count
         return list(logits.split([1 if last_only else count for _, count in chunks]))
@@ -85,4 +110,6 @@ class Rig:
         while sequence.num_computed < len(tokens):
             rows += self.step((sequence, min(chunk, len(tokens) - sequence.num_computed)))
         self.free += sequence.pages
+        if sequence.state is not None:
+            self.free_states.append(sequence.state)
         return torch.cat(rows)

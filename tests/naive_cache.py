@@ -89,12 +89,16 @@ class NaivePrefixes:
 
 
 class House:
-    """Requests over a CacheManager, and a store that remembers what each slot of each page was computed from."""
+    """Requests over a CacheManager, and a store that remembers what each slot of each page was computed from, and which
+    tokens each recurrent state has seen."""
 
-    def __init__(self, num_pages: int, page_size: int = 4, prefix_cache: bool = True, event_log=None) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int = 4, prefix_cache: bool = True, event_log=None, num_states=0, interval=None
+    ) -> None:
         self.page_size = page_size
         self.events = EventLog(event_log)
-        self.cache = CacheManager(layout_of(page_size), num_pages, prefix_cache, self.events)
+        self.cache = CacheManager(layout_of(page_size), num_pages, prefix_cache, self.events, num_states, interval)
+        self.states = [None] * num_states
         self.slots = [[None] * page_size for _ in range(num_pages)]
         self.running: list[Request] = []
         self.num_made = 0
@@ -110,7 +114,7 @@ class House:
         """Match and reserve, as the scheduler does: everything still to compute, or `num_tokens` of it."""
         self.cache.match(request)
         wanted = request.num_to_compute if num_tokens is None else min(num_tokens, request.num_to_compute)
-        if not self.schedule(request, wanted):
+        if not self.schedule(request, self.cache.chunk(request, wanted)):
             self.cache.release(request)
             return False
         self.running.append(request)
@@ -138,6 +142,8 @@ class House:
         """One step: copies, forward pass, commit. With come_back=False its tokens are still on their way."""
         for src, dst in self.cache.take_copies():
             self.slots[dst] = list(self.slots[src])
+        for src, dst in self.cache.take_state_copies():
+            self.states[dst] = self.states[src]
         for page, slots in enumerate(self.slots):
             if self.cache._pool.count(page) == 0:
                 slots[:] = ["freed"] * self.page_size
@@ -148,6 +154,10 @@ class House:
                 page = request.pages[position // self.page_size]
                 assert page not in in_tree, "a published page is written"
                 self.slots[page][position % self.page_size] = self._value(request, position)
+            if request.state_id is not None and count:
+                start = request.num_computed
+                assert start == 0 or self.states[request.state_id] == self._value(request, start - 1), "a foreign state"
+                self.states[request.state_id] = self._value(request, start + count - 1)
             request.advance()
         for request, count in stepped:
             self.cache.commit(request, in_flight=0 if come_back else count)
@@ -155,14 +165,25 @@ class House:
                 request.tokens.append(next_token)
         self.verify()
 
+    def prefill(self, request: Request, next_token: int = 0) -> None:
+        """Steps until the last known token is computed: one, or one for each checkpoint on the way."""
+        self.run(next_token)
+        while request.num_to_compute > 1:
+            assert self.schedule(request, self.cache.chunk(request, request.num_to_compute))
+            self.run(next_token)
+
     def serve(self, tokens, answer=(), salt: str | None = None) -> Request:
         """A whole life: admitted, prefilled, decoded, finished."""
         request = self.request(tokens, salt)
         assert self.admit(request)
-        for token in answer:
-            self.run(token)
-            assert self.schedule(request, 1)
-        self.run()
+        answer = [*answer, 0]
+        while True:
+            self.run(answer[0])
+            if request.num_to_compute == 1 and request.num_tokens > request.num_prompt:
+                answer.pop(0)
+                if not answer:
+                    break
+            assert self.schedule(request, self.cache.chunk(request, request.num_to_compute))
         self.drop(request)
         return request
 
@@ -177,9 +198,24 @@ class House:
             for slot, end in enumerate(range(len(tokens) - self.page_size + 1, len(tokens) + 1)):
                 assert self.slots[page][slot] == (salt, blob(tokens[:end])), f"page {page} is filed under other tokens"
 
+        for src, dst in self.cache._states._copies if self.states else ():  # what the next step will find
+            self.states[dst] = self.states[src]
+        for node in self.cache._tree.nodes() if self.states else ():
+            if node.state is not None:
+                assert self.states[node.state] == _end_of(node), "a state is filed under other tokens"
+
     @staticmethod
     def _value(request: Request, position: int) -> tuple:
         return request.params.cache_salt, request.tokens[: position + 1].tobytes()
+
+
+def _end_of(node) -> tuple:
+    """What the state at the end of a node has seen: namespace, and all tokens on the way."""
+    run = b""
+    while node.parent is not None:
+        run = bytes(node.run) + run
+        node = node.parent
+    return node.salt, run
 
 
 def standing(tree) -> dict[tuple, int]:

@@ -29,6 +29,103 @@ LLAMA = {
 }
 
 
+COMMON = {
+    key: LLAMA[key]
+    for key in (
+        "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+        "bos_token_id", "eos_token_id", "pad_token_id",
+    )
+} | {"initializer_range": 0.2}  # fmt: skip
+
+
+def rope(theta: float, **more) -> dict:
+    return {"rope_type": "default", "rope_theta": theta, **more}
+
+
+LATENT = {
+    "num_key_value_heads": 4, "intermediate_size": 128, "num_hidden_layers": 3, "q_lora_rank": 48, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 8, "n_shared_experts": 1,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# A larger spread or faster decay would put the error of the reference itself above what the tests allow: heads whose
+# result is almost 0 are blown up by the norm behind them.
+DELTA = {
+    "num_hidden_layers": 4, "head_dim": 32, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "initializer_range": 0.1,
+    "rope_parameters": rope(1e7, partial_rotary_factor=0.25),
+}  # fmt: skip
+SHARED_EXPERT = {**EXPERTS, "shared_expert_intermediate_size": 32}
+
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("Llama", {"intermediate_size": 128, "num_hidden_layers": 2, "rope_parameters": rope(1e5)}),
+    "qwen3": (
+        "Qwen3",
+        {"intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32, "tie_word_embeddings": True,
+         "rope_parameters": rope(1e6)},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 32, "norm_topk_prob": True,
+         "mlp_only_layers": [1], "decoder_sparse_step": 1, "rope_parameters": rope(1e6), **EXPERTS},
+    ),
+    "deepseek_v2_lite": (
+        "DeepseekV2",
+        {**LATENT, "q_lora_rank": None, "v_head_dim": 24, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
+         "topk_method": "greedy", "routed_scaling_factor": 1.0, "norm_topk_prob": False,
+         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32, "beta_slow": 1,
+                             "original_max_position_embeddings": 64, "mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {**LATENT, "num_hidden_layers": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0,
+         "rope_parameters": rope(1e4)},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {**LATENT, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "rope_interleave": True,
+         "num_nextn_predict_layers": 0, "num_mtp_layers": 0,
+         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "beta_fast": 32, "beta_slow": 1,
+                             "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "qwen3_next": ("Qwen3Next", {**DELTA, **SHARED_EXPERT}),
+    "qwen3_5": ("Qwen3_5", {**DELTA, "intermediate_size": 128, "tie_word_embeddings": True}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {**DELTA, **SHARED_EXPERT}),
+}  # fmt: skip
+"""Name -> the class of transformers, and what a tiny model of it needs beside COMMON."""
+HYBRIDS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+
+
+def config_of(family: str, **fields) -> transformers.PreTrainedConfig:
+    name, own = FAMILIES[family]
+    kind = f"{name}TextConfig" if name.startswith("Qwen3_5") else f"{name}Config"
+    return getattr(transformers, kind)(**{**COMMON, **own, **fields})
+
+
+def checkpoint(
+    family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str | None = None, **fields
+) -> Path:
+    """Writes a tiny random model of a family into `folder` and returns it; `fields` replace those of its config."""
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")(config_of(family, **fields))
+    return save(model, folder, seed, dtype, shard)
+
+
+def vision_language(family: str, folder: Path, seed: int = 0) -> Path:
+    """A vision-language checkpoint of qwen3_5 or qwen3_5_moe: the text model beside a tiny vision tower."""
+    torch.manual_seed(seed)
+    name = FAMILIES[family][0]
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4}
+    text = config_of(family)
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text.to_dict(),
+        vision_config={**vision, "out_hidden_size": 64, "num_position_embeddings": 16},
+        image_token_id=250, video_token_id=251, vision_start_token_id=252, vision_end_token_id=253,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )  # fmt: skip
+    return save(getattr(transformers, f"{name}ForConditionalGeneration")(config), folder, seed, torch.float32, None)
+
+
 def llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str | None = None, **fields) -> Path:
     """Writes a tiny Llama into `folder` and returns it.
 
@@ -41,12 +138,23 @@ def llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, shard
 
 
 def save(model: torch.nn.Module, folder: Path, seed: int, dtype: torch.dtype, shard: str | None) -> Path:
-    """Perturbs every 1-D parameter, converts and writes the model."""
+    """Perturbs every 1-D parameter (and the bias of V3's router), converts and writes the model."""
     generator = torch.Generator().manual_seed(seed + 1)
+
+    def noise(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.randn(tensor.shape, generator=generator)
+
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):  # decays between 0.02 and 0.5: see DELTA
+                parameter.copy_((0.02 + 0.48 * torch.rand(parameter.shape, generator=generator)).log())
+            elif name.endswith("dt_bias"):
+                parameter.copy_(-2 + 0.1 * noise(parameter))
+            elif parameter.dim() == 1:
+                parameter += 0.3 * noise(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.1 * noise(buffer)
     options = {} if shard is None else {"max_shard_size": shard}
     model.to(dtype).save_pretrained(folder, **options)
     return folder
@@ -54,7 +162,8 @@ def save(model: torch.nn.Module, folder: Path, seed: int, dtype: torch.dtype, sh
 
 def reference(folder: Path) -> transformers.PreTrainedModel:
     """The checkpoint as transformers runs it."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+    return model.eval()
 
 
 def logits(model: transformers.PreTrainedModel, tokens: list[int]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from harness import step_of
 
 from nanokv.codecs import resolve_codec
 from nanokv.core.batch import Batch
@@ -28,7 +29,10 @@ class Requests:
         self.pool = torch.full((sum(counts), layout.page_bytes), 255, dtype=torch.uint8)
         self.tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
         self.q = []
-        k_plane, v_plane = (plane_view(self.pool, self.planes, offset) for offset in self.planes.geometry[:2].tolist())
+        k_plane, v_plane = (
+            plane_view(self.pool, self.planes, offset, head_dim)
+            for offset in (self.planes.k_offset, self.planes.v_offset)
+        )
         for request, pages in enumerate(shuffled.split(counts)):
             self.tables[request, : len(pages)] = pages
             positions = torch.arange(lengths[request])
@@ -40,16 +44,8 @@ class Requests:
 
     def batch(self, rows: dict[int, list[int]]) -> tuple[Batch, torch.Tensor]:
         """The step that computes the given positions of some requests, and its q: a view with a long row stride."""
-        order = list(rows)
-        positions = torch.tensor([p for request in order for p in rows[request]], dtype=torch.int32)
-        starts = torch.tensor([0, *np.cumsum([len(rows[request]) for request in order])], dtype=torch.int32)
-        unused = torch.zeros(len(positions), dtype=torch.int32)
-        batch = Batch(
-            token_ids=unused.long(), positions=positions, write_pages=unused, write_slots=unused, request_starts=starts,
-            page_tables=self.tables[order], logit_rows=unused.long(), state_ids=unused[:0],
-            page_size=self.planes.page_size,
-        )  # fmt: skip
-        q = torch.cat([self.q[request][rows[request]] for request in order])
+        batch = step_of(rows, self.tables, self.planes.page_size)
+        q = torch.cat([self.q[request][positions] for request, positions in rows.items()])
         return batch, torch.cat([q, q[:, :1]], dim=1)[:, :-1]
 
     def attend(self, rows: dict[int, list[int]], twin=cpu) -> torch.Tensor:
@@ -100,7 +96,7 @@ def test_every_head_dim_agrees_with_the_reference(head_dim, dtype):
     assert_close(requests.attend(rows), requests.attend(rows, reference))
 
 
-@pytest.mark.parametrize("page_size", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("page_size", [1, 2, 4, 8, 16, 32, 48, 64, 130])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_every_page_size_gives_the_same_bits(page_size, dtype):
     rows = {0: last(200, 200), 1: [46]}
@@ -165,7 +161,10 @@ def test_scattered_positions_see_what_lies_before_each():
 def test_pages_past_four_gibibytes_are_reached():
     page_bytes = 1 << 20
     pool = torch.from_numpy(np.zeros((4200, page_bytes), np.uint8))  # only touched pages take memory
-    planes = ops.KVPlanes(page_bytes - 4096, page_bytes - 2048, page_bytes, 8, 1, 64, F32)
+    planes = ops.KVPlanes(
+        k_offset=page_bytes - 4096, v_offset=page_bytes - 2048, tail_offset=0, page_bytes=page_bytes, page_size=8,
+        token_stride=256, head_stride=2048, tail_stride=0, kv_heads=1, head_dim=64, value_dim=64, tail_dim=0, dtype=F32,
+    )  # fmt: skip
     noise = torch.Generator().manual_seed(0)
     tables = torch.tensor([[4199, 4100]], dtype=torch.int32)
     for offset in (planes.k_offset, planes.v_offset):

@@ -201,11 +201,15 @@ def read_lines(monkeypatch, *lines: str) -> list[str | None]:
         (['he said """x'], ['he said """x']),
         (['/set system """a', 'b"""'], ["/set system a\nb"]),
         (['"""', "/etc/passwd", '"""'], ["//etc/passwd"]),
-        (['"""', "a"], []),
     ],
 )
 def test_blocks_are_put_together(monkeypatch, lines, messages):
     assert read_lines(monkeypatch, *lines) == messages
+
+
+def test_ctrl_d_inside_a_block_takes_the_block_back_and_does_not_leave(monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        read_lines(monkeypatch, '"""', "a")
 
 
 def test_the_history_file_is_private(monkeypatch, tmp_path):
@@ -296,11 +300,11 @@ def test_an_empty_prompt_is_an_error(command, options, stdin):
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        (["--temperature", "-1"], "temperature=-1.0"),
-        (["--max-tokens", "0"], "max_tokens=0"),
-        (["--top-p", "0"], "top_p=0.0"),
-        (["--page-size", "3"], "page_size=3"),
-        (["--kv-memory", "much"], "kv_memory='much'"),
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--max-tokens", "0"], "--max-tokens 0"),
+        (["--top-p", "0"], "--top-p 0.0"),
+        (["--page-size", "3"], "--page-size 3"),
+        (["--kv-memory", "much"], "--kv-memory 'much'"),
         (["--nonsense"], "--nonsense"),
     ],
 )

@@ -137,7 +137,7 @@ def test_set(desk, line, name, value):
         ("/set temprature 1", "temprature: no such parameter"),
         ("/set temperature", "usage: /set NAME VALUE"),
         ("/show nothing", "/show nothing: there are params"),
-        ("/stats maybe", "usage: /stats on or /stats off"),
+        ("/stats maybe", "usage: /stats, /stats on or /stats off"),
         ("/read", "usage: /read FILE"),
         ("/load", "usage: /load FILE"),
         ("/save", "usage: /save FILE"),
@@ -349,3 +349,25 @@ def test_a_long_conversation_is_drawn_in_few_lines():
     held = [cache_view.Held(page, page < 3) for page in range(100_000, 105_000)]
     lines = list(cache_view.conversation_lines(held, 5_000 * 16, 16))
     assert len(lines) < 25 and any("more pages" in line for line in lines)
+
+
+def test_a_file_that_does_not_fit_is_refused_and_the_chat_goes_on(desk, tmp_path):
+    (tmp_path / "long").write_text("x" * 2000)
+    assert "2,000 tokens; 1,023 more fit" in desk.enter(f"/read {tmp_path / 'long'}")[1]
+    (tmp_path / "nearly").write_text("x" * 1020)
+    desk.enter(f"/read {tmp_path / 'nearly'}")
+    assert "the files of /read are dropped" in desk.enter("and this")[1]
+    assert desk.enter("hello", "hi")[0] == "hi\n"
+
+
+def test_stats_alone_shows_what_the_engine_has_counted(desk):
+    assert "pages_total" in desk.enter("/stats")[0]
+
+
+def test_a_message_that_is_not_unicode_names_the_character(desk):
+    assert "not valid Unicode at character 4" in desk.enter("caf \udce9")[1]
+
+
+def test_parameters_may_be_spelt_as_options(desk):
+    desk.enter("/set max-tokens 7")
+    assert desk.session.params.max_tokens == 7

@@ -7,6 +7,7 @@ import transformers
 from harness import Sequence, make_batch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from nanokv.cache.store import CacheStore
 from nanokv.codecs import RawCodec
 from nanokv.core.spec import PageLayout
 from nanokv.layers.attention import Attention
@@ -95,13 +96,14 @@ def test_attention_sees_its_own_request_up_to_itself():
     width = (heads + 2 * kv_heads) * dim
     projection, out = normal(width, 32, seed=1), normal(32, heads * dim, seed=2)
     no_turn = torch.cat((torch.ones(64, dim // 2), torch.zeros(64, dim // 2)), dim=1)
-    attention = Attention(Linear(projection, torch.float32), Linear(out, torch.float32), no_turn, codec, heads, dim)
+    attention = Attention(Linear(projection, torch.float32), Linear(out, torch.float32), no_turn, codec, heads, kv_heads, dim, dim**-0.5)
     layout = PageLayout([Attention.spec(codec, kv_heads, dim, page_size)] * 2, page_size)
     attention.bind(layout, 1)
-    pool = torch.zeros(8, layout.page_bytes, dtype=torch.uint8)
+    store = CacheStore(layout, 8)
+    pool = store.pool
     x = normal(9, 32)
     sequences = [Sequence([0] * 6, [5, 2]), Sequence([0] * 3, [7])]
-    got = attention(x, pool, make_batch([(sequences[0], 6), (sequences[1], 3)], page_size))
+    got = attention(x, store, make_batch([(sequences[0], 6), (sequences[1], 3)], page_size))
 
     for rows in (slice(0, 6), slice(6, 9)):
         q, k, v = (x[rows] @ projection.T).split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1)

@@ -118,7 +118,7 @@ def test_a_step_may_ask_for_no_logits(model):
     rig = Rig(load(model))
     sequence = rig.sequence(PROMPT[:20])
     batch = replace(make_batch([(sequence, 12)], 16), logit_rows=torch.zeros(0, dtype=torch.int64))
-    assert rig.decoder.forward(batch, rig.pool).shape == (0, 256)
+    assert rig.decoder.forward(batch, rig.store).shape == (0, 256)
     sequence.num_computed = 12
     expected = Rig(rig.decoder).run(PROMPT[:20], 20)[12:]
     assert torch.equal(rig.step((sequence, 8))[0], expected)
@@ -130,7 +130,7 @@ def test_layers_can_be_stepped_one_by_one(model):
     batch = make_batch([(rig.sequence(PROMPT[:20]), 20)], 16)
     x, residual = rig.decoder.embed(batch)
     for layer in rig.decoder.layers:
-        x = layer(x, residual, rig.pool, batch)
+        x = layer(x, residual, rig.store, batch)
     assert torch.equal(rig.decoder.logits(x, residual, batch), expected)
 
 

@@ -1,9 +1,11 @@
 """The door for programs: prompts of every kind, streams, chats, stop texts, scoring. On a real model, for real text."""
 
+from threading import Thread
+
 import pytest
 
 from nanokv import SamplingParams
-from nanokv.core.errors import CheckpointError, RequestError
+from nanokv.core.errors import CheckpointError, NanokvError, RequestError
 from nanokv.llm import LLM
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
@@ -150,3 +152,43 @@ def test_a_model_without_tokenizer_serves_ids(tiny_llama):
             llm.generate("text", GREEDY)
         with pytest.raises(RequestError, match=r"tokenizer\.json"):
             llm.chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("prompts", [None, 5, b"abc", {"a": 1}, [True], [1.9, 2], [None], "score"])
+def test_what_is_no_prompt_is_refused(llm, prompts):
+    with pytest.raises(RequestError, match=r"prompts=|prompt_token_ids"):
+        list(llm.score_blocks("12")) if prompts == "score" else llm.generate(prompts, GREEDY)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, "b", 5])
+def test_what_are_no_params_is_refused(llm, params):
+    with pytest.raises(RequestError, match="expected SamplingParams"):
+        llm.generate("a", [params])
+
+
+def test_threads_share_the_steps_and_get_their_own_answers(llm):
+    prompts = [f"Thread {i} counts: 1 2 3" for i in range(4)]
+    expected = [llm.generate(prompt, GREEDY)[0].token_ids for prompt in prompts]
+    answers: dict[int, list[int]] = {}
+
+    def ask(place: int) -> None:
+        if place % 2:
+            answers[place] = llm.generate(prompts[place], GREEDY)[0].token_ids
+        else:
+            answers[place] = list(llm.stream(prompts[place], GREEDY))[-1].token_ids
+
+    threads = [Thread(target=ask, args=(place,)) for place in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[place] for place in range(4)] == expected
+    llm.engine.cache.check()
+
+
+def test_a_closed_llm_takes_no_request(tiny_llama):
+    llm = LLM(tiny_llama, num_pages=8)
+    llm.close()
+    llm.close()
+    with pytest.raises(NanokvError, match="closed"):
+        llm.generate([5, 6], GREEDY)

@@ -1,6 +1,7 @@
 """Folders that load, and folders that do not: every complaint is one line that names the file or all the tensors."""
 
 import json
+from dataclasses import replace
 
 import oracles
 import pytest
@@ -102,7 +103,7 @@ def test_everything_that_does_not_fit_is_named_at_once(edit):
 
     refused(
         edit(change),
-        "missing: model.norm.weight, model.layers.1.mlp.up_proj.weight;",
+        "missing: model.layers.1.mlp.up_proj.weight, model.norm.weight;",
         "unexpected: model.layers.0.self_attn.q_norm.weight;",
         "misshapen: model.layers.0.self_attn.q_proj.weight is [32, 64], config.json asks for [64, 64];",
         "model.layers.0.mlp.down_proj.weight is F8_E4M3",
@@ -110,12 +111,12 @@ def test_everything_that_does_not_fit_is_named_at_once(edit):
     )
 
 
-def test_a_long_list_is_shortened(edit):
-    def drop_the_second_layer(tensors):
-        for name in [name for name in tensors if ".layers.1." in name]:
-            del tensors[name]
-
-    refused(edit(drop_the_second_layer), "model.layers.1.input_layernorm.weight", "and 5 more")
+def test_a_long_list_is_folded_by_layers_and_names_all(checkpoints):
+    config = replace(ModelConfig.from_folder(checkpoints[False]), num_layers=6, layer_types=("full_attention",) * 6)
+    with pytest.raises(CheckpointError) as error:
+        load(checkpoints[False], config=config)
+    for name in ("self_attn.q_proj", "mlp.down_proj", "input_layernorm"):
+        assert f"model.layers.{{2-5}}.{name}.weight" in str(error.value)
 
 
 def test_a_layer_too_many_is_not_dropped(checkpoints, edit):
@@ -138,7 +139,7 @@ def test_a_damaged_file_is_named(checkpoints, edit, damage):
             "noise": bytes(range(256)) * 64,
         }[damage]
     )
-    refused(folder, "model.safetensors", "fetch it again")
+    refused(folder, "model.safetensors", "the file is damaged")
 
 
 def test_a_shard_that_is_not_there_is_named(tmp_path):
@@ -182,11 +183,11 @@ def test_dummy_weights_need_no_files_and_follow_the_seed(checkpoints, tmp_path):
 
 
 def test_dummy_weights_are_spread_as_asked(checkpoints):
-    read = dummy({"big": (1030, 4096), "norm.weight": (8,)}, torch.float32, seed=0)
-    big = read("big")
+    read = dummy(torch.float32, seed=0)
+    big = read("big", (1030, 4096))
     assert big.numel() > BANK and big.std() == pytest.approx(0.02, rel=0.01) and abs(big.mean()) < 1e-4
-    assert not torch.equal(read("big"), big), "no two tensors are the same"
-    assert torch.equal(read("norm.weight"), torch.ones(8))
+    assert not torch.equal(read("big", (1030, 4096)), big), "no two tensors are the same"
+    assert torch.equal(read("norm.weight", (8,)), torch.ones(8))
 
 
 def test_progress_counts_every_tensor(checkpoints):

@@ -1,6 +1,7 @@
 """config.json in every layout that is around, and what is said about the ones that cannot be run."""
 
 import json
+import math
 
 import oracles
 import pytest
@@ -9,9 +10,11 @@ import transformers
 
 from nanokv.codecs import RawCodec
 from nanokv.core.errors import CheckpointError
+from nanokv.hub.catalog import CATALOG
 from nanokv.layers.rotary import RopeConfig
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import layer_specs
+from nanokv.models.loader import tensors
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -55,15 +58,24 @@ def test_a_hub_file_of_transformers_4_is_read():
         hidden_size=576,
         intermediate_size=1536,
         num_layers=30,
+        layer_types=("full_attention",) * 30,
         num_heads=9,
         num_kv_heads=3,
         head_dim=64,
+        qk_norm=False,
+        output_gate=False,
+        norm_offset=0.0,
         norm_eps=1e-5,
         rope=RopeConfig(64, 100000.0),
+        softmax_scale=0.125,
         max_positions=8192,
         tie_embeddings=True,
         attention_bias=False,
         mlp_bias=False,
+        mla=None,
+        moe=None,
+        delta=None,
+        num_extra_layers=0,
         eos_token_ids=(2,),
         bos_token_id=1,
         dtype="bfloat16",
@@ -119,7 +131,7 @@ def test_the_specs_of_the_layers_need_no_weights():
         ({"vocab_size": -5}, ["vocab_size=-5"]),
         ({"vocab_size": "49152"}, ["vocab_size='49152'"]),
         ({"hidden_size": 575}, ["hidden_size=575", "num_attention_heads=9"]),
-        ({"hidden_size": 9 * 7}, ["head_dim", "7 is odd"]),
+        ({"hidden_size": 9 * 7}, ["head_dim", "7 dims would turn"]),
         ({"head_dim": 64.0}, ["head_dim=64.0"]),
         ({"num_key_value_heads": 2}, ["num_key_value_heads=2", "num_attention_heads=9"]),
         ({"rms_norm_eps": 0}, ["rms_norm_eps=0"]),
@@ -134,7 +146,11 @@ def test_the_specs_of_the_layers_need_no_weights():
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "'fp8'"]),
         ({"rope_theta": 0}, ["rope_theta=0"]),
         ({"rope_scaling": "llama3"}, ["rope_scaling", "JSON object"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope_scaling", "'yarn'", "llama3"]),
+        ({"rope_scaling": {"type": "longrope"}}, ["rope_scaling", "'longrope'", "llama3"]),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            ["rope_scaling: original_max_position_embeddings", "missing"],
+        ),
         ({"rope_scaling": {"type": "linear"}}, ["rope_scaling: factor", "missing"]),
         ({"rope_scaling": {**LLAMA3_SCALING, "high_freq_factor": 1.0}}, ["low_freq_factor", "high_freq_factor"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters", "full_attention"]),
@@ -177,3 +193,29 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
 def test_the_oracles_read_back(tmp_path):
     config = ModelConfig.from_folder(oracles.llama(tmp_path, head_dim=24, num_key_value_heads=1))
     assert (config.head_dim, config.num_kv_heads, config.hidden_size, config.dtype) == (24, 1, 64, "float32")
+
+
+@pytest.mark.parametrize("name", sorted(CATALOG))
+def test_every_shape_of_the_catalog_is_read(name):
+    config = ModelConfig.from_dict(CATALOG[name].config)
+    assert len(layer_specs(config, RawCodec(torch.bfloat16), 16)) == config.num_layers
+
+
+# Parameters of the text models as published or computed from the released files.
+PARAMETERS = {
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "llama-3.1-70b": 70_553_706_496,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v3": 671_026_419_200,
+    "qwen3-next-80b-a3b": 79_674_391_296,
+    "qwen3.5-0.8b": 752_393_024,
+    "qwen3.5-4b": 4_205_751_296,
+    "qwen3.5-35b-a3b": 34_660_610_688,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_builder_asks_for_every_parameter_of_the_released_model(name):
+    config = ModelConfig.from_dict(CATALOG[name].config)
+    assert sum(math.prod(shape) for shape in tensors(config).values()) == PARAMETERS[name]

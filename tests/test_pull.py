@@ -352,3 +352,10 @@ def test_a_repository_without_weights_or_config_is_refused(home, hub, missing):
     del hub[0][missing]
     assert "no config.json with *.safetensors" in fails("Org/Tiny")
     assert names(home) == set()
+
+
+def test_a_full_disk_is_not_called_a_missing_network():
+    from nanokv.hub.pull import _reason
+
+    log = "WARNING: Retrying after connection broken\nERROR: Could not install: [Errno 28] No space left on device"
+    assert _reason(log) == "No space left on device"

@@ -87,6 +87,38 @@ def test_states_are_paid_once_a_sequence():
     assert (recurrent.tokens_in(63), recurrent.tokens_in(64), recurrent.padded(10**6)) == (0, None, 64)
 
 
+def test_the_article_in_one_command():
+    result = run("deepseek-v3", "qwen3.5-9b", "llama-3.1-70b", "--json")
+    one = {row["model"]: row for row in json.loads(result.stdout)["rows"] if row["context_tokens"] == 1024}
+    v3, hybrid, llama = one["deepseek-v3"], one["qwen3.5-9b"], one["llama-3.1-70b"]
+    assert v3["scalars_per_token_layer"] == 576 and v3["bytes_per_token"] == 576 * 2 * 61 == 70_272
+    assert v3["scalars_per_token_layer_mha"] == 32_768 and v3["scalars_per_token_layer_gqa"] == 2048
+    assert llama["scalars_per_token_layer"] == llama["scalars_per_token_layer_gqa"] == 2048
+    assert (hybrid["attention_layers"], hybrid["recurrent_layers"]) == (8, 24)
+    assert hybrid["state_bytes_per_sequence"] == 24 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
+    assert hybrid["state_equals_kv_tokens"] == 1572
+    assert hybrid["unverified_fields"] == ["mamba_ssm_dtype", "rope_type", "mrope_interleaved", "mlp_only_layers"]
+    text = run("deepseek-v3", "qwen3.5-9b").stdout
+    assert "128 heads x 128 = 16,384 scalars are K or V alone; K and V are 32,768" in text
+    assert "stated by one source only: mamba_ssm_dtype" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "per_token", "state"),
+    [
+        ("qwen3-0.6b", 114_688, 0),
+        ("qwen3-30b-a3b", 98_304, 0),
+        ("deepseek-v2-lite", 31_104, 0),
+        ("qwen3-next-80b-a3b", 24_576, 36 * (2 * 2**20 + 8192 * 3 * 2)),
+        ("qwen3.5-0.8b", 12_288, 18 * (2**20 + 6144 * 3 * 2)),
+        ("qwen3.5-35b-a3b", 20_480, 30 * (2 * 2**20 + 8192 * 3 * 2)),
+    ],
+)
+def test_every_family_costs_what_its_layers_keep(name, per_token, state):
+    (row,) = rows(name, "--context", "1K")
+    assert (row["bytes_per_token"], row["state_bytes_per_sequence"]) == (per_token, state)
+
+
 def test_the_growth_is_drawn(tmp_path):
     for name in ("growth.svg", "growth.png"):
         result = run(NAME, "--plot", str(tmp_path / name))

@@ -1,8 +1,9 @@
 """`bench decode`: tokens per second over batch size and context, and how near that is to the memory's limit.
 
-A decode step must read every weight once and the K and V of every request. On most machines that bounds it:
+A decode step must read every weight once and what every request keeps; a recurrent state is also written. On most
+machines that bounds it:
 
-    bytes of a step = weights + batch * context * bytes per token
+    bytes of a step = weights + batch * (context * bytes per token + 2 * state bytes)
     share = bytes of a step / time of a step / bandwidth measured in the same run
 
 Weights that fit in a CPU's cache are not read from memory, so a tiny model may pass 100 %. What a step computes grows
@@ -19,9 +20,9 @@ from nanokv.bench.measure import Ticker, bandwidth, check_length, decode_speed, 
 from nanokv.llm import LLM
 
 
-def bytes_per_step(weights: int, batch: int, context: int, bytes_per_token: int) -> int:
-    """Bytes that one decode step must read at least."""
-    return weights + batch * context * bytes_per_token
+def bytes_per_step(weights: int, batch: int, context: int, bytes_per_token: int, state_bytes: int = 0) -> int:
+    """Bytes that one decode step must move at least."""
+    return weights + batch * (context * bytes_per_token + 2 * state_bytes)
 
 
 def measure_decode(
@@ -38,13 +39,13 @@ def measure_decode(
     """
     check_length(llm, max(contexts), steps + 8)
     warm_up(llm, 64)
-    weights, limit = weight_bytes(llm), bandwidth(llm.device)
+    limit = bandwidth(llm.device)
     rows = []
     for batch in batches:
         for context in contexts:
             if fits(llm, batch, context, steps):
                 speed = median(decode_speed(llm, batch, context, steps) for _ in range(repeat))
-                rows.append(_row(llm, batch, context, speed, weights, limit))
+                rows.append(_row(llm, batch, context, speed, limit))
             tick()
     return rows
 
@@ -53,12 +54,13 @@ def fits(llm: LLM, batch: int, context: int, steps: int) -> bool:
     """Whether `batch` requests of this context can decode together."""
     engine = llm.engine
     pages = batch * engine.layout.pages_for(context + steps + 8)
-    return pages <= engine.store.num_pages and batch <= llm.config.max_requests
+    return pages <= engine.store.num_pages and batch <= engine.config.max_requests
 
 
-def _row(llm: LLM, batch: int, context: int, speed: float, weights: int, limit: float) -> dict[str, Any]:
-    per_token = llm.engine.layout.bytes_per_token
-    moved = bytes_per_step(weights, batch, context, per_token)
+def _row(llm: LLM, batch: int, context: int, speed: float, limit: float) -> dict[str, Any]:
+    layout, weights = llm.engine.layout, weight_bytes(llm, batch)
+    per_token, per_sequence = layout.bytes_per_token, layout.state_payload
+    moved = bytes_per_step(weights, batch, context, per_token, per_sequence)
     step = batch / speed
     return {
         "batch": batch,
@@ -66,6 +68,7 @@ def _row(llm: LLM, batch: int, context: int, speed: float, weights: int, limit: 
         "output_tokens_per_s": speed,
         "step_s": step,
         "bytes_per_token": per_token,
+        "state_bytes_per_sequence": per_sequence,
         "weight_bytes": weights,
         "bytes_per_step": moved,
         "bytes_per_s": moved / step,

@@ -12,7 +12,6 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from math import prod
 from statistics import mean, median
 
@@ -23,7 +22,7 @@ from nanokv.cache.manager import CacheManager
 from nanokv.core.errors import ConfigError, NanokvError
 from nanokv.core.request import Request, RequestOutput, SamplingParams
 from nanokv.llm import LLM
-from nanokv.models import FAMILIES
+from nanokv.models.loader import tensors
 
 Ticker = Callable[[], None]
 """Called once for each request that has been answered, for progress bars."""
@@ -44,6 +43,7 @@ class Answered:
 
     prompt_tokens: int
     cached_tokens: int
+    kv_matched_tokens: int
     output_tokens: int
     ttft_s: float
     tpot_s: float
@@ -72,6 +72,11 @@ class Loop:
     @property
     def hit_ratio(self) -> float:
         return sum(one.cached_tokens for one in self.requests) / sum(one.prompt_tokens for one in self.requests)
+
+    @property
+    def kv_hit_ratio(self) -> float:
+        """As hit_ratio, of tokens whose pages were found: above it only where recurrent states were missing."""
+        return sum(one.kv_matched_tokens for one in self.requests) / sum(one.prompt_tokens for one in self.requests)
 
     @property
     def computed_tokens(self) -> int:
@@ -129,9 +134,10 @@ def _answered(output: RequestOutput, wanted: int) -> Answered:
     if output.finish_reason != "length" or got != wanted:
         why = output.error or output.finish_reason
         raise NanokvError(f"a request of the bench ended after {got} of {wanted} tokens: {why}")
-    cached = output.cached_tokens
-    tpot = metrics.tpot or 0.0
-    return Answered(len(output.prompt_token_ids), cached, got, metrics.ttft, tpot, metrics.latency)
+    return Answered(
+        len(output.prompt_token_ids), output.cached_tokens, output.kv_matched_tokens, got, metrics.ttft,
+        metrics.tpot or 0.0, metrics.latency,
+    )  # fmt: skip
 
 
 def check_length(llm: LLM, prompt_tokens: int, output_tokens: int) -> None:
@@ -205,7 +211,9 @@ def declare(cache: CacheManager, prompt: list[int]) -> list[int]:
     request = Request(prompt)
     request.tokens, request.num_prompt = array("i", prompt), len(prompt)
     cache.match(request)
-    missing, first_new = request.num_tokens - request.num_computed, len(request.pages)
+    # What a match can find: whole pages that leave a token to compute. Recurrent states are kept at just that place.
+    whole = (request.num_tokens - 1) // cache.page_size * cache.page_size
+    missing, first_new = whole - request.num_computed, len(request.pages)
     if not cache.reserve(request, missing):
         cache.release(request)
         raise NanokvError(f"the pool has no room for {missing} more tokens (kv_memory)")
@@ -227,9 +235,13 @@ def bandwidth(device: torch.device, repeat: int = 5) -> float:
     return BANDWIDTH_BYTES / min(times[1:])
 
 
-def weight_bytes(llm: LLM) -> int:
-    """Bytes of weights that one decode step must read: all tensors, less a table of which only rows are looked up."""
+def weight_bytes(llm: LLM, batch: int) -> int:
+    """Bytes of weights that a decode step of `batch` rows must read: all tensors, less a table of which only rows are
+    looked up, and less the experts that no row goes to (counted as if rows chose their experts at random)."""
     config = llm.model_config
-    shapes = import_module(FAMILIES[config.family][1]).tensors(config)
-    table = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
-    return (sum(prod(shape) for shape in shapes.values()) - table) * llm.dtype.itemsize
+    sizes = {name: prod(shape) for name, shape in tensors(config).items()}
+    total = sum(sizes.values()) - (0 if config.tie_embeddings else config.vocab_size * config.hidden_size)
+    if config.moe is not None:
+        idle = (1 - config.moe.per_token / config.moe.num_experts) ** batch
+        total -= round(idle * sum(size for name, size in sizes.items() if ".experts." in name))
+    return total * llm.dtype.itemsize

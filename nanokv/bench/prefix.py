@@ -1,7 +1,8 @@
 """`bench prefix`: prefix caching under load. Prompts of fixed length whose shared prefix sweeps from nothing to all.
 
-Before each point the cache is emptied and, where something is shared, one untimed request brings the prefix in. Then
-`requests` of them are answered in a closed loop.
+Before each point the cache is emptied and, where something is shared, two untimed requests bring the prefix in: two,
+because recurrent layers leave a checkpoint where the second branches off. Then `requests` of them are answered in a
+closed loop.
 
 The ceiling is the time that a perfect cache would need, from speeds measured in the same run:
 
@@ -111,11 +112,11 @@ def run_point(
     tick: Ticker = no_tick,
 ) -> Loop:
     """One point of the sweep on a cache that holds the shared prefix and nothing else."""
-    prompts = shared_prefix_prompts(requests + 1, prompt_tokens, shared, llm.model_config.vocab_size, seed)
+    prompts = shared_prefix_prompts(requests + 2, prompt_tokens, shared, llm.model_config.vocab_size, seed)
     llm.reset_prefix_cache()
     if shared:
-        closed_loop(llm, prompts[:1], 1, 1)
-    return closed_loop(llm, prompts[1:], output_tokens, concurrency, tick)
+        closed_loop(llm, prompts[:2], 1, 1)
+    return closed_loop(llm, prompts[2:], output_tokens, concurrency, tick)
 
 
 def _row(
@@ -140,6 +141,7 @@ def _row(
         "requests": len(loop.requests),
         "repeats": len(loops),
         "hit_ratio": loop.hit_ratio,
+        "kv_hit_ratio": loop.kv_hit_ratio,
         "requests_per_s": loop.requests_per_s,
         "requests_per_s_spread": spread(rates),
         "mean_latency_s": loop.mean_latency_s,

@@ -1,4 +1,4 @@
-"""CacheManager: the one door between the scheduler and the cache. Knows requests and pages; knows no tensors.
+"""CacheManager: the one door between the scheduler and the cache. Knows requests, pages, states; knows no tensors.
 
 Who owns what, for one request (P = page_size; boundaries of ownership are whole pages):
 
@@ -11,6 +11,11 @@ Who owns what, for one request (P = page_size; boundaries of ownership are whole
     release   (nothing)                                       the tree keeps its pages, private ones are freed
 
 Every page is in exactly one of: free, held (private to requests), cached and evictable, cached and locked.
+
+Where layers are recurrent, a request starts at the deepest state of the tree (states.py) and computes again what lies
+between it and the end of the pages found, into private pages that fall as duplicates when they are published:
+
+    |== pages found and held ==| pages found, without a state: computed again |     num_cached, then num_kv_matched
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from typing import Protocol
 
 from nanokv.cache.pool import PagePool
 from nanokv.cache.radix import RadixTree
+from nanokv.cache.states import States
 from nanokv.core.errors import CacheError
 from nanokv.core.events import EventLog
 from nanokv.core.request import Request
@@ -29,7 +35,7 @@ from nanokv.core.spec import PageLayout
 
 
 class Cache(Protocol):
-    """What a scheduler needs: four verbs and four looks, over a prefix tree or over pages given by another process."""
+    """What a scheduler needs: four verbs and some looks, over a prefix tree or over pages given by another process."""
 
     def match(self, request: Request) -> int: ...
     def reserve(self, request: Request, num_tokens: int) -> bool: ...
@@ -37,7 +43,10 @@ class Cache(Protocol):
     def release(self, request: Request) -> None: ...
     def prefix_length(self, request: Request) -> int: ...
     def pages_for(self, num_tokens: int) -> int: ...
+    def chunk(self, request: Request, num_tokens: int) -> int: ...
+    def expect(self, request: Request, position: int) -> bool: ...
     def take_copies(self) -> list[tuple[int, int]]: ...
+    def take_state_copies(self) -> list[tuple[int, int]]: ...
     @property
     def num_available(self) -> int: ...
 
@@ -49,19 +58,28 @@ class CacheManager:
     num_pages      pages in the pool
     prefix_cache   False: nothing is published and nothing is found
     events         EventLog, or None
+    num_states     states in the pool, two for each request that runs; 0 where no layer is recurrent
+    state_interval tokens between further checkpoints of states, or None
     """
 
     def __init__(
-        self, layout: PageLayout, num_pages: int, prefix_cache: bool = True, events: EventLog | None = None
+        self,
+        layout: PageLayout,
+        num_pages: int,
+        prefix_cache: bool = True,
+        events: EventLog | None = None,
+        num_states: int = 0,
+        state_interval: int | None = None,
     ) -> None:
         self.page_size = layout.page_size
         self.prefix_cache = prefix_cache
         self._pool = PagePool(num_pages)
         self._tree = RadixTree(layout.page_size)
+        self._states = States(num_states, layout.page_size, state_interval, self._tree) if num_states else None
         self._events = events if events is not None else EventLog(None)
         self._live: set[Request] = set()
         self._copies: list[tuple[int, int]] = []
-        self._counters = dict.fromkeys(("evictions", "hit_tokens", "queried_tokens", "copies"), 0)
+        self._counters = dict.fromkeys(("evictions", "hit_tokens", "kv_hit_tokens", "queried_tokens", "copies"), 0)
 
     @property
     def tree(self) -> RadixTree:
@@ -93,8 +111,6 @@ class CacheManager:
             request.admitted = True  # neither a hit nor a query is counted
         else:
             self._open(request, self._matchable(request))
-        if not request.admitted:
-            request.num_cached = request.num_kv_matched = request.num_computed
         self._log("match", request, request.pages)
         return request.num_computed
 
@@ -120,6 +136,7 @@ class CacheManager:
         if not request.admitted:
             request.admitted = True
             self._counters["hit_tokens"] += request.num_cached
+            self._counters["kv_hit_tokens"] += request.num_kv_matched
             self._counters["queried_tokens"] += request.num_tokens
         return True
 
@@ -133,6 +150,8 @@ class CacheManager:
         self._expect_live(request)
         if self.prefix_cache:
             self._publish(request, min(request.num_computed - in_flight, request.num_tokens))
+            if self._states is not None and not in_flight:
+                self._states.checkpoint(request)
 
     def release(self, request: Request) -> None:
         """The request lets go of everything: it has finished, was aborted, or is preempted. What is published stays.
@@ -144,6 +163,8 @@ class CacheManager:
         if request not in self._live:
             return
         self._live.remove(request)
+        if self._states is not None:
+            self._states.release(request)
         self._tree.unlock(request.node)
         freed = self._pool.release(request.pages[request.num_published :])
         request.node, request.pages = None, array("i")
@@ -173,6 +194,8 @@ class CacheManager:
         child.pages = parent.pages[: self.pages_for(length)]
         child.num_computed = length
         child.num_cached, child.num_kv_matched, child.admitted = parent.num_cached, parent.num_kv_matched, True
+        if self._states is not None:
+            self._states.fork(parent, child)
         self._tree.lock(child.node)
         self._pool.share(child.pages[child.num_published :])
         self._live.add(child)
@@ -187,11 +210,34 @@ class CacheManager:
         copies, self._copies = self._copies, []
         return copies
 
+    def take_state_copies(self) -> list[tuple[int, int]]:
+        """The same for states."""
+        return [] if self._states is None else self._states.take_copies()
+
+    def lose_states(self, lost: set[int]) -> None:
+        """Forgets checkpoints in these states: their copies were taken and never made."""
+        if lost and self._states is not None:
+            self._states.lose(lost, self._live)
+
     # -- looking
 
     def prefix_length(self, request: Request) -> int:
         """Tokens that `match` would find right now. Holds, splits and touches nothing."""
-        return self._tree.length(self._matchable(request), request.params.cache_salt) * self.page_size
+        look = self._tree.length if self._states is None else self._tree.state_length
+        return look(self._matchable(request), request.params.cache_salt) * self.page_size
+
+    def chunk(self, request: Request, num_tokens: int) -> int:
+        """How many of the next `num_tokens` of a request that runs one step may compute: up to the next checkpoint."""
+        if self._states is None or not self.prefix_cache:
+            return num_tokens
+        return self._states.chunk(request, num_tokens)
+
+    def expect(self, request: Request, position: int) -> bool:
+        """Tells that another request will begin with the first `position` tokens (whole pages) of a running one.
+
+        False when it could not start there: a recurrent state has moved past, and pages alone are no use.
+        """
+        return self._states is None or self._states.expect(request, position)
 
     def stats(self) -> dict[str, int]:
         """Plain numbers: pages by state, and counters since the start.
@@ -204,12 +250,13 @@ class CacheManager:
             "pages_held": self._pool.num_pages - self._pool.num_free - self._tree.num_pages,
             "pages_cached": self._tree.num_pages,
             "pages_locked": self._tree.num_locked,
+            **(self._states.stats() if self._states is not None else {}),
             **self._counters,
         }
 
     def reset(self) -> None:
         """Forgets every cached page that no request holds."""
-        self._log("free", None, self._pool.release(self._tree.evict(self._tree.num_evictable)))
+        self._log("free", None, self._evict(self._tree.num_evictable))
 
     def check(self) -> None:
         """Recounts every page and every lock from the live requests. Raises CacheError where the books disagree."""
@@ -227,6 +274,8 @@ class CacheManager:
                 raise CacheError(f"page {page} counts {self._pool.count(page)} owners and has {owners[page]}")
         for request in self._live:
             self._check_request(request)
+        if self._states is not None:
+            self._states.check(self._live)
 
     # -- inside
 
@@ -238,18 +287,35 @@ class CacheManager:
         return request.tokens[: max(0, request.num_tokens - 1)].tobytes()
 
     def _open(self, request: Request, blob: bytes) -> None:
-        request.node, request.pages = self._tree.match(blob, request.params.cache_salt)
-        self._tree.lock(request.node)
+        node, request.pages = self._tree.match(blob, request.params.cache_salt)
+        num_found = len(request.pages) * self.page_size
+        if self._states is not None:
+            start = self._states.reachable(node)
+            while node is not start:
+                del request.pages[len(request.pages) - len(node.pages) :]
+                node = node.parent
+        request.node = node
+        self._tree.lock(node)
         self._live.add(request)
+        if self._states is not None:
+            self._states.open(request, node, num_found)
         request.num_published = len(request.pages)
         request.num_computed = request.num_published * self.page_size
+        if not request.admitted:
+            request.num_cached, request.num_kv_matched = request.num_computed, num_found
 
     def _make_room(self, num_pages: int) -> None:
         short = num_pages - self._pool.num_free
         if short > 0:
-            evicted = self._pool.release(self._tree.evict(short))
+            evicted = self._evict(short)
             self._counters["evictions"] += len(evicted)
             self._log("evict", None, evicted)
+
+    def _evict(self, num_pages: int) -> list[int]:
+        evicted = self._pool.release(self._tree.evict(num_pages))
+        if self._states is not None:
+            self._states.drop(self._tree.take_cut())
+        return evicted
 
     def _copy_on_write(self, request: Request, index: int) -> None:
         shared = request.pages[index]

@@ -1,6 +1,6 @@
-"""PagePool: page ids, reference counts and the free list. Knows no tensors, no tokens and no requests.
+"""PagePool, StatePool: ids, reference counts and free lists. They know no tensors, no tokens and no requests.
 
-Two books that must agree:
+Two books of pages that must agree:
 
     free ids   a stack: the page freed last is handed out first, while its bytes are still in the caches
     counts     0 free; 1 one owner (a request, or the prefix tree); more: a page that forked requests share
@@ -70,3 +70,28 @@ class PagePool:
         ownerless = {page for page, count in enumerate(self._counts) if count == 0}
         if free != ownerless:
             raise CacheError(f"free list and counts disagree about pages {sorted(free ^ ownerless)[:8]}")
+
+
+class StatePool:
+    """The ids 0 .. num_states - 1, each free or owned by one request or one node of the tree; states are not shared."""
+
+    def __init__(self, num_states: int) -> None:
+        self.num_states = num_states
+        self._free = list(range(num_states - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self) -> int | None:
+        """A free state, or None."""
+        return self._free.pop() if self._free else None
+
+    def release(self, state: int) -> None:
+        """The owner lets go. `check` finds a double release."""
+        self._free.append(state)
+
+    def check(self, owned: list[int]) -> None:
+        """Raises CacheError unless every state is either free or in `owned`, and that once."""
+        if sorted([*self._free, *owned]) != list(range(self.num_states)):
+            raise CacheError(f"states free {sorted(self._free)[:8]} and owned {sorted(owned)[:8]}: some twice, or lost")

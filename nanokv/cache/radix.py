@@ -12,6 +12,9 @@ A match that ends inside a run splits it. The lower part keeps its identity: who
 
     before   parent -- node [p0 p1 p2 p3]          after   parent -- upper [p0 p1] -- node [p2 p3]
 
+A node may carry a state: the checkpoint of recurrent layers at the end of its run (see states.py). It stays with the
+lower part of a split, and falls with the last page of the run.
+
 Locks: node.locks is the number of handles on the node or below it, so an unlocked node has an unlocked subtree, and
 all pages that are not locked can be evicted, leaf by leaf. Each node pays for its own pages in `num_locked`.
 Source: SGLang RadixAttention (Zheng et al. 2024).
@@ -32,7 +35,7 @@ TOKEN_BYTES = array("i").itemsize
 class Node:
     """A run of tokens and its pages, below the run of its parent. `last_use` is a tick of the tree's clock."""
 
-    __slots__ = ("children", "last_use", "locks", "pages", "parent", "queued", "run", "salt")
+    __slots__ = ("children", "last_use", "locks", "pages", "parent", "queued", "run", "salt", "state")
 
     def __init__(self, parent: Node | None, run: bytes, pages: array[int], salt: str | None = None) -> None:
         self.parent = parent
@@ -43,6 +46,7 @@ class Node:
         self.last_use = 0
         self.queued = False  # whether the eviction heap has an entry for it
         self.salt = salt  # a root's namespace
+        self.state: int | None = None  # the state at the end of the run
 
 
 class RadixTree:
@@ -60,6 +64,7 @@ class RadixTree:
         self._clock = 0
         self._heap: list[tuple[int, int, Node]] = []  # (last use when queued, serial, leaf)
         self._serial = 0
+        self._cut: list[Node] = []  # nodes with a state that lost their last pages
 
     @property
     def num_evictable(self) -> int:
@@ -74,6 +79,12 @@ class RadixTree:
         _, position, partial = self._walk(blob, self._roots[salt])
         in_part = 0 if partial is None else self._common_pages(partial, blob, position)
         return position // self._page_bytes + in_part
+
+    def state_length(self, blob: bytes, salt: str | None = None) -> int:
+        """Pages up to the deepest state that `match` would pass. Changes nothing."""
+        nodes = self._walk(blob, self._roots[salt])[0] if salt in self._roots else []
+        last = max((place for place, node in enumerate(nodes) if node.state is not None), default=-1)
+        return sum(len(node.pages) for node in nodes[: last + 1])
 
     def match(self, blob: bytes, salt: str | None = None) -> tuple[Node, array[int]]:
         """The longest run of whole pages that stands in the tree, and the node that ends there (split if need be).
@@ -182,7 +193,7 @@ class RadixTree:
     def _append(self, node: Node, run: bytes, pages: array[int]) -> Node:
         self.num_pages += len(pages)
         self.num_locked += len(pages)
-        if node.parent is not None and not node.children and node.locks == 1:
+        if node.parent is not None and not node.children and node.locks == 1 and node.state is None:
             # Only the caller ends here: the leaf grows, and a long answer is one node, not a chain of one-page nodes.
             node.run += run
             node.pages.extend(pages)
@@ -208,6 +219,8 @@ class RadixTree:
             else:
                 kept = max(0, len(node.pages) - (num_pages - len(evicted)))
                 evicted.extend(reversed(node.pages[kept:]))
+                if node.state is not None:
+                    self._cut.append(node)
                 if kept:
                     del node.pages[kept:], node.run[kept * self._page_bytes :]
                 else:
@@ -215,6 +228,11 @@ class RadixTree:
                     self._remove(node)
         self.num_pages -= len(evicted)
         return evicted
+
+    def take_cut(self) -> list[Node]:
+        """The nodes whose state fell since the last call, because pages under it were evicted."""
+        cut, self._cut = self._cut, []
+        return cut
 
     def _remove(self, node: Node) -> None:
         parent, node.parent = node.parent, None

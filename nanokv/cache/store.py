@@ -1,6 +1,7 @@
-"""CacheStore: the bytes behind the page ids. Knows the layout; knows neither owners nor tokens.
+"""CacheStore: the bytes behind the ids of pages and states. Knows the layout; knows neither owners nor tokens.
 
-    pool   uint8 [num_pages, page_bytes], one flat allocation
+    pool     uint8 [num_pages, page_bytes]
+    states   uint8 [num_states, state_bytes], behind it in the same flat allocation
 
     page i | layer 0 planes | layer 1 planes | ... | layer n planes |
            ^ i * page_bytes                  ^ first_layer .. last_layer lie side by side: one slice
@@ -38,8 +39,10 @@ class CacheStore:
     layout      PageLayout: page_bytes and where each layer lies
     num_pages   pages in the pool
     device      where the pool is allocated
-    buffer      uint8, contiguous, num_pages * page_bytes elements: memory handed in from outside (shared memory,
-                CUDA IPC) instead of an allocation; its contents are kept and `device` is the buffer's
+    buffer      uint8, contiguous, num_pages * page_bytes + num_states * state_bytes elements: memory handed in from
+                outside (shared memory, CUDA IPC) instead of an allocation; its contents are kept and `device` is the
+                buffer's
+    num_states  states beside the pages
     Raises      ValueError for a buffer of the wrong dtype, size or strides
     """
 
@@ -49,17 +52,20 @@ class CacheStore:
         num_pages: int,
         device: torch.device | str = "cpu",
         buffer: torch.Tensor | None = None,
+        num_states: int = 0,
     ) -> None:
-        num_bytes = num_pages * layout.page_bytes
+        page_bytes = num_pages * layout.page_bytes
+        num_bytes = page_bytes + num_states * layout.state_bytes
         if buffer is None:
             buffer = _zeros(num_bytes, torch.device(device))
         elif buffer.dtype != torch.uint8 or not buffer.is_contiguous() or buffer.numel() != num_bytes:
             raise ValueError(
                 f"buffer {buffer.dtype} {list(buffer.shape)}: expected contiguous uint8 of {num_bytes} bytes "
-                f"({num_pages} pages of {layout.page_bytes})"
+                f"({num_pages} pages of {layout.page_bytes}, {num_states} states of {layout.state_bytes})"
             )
         self.layout = layout
-        self.pool = buffer.view(num_pages, layout.page_bytes)
+        self.pool = buffer[:page_bytes].view(num_pages, layout.page_bytes)
+        self.states = buffer[page_bytes:].view(num_states, layout.state_bytes)
 
     @property
     def num_pages(self) -> int:
@@ -72,6 +78,11 @@ class CacheStore:
         """
         for src, dst in copies:
             self.pool[dst].copy_(self.pool[src])
+
+    def copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
+        """The same for states."""
+        for src, dst in copies:
+            self.states[dst].copy_(self.states[src])
 
     def read_pages(self, pages: Sequence[int], first_layer: int = 0, last_layer: int | None = None) -> torch.Tensor:
         """A copy of the layers first_layer .. last_layer - 1 of these pages: uint8 [len(pages), bytes], contiguous."""

@@ -61,12 +61,19 @@ def chat(
         # Without --seed each chat draws differently: the engine's seed stands in for those of its requests.
         config = EngineConfig(seed=int.from_bytes(os.urandom(4), "little"), **options)
     except (RequestError, ConfigError) as error:
-        raise click.UsageError(str(error)) from None
+        name, _, rest = str(error).partition("=")
+        raise click.UsageError(
+            f"--{name.replace('_', '-')} {rest}" if name in {*chosen, *options} else str(error)
+        ) from None
     question = None
     if prompt is not None or not _is_terminal(sys.stdin):
         question = _question(prompt)
     name = DEFAULT_MODEL if model is None else Path(model).resolve().name if Path(model).is_dir() else model
     session = _open(model_folder(model), name, system, chosen, config, stats)
+    from nanokv.kernels import ops
+
+    if session.llm.device.type == "cpu" and not ops.are_compiled():
+        session.terminal.note("the first run on a machine compiles kernels: the first answer takes some seconds more")
     if question is None:
         _converse(session)
     else:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nanokv.cli import compare
 from nanokv.cli.common import binary, emit_json, json_option, new_figure, plot_option, save_figure
 from nanokv.core.errors import ConfigError
-from nanokv.hub.catalog import CATALOG
+from nanokv.hub.catalog import CATALOG, CatalogEntry
 from nanokv.hub.home import resolve_model
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def _memory(ctx: click.Context, parameter: click.Parameter, value: str) -> int:
 
 @click.command(
     epilog="\b\nExamples:\n  nanokv size smollm2-135m-instruct\n"
+    "  nanokv size deepseek-v3 qwen3.5-9b llama-3.1-70b --plot growth.svg\n"
     "  nanokv size ./my-model/config.json --dtype bfloat16 --memory 24GiB --context 8K,32K,128K"
 )
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
@@ -84,6 +86,11 @@ def size(
         if place:
             click.echo()
         _print(one, contexts, memory)
+    if len(sizes) > 1 or sizes[0].layout.state_bytes or sizes[0].config.mla:
+        click.echo()
+        _echo_table(compare.table(sizes, contexts, _count, binary), left=0)
+        for note in compare.notes(sizes):
+            click.echo(f"  {note}")
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class CacheSize:
     dtype: str
     codec: str
     layout: PageLayout
+    source: str = ""
+    unverified: tuple[str, ...] = ()
 
     def payload(self, tokens: int) -> int:
         return tokens * self.layout.bytes_per_token + self.layout.state_payload
@@ -120,21 +129,24 @@ def measure(model: str, dtype: str, codec: str, page_size: int) -> CacheSize:
     from nanokv.llm import resolve_dtype
     from nanokv.models.decoder import layer_specs
 
-    config = _config(model)
+    config, entry = _config(model)
     chosen = resolve_dtype(dtype, config)
     layout = PageLayout(layer_specs(config, resolve_codec(codec, chosen), page_size), page_size)
-    return CacheSize(model, config, str(chosen).removeprefix("torch."), codec, layout)
+    known = (entry.source, entry.unverified) if entry is not None else ()
+    return CacheSize(model, config, str(chosen).removeprefix("torch."), codec, layout, *known)
 
 
-def _config(model: str) -> ModelConfig:
-    from nanokv.models.config import ModelConfig, read_json
+def _config(model: str) -> tuple[ModelConfig, CatalogEntry | None]:
+    """A model's config, and where the catalog has it from if it is the catalog's."""
+    from nanokv.models.config import ModelConfig
+    from nanokv.models.fields import read_json
 
     path = Path(model).expanduser()
     if path.is_file():
-        return ModelConfig.from_dict(read_json(path))
+        return ModelConfig.from_dict(read_json(path)), None
     if model in CATALOG and not path.is_dir():
-        return ModelConfig.from_dict(CATALOG[model].config)
-    return ModelConfig.from_folder(resolve_model(model))
+        return ModelConfig.from_dict(CATALOG[model].config), CATALOG[model]
+    return ModelConfig.from_folder(resolve_model(model)), None
 
 
 def row(one: CacheSize, tokens: int, memory: int) -> dict[str, Any]:
@@ -157,12 +169,17 @@ def row(one: CacheSize, tokens: int, memory: int) -> dict[str, Any]:
         "padded_bytes": one.padded(tokens),
         "memory_bytes": memory,
         "tokens_in_memory": one.tokens_in(memory),
+        **compare.scalars(one),
+        "source": one.source,
+        "unverified_fields": list(one.unverified),
     }
 
 
 def _print(one: CacheSize, contexts: list[int], memory: int) -> None:
     layout = one.layout
     click.echo(f"{one.name}: {one.config.family}, {one.dtype}, codec {one.codec}, pages of {layout.page_size} tokens")
+    if one.unverified:
+        click.echo(f"  stated by one source only: {', '.join(one.unverified)}")
     table = [["layers", "keep", "bytes/token each", "bytes/token", "state bytes each"]]
     for spec, count in Counter(layout.specs).items():
         each, state = spec.bytes_per_token, spec.bytes_per_sequence

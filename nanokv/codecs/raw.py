@@ -31,4 +31,9 @@ class RawCodec:
         """Where the planes of `layer` lie in a page. Raises KeyError where that layer keeps no "k" and "v"."""
         k, v = layout.paged(layer, "k"), layout.paged(layer, "v")
         kv_heads, page_size, head_dim = k.plane.shape
-        return KVPlanes(k.offset, v.offset, layout.page_bytes, page_size, kv_heads, head_dim, k.plane.dtype)
+        token_stride = head_dim * k.plane.dtype.itemsize
+        return KVPlanes(
+            k_offset=k.offset, v_offset=v.offset, tail_offset=0, page_bytes=layout.page_bytes, page_size=page_size,
+            token_stride=token_stride, head_stride=page_size * token_stride, tail_stride=0, kv_heads=kv_heads,
+            head_dim=head_dim, value_dim=head_dim, tail_dim=0, dtype=k.plane.dtype,
+        )  # fmt: skip

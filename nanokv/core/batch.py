@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,3 +40,23 @@ class Batch:
     @property
     def num_requests(self) -> int:
         return self.request_starts.shape[0] - 1
+
+    def select(self, requests: list[int]) -> tuple[torch.Tensor, Batch]:
+        """The rows of some requests (int64, ascending with `requests`), and a Batch of only these; no logits asked."""
+        bounds = self.request_starts.tolist()
+        spans = [torch.arange(bounds[i], bounds[i + 1], device=self.positions.device) for i in requests]
+        rows, picked = torch.cat(spans), torch.tensor(requests, device=self.positions.device)
+        starts = [0]
+        for span in spans:
+            starts.append(starts[-1] + len(span))
+        return rows, replace(
+            self,
+            token_ids=self.token_ids[rows],
+            positions=self.positions[rows],
+            write_pages=self.write_pages[rows],
+            write_slots=self.write_slots[rows],
+            request_starts=torch.tensor(starts, dtype=torch.int32, device=self.positions.device),
+            page_tables=self.page_tables[picked],
+            logit_rows=self.logit_rows[:0],
+            state_ids=self.state_ids[picked] if len(self.state_ids) else self.state_ids,
+        )

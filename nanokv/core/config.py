@@ -45,9 +45,13 @@ class EngineConfig:
     page_size: int = 16
     """Tokens in a page: what is allocated, shared and evicted at once."""
     kv_memory: int | str | None = None
-    """Bytes for pages ("512MiB"). Default on a CPU: a quarter of free memory, 4 GiB at most."""
+    """Bytes for pages and states ("512MiB"). Default on a CPU: a quarter of free memory, 4 GiB at most."""
     num_pages: int | None = None
     """Pages in the pool, instead of kv_memory."""
+    num_states: int | None = None
+    """States of recurrent layers in the pool, two for each request that runs. Default: as many bytes as pages take."""
+    state_interval: int | None = None
+    """Tokens between further checkpoints of recurrent states, a multiple of page_size; None: only where they pay."""
     prefix_cache: bool = True
     """Keep finished pages and reuse them for requests that begin with the same tokens."""
     max_step_tokens: int = 2048
@@ -69,11 +73,15 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._integers(page_size=1, max_step_tokens=1, max_requests=1)
-        self._integers(optional=True, num_pages=1, max_model_len=2)
+        self._integers(optional=True, num_pages=1, num_states=2, state_interval=1, max_model_len=2)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}: expected an integer")
         if self.page_size & (self.page_size - 1) or self.page_size > 64:
             raise ConfigError(f"page_size={self.page_size}: allowed are 1, 2, 4, 8, 16, 32, 64")
+        if self.state_interval is not None and self.state_interval % self.page_size:
+            raise ConfigError(
+                f"state_interval={self.state_interval}: expected a multiple of page_size={self.page_size}"
+            )
         if self.kv_memory is not None:
             parse_bytes(self.kv_memory, "kv_memory")
             if self.num_pages is not None:

@@ -193,6 +193,8 @@ class Request:
         self.pages: array[int] = array("i")
         self.num_published = 0
         self.node: Any = None  # the locked tree node at the end of the published pages
+        self.state_id: int | None = None  # the state that recurrent layers move on; it stands at num_computed
+        self.recurrence: Any = None  # what the cache knows of that state and its checkpoints
 
         self.max_tokens = 0  # params.max_tokens, cut to the model's length
         self.finish_reason: str | None = None

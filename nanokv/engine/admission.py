@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from operator import index
 
 import numpy as np
 
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import RequestError
-from nanokv.core.request import Request
+from nanokv.core.request import Request, SamplingParams
 from nanokv.models.config import ModelConfig
 
 
@@ -18,11 +19,16 @@ def check_request(request: Request, model: ModelConfig, config: EngineConfig, lo
     longest   prompt tokens that this engine can serve
     """
     params = request.params
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"params={params!r:.60}: expected SamplingParams")
     params.validate()
     if request.finish_reason is not None or request.metrics.first_scheduled is not None:
         raise RequestError(f"request_id={request.request_id!r}: this Request object was used before; make a new one")
     try:
-        token_ids = [int(token) for token in request.prompt_token_ids]
+        given = request.prompt_token_ids
+        if isinstance(given, (str, bytes, bytearray)) or any(isinstance(token, bool) for token in given):
+            raise TypeError(f"found {given!r:.60}")
+        token_ids = [index(token) for token in given]
         ids = np.frombuffer(array("i", token_ids), np.int32) if token_ids else np.empty(0, np.int32)
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"prompt_token_ids: expected a list of token ids ({error})") from None

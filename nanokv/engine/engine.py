@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
+from dataclasses import replace
 
 import torch
 
@@ -47,17 +48,21 @@ class Engine:
     def __init__(
         self, model: Decoder, config: EngineConfig, tokenizer: Tokenizer | None, device: torch.device | str = "cpu"
     ) -> None:
-        self.config = config
         self.model = model
         self.tokenizer = tokenizer
         self.layout = PageLayout(model.specs, config.page_size)
         longest = model.config.max_positions
         if config.max_model_len is not None and config.max_model_len > longest:
             raise ConfigError(f"max_model_len={config.max_model_len}: this model reaches {longest} tokens at most")
-        num_pages = pool_size(config, self.layout, torch.device(device))
+        num_pages, num_states = pool_size(config, self.layout, torch.device(device))
+        if num_states:  # a request that runs needs a state, and one more for its checkpoint
+            config = replace(config, max_requests=min(config.max_requests, num_states // 2))
+        self.config = config
         self.events = EventLog(config.event_log)
-        self.store = CacheStore(self.layout, num_pages, device)
-        self.cache = CacheManager(self.layout, num_pages, config.prefix_cache, self.events)
+        self.store = CacheStore(self.layout, num_pages, device, num_states=num_states)
+        self.cache = CacheManager(
+            self.layout, num_pages, config.prefix_cache, self.events, num_states, config.state_interval
+        )
         model.bind(self.layout)
         self.runner = Runner(model, self.store, config.page_size)
         self.scheduler = Scheduler(config, self.cache, self.events)
@@ -126,15 +131,24 @@ class Engine:
             failed = plan.requests or self.scheduler.running or list(self.scheduler.waiting)[:1]
             for request in self._samples_of(failed):
                 self._finish(request, "error", f"{type(error).__name__}: {error}")
+            self._lose_states(plan)
         except BaseException:  # Ctrl-C in the middle of a step: nothing of it counts, its requests compute it again
             interrupted = self._samples_of(plan.requests)
             for request in [request for request in reversed(self.scheduler.running) if request in interrupted]:
                 self.scheduler.preempt(request)
+            self._lose_states(plan)
             raise
         if self.config.debug_checks and not self._live:
             self.cache.check()
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _lose_states(self, plan: StepPlan) -> None:
+        """State copies that a failed step did not get to: who was to have one does without."""
+        lost = {dst for _, dst in plan.state_copies}
+        for request in [request for request in reversed(self.scheduler.running) if request.state_id in lost]:
+            self.scheduler.preempt(request)
+        self.cache.lose_states(lost)
 
     def put_back(self, outputs: list[RequestOutput]) -> None:
         """Outputs that the caller of `step` had no use for; the next step returns them again."""
@@ -154,7 +168,9 @@ class Engine:
                 request.metrics.first_scheduled = now
         if self.events.on:
             rows = [[request.request_id, request.index, request.num_scheduled] for request in plan.requests]
-            self.events.write("step", tokens=plan.num_tokens, requests=rows, copies=plan.page_copies)
+            self.events.write(
+                "step", tokens=plan.num_tokens, requests=rows, copies=plan.page_copies, state_copies=plan.state_copies
+            )
         wanted = [num_logit_rows(request) for request in plan.requests]
         logits = self.runner.run(plan)
         for request in plan.requests:
@@ -277,6 +293,7 @@ class Engine:
             "bytes_per_token": self.layout.bytes_per_token,
             "page_size": self.layout.page_size,
             "page_bytes": self.layout.page_bytes,
+            "state_bytes": self.layout.state_bytes,
             **self.cache.stats(),
             "requests_running": len(self.scheduler.running),
             "requests_waiting": len(self.scheduler.waiting),

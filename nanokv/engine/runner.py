@@ -24,9 +24,9 @@ class Runner:
     def run(self, plan: StepPlan) -> torch.Tensor:
         """Logits float32 [wanted rows, vocab]: request after request, as many rows each as `num_logit_rows` says."""
         self._store.copy_pages(plan.page_copies)
-        return self._model.forward(
-            build_batch(plan.requests, self._page_size, self._store.pool.device), self._store.pool
-        )
+        self._store.copy_states(plan.state_copies)
+        plan.state_copies = []  # done: what fails from here on loses no checkpoint
+        return self._model.forward(build_batch(plan.requests, self._page_size, self._store.pool.device), self._store)
 
 
 def num_logit_rows(request: Request) -> int:
@@ -65,6 +65,6 @@ def build_batch(requests: list[Request], page_size: int, device: torch.device) -
         request_starts=tensor(starts),
         page_tables=tensor(tables),
         logit_rows=tensor(np.array(logit_rows, np.int64)),
-        state_ids=tensor(np.zeros(0, np.int32)),
+        state_ids=tensor(np.array([r.state_id for r in requests if r.state_id is not None], np.int32)),
         page_size=page_size,
     )

@@ -35,10 +35,11 @@ SCORE_ROWS = 256
 
 @dataclass
 class StepPlan:
-    """What one step does: `requests` in row order (each with num_scheduled > 0), and pages to copy before it."""
+    """What one step does: `requests` in row order (each with num_scheduled > 0); pages and states to copy before it."""
 
     requests: list[Request] = field(default_factory=list)
     page_copies: list[tuple[int, int]] = field(default_factory=list)
+    state_copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -90,19 +91,23 @@ class Scheduler:
         budget = self._config.max_step_tokens
         num_preemptions = self.num_preemptions
         for request in sorted(self.running, key=lambda request: request.is_prefilling):
-            wanted = min(request.num_to_compute, budget, self._row_limit(request))
-            if wanted > 0 and request in self.running and self._make_room(request, wanted, plan):
+            if budget <= 0 or request not in self.running:  # preempted just now, to make room for another
+                continue
+            wanted = self._chunk(request, budget)
+            if self._make_room(request, wanted, plan):
                 request.num_scheduled = wanted
                 plan.requests.append(request)
             budget = self._config.max_step_tokens - plan.num_tokens
         if num_preemptions == self.num_preemptions:
             self._admit(plan, budget)
         plan.page_copies = self._cache.take_copies()
+        plan.state_copies = self._cache.take_state_copies()
         return plan
 
-    @staticmethod
-    def _row_limit(request: Request) -> int:
-        return SCORE_ROWS if request.wants_all_logits else request.num_to_compute
+    def _chunk(self, request: Request, budget: int) -> int:
+        """How many tokens of a request to compute in this step."""
+        wanted = min(request.num_to_compute, budget, SCORE_ROWS if request.wants_all_logits else budget)
+        return self._cache.chunk(request, wanted)
 
     def _make_room(self, request: Request, wanted: int, plan: StepPlan) -> bool:
         """Reserve pages, preempting the newest requests while it takes; False when `request` itself had to go."""
@@ -150,7 +155,7 @@ class Scheduler:
             return 0
         try:
             self._cache.match(request)
-            wanted = min(request.num_to_compute, budget, self._row_limit(request))
+            wanted = self._chunk(request, budget)
             # Asked again: what was evictable before the match may be the very pages that the match now holds.
             if self._has_room(request, len(request.pages)) and self._cache.reserve(request, wanted):
                 return wanted
@@ -192,14 +197,15 @@ class Scheduler:
         page_size = self._config.page_size
         if request in self._waits_for:
             other, shared = self._waits_for[request]
-            if other in self.running and shared - other.num_published * page_size >= MIN_SHARED:
+            if other in self.running and shared > other.num_published * page_size:
                 return True
             del self._waits_for[request]
         for other in self.running:
             if not other.is_prefilling or other.params.cache_salt != request.params.cache_salt:
                 continue
             shared = _common_prefix(request, other) // page_size * page_size
-            if shared - max(other.num_published * page_size, found) >= MIN_SHARED:
+            worth_it = shared - max(other.num_published * page_size, found) >= MIN_SHARED
+            if worth_it and self._cache.expect(other, shared):
                 self._waits_for[request] = (other, shared)
                 return True
         return False

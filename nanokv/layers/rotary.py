@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-ROPE_KINDS = ("default", "linear", "llama3")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,10 @@ class RopeConfig:
     theta   base of the geometric series of frequencies
     kind    "default"; "linear" divides every frequency by `factor` (Chen et al. 2023); "llama3" divides the low ones
             only: waves longer than original_max_positions / low_freq_factor, with a ramp down to those shorter than
-            original_max_positions / high_freq_factor, which stay (Llama 3.1)
+            original_max_positions / high_freq_factor, which stay (Llama 3.1); "yarn" does the same with a ramp over
+            the pairs of dimensions instead of their wavelengths (Peng et al. 2023), where the two factors are called
+            beta_slow and beta_fast
+    amplitude   what cosines and sines are multiplied with (yarn)
     """
 
     dim: int
@@ -28,6 +31,7 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    amplitude: float = 1.0
 
 
 def frequencies(rope: RopeConfig) -> torch.Tensor:
@@ -37,6 +41,9 @@ def frequencies(rope: RopeConfig) -> torch.Tensor:
         return plain
     if rope.kind == "linear":
         return plain / rope.factor
+    if rope.kind == "yarn":
+        kept = _yarn_kept(rope)
+        return (1 - kept) * plain / rope.factor + kept * plain
     wavelengths = 2 * math.pi / plain
     turns = rope.original_max_positions / wavelengths
     kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -44,8 +51,21 @@ def frequencies(rope: RopeConfig) -> torch.Tensor:
     return (1 - kept) * plain / rope.factor + kept * plain
 
 
+def _yarn_kept(rope: RopeConfig) -> torch.Tensor:
+    """How much of each pair's frequency stays: 1 for the fast pairs, 0 for the slow ones; float32 [dim / 2]."""
+
+    def pair(turns: float) -> float:
+        """The pair (a real number) that turns so often over the original positions."""
+        return rope.dim * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first = max(math.floor(pair(rope.high_freq_factor)), 0)
+    last = min(math.ceil(pair(rope.low_freq_factor)), rope.dim - 1)
+    ramp = (torch.arange(rope.dim // 2, dtype=torch.float32) - first) / max(last - first, 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
 def cos_sin_table(rope: RopeConfig, num_positions: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Row p: the cosines, then the sines of the angles at position p; float32 [num_positions, dim]."""
     positions = torch.arange(num_positions, dtype=torch.float32)
     angles = torch.outer(positions, frequencies(rope))
-    return torch.cat((angles.cos(), angles.sin()), dim=1).to(device)
+    return (torch.cat((angles.cos(), angles.sin()), dim=1) * rope.amplitude).to(device)

@@ -1,8 +1,17 @@
 """Model families: config.json in one vocabulary, checkpoints into modules. A new family is one line here and one file.
 
-FAMILIES   model_type in config.json -> (architecture in config.json, module with `tensors` and `build`)
+FAMILIES   model_type in config.json -> (architecture in config.json, module with `block`)
 """
 
 FAMILIES = {
     "llama": ("LlamaForCausalLM", "nanokv.models.llama"),
+    "qwen3": ("Qwen3ForCausalLM", "nanokv.models.llama"),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "nanokv.models.llama"),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", "nanokv.models.deepseek"),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "nanokv.models.deepseek"),
+    "qwen3_next": ("Qwen3NextForCausalLM", "nanokv.models.qwen3_next"),
+    "qwen3_5_text": ("Qwen3_5ForCausalLM", "nanokv.models.qwen3_next"),
+    "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", "nanokv.models.qwen3_next"),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration", "nanokv.models.qwen3_next"),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", "nanokv.models.qwen3_next"),
 }

@@ -2,7 +2,7 @@
 
     x, residual = decoder.embed(batch)
     for layer in decoder.layers:
-        x = layer(x, residual, pool, batch)
+        x = layer(x, residual, store, batch)
     logits = decoder.logits(x, residual, batch)
 
 The stream of a row is x + residual: what the last sublayer gave, and the sum before it. The addition waits for the
@@ -12,24 +12,35 @@ between two of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
+from nanokv.cache.store import CacheStore
 from nanokv.codecs.raw import RawCodec
 from nanokv.core.batch import Batch
 from nanokv.core.errors import CacheError
 from nanokv.core.spec import LayerSpec, PageLayout
 from nanokv.layers.attention import Attention
-from nanokv.layers.linear import Embedding, Linear
-from nanokv.layers.mlp import MLP
+from nanokv.layers.deltanet import GatedDeltaNet
+from nanokv.layers.linear import Embedding, Linear, TiedEmbedding
+from nanokv.layers.mla import MLA
 from nanokv.layers.norm import RMSNorm
-from nanokv.models.config import ModelConfig
+from nanokv.models.config import GATED_DELTA, ModelConfig
 
 
 def layer_specs(config: ModelConfig, codec: RawCodec, page_size: int) -> list[LayerSpec]:
     """What each layer of the model keeps, known without its weights (`nanokv size`)."""
-    return [Attention.spec(codec, config.num_kv_heads, config.head_dim, page_size)] * config.num_layers
+
+    def spec(kind: str) -> LayerSpec:
+        if kind == GATED_DELTA:
+            return GatedDeltaNet.spec(config.delta, codec.dtype)
+        if config.mla is not None:
+            return MLA.spec(codec, config.mla.kv_rank, config.mla.rope_dim, page_size)
+        return Attention.spec(codec, config.num_kv_heads, config.head_dim, page_size)
+
+    return [spec(kind) for kind in config.layer_types]
 
 
 class Mixer(Protocol):
@@ -37,7 +48,11 @@ class Mixer(Protocol):
 
     def bind(self, layout: PageLayout, layer: int) -> None: ...
 
-    def __call__(self, x: torch.Tensor, pool: torch.Tensor, batch: Batch) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor: ...
+
+
+FeedForward = Callable[[torch.Tensor], torch.Tensor]
+"""The half of a block that looks at one token at a time: MLP or MoE, [rows, width] -> [rows, width]."""
 
 
 class Block:
@@ -46,14 +61,14 @@ class Block:
     Call   x, residual [rows, width], activation dtype -> the new x; residual is updated IN PLACE
     """
 
-    def __init__(self, input_norm: RMSNorm, mixer: Mixer, mlp_norm: RMSNorm, mlp: MLP) -> None:
+    def __init__(self, input_norm: RMSNorm, mixer: Mixer, mlp_norm: RMSNorm, mlp: FeedForward) -> None:
         self.input_norm = input_norm
         self.mixer = mixer
         self.mlp_norm = mlp_norm
         self.mlp = mlp
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor, pool: torch.Tensor, batch: Batch) -> torch.Tensor:
-        x = self.mixer(self.input_norm.add(x, residual), pool, batch)
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
+        x = self.mixer(self.input_norm.add(x, residual), store, batch)
         return self.mlp(self.mlp_norm.add(x, residual))
 
 
@@ -69,7 +84,7 @@ class Decoder:
         self,
         config: ModelConfig,
         specs: list[LayerSpec],
-        embedding: Embedding,
+        embedding: Embedding | TiedEmbedding,
         layers: list[Block],
         norm: RMSNorm,
         head: Linear,
@@ -99,9 +114,9 @@ class Decoder:
         rows = batch.logit_rows
         return self.head(self.norm.add(x[rows], residual[rows])).float()
 
-    def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
-        """One step: writes the k and v of every row into the pool, returns float32 [wanted, vocab]."""
+    def forward(self, batch: Batch, store: CacheStore) -> torch.Tensor:
+        """One step: writes what every row adds into pages and states, returns float32 [wanted, vocab]."""
         x, residual = self.embed(batch)
         for layer in self.layers:
-            x = layer(x, residual, pool, batch)
+            x = layer(x, residual, store, batch)
         return self.logits(x, residual, batch)

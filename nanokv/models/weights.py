@@ -1,7 +1,9 @@
 """Weights: the tensors of a checkpoint by name, as the builders of the families take them. Knows no family.
 
-A builder takes each tensor once, in the dtype and on the device of the model. Files are mapped into memory, so a
-tensor that is used as it stands is never copied, and what a builder packs is read once.
+A builder takes each tensor once, says which shape it has, and gets it in the dtype and on the device of the model.
+Files are mapped into memory, so a tensor that is used as it stands is never copied, and what a builder packs is read
+once. Because every shape is said at the place of use, a builder run over `recorded` weights is also the list of what a
+checkpoint must hold: nothing is written down twice.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import torch
 
 BANK = 4_194_301
 """Random numbers that dummy weights are cut from; a prime, so that no two rows of a matrix are the same cut."""
+Read = Callable[[str, tuple[int, ...]], torch.Tensor]
+"""Name and shape -> the tensor, as it is stored."""
 
 
 class Weights:
     """Tensors by name.
 
-    read         name -> tensor, as it is stored
+    read         gives a tensor of the shape that the builder says
     dtype        of matrices
     activation   of vectors (norms, biases), which are added to or multiplied with activations
     progress     called with the number of tensors taken so far, or None
@@ -25,7 +29,7 @@ class Weights:
 
     def __init__(
         self,
-        read: Callable[[str], torch.Tensor],
+        read: Read,
         dtype: torch.dtype,
         activation: torch.dtype,
         device: torch.device,
@@ -38,23 +42,35 @@ class Weights:
         self._progress = progress
         self._taken = 0
 
-    def matrix(self, *names: str) -> torch.Tensor:
-        """The matrices, one below the other: [sum of their rows, columns]."""
-        return self._take(names, self.dtype)
+    def matrix(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        """A matrix [rows, columns]: [out, in] of a projection."""
+        return self.take(name, (rows, columns), self.dtype)
 
-    def vector(self, *names: str) -> torch.Tensor:
-        """The vectors, one after the other: [sum of their lengths]."""
-        return self._take(names, self.activation)
+    def vector(self, name: str, size: int) -> torch.Tensor:
+        """A vector [size] in the dtype of activations."""
+        return self.take(name, (size,), self.activation)
 
-    def _take(self, names: tuple[str, ...], dtype: torch.dtype) -> torch.Tensor:
-        parts = [self._read(name).to(self.device, dtype) for name in names]
-        self._taken += len(parts)
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of any shape in any dtype."""
+        tensor = self._read(name, shape).to(self.device, dtype)
+        self._taken += 1
         if self._progress is not None:
             self._progress(self._taken)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return tensor
 
 
-def dummy(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int) -> Callable[[str], torch.Tensor]:
+def recorded(shapes: dict[str, tuple[int, ...]]) -> Weights:
+    """Weights without numbers (on torch's meta device) that write down in `shapes` what a builder takes."""
+    meta = torch.device("meta")
+
+    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        shapes[name] = shape
+        return torch.empty(shape, device=meta)
+
+    return Weights(read, torch.float32, torch.float32, meta)
+
+
+def dummy(dtype: torch.dtype, seed: int) -> Read:
     """A `read` without files: norms are 1, all else is seeded noise of standard deviation 0.02.
 
     The noise is drawn once and copied from random places, because drawing billions of numbers takes minutes. Each
@@ -63,8 +79,8 @@ def dummy(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     bank = torch.empty(BANK).normal_(0, 0.02, generator=generator).to(dtype)
 
-    def read(name: str) -> torch.Tensor:
-        tensor = torch.empty(shapes[name], dtype=dtype)
+    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
         if name.endswith("norm.weight"):
             return tensor.fill_(1)
         flat = tensor.view(-1)

@@ -37,7 +37,9 @@ class Conversation:
     """
 
     def __init__(self, tokenizer: Tokenizer | None, system: str | None = None, **variables: Any) -> None:
-        if tokenizer is None or tokenizer.template is None:
+        if tokenizer is None:
+            raise RequestError("this model has no tokenizer.json, so it cannot chat")
+        if tokenizer.template is None:
             raise RequestError("this model has no chat template, so it cannot chat")
         self._tokenizer = tokenizer
         self._variables = variables

@@ -118,6 +118,8 @@ def _node_line(node: Node, branch: str, decode: Callable[[list[int]], str], is_h
     tokens = array("i")
     tokens.frombytes(bytes(node.run[: 4 * WIDTH]))  # a line shows no more text than this many tokens hold
     head = f"{branch}{_count(len(node.pages), 'page')} [{_ranges(node.pages, PAGES_WIDTH)}]"
+    if node.state is not None:
+        head += f" state {node.state}"
     if node.locks:
         head += f" locked x{node.locks}"
     mark = "  <- here" if is_here else ""
@@ -129,10 +131,17 @@ def _node_line(node: Node, branch: str, decode: Callable[[list[int]], str], is_h
 def pool_line(stats: dict) -> str:
     """The pool in numbers: `stats` as LLM.stats() gives them."""
     total, page_bytes = stats["pages_total"], stats["page_bytes"]
+    states = ""
+    if "states_total" in stats:
+        states = (
+            f"\nstates: {stats['states_total']:,} of {binary(stats['state_bytes'])}: "
+            f"{stats['states_cached']:,} cached, {stats['states_held']:,} held, {stats['states_free']:,} free; "
+            f"{_count(stats['state_evictions'], 'eviction')}"
+        )
     return (
         f"pool: {_count(total, 'page')} of {binary(page_bytes)} = {binary(total * page_bytes)}: "
         f"{stats['pages_cached']:,} cached, {stats['pages_held']:,} held, {stats['pages_free']:,} free; "
-        f"{_count(stats['evictions'], 'eviction')}"
+        f"{_count(stats['evictions'], 'eviction')}{states}"
     )
 
 

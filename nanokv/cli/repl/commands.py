@@ -72,7 +72,7 @@ def _split(line: str) -> tuple[str, str]:
 def _unknown(name: str) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    near = get_close_matches(name, COMMANDS, n=1, cutoff=0.5) if len(name) > 2 else []
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"unknown command {name}{hint} (/? lists them, /{name} sends it as text)"
 
@@ -100,7 +100,7 @@ def _help(session: ChatSession, argument: str) -> None:
         session.terminal.line(f"  {command.usage:18}{command.summary}{others}")
     session.terminal.line('  """               begins and ends a message of several lines')
     session.terminal.line("  //TEXT            sends a text that begins with a slash")
-    session.terminal.line("  Ctrl-C            stops an answer, keeps what was said; twice: leaves")
+    session.terminal.line("  Ctrl-C            stops an answer, keeps what was said; twice then: leaves")
     session.terminal.line("  Ctrl-D            leaves")
 
 
@@ -124,7 +124,7 @@ def _set(session: ChatSession, argument: str) -> None:
         session.terminal.note("system message set")
     else:
         session.params = settings.changed(session.params, name, value)
-        name = settings.ALIASES.get(name, name)
+        name = settings.canonical(name)
         session.terminal.note(f"{name} = {settings.shown(session.params)[name]}")
 
 
@@ -226,8 +226,12 @@ def _read(session: ChatSession, argument: str) -> None:
     text = read_text(path)
     if not text.strip():
         raise RequestError(f"{path}: the file is empty")
-    session.attached.append((path, text))
     count = len(session.llm.tokenizer.encode(text))
+    room = session.llm.engine.max_length - len(session.conversation.token_ids)
+    room -= sum(len(session.llm.tokenizer.encode(content)) for _, content in session.attached)
+    if count >= room:
+        raise RequestError(f"{path}: {count:,} tokens; {max(room - 1, 0):,} more fit into this conversation")
+    session.attached.append((path, text))
     session.terminal.note(f"{path}: {count:,} tokens; they go out before your next message")
 
 
@@ -247,7 +251,7 @@ def _cache(session: ChatSession, _argument: str) -> None:
         session.terminal.line(line)
 
 
-@_command("/stats on|off", "the line of numbers after each answer")
+@_command("/stats [on|off]", "the engine's numbers; or the line after each answer")
 def _stats(session: ChatSession, argument: str) -> None:
     """38 tok · 61.2 tok/s · TTFT 41 ms · prompt 212 (cached 192) · KV 249 tok / 16 pages / 5.6 MiB
     tok     tokens of the answer, the one that ends it included
@@ -255,9 +259,14 @@ def _stats(session: ChatSession, argument: str) -> None:
     TTFT    time to first token, from Enter
     prompt  tokens of the whole conversation
     cached  of these: found in the prefix cache, not computed again
-    KV      tokens that stood in the cache when the answer ended, their pages"""
+    KV      tokens that stood in the cache when the answer ended, their pages
+    /stats alone shows all that the engine has counted."""
+    if not argument:
+        for name, value in session.llm.stats().items():
+            session.terminal.line(f"  {name:19} {value:,}" if type(value) is int else f"  {name:19} {value}")
+        return
     if argument not in ("on", "off"):
-        raise RequestError("usage: /stats on or /stats off")
+        raise RequestError("usage: /stats, /stats on or /stats off")
     session.show_stats = argument == "on"
     session.terminal.note(f"stats {argument}")
 

@@ -49,6 +49,8 @@ class LineReader:
                 self._begun = True
                 message = f"{message}\n{self._input(CONTINUED)}"
         except EOFError:
+            if self._begun:  # inside a block: as Ctrl-C, because leaving would lose what was typed
+                raise KeyboardInterrupt from None
             return None
         return _without_quotes(message)
 

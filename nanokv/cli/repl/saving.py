@@ -55,8 +55,9 @@ def save_chat(path: Path, chat: SavedChat, overwrite: bool) -> None:
 
 def load_chat(path: Path) -> SavedChat:
     """Read a file and check all of it but the order of the messages. Raises RequestError, one line."""
+    text = read_text(path)
     try:
-        document = json.loads(read_text(path))
+        document = json.loads(text)
     except ValueError as error:
         raise RequestError(f"{path}: not a saved chat: not JSON ({error})") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:

@@ -74,7 +74,9 @@ class ChatSession:
                 elif line.strip():
                     self.send(line[1:] if line.startswith("//") else line, entered)
             except ContextFull as error:
-                self.terminal.error(f"{error}; {ROOM_HINT}")
+                dropped = "; the files of /read are dropped" if self.attached else ""
+                self.attached = []  # else every later message would fail as this one did
+                self.terminal.error(f"{error}{dropped}; {ROOM_HINT}")
             except NanokvError as error:
                 self.terminal.error(str(error))
         if self.is_full and not was_full:
@@ -87,6 +89,10 @@ class ChatSession:
 
     def send(self, text: str, entered: float) -> Turn:
         """Say `text` and stream the answer. Call it `with self.stop`. Raises RequestError; nothing is said then."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"your message is not valid Unicode at character {error.start}: not sent") from None
         text = "\n\n".join([*(content for _, content in self.attached), text])
         token_ids = self.conversation.ask(text)
         try:
@@ -123,7 +129,8 @@ class ChatSession:
             raise RequestError(f"the engine could not finish this answer: {output.error}")
         self.conversation.answer(output.token_ids, output.text)
         if self.show_stats:
-            numbers = stats_line(turn, engine.layout.page_size, engine.layout.page_bytes)
+            layout = engine.layout
+            numbers = stats_line(turn, layout.page_size, layout.page_bytes, layout.state_bytes)
             self.terminal.note(numbers + self._why_cut(output))
         return turn
 

@@ -51,9 +51,15 @@ SETTINGS = {
 ALIASES = {"num_predict": "max_tokens", "max_new_tokens": "max_tokens", "repeat_penalty": "repetition_penalty"}
 
 
+def canonical(name: str) -> str:
+    """A parameter's own name, also where it is spelt as an option of the command line or as elsewhere."""
+    name = name.replace("-", "_")
+    return ALIASES.get(name, name)
+
+
 def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
     """`params` with one parameter read from `text`. Raises RequestError naming it, its value and what is allowed."""
-    name = ALIASES.get(name, name)
+    name = canonical(name)
     if name not in SETTINGS:
         raise RequestError(f"{name}: no such parameter; there are {', '.join(SETTINGS)} and system")
     try:

@@ -95,7 +95,7 @@ def answer(
         raise
 
 
-def stats_line(turn: Turn, page_size: int, page_bytes: int) -> str:
+def stats_line(turn: Turn, page_size: int, page_bytes: int, state_bytes: int = 0) -> str:
     """38 tok · 61.2 tok/s · TTFT 41 ms · prompt 212 (cached 192) · KV 249 tok / 16 pages / 5.6 MiB
 
     tok/s is decode only, (n - 1) / (time of the last token - time of the first); TTFT counts from Enter.
@@ -107,9 +107,12 @@ def stats_line(turn: Turn, page_size: int, page_bytes: int) -> str:
         parts.append(f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tok/s")
     if times:
         parts.append(f"TTFT {duration(times[0] - turn.entered)}")
-    parts.append(f"prompt {len(output.prompt_token_ids)} (cached {output.cached_tokens})")
+    found, cached = output.kv_matched_tokens, output.cached_tokens
+    without_state = f" of {found} found" if found > cached else ""  # pages without a recurrent state are no use
+    parts.append(f"prompt {len(output.prompt_token_ids)} (cached {cached}{without_state})")
     pages = -(-turn.kv_tokens // page_size)
-    parts.append(f"KV {turn.kv_tokens} tok / {pages} page{'' if pages == 1 else 's'} / {binary(pages * page_bytes)}")
+    kept = f"KV {turn.kv_tokens} tok / {pages} page{'' if pages == 1 else 's'} / {binary(pages * page_bytes)}"
+    parts.append(kept + (f" + state {binary(state_bytes)}" if state_bytes else ""))
     return " · ".join(parts)
 
 

@@ -1,6 +1,21 @@
 """The numba twins: the same ops as in reference/, compiled for the CPU at hand."""
 
 from nanokv.kernels.cpu.attention import paged_attention
-from nanokv.kernels.cpu.elementwise import add_rms_norm, rms_norm, rope_and_store, silu_mul
+from nanokv.kernels.cpu.delta_rule import delta_rule_chunk, delta_rule_step
+from nanokv.kernels.cpu.elementwise import add_rms_norm, gated_rms_norm, rms_norm, sigmoid_mul, silu_mul
+from nanokv.kernels.cpu.short_conv import short_conv
+from nanokv.kernels.cpu.store import rope_and_store, store_latent
 
-__all__ = ["add_rms_norm", "paged_attention", "rms_norm", "rope_and_store", "silu_mul"]
+__all__ = [
+    "add_rms_norm",
+    "delta_rule_chunk",
+    "delta_rule_step",
+    "gated_rms_norm",
+    "paged_attention",
+    "rms_norm",
+    "rope_and_store",
+    "short_conv",
+    "sigmoid_mul",
+    "silu_mul",
+    "store_latent",
+]

@@ -18,6 +18,7 @@ def _fingerprint() -> str:
 
 
 _STAMP = _fingerprint()
+_kept: list = []  # functions whose machine code is kept on disk
 
 
 def compiled(function: Callable) -> Callable:
@@ -30,7 +31,13 @@ def compiled(function: Callable) -> Callable:
     with contextlib.suppress(RuntimeError):  # numba found no folder: this process compiles for itself
         dispatcher.enable_caching()
         dispatcher._cache._cache_file._source_stamp = _STAMP
+        _kept.append(dispatcher)
     return dispatcher
+
+
+def any_on_disk() -> bool:
+    """Whether a run before this one has left machine code of these very kernels on disk."""
+    return any(dispatcher._cache._cache_file._load_index() for dispatcher in _kept)
 
 
 def inner(function: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""Row-wise ops on a CPU: norms, the gated activation, rotation and the write into pages. Each is one pass over memory.
+"""Row-wise ops on a CPU: norms and gates. Each is one pass over memory.
 
 A row is computed by the same instructions wherever it stands in the batch, so its bits depend on that row alone.
 """
@@ -9,20 +9,17 @@ import numpy as np
 import torch
 from numba import njit
 
-from nanokv.core.batch import Batch
-from nanokv.kernels.cpu.compiled import compiled
-from nanokv.kernels.cpu.exp import LOG2E, ONE, exp2
+from nanokv.kernels.cpu.compiled import compiled, inner
+from nanokv.kernels.cpu.exp import ONE, sigmoid, silu
 from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, view, widen
-from nanokv.kernels.ops import KVPlanes
+from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, view, widen
 
-F32, INT32 = np.empty(0, np.float32), np.empty(0, np.int32)
 TAKE = 8
 """Rows that a thread takes at once."""
 
 
 @njit(fastmath={"reassoc", "contract"})
-def _sum_of_squares(row):
+def sum_of_squares(row):
     """Reassociated by the compiler into lanes: some fixed order, the same for every row.
 
     By index: a loop over the array itself is not vectorised and takes 30 times as long (650 ns for 576 numbers).
@@ -33,9 +30,23 @@ def _sum_of_squares(row):
     return total
 
 
-@njit(error_model="numpy")
+@inner
+def norm_factor(wide, eps):
+    """1 / the root mean square of a row in float32."""
+    return ONE / np.sqrt(sum_of_squares(wide) / np.float32(len(wide)) + eps)
+
+
+@inner
+def weighted(normed, weight, format, weight_format):
+    """normed * weight in `format`, rounded as reference.rms_norm says. A compiler knows which of the two it is."""
+    if size_of(weight_format) > size_of(format):
+        return narrow(normed * widen(weight), format)
+    return narrow(widen(narrow(normed, format)) * widen(weight), format)
+
+
+@inner
 def _norm_work(counter, x, residual, weight, out, rows, width, eps, format, weight_format):
-    size, scale = format.itemsize, view(weight, width, weight_format)
+    size, scale = size_of(format), view(weight, width, weight_format)
     wide = np.empty(width, np.float32)
     while True:
         first = fetch_add(counter, TAKE)
@@ -53,19 +64,19 @@ def _norm_work(counter, x, residual, weight, out, rows, width, eps, format, weig
             else:
                 for d in range(width):
                     wide[d] = widen(source[d])
-            factor = ONE / np.sqrt(_sum_of_squares(wide) / np.float32(width) + eps)
+            factor = norm_factor(wide, eps)
             for d in range(width):
-                target[d] = narrow(widen(narrow(wide[d] * factor, format)) * widen(scale[d]), format)
+                target[d] = weighted(wide[d] * factor, scale[d], format, weight_format)
 
 
 @compiled
 def _norm(team, threads, x, residual, weight, out, rows, width, eps, format, weight_format):
-    args = (x, residual, weight, out, rows, width, np.float32(eps), format, weight_format)
+    args = (x, residual, weight, out, rows, width, np.float32(eps), format.dtype, weight_format.dtype)
     share(team, threads, _norm_work, args)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As reference.rms_norm."""
+    """As reference.rms_norm, for x [rows, width]."""
     return _normed(x.contiguous(), 0, weight, eps)
 
 
@@ -84,9 +95,50 @@ def _normed(x: torch.Tensor, residual: int, weight: torch.Tensor, eps: float) ->
     return out
 
 
-@njit(error_model="numpy")  # Python's check for a zero divisor would keep the loop from vectorising
+@inner
+def _gated_work(counter, x, z, z_stride, weight, out, rows, heads, dim, eps, format, weight_format):
+    size, scale = format.itemsize, view(weight, dim, weight_format)
+    wide = np.empty(dim, np.float32)
+    while True:
+        first = fetch_add(counter, TAKE)
+        if first >= rows:
+            break
+        for row in range(first, min(first + TAKE, rows)):
+            for head in range(heads):
+                at = (row * heads + head) * dim * size
+                source, target = view(x + at, dim, format), view(out + at, dim, format)
+                gate = view(z + (row * z_stride + head * dim) * size, dim, format)
+                for d in range(dim):
+                    wide[d] = widen(source[d])
+                factor = norm_factor(wide, eps)
+                for d in range(dim):
+                    normed = weighted(wide[d] * factor, scale[d], format, weight_format)
+                    target[d] = narrow(widen(normed) * silu(widen(gate[d])), format)
+
+
+@compiled
+def _gated(team, threads, x, z, z_stride, weight, out, rows, heads, dim, eps, format, weight_format):
+    args = (x, z, z_stride, weight, out, rows, heads, dim, np.float32(eps), format, weight_format)
+    share(team, threads, _gated_work, args)
+
+
+def gated_rms_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As reference.gated_rms_norm."""
+    x, dim = x.contiguous(), weight.shape[0]
+    (rows, width), (z_stride, step) = x.shape, z.stride()
+    if z.shape != x.shape or z.dtype != x.dtype or width % dim or step != 1:
+        raise ValueError(f"gated_rms_norm: z {tuple(z.shape)} with strides {z.stride()} does not fit {tuple(x.shape)}")
+    out = torch.empty_like(x)
+    _gated(
+        TEAM, threads_for(rows * width / 1e3), x.data_ptr(), z.data_ptr(), z_stride, weight.data_ptr(), out.data_ptr(),
+        rows, width // dim, dim, eps, FORMAT[x.dtype], FORMAT[weight.dtype],
+    )  # fmt: skip
+    return out
+
+
+@inner
 def _silu_work(counter, gate_up, out, rows, width, format):
-    size = format.itemsize
+    size = size_of(format)
     while True:
         first = fetch_add(counter, TAKE)
         if first >= rows:
@@ -96,14 +148,12 @@ def _silu_work(counter, gate_up, out, rows, width, format):
             up = view(gate_up + (2 * row + 1) * width * size, width, format)
             target = view(out + row * width * size, width, format)
             for d in range(width):
-                g = widen(gate[d])
-                e = exp2(-abs(g) * LOG2E)  # never overflows: sigmoid(g) is 1 / (1 + e) or e / (1 + e)
-                target[d] = narrow(g * ((ONE if g >= 0 else e) / (ONE + e)) * widen(up[d]), format)
+                target[d] = narrow(silu(widen(gate[d])) * widen(up[d]), format)
 
 
 @compiled
 def _silu(team, threads, gate_up, out, rows, width, format):
-    args = (gate_up, out, rows, width, format)
+    args = (gate_up, out, rows, width, format.dtype)
     share(team, threads, _silu_work, args)
 
 
@@ -117,58 +167,38 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@njit
-def _rope_work(
-    counter, qkv, rows, cos_sin, rotary, pool, geometry, positions, pages, slots, heads, format, page_format
-):  # fmt: skip
-    k_offset, v_offset, page_bytes, page_size, kv_heads, head_dim = geometry
-    half, width = rotary // 2, (heads + 2 * kv_heads) * head_dim
-    positions, pages, slots = view(positions, rows, INT32), view(pages, rows, INT32), view(slots, rows, INT32)
-    plane = page_size * head_dim * page_format.itemsize
+@inner
+def _sigmoid_work(counter, x, gate, gate_stride, out, rows, width, format):
+    size = size_of(format)
     while True:
         first = fetch_add(counter, TAKE)
         if first >= rows:
             break
         for row in range(first, min(first + TAKE, rows)):
-            at = qkv + row * width * format.itemsize
-            table = view(cos_sin + 4 * rotary * positions[row], rotary, F32)
-            cos, sin = table[:half], table[half:]
-            for head in range(heads + kv_heads):
-                low = view(at + head * head_dim * format.itemsize, half, format)
-                high = view(at + (head * head_dim + half) * format.itemsize, half, format)
-                for d in range(half):
-                    a, b = widen(low[d]), widen(high[d])
-                    low[d] = narrow(a * cos[d] - b * sin[d], format)
-                    high[d] = narrow(b * cos[d] + a * sin[d], format)
-            page = pool + pages[row] * page_bytes + slots[row] * head_dim * page_format.itemsize
-            for head in range(kv_heads):
-                k = view(at + (heads + head) * head_dim * format.itemsize, head_dim, format)
-                v = view(at + (heads + kv_heads + head) * head_dim * format.itemsize, head_dim, format)
-                k_page = view(page + k_offset + head * plane, head_dim, page_format)
-                v_page = view(page + v_offset + head * plane, head_dim, page_format)
-                for d in range(head_dim):
-                    k_page[d] = narrow(widen(k[d]), page_format)
-                    v_page[d] = narrow(widen(v[d]), page_format)
+            source, target = view(x + row * width * size, width, format), view(out + row * width * size, width, format)
+            gates = view(gate + row * gate_stride * size, width, format)
+            for d in range(width):
+                target[d] = narrow(widen(source[d]) * sigmoid(widen(gates[d])), format)
 
 
 @compiled
-def _rope(
-    team, threads, qkv, rows, cos_sin, rotary, pool, geometry, positions, pages, slots, heads, format, page_format
-):  # fmt: skip
-    numbers = (geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], geometry[5])
-    args = (
-        qkv, rows, cos_sin, rotary, pool, numbers, positions, pages, slots, heads, format,
-        page_format,
-    )  # fmt: skip
-    share(team, threads, _rope_work, args)
+def _sigmoid_mul(team, threads, x, gate, gate_stride, out, rows, width, format):
+    args = (x, gate, gate_stride, out, rows, width, format.dtype)
+    share(team, threads, _sigmoid_work, args)
 
 
-def rope_and_store(
-    qkv: torch.Tensor, cos_sin: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch: Batch, num_heads: int
-) -> None:
-    """As reference.rope_and_store."""
-    _rope(
-        TEAM, threads_for(qkv.numel() / 1e3), qkv.data_ptr(), qkv.shape[0], cos_sin.data_ptr(), cos_sin.shape[1],
-        pool.data_ptr(), planes.geometry, batch.positions.data_ptr(), batch.write_pages.data_ptr(),
-        batch.write_slots.data_ptr(), num_heads, FORMAT[qkv.dtype], FORMAT[planes.dtype],
-    )  # fmt: skip
+def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """As reference.sigmoid_mul."""
+    (rows, width), x = x.shape, x.contiguous()
+    gate_stride, step = gate.stride()
+    if gate.shape != x.shape or gate.dtype != x.dtype or step != 1:
+        raise ValueError(
+            f"sigmoid_mul: gate {gate.dtype} {tuple(gate.shape)} with strides {gate.stride()} does not fit "
+            f"x {x.dtype} {tuple(x.shape)}"
+        )
+    out = torch.empty_like(x)
+    threads = threads_for(rows * width / 1.3e3)
+    _sigmoid_mul(
+        TEAM, threads, x.data_ptr(), gate.data_ptr(), gate_stride, out.data_ptr(), rows, width, FORMAT[x.dtype]
+    )
+    return out

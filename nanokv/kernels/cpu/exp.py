@@ -1,4 +1,5 @@
-"""2**x for the exponents that attention and activations meet, as a few multiply-adds; for numbers and for vectors."""
+"""2**x for the exponents that attention and activations meet, as a few multiply-adds, and gates made of it; for numbers
+and for vectors."""
 
 from __future__ import annotations
 
@@ -35,11 +36,44 @@ def emit_exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.select(builder.fcmp_ordered("<", x, number(-126.0)), number(0.0), p)
 
 
+def emit_sigmoid(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """1 / (1 + exp(-x)) in float32."""
+    one, positive = constant(x.type, 1.0), builder.fcmp_ordered(">=", x, constant(x.type, 0.0))
+    # With e <= 1, which cannot overflow, it is 1 / (1 + e) or e / (1 + e).
+    e = emit_exp2(builder, builder.fmul(builder.select(positive, builder.fneg(x), x), constant(x.type, LOG2E)))
+    return builder.fdiv(builder.select(positive, one, e), builder.fadd(one, e))
+
+
+def emit_silu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """x * sigmoid(x) in float32."""
+    return builder.fmul(x, emit_sigmoid(builder, x))
+
+
 @intrinsic
 def exp2(typingctx, x):
     """2**x for a float32 x <= 0; 0 below 2**-126."""
 
     def codegen(context, builder, signature, args):
         return emit_exp2(builder, args[0])
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def sigmoid(typingctx, x):
+    """1 / (1 + exp(-x)) in float32."""
+
+    def codegen(context, builder, signature, args):
+        return emit_sigmoid(builder, args[0])
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def silu(typingctx, x):
+    """x * sigmoid(x) in float32."""
+
+    def codegen(context, builder, signature, args):
+        return emit_silu(builder, args[0])
 
     return types.float32(types.float32), codegen

@@ -6,7 +6,8 @@ no sum ever runs across lanes. The order of every sum is fixed:
 
     y[r, o] = x[r, 0] * w[o, 0] + x[r, 1] * w[o, 1] + ...        one fused step after the other
 
-whatever the other rows are and however rows are cut into tiles: the bits of a row depend on that row alone.
+whatever the other rows are and however rows are cut into tiles: the bits of a row depend on that row alone. A product
+for each head (x [rows, heads, in], weights [heads, out, in]) is the same loop once more around it.
 """
 
 from __future__ import annotations
@@ -106,16 +107,17 @@ def _tile(typingctx, rows, x, x_stride, w, y, y_stride, depth, format):
 
 
 @njit
-def _work(counter, x, x_stride, w, y, rows, depth, blocks, row_block, group, format):
-    """What each thread does: take units (some rows of x, some blocks of w) until none is left."""
+def _work(counter, x, x_stride, x_head, w, y, rows, depth, heads, blocks, row_block, group, format):
+    """What each thread does: take units (some rows of x, some blocks of w of one head) until none is left."""
     groups = (blocks + group - 1) // group
-    units = groups * ((rows + row_block - 1) // row_block)
+    units = groups * ((rows + row_block - 1) // row_block)  # of a head
     block_bytes = depth * LANES * format.itemsize
-    y_stride = blocks * LANES
+    y_stride = heads * blocks * LANES
     while True:
         unit = fetch_add(counter, 1)
-        if unit >= units:
+        if unit >= heads * units:
             break
+        head, unit = unit // units, unit % units
         start, first = unit // groups * row_block, unit % groups * group
         count = min(rows - start, row_block)
         tiles = (count + MOST_ROWS - 1) // MOST_ROWS
@@ -125,10 +127,10 @@ def _work(counter, x, x_stride, w, y, rows, depth, blocks, row_block, group, for
                 size = (count + tile) // tiles  # tiles of nearly equal size: 8 rows are 4 + 4, not 6 + 2
                 _tile(
                     size,
-                    x + 4 * row * x_stride,
+                    x + 4 * (row * x_stride + head * x_head),
                     x_stride,
-                    w + block * block_bytes,
-                    y + 4 * (row * y_stride + block * LANES),
+                    w + (head * blocks + block) * block_bytes,
+                    y + 4 * (row * y_stride + (head * blocks + block) * LANES),
                     y_stride,
                     depth,
                     format,
@@ -137,11 +139,11 @@ def _work(counter, x, x_stride, w, y, rows, depth, blocks, row_block, group, for
 
 
 @compiled
-def _multiply(team, threads, x, x_stride, w, y, rows, depth, blocks, format):
+def _multiply(team, threads, x, x_stride, x_head, w, y, rows, depth, heads, blocks, format):
     row_block = MOST_ROWS * min(max(NEAR // (4 * depth * MOST_ROWS), 4), 32)
     # As many equal groups for each thread as GROUP demands, at least two: so the last ones end together.
-    group = -(-blocks // (threads * max(2, -(-blocks // (threads * GROUP)))))
-    args = (x, x_stride, w, y, rows, depth, blocks, row_block, group, format)
+    group = -(-heads * blocks // (threads * max(2, -(-heads * blocks // (threads * GROUP)))))
+    args = (x, x_stride, x_head, w, y, rows, depth, heads, blocks, row_block, min(group, blocks), format)
     share(team, threads, _work, args)
 
 
@@ -238,7 +240,33 @@ def multiply(x: torch.Tensor, blocks: torch.Tensor, out: int) -> torch.Tensor:
     y = x.new_empty(rows, num_blocks * LANES)
     threads = threads_for(rows * num_blocks * depth * LANES / 30e3)
     _multiply(
-        TEAM, threads, x.data_ptr(), x_stride, blocks.data_ptr(), y.data_ptr(), rows, depth, num_blocks,
+        TEAM, threads, x.data_ptr(), x_stride, 0, blocks.data_ptr(), y.data_ptr(), rows, depth, 1, num_blocks,
         FORMAT[blocks.dtype],
     )  # fmt: skip
     return y if num_blocks * LANES == out else y[:, :out].contiguous()
+
+
+def pack_heads(weight: torch.Tensor) -> torch.Tensor:
+    """[heads, out, in] -> [heads, ceil(out / 16), in, 16], a copy; missing outputs are 0."""
+    heads, out, depth = weight.shape
+    num_blocks = -(-out // LANES)
+    if out % LANES:
+        weight = torch.nn.functional.pad(weight, (0, 0, 0, num_blocks * LANES - out))
+    return pack(weight.reshape(-1, depth)).view(heads, num_blocks, depth, LANES)
+
+
+def multiply_heads(x: torch.Tensor, blocks: torch.Tensor, out: int) -> torch.Tensor:
+    """x [rows, heads, in] float32 times each head's packed [out, in], transposed: [rows, heads, out] float32."""
+    (rows, heads, width), (own_heads, num_blocks, depth, _) = x.shape, blocks.shape
+    if x.dtype is not torch.float32 or (heads, width) != (own_heads, depth):
+        raise TypeError(f"head_linear: x is {x.dtype} {list(x.shape)}, expected float32 [rows, {own_heads}, {depth}]")
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    x_stride, head_stride, _ = x.stride()
+    y = x.new_empty(rows, heads, num_blocks * LANES)
+    threads = threads_for(rows * blocks.numel() / 30e3)
+    _multiply(
+        TEAM, threads, x.data_ptr(), x_stride, head_stride, blocks.data_ptr(), y.data_ptr(), rows, depth, heads,
+        num_blocks, FORMAT[blocks.dtype],
+    )  # fmt: skip
+    return y if num_blocks * LANES == out else y[..., :out].contiguous()

@@ -1,4 +1,5 @@
-"""The inner loops that are written as vector instructions: a small matrix product, a widening transpose, a few rows.
+"""The inner loops that are written as vector instructions: a small matrix product, a widening transpose, a few rows,
+a pass over a recurrent state, a short convolution.
 
 The product's order is the law of exactness here: c[r, n] = c[r, n] + a[r, 0] * b[0, n] + a[r, 1] * b[1, n] + ..., one
 fused step after the other. Vector lanes run over n and tiles over r and n, so how many rows there are, how wide a
@@ -12,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from nanokv.kernels.cpu.exp import emit_exp2
+from nanokv.kernels.cpu.exp import emit_exp2, emit_silu
 from nanokv.kernels.cpu.words import FLOAT, INT, constant, emit_fma, emit_widen
 
 # Rows of a tile -> floats of each row in it: eight registers of sums (six, for 3 rows), because about eight chains of
@@ -194,3 +195,76 @@ def weigh(typingctx, scores, scale, top, sums, decay):
 
     number, address = types.float32, types.int64
     return types.void(address, number, number, address, number), codegen
+
+
+def _emit_renewal(builder, width, depth, state, stride, decay, delta, k, q, next_k, out, predicted):
+    """The loop over the rows of a state for a fixed number of its columns, both sums in registers."""
+    zero = depth.type(0)
+    decay, delta = _spread(builder, decay, width), _load(builder, delta, zero, FLOAT, width)
+    sums = [cgutils.alloca_once_value(builder, constant(delta.type, 0.0)) for _ in range(2)]
+    with cgutils.for_range(builder, depth) as loop:
+        key, query, next_key = (
+            _spread(builder, builder.load(builder.gep(row, [loop.index], source_etype=FLOAT), typ=FLOAT), width)
+            for row in (k, q, next_k)
+        )
+        place = builder.mul(loop.index, stride)
+        row = emit_fma(builder, decay, _load(builder, state, place, FLOAT, width), builder.fmul(key, delta))
+        _store(builder, row, state, place)
+        for number, total in zip((query, next_key), sums, strict=True):
+            builder.store(emit_fma(builder, number, row, builder.load(total)), total)
+    for total, target in zip(sums, (out, predicted), strict=True):
+        _store(builder, builder.load(total), target, zero)
+
+
+@intrinsic
+def renew(typingctx, columns, depth, state, stride, decay, delta, k, q, next_k, out, predicted):
+    """state = decay * state + k[:, None] * delta; out = q @ state; predicted = next_k @ state: one pass over a state.
+
+    columns          a multiple of 16
+    state            address of float32 [depth, columns], rows `stride` floats apart
+    k, q, next_k     addresses of float32 [depth]
+    delta, out, ..   addresses of float32 [columns]
+    """
+
+    def codegen(context, builder, signature, args):
+        columns, depth, state, stride, decay, *rows = args
+        state, delta, k, q, next_k, out, predicted = (
+            builder.inttoptr(address, FLOAT.as_pointer()) for address in (state, *rows)
+        )
+        index = columns.type
+        whole = builder.and_(columns, index(-32))
+        for start, stop, width in ((index(0), whole, 32), (whole, columns, 16)):
+            with cgutils.for_range_slice(builder, start, stop, index(width), index) as (n, _):
+                parts = (builder.gep(place, [n], source_etype=FLOAT) for place in (state, delta, out, predicted))
+                part, delta_part, out_part, predicted_part = parts
+                _emit_renewal(
+                    builder, width, depth, part, stride, decay, delta_part, k, q, next_k, out_part, predicted_part
+                )
+        return context.get_dummy_value()
+
+    address, number = types.int64, types.float32
+    return types.void(address, address, address, address, number, *[address] * 6), codegen
+
+
+@intrinsic
+def convolve(typingctx, columns, stride, inputs, weights, out):
+    """out = silu(inputs[0] * weights[0] + .. + inputs[3] * weights[3]), column by column.
+
+    columns           rounded up to a multiple of 16, for which there is room everywhere
+    inputs, weights   addresses of float32 [4, columns], rows `stride` floats apart
+    out               address of float32 [columns]
+    """
+
+    def codegen(context, builder, signature, args):
+        columns, stride, *places = args
+        inputs, weights, out = (builder.inttoptr(address, FLOAT.as_pointer()) for address in places)
+        with cgutils.for_range_slice(builder, columns.type(0), columns, columns.type(16), columns.type) as (n, _):
+            total = constant(ir.VectorType(FLOAT, 16), 0.0)
+            for row in range(4):
+                at = builder.add(n, builder.mul(stride, stride.type(row)))
+                number, weight = (_load(builder, place, at, FLOAT, 16) for place in (inputs, weights))
+                total = emit_fma(builder, number, weight, total)
+            _store(builder, emit_silu(builder, total), out, n)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen

@@ -1,7 +1,8 @@
 """The words the CPU kernels are written in: memory at an address, number formats, fused multiply-add, counters.
 
 Kernels take plain integers (addresses, sizes), because a compiled function accepts an int in 0.05 us and a tensor's
-numpy view costs 1 us to make. The format of numbers travels in the element type of an (empty) array:
+numpy view costs 1 us to make. The format of numbers travels in the element type of an (empty) array, or of its `dtype`,
+which takes no place among the arguments of a call inside compiled code:
 
     float32   float32        uint16   the bits of a bfloat16        int16   the bits of a float16
 
@@ -109,6 +110,16 @@ def narrow(typingctx, x, format):
 
 
 @intrinsic
+def size_of(typingctx, format):
+    """Bytes of a number of a format, which the compiler knows."""
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(types.int64, format.dtype.bitwidth // 8)
+
+    return types.int64(format), codegen
+
+
+@intrinsic
 def _pointer(typingctx, address, format):
     def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
@@ -120,6 +131,15 @@ def _pointer(typingctx, address, format):
 def view(address, size, format):
     """The `size` numbers of a format at an address, as an array."""
     return carray(_pointer(address, format), (size,))
+
+
+@njit
+def sizes(geometry):
+    """KVPlanes.geometry as a tuple, whose numbers a compiler can keep in registers."""
+    return (
+        geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], geometry[5], geometry[6], geometry[7],
+        geometry[8], geometry[9], geometry[10], geometry[11],
+    )  # fmt: skip
 
 
 @intrinsic

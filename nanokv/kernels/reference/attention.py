@@ -1,4 +1,4 @@
-"""Attention over pages in torch: where K and V of a token go, and how a row reads those of its request."""
+"""Attention over pages in torch: where K and V of a token lie, and how a row reads those of its request."""
 
 from __future__ import annotations
 
@@ -11,51 +11,49 @@ if TYPE_CHECKING:
     from nanokv.kernels.ops import KVPlanes
 
 
-def plane_view(pool: torch.Tensor, planes: KVPlanes, offset: int) -> torch.Tensor:
-    """One plane of every page: a view [num_pages, kv_heads, page_size, head_dim] of the pool's bytes at `offset`."""
-    width, size = planes.dtype.itemsize, planes.kv_heads * planes.page_size * planes.head_dim
-    numbers = pool.view(planes.dtype)[:, offset // width : offset // width + size]
-    return numbers.view(-1, planes.kv_heads, planes.page_size, planes.head_dim)
+def plane_view(pool: torch.Tensor, planes: KVPlanes, offset: int, dim: int) -> torch.Tensor:
+    """`dim` numbers a token and KV head, `offset` bytes into a page: a view [num_pages, kv_heads, page_size, dim]."""
+    width, numbers = planes.dtype.itemsize, pool.view(planes.dtype)
+    shape = pool.shape[0], planes.kv_heads, planes.page_size, dim
+    strides = planes.page_bytes // width, planes.head_stride // width, planes.token_stride // width, 1
+    return numbers.as_strided(shape, strides, numbers.storage_offset() + offset // width)
 
 
-def rope_and_store(
-    qkv: torch.Tensor, cos_sin: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch: Batch, num_heads: int
-) -> None:
-    """Rotate q and k IN PLACE by their positions, then write k and v of each row to its slot of its page.
+def tail_view(pool: torch.Tensor, planes: KVPlanes) -> torch.Tensor:
+    """The tail of each token's keys: a view [num_pages, page_size, tail_dim]."""
+    width, numbers = planes.dtype.itemsize, pool.view(planes.dtype)
+    shape, strides = (pool.shape[0], planes.page_size, planes.tail_dim), (planes.page_bytes, planes.tail_stride)
+    return numbers.as_strided(
+        shape, (*(stride // width for stride in strides), 1), numbers.storage_offset() + planes.tail_offset // width
+    )
 
-    qkv       [rows, (num_heads + 2 * kv_heads) * head_dim]: q | k | v, each head's dims side by side
-    cos_sin   float32 [max_len, rotary_dim]: cosines, then sines; dims past rotary_dim stay as they are
-    pool      uint8 [num_pages, page_bytes]; row i goes to page batch.write_pages[i], slot batch.write_slots[i]
-    Source    Su et al. 2021, in the half (NeoX) layout: dim i turns with dim i + rotary_dim / 2
+
+def read_latents(
+    pool: torch.Tensor, planes: KVPlanes, pages: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What MLA keeps of the first `length` tokens in these pages: copies [length, rank] and [length, rope].
+
+    pages   int64, in order of position
     """
-    heads = qkv.view(qkv.shape[0], -1, planes.head_dim)
-    half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin[batch.positions.long()].unsqueeze(1).split(half, dim=-1)
-    turned = heads[:, : num_heads + planes.kv_heads]
-    low, high = turned[..., :half].float(), turned[..., half : 2 * half].float()
-    # Both halves are computed before either is written: in float32 `low` and `high` are views of `turned`.
-    new_low, new_high = low * cos - high * sin, high * cos + low * sin
-    turned[..., :half], turned[..., half : 2 * half] = new_low, new_high
-
-    pages, slots = batch.write_pages.long(), batch.write_slots.long()
-    k, v = heads[:, num_heads:].split(planes.kv_heads, dim=1)
-    plane_view(pool, planes, planes.k_offset)[pages, :, slots] = k.to(planes.dtype)
-    plane_view(pool, planes, planes.v_offset)[pages, :, slots] = v.to(planes.dtype)
+    latents = plane_view(pool, planes, planes.k_offset, planes.head_dim)[pages, 0].flatten(0, 1)
+    return latents[:length], tail_view(pool, planes)[pages].flatten(0, 1)[:length]
 
 
 def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch: Batch, scale: float) -> torch.Tensor:
     """Softmax attention of each row over the pages of its own request, in float32.
 
-    q        [rows, heads, head_dim], float; may be a view whose rows lie further apart
+    q        [rows, heads, head_dim + tail_dim], float; may be a view whose rows lie further apart
     pool     uint8 [num_pages, page_bytes]
     batch    Batch; a row sees the keys at positions <= batch.positions[row]
-    Returns  [rows, heads * head_dim], contiguous, dtype of q
-    Source   Kwon et al. 2023 (PagedAttention); Ainslie et al. 2023 (group queries share a KV head)
+    Returns  [rows, heads * value_dim], contiguous, dtype of q
+    Source   Kwon et al. 2023 (PagedAttention); Ainslie et al. 2023 (group queries share a KV head); DeepSeek-AI 2024
+             (MLA: in the absorbed form all queries share one KV head, whose values are the first part of its keys)
     """
-    rows, heads, head_dim = q.shape
-    k_plane = plane_view(pool, planes, planes.k_offset)
-    v_plane = plane_view(pool, planes, planes.v_offset)
-    out = q.new_empty(rows, heads, head_dim)
+    rows, heads, _ = q.shape
+    k_plane = plane_view(pool, planes, planes.k_offset, planes.head_dim)
+    v_plane = plane_view(pool, planes, planes.v_offset, planes.value_dim)
+    tail_plane = tail_view(pool, planes)
+    out = q.new_empty(rows, heads, planes.value_dim)
     starts = batch.request_starts.tolist()
     for request, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         if start == end:
@@ -63,10 +61,12 @@ def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch
         positions = batch.positions[start:end]
         length = int(positions.max()) + 1
         pages = batch.page_tables[request, : -(-length // planes.page_size)].long()
-        # [pages, kv_heads, page_size, head_dim] -> [kv_heads, 1, length, head_dim]
+        # [pages, kv_heads, page_size, dim] -> [kv_heads, 1, length, dim]
         k = k_plane[pages].transpose(0, 1).flatten(1, 2)[:, None, :length].float()
         v = v_plane[pages].transpose(0, 1).flatten(1, 2)[:, None, :length].float()
-        # [rows, heads, head_dim] -> [kv_heads, group, rows, head_dim]
+        tail = tail_plane[pages].flatten(0, 1)[:length].float()
+        k = torch.cat((k, tail.expand(planes.kv_heads, 1, -1, -1)), dim=-1)
+        # [rows, heads, dim] -> [kv_heads, group, rows, dim]
         grouped = q[start:end].float().unflatten(1, (planes.kv_heads, -1)).permute(1, 2, 0, 3)
         scores = grouped @ k.transpose(-1, -2) * scale
         hidden = torch.arange(length, device=q.device) > positions[:, None]

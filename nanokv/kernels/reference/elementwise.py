@@ -1,4 +1,4 @@
-"""Row-wise ops in torch: normalisation and the gated activation. Knows nothing of requests or pages."""
+"""Row-wise ops in torch: normalisation and gates. Knows nothing of requests or pages."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import torch.nn.functional as F
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Each row divided by its root mean square, in float32; rounded to x's dtype, then times the weight (as in Llama).
+    """Each row divided by its root mean square, in float32; times the weight.
 
-    x        [rows, width], float
-    weight   [width], float, possibly narrower than x
-    Returns  [rows, width], dtype of x
+    Where it is rounded depends on the weight. One as wide as x, or narrower: the row is rounded to x's dtype first (as
+    Llama does). One wider than x: the product is taken in float32 and rounded once, which a norm needs whose weight is
+    1 + w, computed in float32 (Qwen3-Next).
+
+    x        [..., width], float
+    weight   [width], float
+    Returns  [..., width], dtype of x
     Source   Zhang and Sennrich 2019
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight.dtype.itemsize > x.dtype.itemsize:
+        return (normed * weight).to(x.dtype)
     return normed.to(x.dtype) * weight.to(x.dtype)
 
 
@@ -38,3 +44,24 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(gate), in float32, rounded once.
+
+    x, gate   [rows, width], the same dtype; gate may be a view whose rows lie further apart
+    Returns   [rows, width], contiguous, dtype of x
+    Source    Qiu et al. 2025 (gated attention), the output gate of Qwen3-Next
+    """
+    return (x.float() * torch.sigmoid(gate.float())).to(x.dtype)
+
+
+def gated_rms_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The RMS norm of each head (as `rms_norm`), times silu(z) in float32, rounded again.
+
+    x, z     [rows, heads * dim], float; rows of z may lie further apart
+    weight   [dim], float, the same for every head
+    Returns  [rows, heads * dim], dtype of x, contiguous
+    """
+    normed = rms_norm(x.unflatten(-1, (-1, weight.shape[0])), weight, eps).flatten(1)
+    return (normed.float() * F.silu(z.float())).to(x.dtype)

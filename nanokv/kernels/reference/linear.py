@@ -22,3 +22,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def embed(weight: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rows `ids` of a table [vocab, width], as `dtype`: [len(ids), width]."""
     return weight[ids].to(dtype)
+
+
+def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Each head's own product, in float64: x [rows, heads, in], weight [heads, out, in] -> [rows, heads, out]."""
+    return torch.einsum("rhi,hoi->rho", x.double(), weight.double()).to(x.dtype)

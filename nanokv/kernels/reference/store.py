@@ -1,0 +1,85 @@
+"""What a step writes into pages, in torch: norms of heads and latents, rotation by position, and the write."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanokv.kernels.reference.attention import plane_view, tail_view
+from nanokv.kernels.reference.elementwise import rms_norm
+
+if TYPE_CHECKING:
+    from nanokv.core.batch import Batch
+    from nanokv.kernels.ops import HeadNorms, KVPlanes
+
+
+def _rotate(heads: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> None:
+    """Turns heads [rows, heads, dim] IN PLACE; dims past the width of cos_sin stay as they are."""
+    half = cos_sin.shape[1] // 2
+    cos, sin = cos_sin[positions.long()].unsqueeze(1).split(half, dim=-1)
+    low, high = heads[..., :half].float(), heads[..., half : 2 * half].float()
+    # Both halves are computed before either is written: in float32 `low` and `high` are views of `heads`.
+    new_low, new_high = low * cos - high * sin, high * cos + low * sin
+    heads[..., :half], heads[..., half : 2 * half] = new_low, new_high
+
+
+def rope_and_store(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    pool: torch.Tensor,
+    planes: KVPlanes,
+    batch: Batch,
+    num_heads: int,
+    norms: HeadNorms | None = None,
+) -> None:
+    """Norm each head of q and k, rotate them IN PLACE by their positions, write k and v of each row to its page.
+
+    qkv       [rows, (num_heads + 2 * kv_heads) * head_dim]: q | k | v, each head's dims side by side; may be a view
+              whose rows lie further apart
+    cos_sin   float32 [max_len, rotary_dim]: cosines, then sines; dims past rotary_dim stay as they are
+    pool      uint8 [num_pages, page_bytes]; row i goes to page batch.write_pages[i], slot batch.write_slots[i]
+    norms     of the heads of q and k, as `rms_norm`, before they are rotated; None where a model has none
+    Source    Su et al. 2021, in the half (NeoX) layout: dim i turns with dim i + rotary_dim / 2; Qwen3 2025 (the norms)
+    """
+    heads = qkv.unflatten(1, (num_heads + 2 * planes.kv_heads, planes.head_dim))
+    q, k, v = heads.split((num_heads, planes.kv_heads, planes.kv_heads), dim=1)
+    if norms is not None:
+        q.copy_(rms_norm(q, norms.q, norms.eps))
+        k.copy_(rms_norm(k, norms.k, norms.eps))
+    _rotate(heads[:, : num_heads + planes.kv_heads], cos_sin, batch.positions)
+
+    pages, slots = batch.write_pages.long(), batch.write_slots.long()
+    plane_view(pool, planes, planes.k_offset, planes.head_dim)[pages, :, slots] = k.to(planes.dtype)
+    plane_view(pool, planes, planes.v_offset, planes.head_dim)[pages, :, slots] = v.to(planes.dtype)
+
+
+def store_latent(
+    q_rope: torch.Tensor,
+    kv: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    cos_sin: torch.Tensor,
+    pool: torch.Tensor,
+    planes: KVPlanes,
+    batch: Batch,
+) -> None:
+    """Rotate the rope part of q and kv IN PLACE, write each row's normed latent and rotated rope key to its page.
+
+    q_rope        [rows, heads, rope]: a view whose rows and heads may lie any distance apart
+    kv            [rows, rank + rope]: latent | rope key, as they leave the down-projection; may be a view, too
+    norm_weight   [rank], for `rms_norm` of the latent with `eps`
+    cos_sin       float32 [max_len, rope]: cosines, then sines
+    planes        of the absorbed form: rank = head_dim, rope = tail_dim
+    Source        DeepSeek-AI 2024 (DeepSeek-V2, MLA). Its checkpoints rotate dims 2i and 2i + 1 together; here they are
+                  expected in the half layout, into which a loader brings them by permuting rows of weights
+    """
+    rank = planes.head_dim
+    latent = rms_norm(kv[:, :rank], norm_weight, eps)
+    rope_key = kv[:, None, rank:]
+    _rotate(q_rope, cos_sin, batch.positions)
+    _rotate(rope_key, cos_sin, batch.positions)
+
+    pages, slots = batch.write_pages.long(), batch.write_slots.long()
+    plane_view(pool, planes, planes.k_offset, rank)[pages, 0, slots] = latent.to(planes.dtype)
+    tail_view(pool, planes)[pages, slots] = rope_key[:, 0].to(planes.dtype)

@@ -1,0 +1,172 @@
+"""Checkpoint: the safetensors files of a folder under one set of names, whoever wrote them. Reads headers, not numbers.
+
+What differs between files of the same model is undone here, so that a builder knows one name for each tensor:
+
+    model.language_model.layers...    the text part of a vision-language model: the middle word goes
+    mtp.*, *visual.*, layers behind   ignored: nanokv neither sees pictures nor predicts further tokens
+    mlp.experts.gate_up_proj          all experts in one [E, 2 * inner, width] (and down_proj [E, width, inner]): shown
+                                      as gate_proj, up_proj and down_proj of each expert
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nanokv.core.errors import CheckpointError
+from nanokv.models.config import ModelConfig
+from nanokv.models.fields import read_json
+
+STORED_DTYPES = ("F32", "BF16", "F16")
+IGNORED = re.compile(r"(^|\.)(mtp|visual)\.|rotary_emb\.inv_freq$")
+"""Names of tensors that nanokv has no use for, or that follow from the config."""
+FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, or the part of it that one expert owns: [expert, first .. end of its rows]."""
+
+    file: Any
+    name: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+    first: int = 0
+
+    @property
+    def dtype(self) -> str:
+        return self.file.get_slice(self.name).get_dtype()
+
+    def read(self) -> torch.Tensor:
+        """The numbers as they are stored, mapped from the file."""
+        if self.expert is None:
+            return self.file.get_tensor(self.name)
+        return self.file.get_slice(self.name)[self.expert, self.first : self.first + self.shape[0]]
+
+
+class Checkpoint:
+    """Which tensor is where.
+
+    folder    holds model.safetensors, or shards with an index, or one *.safetensors
+    config    its ModelConfig: says what the extra layers are, and whether the head is the embedding table
+    Raises    CheckpointError naming a file that is missing or cannot be read
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        self.folder = folder
+        self._config = config
+        self._tensors: dict[str, Stored] = {}
+        extra = range(config.num_layers, config.num_layers + config.num_extra_layers)
+        behind = tuple(f"model.layers.{layer}." for layer in extra)
+        for path in checkpoint_files(folder):
+            try:
+                file = safe_open(path, framework="pt")
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"{path}: no such file, but the index names it: a part of the model is missing"
+                ) from None
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); the file is damaged") from None
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if IGNORED.search(name):
+                    continue
+                for canonical, stored in _shown(file, name):
+                    if not canonical.startswith(behind):
+                        self._tensors[canonical] = stored
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor as it is stored; `check` has compared its shape."""
+        return self._tensors[name].read()
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Compares what is stored with what the model needs. Raises one CheckpointError for all that differs."""
+        tensors = dict(self._tensors)
+        head, table = "lm_head.weight", "model.embed_tokens.weight"
+        if self._config.tie_embeddings and head in tensors and table in tensors:
+            alike = tensors[head].dtype == tensors[table].dtype
+            if not alike or not torch.equal(tensors[head].read(), tensors[table].read()):
+                raise CheckpointError(
+                    f"{self.folder}: {head} differs from {table}, but config.json ties them (tie_word_embeddings)"
+                )
+            del tensors[head]
+        common = [name for name in shapes if name in tensors]
+        complaints = {
+            "missing": [name for name in shapes if name not in tensors],
+            "unexpected": [name for name in tensors if name not in shapes],
+            "misshapen": [
+                f"{name} is {list(tensors[name].shape)}, config.json asks for {list(shapes[name])}"
+                for name in common
+                if tensors[name].shape != shapes[name]
+            ],
+            f"not of a supported dtype ({', '.join(STORED_DTYPES)})": [
+                f"{name} is {tensors[name].dtype}" for name in common if tensors[name].dtype not in STORED_DTYPES
+            ],
+        }
+        found = [f"{complaint}: {_folded(names)}" for complaint, names in complaints.items() if names]
+        if found:
+            raise CheckpointError(f"{self.folder}: the tensors do not fit config.json; {'; '.join(found)}")
+
+
+def _shown(file: Any, name: str) -> Iterator[tuple[str, Stored]]:
+    """One stored tensor under the names that builders know."""
+    shape = tuple(file.get_slice(name).get_shape())
+    canonical = name.replace("model.language_model.", "model.", 1)
+    fused = FUSED.fullmatch(canonical)
+    if fused is None or len(shape) != 3:
+        yield canonical, Stored(file, name, shape)
+        return
+    experts, rows, columns = shape
+    names = ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",)
+    for expert in range(experts):
+        for place, part in enumerate(names):
+            mine = (rows // len(names), columns)
+            yield f"{fused[1]}.{expert}.{part}.weight", Stored(file, name, mine, expert, place * mine[0])
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that the index names, or the only *.safetensors there is."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a folder; a model is a folder with config.json and *.safetensors")
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"{index}: weight_map does not name a file for each tensor")
+        return [folder / name for name in sorted(set(shards.values()))]
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) != 1:
+        found = f"{len(others)} files and no {index.name}" if others else "no *.safetensors"
+        raise CheckpointError(f"{folder}: {found}; expected model.safetensors, or shards with their index")
+    return others
+
+
+def _folded(names: Iterable[str]) -> str:
+    """All of the names; those that differ in their layer as one: model.layers.{3-5,7}.mlp.up_proj.weight"""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        pattern = name if layer is None else f"{name[: layer.start(1)]}{{}}{name[layer.end(1) :]}"
+        layers.setdefault(pattern, []).extend([int(layer[1])] if layer else [])
+    return ", ".join(
+        pattern if not found else pattern.replace("{}", _ranges(found), 1) for pattern, found in layers.items()
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """3, or {3-5,7}."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+    return text if text.isdigit() else f"{{{text}}}"

@@ -1,0 +1,81 @@
+"""DeepSeek-V2 and V3 (DeepSeek-AI 2024): multi-head latent attention, and experts behind a few dense layers.
+
+kv_b_proj holds for each head the rows that expand the latent to a key (W_UK), then those that expand it to a value
+(W_UV). They are packed twice: head by head for absorbed attention, and whole for expanding (layers/mla.py).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nanokv.codecs.raw import RawCodec
+from nanokv.kernels import ops
+from nanokv.layers.linear import Linear
+from nanokv.layers.mla import MLA
+from nanokv.layers.norm import RMSNorm
+from nanokv.models import parts
+from nanokv.models.config import ModelConfig
+from nanokv.models.decoder import Decoder
+from nanokv.models.weights import Weights
+
+NORM_EPS = 1e-6
+"""Of the norms inside the projections; the released code does not take it from the config."""
+
+
+def build(config: ModelConfig, weights: Weights, codec: RawCodec, page_size: int) -> Decoder:
+    """The decoder, its weights taken out of `weights` one block after the other."""
+
+    def mixer(layer: int, cos_sin: torch.Tensor) -> MLA:
+        return _attention(weights, f"model.layers.{layer}.self_attn", config, codec, cos_sin)
+
+    return parts.decoder(config, weights, codec, page_size, mixer)
+
+
+def _attention(weights: Weights, at: str, config: ModelConfig, codec: RawCodec, cos_sin: torch.Tensor) -> MLA:
+    mla, heads, width = config.mla, config.num_heads, config.hidden_size
+    q_width, rank = heads * (mla.nope_dim + mla.rope_dim), mla.kv_rank
+    if mla.q_rank is None:
+        down, q_norm, q_up = _by_part(weights.matrix(f"{at}.q_proj.weight", q_width, width), config), None, None
+    else:
+        down = weights.matrix(f"{at}.q_a_proj.weight", mla.q_rank, width)
+        q_norm = RMSNorm(weights.vector(f"{at}.q_a_layernorm.weight", mla.q_rank), NORM_EPS)
+        stored = weights.matrix(f"{at}.q_b_proj.weight", q_width, mla.q_rank)
+        q_up = Linear(_by_part(stored, config), weights.activation)
+    latent, k_rope = weights.matrix(f"{at}.kv_a_proj_with_mqa.weight", rank + mla.rope_dim, width).split(
+        (rank, mla.rope_dim)
+    )
+    kv_b = weights.matrix(f"{at}.kv_b_proj.weight", heads * (mla.nope_dim + mla.value_dim), rank)
+    w_uk, w_uv = kv_b.view(heads, -1, rank).split((mla.nope_dim, mla.value_dim), dim=1)
+    return MLA(
+        Linear(torch.cat((down, latent, _halves(k_rope, config))), weights.activation),
+        q_norm,
+        q_up,
+        RMSNorm(weights.vector(f"{at}.kv_a_layernorm.weight", rank), NORM_EPS),
+        ops.pack_head_linear(w_uk.transpose(1, 2), weights.activation),
+        ops.pack_head_linear(w_uv, weights.activation),
+        # float32 never expands: results must not depend on which form a row happened to take
+        Linear(kv_b, weights.activation) if codec.dtype != torch.float32 else None,
+        parts.linear(weights, at, {"o_proj": width}, heads * mla.value_dim),
+        cos_sin,
+        codec,
+        heads,
+        mla,
+        config.softmax_scale,
+    )
+
+
+def _by_part(q: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Rows of all heads without positions, then rows of all heads with, instead of head by head."""
+    mla, columns = config.mla, q.shape[1]
+    nope, rope = q.view(config.num_heads, -1, columns).split((mla.nope_dim, mla.rope_dim), dim=1)
+    return torch.cat((nope.reshape(-1, columns), _halves(rope, config).reshape(-1, columns)))
+
+
+def _halves(rope: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Rotated rows [..., rope_dim, in], pairs (0, 1), (2, 3), ... put as (0, n/2), (1, n/2 + 1), ...
+
+    Queries and keys are permuted alike, so their products stay what they were.
+    """
+    if not config.mla.interleaved:
+        return rope
+    return torch.cat((rope[..., 0::2, :], rope[..., 1::2, :]), dim=-2)

@@ -1,0 +1,124 @@
+"""What several families are built of: projections, norms, attention, feed-forward layers, and the whole decoder.
+
+Each function takes the tensors it needs by the names that checkpoints use, below a prefix `at` such as
+"model.layers.3.self_attn".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from nanokv.codecs.raw import RawCodec
+from nanokv.kernels import ops
+from nanokv.layers.attention import Attention
+from nanokv.layers.linear import Embedding, Linear, TiedEmbedding
+from nanokv.layers.mlp import MLP
+from nanokv.layers.moe import MoE, Router
+from nanokv.layers.norm import RMSNorm
+from nanokv.layers.rotary import cos_sin_table
+from nanokv.models.config import ModelConfig
+from nanokv.models.decoder import Block, Decoder, Mixer, layer_specs
+from nanokv.models.weights import Weights
+
+BuildMixer = Callable[[int, torch.Tensor], Mixer]
+"""Layer index, table of cosines and sines -> what mixes the tokens of that layer."""
+
+
+def linear(weights: Weights, at: str, outs: dict[str, int], width: int, bias: bool = False) -> Linear:
+    """The projections `outs` (name -> rows) of one input, as one product whose results stand side by side."""
+    parts = [weights.matrix(f"{at}.{name}.weight", rows, width) for name, rows in outs.items()]
+    biases = [weights.vector(f"{at}.{name}.bias", rows) for name, rows in outs.items()] if bias else []
+    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return Linear(weight, weights.activation, torch.cat(biases) if biases else None)
+
+
+def norm(weights: Weights, name: str, config: ModelConfig, size: int) -> RMSNorm:
+    """A norm; where weights are stored around zero (norm_offset) they are kept in float32, so that 1 + w is exact."""
+    return RMSNorm(norm_weight(weights, name, config, size), config.norm_eps)
+
+
+def norm_weight(weights: Weights, name: str, config: ModelConfig, size: int) -> torch.Tensor:
+    if not config.norm_offset:
+        return weights.vector(f"{name}.weight", size)
+    return weights.take(f"{name}.weight", (size,), torch.float32) + config.norm_offset
+
+
+def attention(
+    weights: Weights, at: str, config: ModelConfig, codec: RawCodec, cos_sin: torch.Tensor, query: torch.Tensor | None
+) -> Attention:
+    """Grouped-query attention. query: rows of q, then of the output gate, where a family stores them in another way."""
+    width, q_width, kv_width = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads
+    kv_width *= config.head_dim
+    bias = config.attention_bias
+    if query is None:
+        qkv = linear(weights, at, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}, width, bias)
+    else:
+        k, v = (weights.matrix(f"{at}.{name}_proj.weight", kv_width, width) for name in "kv")
+        qkv = Linear(torch.cat((query[:q_width], k, v, query[q_width:])), weights.activation)
+    norms = None
+    if config.qk_norm:
+        q_norm, k_norm = (norm_weight(weights, f"{at}.{name}_norm", config, config.head_dim) for name in "qk")
+        norms = ops.HeadNorms(q_norm, k_norm, config.norm_eps)
+    out = linear(weights, at, {"o_proj": width}, q_width, bias)
+    return Attention(
+        qkv, out, cos_sin, codec, config.num_heads, config.num_kv_heads, config.head_dim, config.softmax_scale, norms
+    )
+
+
+def mlp(weights: Weights, at: str, width: int, inner: int, bias: bool = False) -> MLP:
+    gate_up = linear(weights, at, {"gate_proj": inner, "up_proj": inner}, width, bias)
+    return MLP(gate_up, linear(weights, at, {"down_proj": width}, inner, bias))
+
+
+def feed_forward(weights: Weights, at: str, config: ModelConfig, layer: int) -> MLP | MoE:
+    """The half of a block that looks at one token at a time: dense, or a mixture of experts."""
+    width, moe = config.hidden_size, config.moe
+    if not config.is_moe(layer):
+        return mlp(weights, at, width, config.intermediate_size, config.mlp_bias)
+    gate = Linear(weights.take(f"{at}.gate.weight", (moe.num_experts, width), torch.float32), torch.float32)
+    bias = None
+    if moe.scoring == "sigmoid":
+        bias = weights.take(f"{at}.gate.e_score_correction_bias", (moe.num_experts,), torch.float32)
+    router = Router(gate, bias, moe.per_token, moe.scoring, moe.normalise, moe.scale, moe.num_groups, moe.top_groups)
+    experts = [mlp(weights, f"{at}.experts.{e}", width, moe.width) for e in range(moe.num_experts)]
+    shared = shared_gate = None
+    if moe.shared_width:
+        name = "shared_expert" if moe.shared_gate else "shared_experts"  # as Qwen, as DeepSeek
+        shared = mlp(weights, f"{at}.{name}", width, moe.shared_width)
+    if moe.shared_gate:
+        shared_gate = linear(weights, at, {"shared_expert_gate": 1}, width)
+    return MoE(router, experts, shared, shared_gate)
+
+
+def decoder(config: ModelConfig, weights: Weights, codec: RawCodec, page_size: int, mixer: BuildMixer) -> Decoder:
+    """The stack that every family shares; `mixer` builds the half of a block in which families differ."""
+    width = config.hidden_size
+    cos_sin = cos_sin_table(config.rope, config.max_positions, weights.device)
+
+    def block(layer: int) -> Block:
+        at = f"model.layers.{layer}"
+        return Block(
+            norm(weights, f"{at}.input_layernorm", config, width),
+            mixer(layer, cos_sin),
+            norm(weights, f"{at}.post_attention_layernorm", config, width),
+            feed_forward(weights, f"{at}.mlp", config, layer),
+        )
+
+    table = weights.matrix("model.embed_tokens.weight", config.vocab_size, width)
+    if config.tie_embeddings:
+        head = Linear(table, weights.activation, keep=True)
+        embedding = TiedEmbedding(head)
+    else:
+        head = Linear(weights.matrix("lm_head.weight", config.vocab_size, width), weights.activation)
+        embedding = Embedding(table, weights.activation)
+    del table
+    return Decoder(
+        config,
+        layer_specs(config, codec, page_size),
+        embedding,
+        [block(i) for i in range(config.num_layers)],
+        norm(weights, "model.norm", config, width),
+        head,
+    )

@@ -1,0 +1,77 @@
+"""Qwen3-Next and Qwen3.5: three layers of Gated DeltaNet, then one of gated attention, over and over.
+
+Attention here normalises q and k, turns a part of each head only, and multiplies its result with a sigmoid gate. The
+two generations store the projections of Gated DeltaNet in different ways; both become one product, [q | k | v | z | b |
+a]. Sources: Yang et al. 2024 (Gated DeltaNet); the model code of transformers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nanokv.codecs.raw import RawCodec
+from nanokv.layers.deltanet import GatedDeltaNet
+from nanokv.layers.linear import Linear
+from nanokv.models import parts
+from nanokv.models.config import GATED_DELTA, ModelConfig
+from nanokv.models.decoder import Decoder
+from nanokv.models.weights import Weights
+
+
+def build(config: ModelConfig, weights: Weights, codec: RawCodec, page_size: int) -> Decoder:
+    """The decoder, its weights taken out of `weights` one block after the other."""
+
+    def mixer(layer: int, cos_sin: torch.Tensor):
+        at = f"model.layers.{layer}"
+        if config.layer_types[layer] == GATED_DELTA:
+            return _delta(weights, f"{at}.linear_attn", config, codec)
+        return parts.attention(
+            weights, f"{at}.self_attn", config, codec, cos_sin, _query_and_gate(weights, f"{at}.self_attn", config)
+        )
+
+    return parts.decoder(config, weights, codec, page_size, mixer)
+
+
+def _query_and_gate(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
+    """q_proj holds query and gate of the first head, then of the second, ...: here all queries, then all gates."""
+    heads, head_dim, width = config.num_heads, config.head_dim, config.hidden_size
+    stored = weights.matrix(f"{at}.q_proj.weight", heads * 2 * head_dim, width)
+    return stored.view(heads, 2, head_dim, width).transpose(0, 1).reshape(-1, width)
+
+
+def _delta(weights: Weights, at: str, config: ModelConfig, codec: RawCodec) -> GatedDeltaNet:
+    delta, width = config.delta, config.hidden_size
+    inner = delta.value_heads * delta.value_dim
+    grouped = config.family == "qwen3_next"
+    projections = (_grouped if grouped else _flat)(weights, at, config)
+    conv = weights.take(f"{at}.conv1d.weight", (delta.channels, 1, delta.kernel), torch.float32)
+    return GatedDeltaNet(
+        Linear(projections, weights.activation),
+        conv.squeeze(1).contiguous(),
+        weights.take(f"{at}.A_log", (delta.value_heads,), torch.float32),
+        weights.take(f"{at}.dt_bias", (delta.value_heads,), torch.float32),
+        weights.vector(f"{at}.norm.weight", delta.value_dim),
+        config.norm_eps,
+        parts.linear(weights, at, {"out_proj": width}, inner),
+        delta,
+    )
+
+
+def _flat(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
+    """Qwen3.5: one matrix for q, k and v, one each for z, b and a."""
+    delta, width = config.delta, config.hidden_size
+    inner = delta.value_heads * delta.value_dim
+    rows = {"qkv": delta.channels, "z": inner, "b": delta.value_heads, "a": delta.value_heads}
+    return torch.cat([weights.matrix(f"{at}.in_proj_{name}.weight", count, width) for name, count in rows.items()])
+
+
+def _grouped(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
+    """Qwen3-Next: for each key head its q, k, and the v and z of its value heads; in another matrix their b and a."""
+    delta, width = config.delta, config.hidden_size
+    inner, ratio = delta.value_heads * delta.value_dim, delta.value_heads // delta.key_heads
+    keys, values = delta.key_heads * delta.key_dim, ratio * delta.value_dim
+    qkvz = weights.matrix(f"{at}.in_proj_qkvz.weight", 2 * keys + 2 * inner, width)
+    ba = weights.matrix(f"{at}.in_proj_ba.weight", 2 * delta.value_heads, width)
+    by_head = qkvz.view(delta.key_heads, -1, width).split((delta.key_dim, delta.key_dim, values, values), dim=1)
+    gates = ba.view(delta.key_heads, -1, width).split((ratio, ratio), dim=1)
+    return torch.cat([part.reshape(-1, width) for part in (*by_head, *gates)])

@@ -1,0 +1,346 @@
+"""Gated DeltaNet: both twins against a recurrence in float64, and the law that a row's bits depend on its request."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanokv.core.batch import Batch
+from nanokv.core.spec import LayerSpec, PageLayout, Plane
+from nanokv.kernels import cpu, ops, reference
+from nanokv.kernels.reference.delta_rule import conv_view, state_view
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+FORMATS = [(F32, F32), (F32, BF16), (BF16, BF16)]  # activations, what the convolution keeps
+LENGTHS = [1, 2, 3, 63, 64, 65, 130]
+
+Rows = dict[int, tuple[int, int]]  # request -> its first position in a step, and the one after its last
+
+
+class Requests:
+    """Requests with random inputs, and a pool of shuffled states in which every byte reads as NaN.
+
+    The gates are well conditioned: decays near 1, as trained models have them. With fast ones the results of a head
+    come out near 0, and float32 itself is far from the truth.
+    """
+
+    def __init__(self, lengths, key_heads=2, group=2, key_dim=32, value_dim=32, dtype=F32, conv_dtype=F32):
+        noise = torch.Generator().manual_seed(sum(lengths) + key_dim)
+        heads = key_heads * group
+        channels = 2 * key_heads * key_dim + heads * value_dim
+        conv = Plane("conv", (channels, 3), conv_dtype, None)
+        layout = PageLayout([LayerSpec(state=(conv, Plane("state", (heads, key_dim, value_dim), F32, None)))] * 3, 16)
+        offsets = layout.state(1, "conv").offset, layout.state(1, "state").offset
+        self.planes = ops.StatePlanes(
+            *offsets, layout.state_bytes, key_heads, heads, key_dim, value_dim, 4, conv_dtype
+        )  # fmt: skip
+        assert self.planes.channels == channels
+        self.lengths, self.num_states, self.truths = lengths, len(lengths) + 2, {}
+        self.ids = torch.randperm(self.num_states, generator=torch.Generator().manual_seed(1)).int()
+        self.weight = (torch.randn(channels, 4, generator=noise) / 2).to(conv_dtype)
+        self.a_log = (0.02 + 0.48 * torch.rand(heads, generator=noise)).log()
+        self.dt_bias = 0.1 * torch.randn(heads, generator=noise) - 2
+        self.x = [torch.randn(length, channels, generator=noise).to(dtype) for length in lengths]
+        self.gates = [torch.randn(length, 2 * heads, generator=noise).to(dtype) for length in lengths]
+
+    def pool(self) -> torch.Tensor:
+        return torch.full((self.num_states, self.planes.state_bytes), 255, dtype=torch.uint8)
+
+    def step(self, rows: Rows) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+        """A step over some positions of some requests: batch, x and gates, which are columns of one wide tensor."""
+        positions = torch.cat([torch.arange(*span, dtype=torch.int32) for span in rows.values()])
+        starts = torch.tensor([0, *np.cumsum([end - start for start, end in rows.values()])], dtype=torch.int32)
+        unused = torch.zeros(len(positions), dtype=torch.int32)
+        batch = Batch(
+            token_ids=unused.long(), positions=positions, write_pages=unused, write_slots=unused, request_starts=starts,
+            page_tables=unused[:, None], logit_rows=unused.long(), state_ids=self.ids[list(rows)], page_size=16,
+        )  # fmt: skip
+        x = torch.cat([self.x[request][slice(*span)] for request, span in rows.items()])
+        gates = torch.cat([self.gates[request][slice(*span)] for request, span in rows.items()])
+        wide = torch.cat([gates, x, gates], dim=1)
+        return batch, wide[:, gates.shape[1] : -gates.shape[1]], wide[:, -gates.shape[1] :]
+
+    def rule(self, rows: Rows, states: torch.Tensor, twin=cpu, op="delta_rule_chunk") -> torch.Tensor:
+        """The delta rule alone, as if x had been through the convolution."""
+        batch, x, gates = self.step(rows)
+        return getattr(twin, op)(x, gates, self.a_log, self.dt_bias, states, self.planes, batch)
+
+    def conv(self, rows: Rows, states: torch.Tensor, twin=cpu) -> torch.Tensor:
+        batch, x, _ = self.step(rows)
+        return twin.short_conv(x, self.weight, states, self.planes, batch)
+
+    def layer(self, rows: Rows, states: torch.Tensor) -> torch.Tensor:
+        """The convolution, then the delta rule."""
+        batch, x, gates = self.step(rows)
+        qkv = cpu.short_conv(x, self.weight, states, self.planes, batch)
+        return cpu.delta_rule_chunk(qkv, gates, self.a_log, self.dt_bias, states, self.planes, batch)
+
+    def whole(self) -> Rows:
+        return {request: (0, length) for request, length in enumerate(self.lengths)}
+
+    def terms(self, request: int) -> tuple[torch.Tensor, ...]:
+        """q, k, v [tokens, heads, dim] as the projection gives them, log of decay and beta [tokens, heads]; float64."""
+        planes, x, gates = self.planes, self.x[request].double(), self.gates[request].double()
+        width = planes.key_heads * planes.key_dim
+        q, k, v = x.split([width, width, planes.value_heads * planes.value_dim], dim=1)
+        q, k = (part.view(len(x), planes.key_heads, planes.key_dim) for part in (q, k))
+        b, a = gates.chunk(2, dim=1)
+        log_decay = -self.a_log.double().exp() * F.softplus(a + self.dt_bias.double())
+        return q, k, v.view(len(x), planes.value_heads, planes.value_dim), log_decay, b.sigmoid()
+
+    def truth(self, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Results [tokens, heads * value_dim] and the state after the last token; float64."""
+        if request not in self.truths:
+            self.truths[request] = self.recurrence(request)
+        return self.truths[request]
+
+    def recurrence(self, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rule as it is defined, token after token."""
+        q, k, v, log_decay, beta = self.terms(request)
+        q, k = ((part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt()) for part in (q, k))
+        group = self.planes.value_heads // self.planes.key_heads
+        q, k = (part.repeat_interleave(group, dim=1) for part in (q * self.planes.key_dim**-0.5, k))
+        state, results = torch.zeros(self.planes.value_heads, k.shape[2], v.shape[2], dtype=torch.float64), []
+        for t in range(len(q)):
+            state = log_decay[t].exp()[:, None, None] * state
+            error = v[t] - torch.einsum("hkv,hk->hv", state, k[t])
+            state = state + torch.einsum("hk,hv->hkv", k[t], beta[t][:, None] * error)
+            results.append(torch.einsum("hkv,hk->hv", state, q[t]).flatten())
+        return torch.stack(results), state
+
+
+def assert_close(mine: torch.Tensor, truth: torch.Tensor) -> None:
+    """float32: results of size 1 gather rounding errors over the last dozens of tokens. 16 bits: rounded once."""
+    step = {F32: 2e-6, BF16: 2**-8, F16: 2**-11}[mine.dtype]
+    torch.testing.assert_close(mine.double(), truth.double(), atol=4e-6, rtol=step)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def assert_truth(requests: Requests, steps: list[Rows], last_op="delta_rule_chunk") -> None:
+    """Both twins take the steps; their results, and the states of the requests that end, are close to the truth."""
+    for twin in (cpu, reference):
+        states = requests.pool()
+        for rows in steps:
+            found = requests.rule(rows, states, twin, last_op if rows is steps[-1] else "delta_rule_chunk")
+            parts = found.split([end - start for start, end in rows.values()])
+            for (request, (start, end)), part in zip(rows.items(), parts, strict=True):
+                results, last_state = requests.truth(request)
+                assert_close(part, results[start:end])
+                if end == requests.lengths[request]:
+                    assert_close(state_view(states, requests.planes)[requests.ids[request]], last_state)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("key_dim, value_dim", [(16, 16), (32, 32), (128, 128), (16, 128), (128, 16), (24, 48)])
+def test_every_shape_agrees_with_a_recurrence_in_float64(key_dim, value_dim, group):
+    requests = Requests(LENGTHS, group=group, key_dim=key_dim, value_dim=value_dim)
+    assert_truth(requests, [requests.whole()])
+
+
+def test_decodes_prefills_and_requests_that_resume_share_a_step():
+    requests = Requests([130, 90, 1, 64, 71, 20, 200])
+    first = {0: (0, 70), 1: (0, 89), 4: (0, 3), 6: (0, 70)}
+    assert_truth(requests, [first, {3: (0, 64), 0: (70, 130), 2: (0, 1), 1: (89, 90), 4: (3, 71), 5: (0, 20)}])
+    assert_truth(requests, [first, {6: (70, 128)}, {6: (128, 200), 0: (70, 71)}])
+
+
+def test_a_step_of_decodes_agrees_with_a_recurrence_in_float64():
+    requests = Requests([1, 2, 40, 65, 3], key_dim=128, value_dim=128)
+    last = {request: (length - 1, length) for request, length in enumerate(requests.lengths)}
+    first = {request: (0, start) for request, (start, _) in last.items() if start}
+    for op in ("delta_rule_step", "delta_rule_chunk"):
+        assert_truth(requests, [first, last], op)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_sixteen_bit_results_are_float32_results_rounded_once(dtype):
+    requests = Requests([130, 7], dtype=dtype)
+    assert_truth(requests, [requests.whole()])
+
+
+def test_transformers_gives_the_same_results_and_states():
+    from transformers.models.qwen3_5.modeling_qwen3_5 import (
+        torch_chunk_gated_delta_rule,
+        torch_recurrent_gated_delta_rule,
+    )
+
+    requests = Requests([131], key_dim=32, value_dim=128)
+    terms = [term.float()[None] for term in requests.terms(0)]
+    keep = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    prompt, state = torch_chunk_gated_delta_rule(*[term[:, :130] for term in terms], **keep)
+    token, end = torch_recurrent_gated_delta_rule(*[term[:, 130:] for term in terms], initial_state=state, **keep)
+    for twin in (cpu, reference):
+        states = requests.pool()
+        assert_close(requests.rule({0: (0, 130)}, states, twin), prompt[0].flatten(1))
+        assert_close(state_view(states, requests.planes)[requests.ids[0]], state[0])
+        assert_close(requests.rule({0: (130, 131)}, states, twin, "delta_rule_step"), token[0].flatten(1))
+        assert_close(state_view(states, requests.planes)[requests.ids[0]], end[0])
+
+
+@pytest.mark.parametrize("dtype, conv_dtype", FORMATS, ids=str)
+def test_the_convolution_agrees_with_torch_in_float64(dtype, conv_dtype):
+    requests = Requests([1, 2, 3, 4, 5, 64, 300], key_dim=24, dtype=dtype, conv_dtype=conv_dtype)
+    begun = {request: (0, length // 2) for request, length in enumerate(requests.lengths) if length > 1}
+    rest = {request: (length // 2, length) for request, length in enumerate(requests.lengths)}
+    for twin in (cpu, reference):
+        states = requests.pool()
+        requests.conv(begun, states, twin)
+        found = requests.conv(rest, states, twin).split([end - start for start, end in rest.values()])
+        for request, (start, _) in rest.items():
+            inputs = F.pad(requests.x[request].to(conv_dtype).double().T, (3, 0))
+            truth = F.conv1d(inputs, requests.weight.double()[:, None], groups=len(inputs))
+            assert_close(found[request], F.silu(truth).T[start:])
+            kept = conv_view(states, requests.planes)[requests.ids[request]]
+            assert same_bits(kept, inputs[:, -3:].to(conv_dtype))
+
+
+@pytest.mark.parametrize("dtype, conv_dtype", FORMATS, ids=str)
+def test_a_prompt_has_the_same_bits_however_it_is_cut(dtype, conv_dtype):
+    requests = Requests([200], key_dim=32, value_dim=128, dtype=dtype, conv_dtype=conv_dtype)
+    states = requests.pool()
+    whole = requests.layer({0: (0, 200)}, states)
+    for cuts in ([1, 2, 3, 100], [64, 128], [70, 71, 72], [7, 65, 66, 199], list(range(1, 200))):
+        mine = requests.pool()
+        parts = [requests.layer({0: span}, mine) for span in zip([0, *cuts], [*cuts, 200], strict=True)]
+        assert same_bits(torch.cat(parts), whole)
+        assert same_bits(mine, states)
+
+
+@pytest.mark.parametrize("dtype, conv_dtype", FORMATS, ids=str)
+def test_a_request_has_the_same_bits_whoever_shares_its_step(dtype, conv_dtype):
+    requests = Requests([130, 90, 1, 64, 71, 20], dtype=dtype, conv_dtype=conv_dtype)
+    steps = [{0: (0, 70), 1: (0, 89), 4: (0, 3)}, {3: (0, 64), 0: (70, 130), 2: (0, 1), 1: (89, 90), 4: (3, 71)}]
+    together, alone = requests.pool(), requests.pool()
+    for rows in steps:
+        parts = requests.layer(rows, together).split([end - start for start, end in rows.values()])
+        for (request, span), part in zip(rows.items(), parts, strict=True):
+            assert same_bits(requests.layer({request: span}, alone), part)
+    assert same_bits(together, alone)
+
+
+def test_the_convolution_overwrites_its_columns_and_no_others():
+    requests = Requests([9], dtype=BF16, conv_dtype=BF16)
+    for twin in (cpu, reference):
+        batch, x, _ = requests.step(requests.whole())
+        wide, before = x._base, x._base.clone()
+        out = twin.short_conv(x, requests.weight, requests.pool(), requests.planes, batch)
+        assert out.data_ptr() == x.data_ptr()
+        changed = (wide != before).any(dim=0)
+        assert changed[8:-8].all() and not changed[:8].any() and not changed[-8:].any()
+
+
+def test_one_row_has_the_same_bits_as_a_step_and_as_a_chunk():
+    requests = Requests([1, 1, 1], key_dim=128, value_dim=128)
+    states, others = requests.pool(), requests.pool()
+    assert same_bits(
+        requests.rule(requests.whole(), states, op="delta_rule_step"), requests.rule(requests.whole(), others)
+    )
+    assert same_bits(states, others)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    requests = Requests([90, 1, 17], group=1, key_dim=64, value_dim=128)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            states = requests.pool()
+            results.append((requests.layer(requests.whole(), states), states))
+    finally:
+        torch.set_num_threads(before)
+    for found, states in results[1:]:
+        assert same_bits(found, results[0][0])
+        assert same_bits(states, results[0][1])
+
+
+@pytest.mark.parametrize("twin", [cpu, reference], ids=["cpu", "reference"])
+def test_only_the_layer_s_own_planes_of_the_requests_own_states_are_written(twin):
+    requests = Requests([5, 1, 70])
+    states, planes = requests.pool(), requests.planes
+    requests.conv(requests.whole(), states, twin)
+    requests.rule(requests.whole(), states, twin)
+    for written in (conv_view(states, planes), state_view(states, planes)):
+        own = written[requests.ids[:3].long()]
+        assert own.isfinite().all()
+        written[requests.ids[:3].long()] = torch.full_like(own, float("nan"))
+        # The same NaN as in untouched bytes.
+        written.view(torch.int32 if written.dtype == F32 else torch.int16)[requests.ids[:3].long()] = -1
+    assert (states == 255).all()
+
+
+@pytest.mark.parametrize("twin", [cpu, reference], ids=["cpu", "reference"])
+def test_a_request_at_position_0_starts_from_zero_whatever_its_state_holds(twin):
+    requests = Requests([1, 40])
+    states, zeros = requests.pool(), torch.zeros_like(requests.pool())
+    others = torch.randint(0, 127, states.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for op in (requests.conv, requests.rule):
+        truth = op(requests.whole(), zeros, twin)
+        assert same_bits(op(requests.whole(), states, twin), truth)
+        assert same_bits(op(requests.whole(), others, twin), truth)
+    ids = requests.ids[:2].long()
+    for plane in (conv_view, state_view):
+        assert same_bits(plane(states, requests.planes)[ids], plane(zeros, requests.planes)[ids])
+
+
+@pytest.mark.parametrize("twin", [cpu, reference], ids=["cpu", "reference"])
+def test_a_state_that_forgets_at_once_neither_overflows_nor_vanishes(twin):
+    """A decay of exp(-2,000) over a chunk, and one of exactly 1 beside it."""
+    requests = Requests([130])
+    requests.a_log = torch.tensor([30.0, 0.1, 1e-30, 88.0]).log()
+    requests.dt_bias = torch.tensor([1.0, 0.0, 0.0, 100.0])
+    requests.gates[0][:, 1] = torch.tensor([200.0, -200.0]).repeat(65)  # betas of 1 and of 0
+    found = requests.rule(requests.whole(), requests.pool(), twin)
+    assert found.isfinite().all()
+    # What the fast heads answer is one token's k . q times its v; q . k near 0 loses digits.
+    torch.testing.assert_close(found.double(), requests.truth(0)[0], atol=2e-5, rtol=0.0)
+
+
+def test_a_long_request_stays_close_to_the_truth():
+    requests = Requests([1500], key_heads=1, group=1, key_dim=128)
+    assert_truth(requests, [requests.whole()])
+
+
+def test_states_past_four_gibibytes_are_reached():
+    requests = Requests([3], key_heads=1, group=1)
+    requests.planes = ops.StatePlanes(1 << 19, (1 << 20) - 4096, 1 << 20, 1, 1, 32, 32, 4, F32)
+    requests.ids = torch.tensor([4199], dtype=torch.int32)
+    states = torch.from_numpy(np.zeros((4200, 1 << 20), np.uint8))  # only touched states take memory
+    requests.conv({0: (0, 3)}, states)
+    assert_close(requests.rule({0: (0, 3)}, states), requests.truth(0)[0])
+    assert_close(state_view(states, requests.planes)[4199], requests.truth(0)[1])
+    assert same_bits(conv_view(states, requests.planes)[4199], requests.x[0].T)
+
+
+def test_no_rows_give_no_rows_and_inputs_that_do_not_fit_are_refused():
+    requests = Requests([20, 5])
+    states = requests.pool()
+    for twin in (cpu, reference):
+        assert requests.conv({0: (0, 0)}, states, twin).shape == (0, requests.planes.channels)
+        assert requests.rule({0: (0, 0)}, states, twin).shape == (0, 4 * 32)
+        assert (states == 255).all()
+    assert_close(requests.rule({0: (0, 0), 1: (0, 5)}, states), requests.truth(1)[0])
+    batch, x, gates = requests.step({0: (0, 1)})
+    given = (requests.a_log, requests.dt_bias, states, requests.planes, batch)
+    with pytest.raises(ValueError, match="do not fit"):
+        cpu.delta_rule_chunk(x[:, 1:], gates, *given)
+    with pytest.raises(ValueError, match="do not fit"):
+        cpu.delta_rule_step(x, gates[:, 1:], *given)
+    with pytest.raises(ValueError, match="side by side"):
+        cpu.delta_rule_chunk(x, torch.cat([gates, gates], dim=1)[:, ::2], *given)
+    with pytest.raises(ValueError, match="do not fit"):
+        cpu.short_conv(x, requests.weight[:, 1:], states, requests.planes, batch)
+
+
+def test_ops_picks_the_compiled_twins_for_the_cpu():
+    requests = Requests([50])
+    ours, theirs = requests.pool(), requests.pool()
+    assert same_bits(requests.conv(requests.whole(), ours, ops), requests.conv(requests.whole(), theirs))
+    assert same_bits(requests.rule(requests.whole(), ours, ops), requests.rule(requests.whole(), theirs))
+    assert same_bits(requests.rule({0: (49, 50)}, ours, ops, "delta_rule_step"), requests.rule({0: (49, 50)}, theirs))
+    assert same_bits(ours, theirs)

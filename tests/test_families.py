@@ -1,0 +1,232 @@
+"""Every family against transformers in float32, in every layout of checkpoint, and against itself bit for bit."""
+
+import json
+from functools import cache
+
+import oracles
+import pytest
+import torch
+from harness import Rig
+from safetensors.torch import load_file, save_file
+
+from nanokv.codecs import RawCodec
+from nanokv.core.errors import CheckpointError
+from nanokv.models.config import ModelConfig
+from nanokv.models.loader import load_model, tensors
+
+CLOSE = {"rtol": 0, "atol": 1e-4}
+PROMPT = oracles.prompt(130)
+FAMILIES = list(oracles.FAMILIES)
+EXACT = [name for name in FAMILIES if name not in oracles.HYBRIDS]
+NEAR_TIE = 1e-3
+"""Where the reference's two best logits are closer, either token is right: rounding decides."""
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def load(folder, dtype=torch.float32, page_size=16):
+    return load_model(folder, ModelConfig.from_folder(folder), dtype, "cpu", RawCodec(dtype), page_size)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return cache(lambda family: oracles.checkpoint(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture(scope="module")
+def references(folders):
+    return cache(lambda family: oracles.reference(folders(family)))
+
+
+@pytest.mark.parametrize("chunk", [130, 37, 1], ids=["at once", "in odd chunks", "token by token"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(folders, references, family, chunk):
+    got = Rig(load(folders(family))).run(PROMPT, chunk)
+    torch.testing.assert_close(got, oracles.logits(references(family), PROMPT), **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_that_end_at_the_edges_of_pages_chunks_and_convolutions(folders, references, family):
+    decoder = load(folders(family))
+    for length in (1, 2, 3, 4, 63, 64, 65):
+        tokens = oracles.prompt(length, seed=length)
+        expected = oracles.logits(references(family), tokens)
+        torch.testing.assert_close(Rig(decoder).run(tokens, length), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers(folders, references, family):
+    reference, rig = references(family), Rig(load(folders(family)))
+    for length in (4, 64):
+        tokens = oracles.prompt(length, seed=100 + length)
+        sequence = rig.sequence(tokens + [0] * 24)
+        scores = rig.step((sequence, length), last_only=True)[0]
+        expected = list(tokens)
+        for place in range(length, length + 24):
+            sequence.tokens[place] = int(scores[-1].argmax())
+            truth = oracles.logits(reference, expected)[-1]
+            best, second = truth.topk(2).values.tolist()
+            assert sequence.tokens[place] == int(truth.argmax()) or best - second < NEAR_TIE
+            expected.append(sequence.tokens[place])
+            scores = rig.step((sequence, 1))[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_that_mixes_prefill_chunks_and_decodes(folders, references, family):
+    rig = Rig(load(folders(family), page_size=8))
+    sequences = [rig.sequence(oracles.prompt(length, seed=length)) for length in (70, 33, 9)]
+    rows = [[], [], []]
+    for counts in ([66, 0, 0], [1, 20, 3], [1, 12, 5], [1, 1, 1], [1, 0, 0]):
+        asked = [(place, count) for place, count in enumerate(counts) if count]
+        results = rig.step(*((sequences[place], count) for place, count in asked))
+        for (place, _), logits in zip(asked, results, strict=True):
+            rows[place].append(logits)
+    for sequence, parts in zip(sequences, rows, strict=True):
+        torch.testing.assert_close(torch.cat(parts), oracles.logits(references(family), sequence.tokens), **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_bit_depends_on_how_the_work_is_cut(folders, family):
+    """Gated DeltaNet too: on a CPU one recurrence serves prefill and decode."""
+    folder = folders(family)
+    decoder = load(folder)
+    whole = Rig(decoder).run(PROMPT, 130)
+    for chunk in (64, 37, 3, 1):
+        assert torch.equal(Rig(decoder).run(PROMPT, chunk), whole), f"chunks of {chunk}"
+    for page_size in (1, 4):
+        got = Rig(load(folder, page_size=page_size), num_pages=4 + 130 // page_size).run(PROMPT, 50)
+        assert torch.equal(got, whole), f"pages of {page_size}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_bit_depends_on_batch_mates(folders, family):
+    decoder = load(folders(family))
+    prompts = [oracles.prompt(length, seed=length) for length in (3, 70, 18, 41)]
+    alone = [Rig(decoder).run(tokens, len(tokens)) for tokens in prompts]
+    rig = Rig(decoder)
+    sequences = [rig.sequence(tokens) for tokens in prompts]
+    together = rig.step(*((sequence, len(sequence.tokens) - 1) for sequence in sequences))
+    last = rig.step(*((sequence, 1) for sequence in reversed(sequences)))[::-1]
+    for got, row, expected in zip(together, last, alone, strict=True):
+        assert torch.equal(torch.cat((got, row)), expected)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2_lite", "deepseek_v3"])
+def test_expanded_prefill_and_absorbed_decode_agree_in_half_precision(folders, references, family):
+    """bfloat16 expands where that is cheaper; float32 never does, because its bits must not depend on the choice."""
+    decoder = load(folders(family), torch.bfloat16)
+    assert decoder.layers[0].mixer.expand is not None and load(folders(family)).layers[0].mixer.expand is None
+    expanded = Rig(decoder).run(PROMPT, 130)
+    for layer in decoder.layers:
+        layer.mixer.expand = None
+    absorbed = Rig(decoder).run(PROMPT, 130)
+    assert not torch.equal(expanded, absorbed)
+    for got in (expanded, absorbed):
+        cosine = torch.nn.functional.cosine_similarity(got, oracles.logits(references(family), PROMPT))
+        assert cosine.median() > 0.98  # a row whose experts flip in bfloat16 may differ much
+
+
+# ---- layouts of checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe"])
+def test_experts_in_one_tensor_or_in_one_each_are_the_same(folders, tmp_path, family):
+    folder = folders(family)
+    oracles.reference(folder).save_pretrained(tmp_path, save_original_format=False)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any(name.endswith("experts.gate_up_proj") for name in stored)
+    assert torch.equal(Rig(load(tmp_path)).run(PROMPT[:20], 20), Rig(load(folder)).run(PROMPT[:20], 20))
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_the_text_part_of_a_vision_language_checkpoint(tmp_path, family):
+    folder = oracles.vision_language(family, tmp_path / "vl")
+    stored = load_file(folder / "model.safetensors")
+    assert any(name.startswith("model.language_model.") for name in stored)
+    assert any(name.startswith("model.visual.") for name in stored)
+    reference = oracles.reference(folder)
+    expected = oracles.logits(reference, PROMPT[:70])
+    torch.testing.assert_close(Rig(load(folder)).run(PROMPT[:70], 70), expected, **CLOSE)
+    reference.save_pretrained(tmp_path / "text")  # keeps the prefix, though the config is that of a text model now
+    torch.testing.assert_close(Rig(load(tmp_path / "text")).run(PROMPT[:70], 70), expected, **CLOSE)
+
+
+def test_layers_that_predict_further_tokens_are_ignored(folders, tmp_path):
+    edit(
+        folders("deepseek_v3"), tmp_path, {"num_nextn_predict_layers": 1}, {"model.layers.3.eh_proj.weight": (64, 128)}
+    )
+    edit(folders("qwen3_5"), tmp_path / "mtp", {}, {"mtp.fc.weight": (64, 128), "mtp.norm.weight": (64,)})
+    for folder in (tmp_path, tmp_path / "mtp"):
+        load(folder)
+
+
+def test_shards_with_an_index(folders, tmp_path):
+    folder = oracles.checkpoint("qwen3_5_moe", tmp_path, shard="100KB")
+    assert (folder / "model.safetensors.index.json").exists()
+    assert torch.equal(Rig(load(folder)).run(PROMPT[:20], 20), Rig(load(folders("qwen3_5_moe"))).run(PROMPT[:20], 20))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_old_and_new_keys_say_the_same(folders, family, tmp_path):
+    data = json.loads((folders(family) / "config.json").read_text())
+    old = {key: value for key, value in data.items() if key not in ("rope_parameters", "dtype", "layer_types")}
+    rope = dict(data["rope_parameters"])
+    old["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        old["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    kind = rope.pop("rope_type")
+    old["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    old["torch_dtype"] = data["dtype"]
+    if "num_local_experts" in old:
+        old["num_experts"] = old.pop("num_local_experts")
+    assert ModelConfig.from_dict(old) == ModelConfig.from_dict(data)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_noise_needs_no_checkpoint(folders, family, tmp_path):
+    (tmp_path / "config.json").write_text((folders(family) / "config.json").read_text())
+    config = ModelConfig.from_folder(tmp_path)
+    codec = RawCodec(torch.bfloat16)
+    decoder = load_model(tmp_path, config, torch.bfloat16, "cpu", codec, 16, load="dummy")
+    got = Rig(decoder).run(PROMPT[:20], 20)
+    assert got.isfinite().all() and got.std() > 0
+    stored = {name for name in load_file(folders(family) / "model.safetensors") if name != "lm_head.weight"}
+    assert {name for name in tensors(config) if name != "lm_head.weight"} == stored
+
+
+def edit(folder, target, config, more):
+    """A copy of a checkpoint with other fields and further tensors."""
+    target.mkdir(exist_ok=True)
+    data = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**data, **config}))
+    stored = load_file(folder / "model.safetensors")
+    save_file({**stored, **{name: torch.zeros(shape) for name, shape in more.items()}}, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "more", "complaint"),
+    [
+        ("qwen3_moe", {"num_experts_per_tok": 9, "num_local_experts": 8}, {}, "num_experts_per_tok=9"),
+        ("deepseek_v3", {"n_group": 3}, {}, "n_group=3"),
+        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, {}, "'fp8' weights are not supported"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, {}, "scoring_func='softmax'"),
+        ("deepseek_v2", {"topk_method": "best"}, {}, "topk_method='best'"),
+        ("deepseek_v3", {}, {"model.layers.1.mlp.experts.0.up_proj.weight_scale_inv": (1, 1)}, "weight_scale_inv"),
+        ("deepseek_v3", {}, {"model.layers.3.eh_proj.weight": (64, 128)}, "unexpected: model.layers.3.eh_proj"),
+        ("qwen3_5", {"linear_num_value_heads": 3}, {}, "linear_num_value_heads=3"),
+        ("qwen3_5", {"layer_types": ["full_attention"]}, {}, "layer_types"),
+        ("qwen3_5", {"linear_key_head_dim": 16}, {}, "misshapen"),
+        ("qwen3", {"use_sliding_window": True}, {}, "use_sliding_window"),
+        ("qwen3", {"layer_types": ["sliding_attention", "full_attention"]}, {}, "layer_types"),
+    ],
+)
+def test_what_does_not_fit_is_named(folders, tmp_path, family, config, more, complaint):
+    with pytest.raises(CheckpointError, match=complaint):
+        load(edit(folders(family), tmp_path, config, more))

@@ -1,0 +1,253 @@
+"""Checkpoints of recurrent states: where they are taken, who starts from them, what falls when room is short."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive_cache import House
+
+from nanokv.cache.pool import StatePool
+from nanokv.core.errors import CacheError
+
+
+def prompt(length: int, start: int = 0) -> list[int]:
+    return list(range(start, start + length))
+
+
+def house(num_pages: int = 64, num_states: int = 16, **more) -> House:
+    return House(num_pages, num_states=num_states, **more)
+
+
+def matched(place: House, tokens) -> tuple[int, int]:
+    """(cached, found) tokens of a request that comes now, and goes again."""
+    request = place.request(tokens)
+    assert place.cache.prefix_length(request) == place.cache.match(request)
+    lengths = request.num_cached, request.num_kv_matched
+    place.cache.release(request)
+    place.cache.check()
+    return lengths
+
+
+def test_a_prompt_leaves_a_checkpoint_at_its_last_page_boundary():
+    place = house()
+    place.serve(prompt(11))  # a second request of the same tokens can use at most 10 of them, so 8
+    assert matched(place, prompt(11)) == (8, 8)
+    assert matched(place, [*prompt(8), 90]) == (8, 8)
+    assert matched(place, [*prompt(7), 90, 91]) == (0, 4)  # pages without a state are no use
+
+
+def test_a_prompt_of_whole_pages_can_be_asked_again():
+    place = house()
+    place.serve(prompt(12))
+    assert matched(place, prompt(12)) == (8, 8)
+
+
+def test_the_next_turn_starts_where_the_last_answer_ended():
+    place = house()
+    place.serve(prompt(11), answer=range(50, 60))  # 21 tokens are computed: five pages
+    assert matched(place, [*prompt(11), *range(50, 60), 70, 71]) == (20, 20)
+    assert place.cache.stats()["states_cached"] == 2  # prompt and answer
+
+
+def test_the_chunk_ends_where_a_checkpoint_is_due():
+    place = house()
+    request = place.request(prompt(23))
+    place.cache.match(request)
+    assert place.cache.chunk(request, 23) == 20
+    assert place.cache.chunk(request, 6) == 6
+    other = house(interval=8)
+    request = other.request(prompt(23))
+    other.cache.match(request)
+    assert other.cache.chunk(request, 23) == 8
+
+
+def test_every_interval_leaves_a_checkpoint_of_prompt_and_answer():
+    place = house(interval=8)
+    place.serve(prompt(21), answer=range(50, 60))
+    for length, cached in ((9, 8), (17, 16), (21, 20)):
+        assert matched(place, prompt(length))[0] == cached
+    assert matched(place, [*prompt(21), 50, 51, 52, 99])[0] == 24
+    assert matched(place, [*prompt(21), *range(50, 60), 99])[0] == 28
+
+
+def test_where_prompts_branch_the_second_leaves_a_checkpoint_for_the_third():
+    place = house()
+    system = prompt(16)
+    place.serve([*system, *prompt(9, 30)])
+    assert matched(place, [*system, *prompt(9, 60)]) == (0, 16)
+    second = place.serve([*system, *prompt(9, 60)])
+    assert (second.num_cached, second.num_kv_matched) == (0, 16)
+    assert matched(place, [*system, *prompt(9, 90)]) == (16, 16)
+
+
+def test_what_is_computed_again_falls_as_a_duplicate():
+    place = house()
+    system = prompt(16)
+    place.serve([*system, *prompt(5, 30)])
+    pages = place.cache.stats()["pages_cached"]
+    place.serve([*system, *prompt(5, 60)])
+    assert place.cache.stats()["pages_cached"] == pages + 1  # only what is new
+
+
+def test_who_waits_for_a_prefix_asks_for_a_checkpoint_there():
+    place = house()
+    first = place.request([*prompt(16), *prompt(9, 30)])
+    place.admit(first, 3)
+    assert place.cache.expect(first, 16)
+    place.run()
+    assert place.cache.chunk(first, 22) == 13
+    place.schedule(first, 13)
+    place.run()
+    assert matched(place, [*prompt(16), 99]) == (16, 16)
+    place.schedule(first, place.cache.chunk(first, 9))
+    place.run()
+    assert not place.cache.expect(first, 8)  # the state has moved past
+
+
+def test_a_state_goes_and_its_pages_stay_and_the_least_used_goes_first():
+    place = house(num_states=4)
+    place.serve(prompt(9))
+    place.serve(prompt(9, 20))
+    place.serve(prompt(9, 40))
+    assert matched(place, prompt(9)) == (8, 8)  # used just now
+    for start in (60, 80):
+        place.serve(prompt(9, start))
+    stats = place.cache.stats()
+    assert stats["state_evictions"] > 0 and stats["evictions"] == 0
+    assert matched(place, prompt(9, 20)) == (0, 8)
+    assert matched(place, prompt(9, 80)) == (8, 8)
+
+
+def test_a_state_never_outlives_the_pages_it_stands_on():
+    place = house(num_pages=6)
+    place.serve(prompt(13))
+    place.serve(prompt(13, 20))
+    place.cache.check()
+    stats = place.cache.stats()
+    assert stats["evictions"] > 0 and stats["states_cached"] == 1
+    place.cache.reset()
+    assert place.cache.stats()["states_free"] == 16
+
+
+def test_the_only_state_of_the_tree_may_become_the_requests_own():
+    place = house(num_states=2)
+    place.serve(prompt(9))
+    other = place.request(prompt(9, 50))
+    assert place.admit(other, 1)
+    place.run()
+    request = place.request([*prompt(8), 90, 91])
+    assert place.admit(request, 1) and request.num_cached == 8
+    assert place.cache.stats()["states_free"] == 0
+    place.run()  # House proves that the request goes on from the state of its own tokens
+    for one in (request, other):
+        place.drop(one)
+
+
+def test_more_requests_than_slots_are_an_error_not_a_silent_zero():
+    place = house(num_states=2)
+    for start in (0, 20):
+        assert place.admit(place.request(prompt(3, start)))
+    with pytest.raises(CacheError, match="gets no state"):
+        place.cache.match(place.request(prompt(3, 40)))
+
+
+def test_forks_go_on_from_the_parents_state():
+    place = house()
+    parent = place.request(prompt(10))
+    place.admit(parent)
+    place.prefill(parent)
+    children = [place.fork(parent, token) for token in (50, 51)]
+    assert len({parent.state_id, *(child.state_id for child in children)}) == 3
+    for token in range(60, 66):
+        for request in place.running:
+            assert place.schedule(request, 1)
+        place.run(token)
+    for request in list(place.running):
+        place.drop(request)
+    assert place.cache.stats()["states_held"] == 0
+
+
+def test_a_child_that_ends_before_its_parent_is_refused():
+    place = house()
+    parent = place.request(prompt(10))
+    place.admit(parent)
+    place.prefill(parent)
+    child = place.request(prompt(9))
+    with pytest.raises(CacheError, match="wound back"):
+        place.cache.fork(parent, child)
+
+
+def test_a_preempted_request_resumes_at_its_tail():
+    place = house()
+    request = place.request(prompt(6))
+    place.admit(request)
+    place.prefill(request, 50)
+    for token in range(51, 58):
+        assert place.schedule(request, 1)
+        place.run(token)
+    computed = request.num_computed
+    place.drop(request)
+    assert place.admit(request) and request.num_computed == computed // 4 * 4
+    place.run()
+
+
+def test_without_a_prefix_cache_nothing_is_kept_and_nothing_is_cut():
+    place = house(prefix_cache=False)
+    request = place.request(prompt(11))
+    assert place.admit(request) and request.num_scheduled == 11
+    place.run()
+    place.drop(request)
+    assert place.cache.stats()["states_free"] == 16
+
+
+def test_a_state_released_twice_is_found():
+    pool = StatePool(2)
+    state = pool.allocate()
+    pool.check([state])
+    pool.release(state)
+    pool.release(state)
+    with pytest.raises(CacheError, match="twice"):
+        pool.check([])
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 2**32), num_moves=st.integers(1, 200), num_states=st.integers(4, 12))
+def test_no_request_ever_goes_on_from_a_foreign_state(seed, num_moves, num_states):
+    """Requests come, decode, fork, are preempted and aborted in any order; House knows what each state has seen."""
+    rng = random.Random(seed)
+    place = House(20, page_size=2, num_states=num_states, interval=rng.choice([None, 4]))
+    waiting = []
+    for _ in range(num_moves):
+        move = rng.choices(["arrive", "resume", "preempt", "finish", "fork", "reset", "step"], [3, 2, 1, 1, 1, 0.2, 6])[
+            0
+        ]
+        free = len(place.running) < num_states // 2
+        if move == "arrive" and free:
+            tokens = [rng.randint(0, 1) for _ in range(rng.randint(1, 12))]
+            place.admit(place.request(tokens, rng.choice([None, "a"])), rng.randint(1, 12))
+        elif move == "resume" and waiting and free and place.admit(waiting[0], rng.randint(1, 12)):
+            waiting.pop(0)
+        elif move == "preempt" and place.running:
+            waiting.append(request := rng.choice(place.running))
+            place.drop(request)
+        elif move == "finish" and place.running:
+            place.drop(rng.choice(place.running))
+        elif move == "fork" and free and (ready := [r for r in place.running if r.num_to_compute == 1]):
+            parent = rng.choice(ready)
+            if parent.num_scheduled == 0:
+                place.fork(parent, rng.randint(0, 1))
+        elif move == "reset":
+            place.cache.reset()
+        elif move == "step":
+            for request in place.running:
+                if request.num_scheduled == 0 and rng.random() < 0.8:
+                    place.schedule(request, place.cache.chunk(request, rng.randint(1, request.num_to_compute)))
+            place.run(rng.randint(0, 1))
+            for request in [request for request in place.running if request.num_tokens > 16]:
+                place.drop(request)
+        place.cache.check()
+    for request in list(place.running):
+        place.drop(request)
+    place.cache.reset()
+    assert place.cache.stats()["states_free"] == num_states
