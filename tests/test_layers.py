@@ -96,7 +96,9 @@ def test_attention_sees_its_own_request_up_to_itself():
     width = (heads + 2 * kv_heads) * dim
     projection, out = normal(width, 32, seed=1), normal(32, heads * dim, seed=2)
     no_turn = torch.cat((torch.ones(64, dim // 2), torch.zeros(64, dim // 2)), dim=1)
-    attention = Attention(Linear(projection, torch.float32), Linear(out, torch.float32), no_turn, codec, heads, kv_heads, dim, dim**-0.5)
+    attention = Attention(
+        Linear(projection, torch.float32), Linear(out, torch.float32), no_turn, codec, heads, kv_heads, dim, dim**-0.5
+    )
     layout = PageLayout([Attention.spec(codec, kv_heads, dim, page_size)] * 2, page_size)
     attention.bind(layout, 1)
     store = CacheStore(layout, 8)
