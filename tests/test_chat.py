@@ -246,6 +246,7 @@ def command(monkeypatch, tmp_path):
         return made[-1]
 
     monkeypatch.setattr("nanokv.llm.LLM", scripted)
+    monkeypatch.setattr("nanokv.kernels.ops.are_compiled", lambda: True)
 
     def run(*options: str, stdin: str | bytes | None = None):
         result = CliRunner().invoke(main, ["chat", str(tmp_path), *options], input=stdin)
@@ -342,3 +343,10 @@ def test_help_waits_for_no_heavy_import():
         "assert not heavy, heavy"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
+
+
+def test_a_first_run_says_that_it_compiles(command, monkeypatch):
+    assert "compiles kernels" not in command("-p", "Hi").stderr
+    monkeypatch.setattr("nanokv.kernels.ops.are_compiled", lambda: False)
+    result = command("-p", "Hi")
+    assert "compiles kernels" in result.stderr and result.stdout == "An answer.\n"

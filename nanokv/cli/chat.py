@@ -70,10 +70,6 @@ def chat(
         question = _question(prompt)
     name = DEFAULT_MODEL if model is None else Path(model).resolve().name if Path(model).is_dir() else model
     session = _open(model_folder(model), name, system, chosen, config, stats)
-    from nanokv.kernels import ops
-
-    if session.llm.device.type == "cpu" and not ops.are_compiled():
-        session.terminal.note("the first run on a machine compiles kernels: the first answer takes some seconds more")
     if question is None:
         _converse(session)
     else:
@@ -102,12 +98,17 @@ def _open(
         with terminal.busy(f"loading {name} ..."):
             Thread(target=_read_ahead, args=(folder,), daemon=True).start()
             from nanokv.cli.repl.session import ChatSession
+            from nanokv.kernels import ops
             from nanokv.llm import LLM
 
-            return ChatSession(LLM(folder, config), name, system, params, terminal, stats)
+            is_first_run = not ops.are_compiled()  # asked before: loading compiles some already
+            session = ChatSession(LLM(folder, config), name, system, params, terminal, stats)
     finally:
         gc.freeze()
         gc.enable()
+    if is_first_run and session.llm.device.type == "cpu":
+        terminal.note("the first run on a machine compiles kernels: the first answer takes some seconds more")
+    return session
 
 
 def _converse(session: ChatSession) -> None:

@@ -117,6 +117,7 @@ def _twins(tensor: torch.Tensor) -> ModuleType:
 
 def are_compiled() -> bool:
     """Whether machine code of the CPU twins lies on disk already; if not, the first calls take seconds."""
+    _cpu_twins()
     from nanokv.kernels.cpu import compiled
 
     return compiled.any_on_disk()
