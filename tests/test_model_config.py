@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import oracles
 import pytest
@@ -219,3 +221,18 @@ PARAMETERS = {
 def test_a_builder_asks_for_every_parameter_of_the_released_model(name):
     config = ModelConfig.from_dict(CATALOG[name].config)
     assert sum(math.prod(shape) for shape in tensors(config).values()) == PARAMETERS[name]
+
+
+def test_naming_the_tensors_imports_no_compiler():
+    """Torch's meta functions may import torch._dynamo, and with it triton: over a second at every start."""
+    names = ["qwen3.5-0.8b", "deepseek-v2-lite", "qwen3-0.6b"]
+    code = f"""
+import sys
+from nanokv.hub.catalog import CATALOG
+from nanokv.models.config import ModelConfig
+from nanokv.models.loader import tensors
+for name in {names}:
+    tensors(ModelConfig.from_dict(CATALOG[name].config))
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,7 +16,7 @@ from nanokv.layers.norm import RMSNorm
 from nanokv.models import parts
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Decoder
-from nanokv.models.weights import Weights
+from nanokv.models.weights import Weights, join
 
 NORM_EPS = 1e-6
 """Of the norms inside the projections; the released code does not take it from the config."""
@@ -47,7 +47,7 @@ def _attention(weights: Weights, at: str, config: ModelConfig, codec: RawCodec, 
     kv_b = weights.matrix(f"{at}.kv_b_proj.weight", heads * (mla.nope_dim + mla.value_dim), rank)
     w_uk, w_uv = kv_b.view(heads, -1, rank).split((mla.nope_dim, mla.value_dim), dim=1)
     return MLA(
-        Linear(torch.cat((down, latent, _halves(k_rope, config))), weights.activation),
+        Linear(join([down, latent, _halves(k_rope, config)]), weights.activation),
         q_norm,
         q_up,
         RMSNorm(weights.vector(f"{at}.kv_a_layernorm.weight", rank), NORM_EPS),
@@ -68,7 +68,7 @@ def _by_part(q: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """Rows of all heads without positions, then rows of all heads with, instead of head by head."""
     mla, columns = config.mla, q.shape[1]
     nope, rope = q.view(config.num_heads, -1, columns).split((mla.nope_dim, mla.rope_dim), dim=1)
-    return torch.cat((nope.reshape(-1, columns), _halves(rope, config).reshape(-1, columns)))
+    return join([nope.reshape(-1, columns), _halves(rope, config).reshape(-1, columns)])
 
 
 def _halves(rope: torch.Tensor, config: ModelConfig) -> torch.Tensor:
@@ -78,4 +78,4 @@ def _halves(rope: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """
     if not config.mla.interleaved:
         return rope
-    return torch.cat((rope[..., 0::2, :], rope[..., 1::2, :]), dim=-2)
+    return join([rope[..., 0::2, :], rope[..., 1::2, :]], dim=-2)

@@ -20,7 +20,7 @@ from nanokv.layers.norm import RMSNorm
 from nanokv.layers.rotary import cos_sin_table
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Block, Decoder, Mixer, layer_specs
-from nanokv.models.weights import Weights
+from nanokv.models.weights import Weights, join
 
 BuildMixer = Callable[[int, torch.Tensor], Mixer]
 """Layer index, table of cosines and sines -> what mixes the tokens of that layer."""
@@ -30,8 +30,8 @@ def linear(weights: Weights, at: str, outs: dict[str, int], width: int, bias: bo
     """The projections `outs` (name -> rows) of one input, as one product whose results stand side by side."""
     parts = [weights.matrix(f"{at}.{name}.weight", rows, width) for name, rows in outs.items()]
     biases = [weights.vector(f"{at}.{name}.bias", rows) for name, rows in outs.items()] if bias else []
-    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return Linear(weight, weights.activation, torch.cat(biases) if biases else None)
+    weight = parts[0] if len(parts) == 1 else join(parts)
+    return Linear(weight, weights.activation, join(biases) if biases else None)
 
 
 def norm(weights: Weights, name: str, config: ModelConfig, size: int) -> RMSNorm:
@@ -42,7 +42,8 @@ def norm(weights: Weights, name: str, config: ModelConfig, size: int) -> RMSNorm
 def norm_weight(weights: Weights, name: str, config: ModelConfig, size: int) -> torch.Tensor:
     if not config.norm_offset:
         return weights.vector(f"{name}.weight", size)
-    return weights.take(f"{name}.weight", (size,), torch.float32) + config.norm_offset
+    weight = weights.take(f"{name}.weight", (size,), torch.float32)
+    return weight if weight.is_meta else weight + config.norm_offset  # for meta see weights.join
 
 
 def attention(
@@ -56,7 +57,7 @@ def attention(
         qkv = linear(weights, at, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}, width, bias)
     else:
         k, v = (weights.matrix(f"{at}.{name}_proj.weight", kv_width, width) for name in "kv")
-        qkv = Linear(torch.cat((query[:q_width], k, v, query[q_width:])), weights.activation)
+        qkv = Linear(join([query[:q_width], k, v, query[q_width:]]), weights.activation)
     norms = None
     if config.qk_norm:
         q_norm, k_norm = (norm_weight(weights, f"{at}.{name}_norm", config, config.head_dim) for name in "qk")

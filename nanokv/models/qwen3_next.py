@@ -15,7 +15,7 @@ from nanokv.layers.linear import Linear
 from nanokv.models import parts
 from nanokv.models.config import GATED_DELTA, ModelConfig
 from nanokv.models.decoder import Decoder
-from nanokv.models.weights import Weights
+from nanokv.models.weights import Weights, join
 
 
 def build(config: ModelConfig, weights: Weights, codec: RawCodec, page_size: int) -> Decoder:
@@ -62,7 +62,7 @@ def _flat(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
     delta, width = config.delta, config.hidden_size
     inner = delta.value_heads * delta.value_dim
     rows = {"qkv": delta.channels, "z": inner, "b": delta.value_heads, "a": delta.value_heads}
-    return torch.cat([weights.matrix(f"{at}.in_proj_{name}.weight", count, width) for name, count in rows.items()])
+    return join([weights.matrix(f"{at}.in_proj_{name}.weight", count, width) for name, count in rows.items()])
 
 
 def _grouped(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
@@ -74,4 +74,4 @@ def _grouped(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
     ba = weights.matrix(f"{at}.in_proj_ba.weight", 2 * delta.value_heads, width)
     by_head = qkvz.view(delta.key_heads, -1, width).split((delta.key_dim, delta.key_dim, values, values), dim=1)
     gates = ba.view(delta.key_heads, -1, width).split((ratio, ratio), dim=1)
-    return torch.cat([part.reshape(-1, width) for part in (*by_head, *gates)])
+    return join([part.reshape(-1, width) for part in (*by_head, *gates)])
