@@ -101,8 +101,9 @@ def hybrid(tmp_path_factory):
     return oracles.checkpoint("qwen3_5", tmp_path_factory.mktemp("hybrid"))
 
 
-def test_a_second_turn_finds_nearly_all_of_the_first(hybrid):
-    first = oracles.prompt(450, seed=1)
+def test_a_second_turn_finds_nearly_all_of_the_first(tmp_path):
+    hybrid = oracles.checkpoint("qwen3_5", tmp_path / "longer", max_position_embeddings=1024)
+    first = oracles.prompt(600, seed=1)
     greedy = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
     with LLM(hybrid, num_pages=256, num_states=8) as llm:
         answer = llm.generate(first, greedy)[0].token_ids
