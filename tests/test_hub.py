@@ -67,7 +67,7 @@ def test_a_model_is_a_folder_or_a_name_or_a_hub_id(home):
         ("smollm2-135m-instruct", "run `nanokv pull smollm2-135m-instruct`"),
         ("Org/Name", "run `nanokv pull Org/Name`"),
         ("./some.gguf", "run `nanokv pull ./some.gguf`"),
-        ("nonsense", "give a folder, a name (smollm2-135m-instruct) or ORG/NAME"),
+        ("nonsense", "a name (smollm2-135m-instruct, tiny-gqa, tiny-mla, tiny-hybrid) or ORG/NAME"),
         ("", "give a folder"),
         ("..", "no config.json"),
         ("empty", "no config.json"),

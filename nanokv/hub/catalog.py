@@ -13,6 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+SHIPPED = {
+    "tiny-gqa": "grouped-query attention",
+    "tiny-mla": "multi-head latent attention",
+    "tiny-hybrid": "Gated DeltaNet with attention in every fourth layer",
+}
+"""Small trained models that come with nanokv: they recall facts they are told, and tell little stories."""
 
 
 @dataclass(frozen=True)

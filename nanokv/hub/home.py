@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 from nanokv.core.errors import CheckpointError
-from nanokv.hub.catalog import CATALOG
+from nanokv.hub.catalog import CATALOG, SHIPPED
 
 MANIFEST = "nanokv.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -32,6 +32,15 @@ def weights_dir() -> Path:
     if root := checkout_root():
         return root / "weights"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanokv"
+
+
+def shipped_folder(name: str) -> Path | None:
+    """The folder of a model that comes with nanokv, in an installed package or in a checkout; None for other names."""
+    if name not in SHIPPED:
+        return None
+    package = Path(__file__).resolve().parents[1]
+    places = [package / "weights" / name, package.parent / "weights" / name]
+    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
 def is_hub_id(name: str) -> bool:
@@ -96,6 +105,8 @@ def resolve_model(name_or_path: str | os.PathLike) -> Path:
             if damage := what_is_damaged(pulled):
                 raise CheckpointError(f"{pulled}: {damage}; run `nanokv pull {name}` to repair it")
             return pulled
+        if shipped := shipped_folder(name):
+            return shipped
     if given.is_dir():
         raise CheckpointError(f"{name}: the folder has no config.json, so it is not a model")
     if name.endswith(".gguf"):
@@ -104,5 +115,5 @@ def resolve_model(name_or_path: str | os.PathLike) -> Path:
         raise CheckpointError(f"{name}: only its shape is in the catalog (`nanokv size {name}`), not its weights")
     if name in CATALOG or is_hub_id(name):
         raise CheckpointError(f"{name} is not in {weights_dir()}; run `nanokv pull {name}`")
-    known = ", ".join(entry.name for entry in CATALOG.values() if entry.wheel)
+    known = ", ".join([*(entry.name for entry in CATALOG.values() if entry.wheel), *SHIPPED])
     raise CheckpointError(f"{name!r} is no model: give a folder, a name ({known}) or ORG/NAME after `nanokv pull`")
