@@ -24,8 +24,11 @@ USUAL_KV_HEADS = 8
 def scalars(one: CacheSize) -> dict[str, Any]:
     """The comparison of one model, as keys of a row of --json."""
     config, layout = one.config, one.layout
-    attention = next(spec for spec in layout.specs if spec.paged)
-    own = sum(plane.bytes_per_token // plane.dtype.itemsize for plane in attention.paged)
+    own = (
+        config.mla.kv_rank + config.mla.rope_dim
+        if config.mla is not None
+        else 2 * config.num_kv_heads * config.head_dim
+    )
     each = 2 * _value_dim(config)
     kv_heads = USUAL_KV_HEADS if config.mla is not None else config.num_kv_heads
     per_token = layout.bytes_per_token

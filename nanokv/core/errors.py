@@ -23,3 +23,19 @@ class PullError(NanokvError):
 
 class CacheError(NanokvError):
     """The cache's books do not balance. Always a bug in nanokv, never the user's fault."""
+
+
+class CodecError(NanokvError, ValueError):
+    """Keys or values that the chosen codec cannot write: they are not finite, or beyond what a scale holds."""
+
+
+class CourseError(NanokvError):
+    """A course, an exercise of it or a student's file that cannot be used as it is."""
+
+
+class ExerciseTODO(NanokvError, NotImplementedError):
+    """Stands where an exercise waits for its solution: ExerciseTODO("02.1")."""
+
+    def __init__(self, exercise_id: str) -> None:
+        super().__init__(f"exercise {exercise_id} is still to do: nanokv learn start {exercise_id}")
+        self.exercise_id = exercise_id

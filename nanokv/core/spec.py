@@ -22,7 +22,8 @@ class Plane:
     """One named array that lives in a page (one slice per token) or beside a sequence.
 
     shape       without the token axis for a state plane; with the page's tokens at `token_axis` for a paged one
-    token_axis  the axis of `shape` that counts tokens, or None for a state plane
+    token_axis  the axis of `shape` that counts tokens; None for a state plane, and for what a page keeps once for all
+                its tokens
     """
 
     name: str
@@ -34,25 +35,33 @@ class Plane:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
-    def bytes_per_token(self) -> int:
-        return 0 if self.token_axis is None else self.num_bytes // self.shape[self.token_axis]
-
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer keeps: `paged` per token, `state` per sequence. Bytes are payload, without alignment."""
+    """What one layer keeps. Bytes are payload, without alignment.
+
+    paged   per token
+    state   per sequence, moved on by every token: a prefix can be reused only where a copy of it was kept
+    tail    per sequence, what belongs to its unfinished page: empty at every page boundary, so no copy is ever needed
+    """
 
     paged: tuple[Plane, ...] = ()
     state: tuple[Plane, ...] = ()
+    tail: tuple[Plane, ...] = ()
+
+    @property
+    def page_size(self) -> int | None:
+        """Tokens in a page; None where nothing is kept per token."""
+        sizes = [plane.shape[plane.token_axis] for plane in self.paged if plane.token_axis is not None]
+        return sizes[0] if sizes else None
 
     @property
     def bytes_per_token(self) -> int:
-        return sum(plane.bytes_per_token for plane in self.paged)
+        return sum(plane.num_bytes for plane in self.paged) // self.page_size if self.paged else 0
 
     @property
     def bytes_per_sequence(self) -> int:
-        return sum(plane.num_bytes for plane in self.state)
+        return sum(plane.num_bytes for plane in (*self.state, *self.tail))
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,8 @@ class PageLayout:
 
     specs       one LayerSpec a layer
     page_size   tokens in a page
-    Attributes: page_bytes, state_bytes (padded, what is allocated); page_payload, state_payload (without padding)
+    Attributes: page_bytes, state_bytes (padded, what is allocated); page_payload, state_payload (without padding);
+    is_recurrent (whether a sequence's state has to be kept to start from)
     """
 
     def __init__(self, specs: list[LayerSpec], page_size: int) -> None:
@@ -77,7 +87,8 @@ class PageLayout:
         self._paged: list[dict[str, PlaneSlot]] = []
         self._state: list[dict[str, PlaneSlot]] = []
         self.page_bytes = self._place(self._paged, [spec.paged for spec in specs])
-        self.state_bytes = self._place(self._state, [spec.state for spec in specs])
+        self.state_bytes = self._place(self._state, [(*spec.state, *spec.tail) for spec in specs])
+        self.is_recurrent = any(spec.state for spec in specs)
         self.page_payload = sum(plane.num_bytes for spec in specs for plane in spec.paged)
         self.state_payload = sum(spec.bytes_per_sequence for spec in specs)
 
@@ -93,6 +104,11 @@ class PageLayout:
         return end
 
     @property
+    def states_per_request(self) -> int:
+        """States that a request may hold: its own, and a checkpoint where layers are recurrent."""
+        return 0 if not self.state_bytes else 2 if self.is_recurrent else 1
+
+    @property
     def num_layers(self) -> int:
         return len(self.specs)
 
@@ -106,7 +122,7 @@ class PageLayout:
         return self._paged[layer][name]
 
     def state(self, layer: int, name: str) -> PlaneSlot:
-        """The slot of a state plane. Raises KeyError where the layer keeps no such plane."""
+        """The slot of a plane of a state or tail. Raises KeyError where the layer keeps no such plane."""
         return self._state[layer][name]
 
     def layer_range(self, first: int, last: int) -> tuple[int, int]:

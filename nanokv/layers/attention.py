@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from nanokv.cache.store import CacheStore
-from nanokv.codecs.raw import RawCodec
+from nanokv.codecs import Codec
+from nanokv.codecs.pages import Centre, Heads
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout
 from nanokv.kernels import ops
@@ -26,14 +27,12 @@ class Attention:
                so that a row sees itself and the rows before it in the same step
     """
 
-    planes: ops.KVPlanes
-
     def __init__(
         self,
         qkv: Linear,
         out: Linear,
         cos_sin: torch.Tensor,
-        codec: RawCodec,
+        codec: Codec,
         num_heads: int,
         kv_heads: int,
         head_dim: int,
@@ -42,27 +41,26 @@ class Attention:
     ) -> None:
         self.qkv = qkv
         self.out = out
-        self.cos_sin = cos_sin
         self.codec = codec
-        self.num_heads = num_heads
-        self.head_dim = head_dim
+        self.heads = Heads(num_heads, kv_heads, head_dim, scale, cos_sin, norms)
         self.qkv_width = (num_heads + 2 * kv_heads) * head_dim
-        self.scale = scale
-        self.norms = norms
 
     @staticmethod
-    def spec(codec: RawCodec, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
-        """What such a layer keeps: the codec's planes for k and v, nothing per sequence."""
-        return LayerSpec(paged=codec.planes(kv_heads, head_dim, page_size))
+    def spec(codec: Codec, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
+        """What such a layer keeps: what the codec makes of its keys and values."""
+        return codec.spec(kv_heads, head_dim, page_size)
 
     def bind(self, layout: PageLayout, layer: int) -> None:
         """Tells the layer where its planes lie in a page; needed once before the first call."""
-        self.planes = self.codec.bind(layout, layer)
+        self.pages = self.codec.pages(layout, layer, self.heads)
+
+    @property
+    def centre(self) -> Centre | None:
+        """What takes the mean off the keys that a codec writes; None where numbers are raw."""
+        return self.pages.centre
 
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         qkv = self.qkv(x)
         qkv, gate = qkv[:, : self.qkv_width], qkv[:, self.qkv_width :]
-        ops.rope_and_store(qkv, self.cos_sin, store.pool, self.planes, batch, self.num_heads, self.norms)
-        q = qkv[:, : self.num_heads * self.head_dim].unflatten(1, (self.num_heads, self.head_dim))
-        attended = ops.paged_attention(q, store.pool, self.planes, batch, self.scale)
+        attended = self.pages.attend(qkv, store.pool, store.states, batch)
         return self.out(ops.sigmoid_mul(attended, gate) if gate.shape[1] else attended)

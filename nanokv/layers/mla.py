@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanokv.cache.store import CacheStore
-from nanokv.codecs.raw import RawCodec
+from nanokv.codecs import Codec
+from nanokv.codecs.latents import Latent, LatentPages
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
 from nanokv.kernels import ops
@@ -52,10 +53,12 @@ class MLA:
     kv_norm   RMSNorm of the latent
     w_uk      heads of [rank, nope_dim] packed for ops.head_linear; w_uv heads of [value_dim, rank]
     expand    Linear from the latent to [nope_dim | value_dim] of each head, or None: then every row is absorbed
+    codec     how latents are written into a page; codes are always attended absorbed
     Call      x [rows, width], store, batch -> [rows, width]
     """
 
     planes: ops.KVPlanes
+    pages: LatentPages
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class MLA:
         expand: Linear | None,
         out: Linear,
         cos_sin: torch.Tensor,
-        codec: RawCodec,
+        codec: Codec,
         num_heads: int,
         shape: MLAConfig,
         scale: float,
@@ -88,13 +91,18 @@ class MLA:
         self.scale = scale
 
     @staticmethod
-    def spec(codec: RawCodec, kv_rank: int, rope_dim: int, page_size: int) -> LayerSpec:
+    def spec(codec: Codec, kv_rank: int, rope_dim: int, page_size: int) -> LayerSpec:
         """What such a layer keeps: the latent and the rotated key of each token, once for all heads."""
-        latent = Plane("latent", (page_size, kv_rank), codec.dtype, token_axis=0)
-        return LayerSpec(paged=(latent, Plane("k_rope", (page_size, rope_dim), codec.dtype, token_axis=0)))
+        k_rope = Plane("k_rope", (page_size, rope_dim), codec.dtype, token_axis=0)
+        return LayerSpec(paged=(*codec.latent_spec(kv_rank, page_size).paged, k_rope))
 
     def bind(self, layout: PageLayout, layer: int) -> None:
         """Tells the layer where its planes lie in a page; needed once before the first call."""
+        if not self.codec.is_raw:
+            shape, norm = self.shape, self.kv_norm
+            latent = Latent(shape.kv_rank, shape.rope_dim, norm.weight, norm.eps, self.cos_sin, self.scale)
+            self.pages = self.codec.latent_pages(layout, layer, latent)
+            return
         latent, k_rope = layout.paged(layer, "latent"), layout.paged(layer, "k_rope")
         page_size, rank = latent.plane.shape
         rope_dim, size = k_rope.plane.shape[1], latent.plane.dtype.itemsize
@@ -112,6 +120,10 @@ class MLA:
             q = self.q_up(self.q_norm(q))
         nope, rope = q.split((heads * shape.nope_dim, heads * shape.rope_dim), dim=1)
         nope, rope = nope.unflatten(1, (heads, -1)), rope.unflatten(1, (heads, -1))
+        if not self.codec.is_raw:
+            absorbed = ops.head_linear(nope, self.w_uk)
+            latents = self.pages.attend(absorbed, rope, kv, store.pool, batch)
+            return self.out(ops.head_linear(latents, self.w_uv).flatten(1))
         ops.store_latent(rope, kv, self.kv_norm.weight, self.kv_norm.eps, self.cos_sin, store.pool, self.planes, batch)
         expanding = self._expanding(batch)
         if not expanding:

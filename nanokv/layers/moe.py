@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from nanokv.kernels import ops
 from nanokv.layers.linear import Linear
 from nanokv.layers.mlp import MLP
 
@@ -77,22 +78,14 @@ class MoE:
 
     def __init__(self, router: Router, experts: list[MLP], shared: MLP | None, shared_gate: Linear | None) -> None:
         self.router = router
-        self.experts = experts
+        self.experts = ops.Experts([one.gate_up.packed for one in experts], [one.down.packed for one in experts])
         self.shared = shared
         self.shared_gate = shared_gate
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.router(x)
         out = self._shared(x)
-        flat = chosen.flatten()
-        order = flat.argsort(stable=True)
-        rows, weights = order // chosen.shape[1], weights.flatten()[order].to(x.dtype).unsqueeze(1)
-        first = 0
-        for expert, count in enumerate(flat.bincount().tolist()):
-            if count:
-                mine = slice(first, first + count)
-                out.index_add_(0, rows[mine], self.experts[expert](x[rows[mine]]) * weights[mine])
-                first += count
+        ops.add_experts(out, x, weights, chosen, self.experts)
         return out
 
     def _shared(self, x: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ from typing import Protocol
 import torch
 
 from nanokv.cache.store import CacheStore
-from nanokv.codecs.raw import RawCodec
+from nanokv.codecs import Codec
+from nanokv.codecs.pages import Centre
 from nanokv.core.batch import Batch
 from nanokv.core.errors import CacheError
 from nanokv.core.spec import LayerSpec, PageLayout
@@ -30,17 +31,18 @@ from nanokv.layers.norm import RMSNorm
 from nanokv.models.config import GATED_DELTA, ModelConfig
 
 
-def layer_specs(config: ModelConfig, codec: RawCodec, page_size: int) -> list[LayerSpec]:
+def layer_specs(config: ModelConfig, codec: Codec, page_size: int) -> list[LayerSpec]:
     """What each layer of the model keeps, known without its weights (`nanokv size`)."""
 
-    def spec(kind: str) -> LayerSpec:
+    def spec(layer: int, kind: str) -> LayerSpec:
         if kind == GATED_DELTA:
             return GatedDeltaNet.spec(config.delta, codec.dtype)
+        own = codec.at(layer)
         if config.mla is not None:
-            return MLA.spec(codec, config.mla.kv_rank, config.mla.rope_dim, page_size)
-        return Attention.spec(codec, config.num_kv_heads, config.head_dim, page_size)
+            return MLA.spec(own, config.mla.kv_rank, config.mla.rope_dim, page_size)
+        return Attention.spec(own, config.num_kv_heads, config.head_dim, page_size)
 
-    return [spec(kind) for kind in config.layer_types]
+    return [spec(layer, kind) for layer, kind in enumerate(config.layer_types)]
 
 
 class Mixer(Protocol):
@@ -98,11 +100,16 @@ class Decoder:
 
     def bind(self, layout: PageLayout) -> None:
         """Gives each layer the offsets of its planes. Raises CacheError for the layout of another model."""
-        sizes = {plane.shape[plane.token_axis] for spec in self.specs for plane in spec.paged}
+        sizes = {spec.page_size for spec in self.specs if spec.paged}
         if layout.specs != self.specs or not sizes <= {layout.page_size}:
             raise CacheError("the page layout is that of another model, codec or page size than the decoder's")
         for index, layer in enumerate(self.layers):
             layer.mixer.bind(layout, index)
+
+    def centres(self) -> list[Centre]:
+        """Of the layers whose codec can take a mean off keys; once the decoder is bound."""
+        mixers = [layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)]
+        return [mixer.centre for mixer in mixers if mixer.centre is not None]
 
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream before the first layer: x and residual, each [rows, width]."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from nanokv.codecs.raw import RawCodec
+from nanokv.codecs import Codec
 from nanokv.kernels import ops
 from nanokv.layers.linear import Linear
 from nanokv.layers.mla import MLA
@@ -22,16 +22,16 @@ NORM_EPS = 1e-6
 """Of the norms inside the projections; the released code does not take it from the config."""
 
 
-def build(config: ModelConfig, weights: Weights, codec: RawCodec, page_size: int) -> Decoder:
+def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
     """The decoder, its weights taken out of `weights` one block after the other."""
 
     def mixer(layer: int, cos_sin: torch.Tensor) -> MLA:
-        return _attention(weights, f"model.layers.{layer}.self_attn", config, codec, cos_sin)
+        return _attention(weights, f"model.layers.{layer}.self_attn", config, codec.at(layer), cos_sin)
 
     return parts.decoder(config, weights, codec, page_size, mixer)
 
 
-def _attention(weights: Weights, at: str, config: ModelConfig, codec: RawCodec, cos_sin: torch.Tensor) -> MLA:
+def _attention(weights: Weights, at: str, config: ModelConfig, codec: Codec, cos_sin: torch.Tensor) -> MLA:
     mla, heads, width = config.mla, config.num_heads, config.hidden_size
     q_width, rank = heads * (mla.nope_dim + mla.rope_dim), mla.kv_rank
     if mla.q_rank is None:
@@ -53,8 +53,8 @@ def _attention(weights: Weights, at: str, config: ModelConfig, codec: RawCodec, 
         RMSNorm(weights.vector(f"{at}.kv_a_layernorm.weight", rank), NORM_EPS),
         ops.pack_head_linear(w_uk.transpose(1, 2), weights.activation),
         ops.pack_head_linear(w_uv, weights.activation),
-        # float32 never expands: results must not depend on which form a row happened to take
-        Linear(kv_b, weights.activation) if codec.dtype != torch.float32 else None,
+        # float32 never expands: results must not depend on which form a row happened to take; nor do codes
+        Linear(kv_b, weights.activation) if codec.is_raw and codec.dtype != torch.float32 else None,
         parts.linear(weights, at, {"o_proj": width}, heads * mla.value_dim),
         cos_sin,
         codec,

@@ -5,17 +5,17 @@ Grouped-query attention in every layer. Qwen3 normalises each head of q and k, Q
 
 from __future__ import annotations
 
-from nanokv.codecs.raw import RawCodec
+from nanokv.codecs import Codec
 from nanokv.models import parts
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Decoder
 from nanokv.models.weights import Weights
 
 
-def build(config: ModelConfig, weights: Weights, codec: RawCodec, page_size: int) -> Decoder:
+def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
     """The decoder, its weights taken out of `weights` one block after the other."""
 
     def mixer(layer: int, cos_sin):
-        return parts.attention(weights, f"model.layers.{layer}.self_attn", config, codec, cos_sin, None)
+        return parts.attention(weights, f"model.layers.{layer}.self_attn", config, codec.at(layer), cos_sin, None)
 
     return parts.decoder(config, weights, codec, page_size, mixer)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nanokv.codecs.raw import RawCodec
+from nanokv.codecs import Codec, RawCodec
 from nanokv.kernels import ops
 from nanokv.models import FAMILIES
 from nanokv.models.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ def load_model(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device | str,
-    codec: RawCodec,
+    codec: Codec,
     page_size: int,
     load: str = "auto",
     seed: int = 0,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from nanokv.codecs.raw import RawCodec
+from nanokv.codecs import Codec
 from nanokv.kernels import ops
 from nanokv.layers.attention import Attention
 from nanokv.layers.linear import Embedding, Linear, TiedEmbedding
@@ -47,7 +47,7 @@ def norm_weight(weights: Weights, name: str, config: ModelConfig, size: int) -> 
 
 
 def attention(
-    weights: Weights, at: str, config: ModelConfig, codec: RawCodec, cos_sin: torch.Tensor, query: torch.Tensor | None
+    weights: Weights, at: str, config: ModelConfig, codec: Codec, cos_sin: torch.Tensor, query: torch.Tensor | None
 ) -> Attention:
     """Grouped-query attention. query: rows of q, then of the output gate, where a family stores them in another way."""
     width, q_width, kv_width = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads
@@ -93,7 +93,7 @@ def feed_forward(weights: Weights, at: str, config: ModelConfig, layer: int) -> 
     return MoE(router, experts, shared, shared_gate)
 
 
-def decoder(config: ModelConfig, weights: Weights, codec: RawCodec, page_size: int, mixer: BuildMixer) -> Decoder:
+def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int, mixer: BuildMixer) -> Decoder:
     """The stack that every family shares; `mixer` builds the half of a block in which families differ."""
     width = config.hidden_size
     cos_sin = cos_sin_table(config.rope, config.max_positions, weights.device)

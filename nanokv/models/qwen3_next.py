@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from nanokv.codecs.raw import RawCodec
+from nanokv.codecs import Codec
 from nanokv.layers.deltanet import GatedDeltaNet
 from nanokv.layers.linear import Linear
 from nanokv.models import parts
@@ -18,16 +18,15 @@ from nanokv.models.decoder import Decoder
 from nanokv.models.weights import Weights, join
 
 
-def build(config: ModelConfig, weights: Weights, codec: RawCodec, page_size: int) -> Decoder:
+def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
     """The decoder, its weights taken out of `weights` one block after the other."""
 
     def mixer(layer: int, cos_sin: torch.Tensor):
         at = f"model.layers.{layer}"
         if config.layer_types[layer] == GATED_DELTA:
             return _delta(weights, f"{at}.linear_attn", config, codec)
-        return parts.attention(
-            weights, f"{at}.self_attn", config, codec, cos_sin, _query_and_gate(weights, f"{at}.self_attn", config)
-        )
+        query = _query_and_gate(weights, f"{at}.self_attn", config)
+        return parts.attention(weights, f"{at}.self_attn", config, codec.at(layer), cos_sin, query)
 
     return parts.decoder(config, weights, codec, page_size, mixer)
 
@@ -39,7 +38,7 @@ def _query_and_gate(weights: Weights, at: str, config: ModelConfig) -> torch.Ten
     return stored.view(heads, 2, head_dim, width).transpose(0, 1).reshape(-1, width)
 
 
-def _delta(weights: Weights, at: str, config: ModelConfig, codec: RawCodec) -> GatedDeltaNet:
+def _delta(weights: Weights, at: str, config: ModelConfig, codec: Codec) -> GatedDeltaNet:
     delta, width = config.delta, config.hidden_size
     inner = delta.value_heads * delta.value_dim
     grouped = config.family == "qwen3_next"

@@ -67,6 +67,8 @@ def _rope_work(
                 if weight != 0:
                     _norm(place, wide, weight, eps, place, format, weight_format, format)
                 _rotate(place, table, format)
+            if pool == 0:
+                continue
             page = pool + pages[row] * page_bytes + slots[row] * token_stride
             for head in range(kv_heads):
                 k = at + (heads + head) * head_bytes
@@ -96,6 +98,19 @@ def rope_and_store(
     norms: HeadNorms | None = None,
 ) -> None:
     """As reference.rope_and_store."""
+    _rotate_rows(qkv, cos_sin, pool.data_ptr(), planes, batch, num_heads, norms)
+
+
+def _rotate_rows(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    pool: int,
+    planes: KVPlanes,
+    batch: Batch,
+    num_heads: int,
+    norms: HeadNorms | None,
+) -> None:
+    """pool: its address, or 0 where nothing is to be written."""
     (rows, width), (stride, step) = qkv.shape, qkv.stride()
     if width != (num_heads + 2 * planes.kv_heads) * planes.head_dim or step != 1:
         raise ValueError(f"rope_and_store: qkv {tuple(qkv.shape)} with strides {qkv.stride()} does not fit {planes}")
@@ -104,9 +119,23 @@ def rope_and_store(
         q_norm, k_norm, eps, weight_dtype = norms.q.data_ptr(), norms.k.data_ptr(), norms.eps, norms.q.dtype
     _rope(
         TEAM, threads_for(rows * width / 1e3), qkv.data_ptr(), stride, rows, q_norm, k_norm, eps, cos_sin.data_ptr(),
-        cos_sin.shape[1], pool.data_ptr(), planes.geometry, batch.positions.data_ptr(), batch.write_pages.data_ptr(),
+        cos_sin.shape[1], pool, planes.geometry, batch.positions.data_ptr(), batch.write_pages.data_ptr(),
         batch.write_slots.data_ptr(), num_heads, FORMAT[qkv.dtype], FORMAT[weight_dtype], FORMAT[planes.dtype],
     )  # fmt: skip
+
+
+def rope(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    batch: Batch,
+    num_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    norms: HeadNorms | None = None,
+) -> None:
+    """As reference.rope."""
+    nowhere = KVPlanes(0, 0, 0, 0, 1, 0, 0, 0, kv_heads, head_dim, head_dim, 0, qkv.dtype)
+    _rotate_rows(qkv, cos_sin, 0, nowhere, batch, num_heads, norms)
 
 
 @inner

@@ -76,7 +76,7 @@ def _widen_keys(keys, first, start, count, out, format):
 
 
 @inner
-def _reach(limits, first, end):
+def reach(limits, first, end):
     """The last key that any of the queries first .. end - 1 sees."""
     limits = view(limits, end, I64)
     limit = limits[first]
@@ -101,7 +101,7 @@ def score(keys, valid, ahead, coming, shift, dims, q, depth, queries, limits, k,
             _ask(ahead, j, min(j + 8, coming), shift + start * size_of(format), count * size_of(format))
         for n in range(0, queries, TILE):
             end = min(n + TILE, queries)
-            limit = _reach(limits, n, end)
+            limit = reach(limits, n, end)
             if limit >= 0:
                 part = q + 4 * (n * depth + start)
                 multiply(end - n, limit + 1, count, part, depth, k, STRIP, scores + 4 * STRIP * n, STRIP)
@@ -147,7 +147,7 @@ def gather(keys, valid, ahead, coming, shift, from_key, dims, queries, limits, s
                 _ask(ahead, j, min(j + 8, coming), shift + offset, count * size_of(format))
         for n in range(0, queries, TILE):
             end = min(n + TILE, queries)
-            limit = _reach(limits, n, end)
+            limit = reach(limits, n, end)
             if limit >= 0:
                 part = acc + 4 * (n * padded + start)
                 multiply(end - n, count, limit + 1, scores + 4 * STRIP * n, STRIP, v, PART, part, padded)

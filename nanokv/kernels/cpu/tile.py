@@ -30,18 +30,18 @@ def _vector(builder, base, index, kind, width):
     return builder.bitcast(place, ir.VectorType(kind, width).as_pointer())
 
 
-def _load(builder, base, index, kind, width):
+def emit_load(builder, base, index, kind, width):
     vector = builder.load(_vector(builder, base, index, kind, width), typ=ir.VectorType(kind, width))
     vector.align = kind.width // 8 if isinstance(kind, ir.IntType) else 4
     return vector
 
 
-def _store(builder, vector, base, index):
+def emit_store(builder, vector, base, index):
     builder.store(vector, _vector(builder, base, index, vector.type.element, vector.type.count), align=4)
 
 
-def _spread(builder, number, width):
-    one = builder.insert_element(ir.Constant(ir.VectorType(FLOAT, width), ir.Undefined), number, INT(0))
+def emit_spread(builder, number, width):
+    one = builder.insert_element(ir.Constant(ir.VectorType(number.type, width), ir.Undefined), number, INT(0))
     return builder.shuffle_vector(one, one, constant(ir.VectorType(INT, width), 0))
 
 
@@ -50,14 +50,14 @@ def _emit_tile(builder, rows, width, a, a_stride, b, b_stride, c, c_stride, dept
     index = depth.type
     a_rows = [builder.gep(a, [builder.mul(a_stride, index(r))], source_etype=FLOAT) for r in range(rows)]
     c_starts = [builder.mul(c_stride, index(r)) for r in range(rows)]
-    sums = [cgutils.alloca_once_value(builder, _load(builder, c, start, FLOAT, width)) for start in c_starts]
+    sums = [cgutils.alloca_once_value(builder, emit_load(builder, c, start, FLOAT, width)) for start in c_starts]
     with cgutils.for_range(builder, depth) as loop:
-        b_row = _load(builder, b, builder.mul(loop.index, b_stride), FLOAT, width)
+        b_row = emit_load(builder, b, builder.mul(loop.index, b_stride), FLOAT, width)
         for total, a_row in zip(sums, a_rows, strict=True):
             number = builder.load(builder.gep(a_row, [loop.index], source_etype=FLOAT), typ=FLOAT)
-            builder.store(emit_fma(builder, _spread(builder, number, width), b_row, builder.load(total)), total)
+            builder.store(emit_fma(builder, emit_spread(builder, number, width), b_row, builder.load(total)), total)
     for total, start in zip(sums, c_starts, strict=True):
-        _store(builder, builder.load(total), c, start)
+        emit_store(builder, builder.load(total), c, start)
 
 
 @intrinsic
@@ -110,7 +110,7 @@ def transpose(typingctx, rows, first, out, out_stride, format):
         lines = []
         for r in range(8):
             address = builder.load(builder.gep(rows, [index(r)], source_etype=index), typ=index)
-            lines.append(_load(builder, address, word, INT, 8))
+            lines.append(emit_load(builder, address, word, INT, 8))
             lines[-1].align = 2
         for half in (1, 2, 4):  # exchange odd and even lanes of neighbours, then pairs, then quads
             keep = [(lane & ~half) + (8 if lane & half else 0) for lane in range(8)]
@@ -130,7 +130,9 @@ def transpose(typingctx, rows, first, out, out_stride, format):
                 else:
                     numbers = builder.bitcast(line, ir.VectorType(FLOAT, 8))
                 place = builder.mul(out_stride, builder.add(first, index(w * dims + part)))
-                _store(builder, emit_widen(builder, numbers, element), builder.inttoptr(out, FLOAT.as_pointer()), place)
+                emit_store(
+                    builder, emit_widen(builder, numbers, element), builder.inttoptr(out, FLOAT.as_pointer()), place
+                )
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64, format), codegen
@@ -143,8 +145,8 @@ def widen_16(typingctx, source, out, format):
 
     def codegen(context, builder, signature, args):
         zero = args[0].type(0)
-        numbers = _load(builder, args[0], zero, kind, 16)
-        _store(builder, emit_widen(builder, numbers, format.dtype), args[1], zero)
+        numbers = emit_load(builder, args[0], zero, kind, 16)
+        emit_store(builder, emit_widen(builder, numbers, format.dtype), args[1], zero)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, format), codegen
@@ -152,7 +154,7 @@ def widen_16(typingctx, source, out, format):
 
 def _strip(builder, address):
     """A strip's 64 float32 as four vectors."""
-    return [_load(builder, address, address.type(n), FLOAT, 16) for n in range(0, 64, 16)]
+    return [emit_load(builder, address, address.type(n), FLOAT, 16) for n in range(0, 64, 16)]
 
 
 @intrinsic
@@ -182,15 +184,15 @@ def weigh(typingctx, scores, scale, top, sums, decay):
 
     def codegen(context, builder, signature, args):
         scores, scale, top, sums, decay = args
-        scale, decay, top = (_spread(builder, number, 16) for number in (scale, decay, builder.fneg(top)))
+        scale, decay, top = (emit_spread(builder, number, 16) for number in (scale, decay, builder.fneg(top)))
         weights = [emit_exp2(builder, emit_fma(builder, s, scale, top)) for s in _strip(builder, scores)]
         for n, weight in enumerate(weights):
-            _store(builder, weight, builder.inttoptr(scores, FLOAT.as_pointer()), scores.type(16 * n))
+            emit_store(builder, weight, builder.inttoptr(scores, FLOAT.as_pointer()), scores.type(16 * n))
         a, b, c, d = weights
         total = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
         zero = sums.type(0)
-        total = emit_fma(builder, _load(builder, sums, zero, FLOAT, 16), decay, total)
-        _store(builder, total, builder.inttoptr(sums, FLOAT.as_pointer()), zero)
+        total = emit_fma(builder, emit_load(builder, sums, zero, FLOAT, 16), decay, total)
+        emit_store(builder, total, builder.inttoptr(sums, FLOAT.as_pointer()), zero)
         return context.get_dummy_value()
 
     number, address = types.float32, types.int64
@@ -200,20 +202,20 @@ def weigh(typingctx, scores, scale, top, sums, decay):
 def _emit_renewal(builder, width, depth, state, stride, decay, delta, k, q, next_k, out, predicted):
     """The loop over the rows of a state for a fixed number of its columns, both sums in registers."""
     zero = depth.type(0)
-    decay, delta = _spread(builder, decay, width), _load(builder, delta, zero, FLOAT, width)
+    decay, delta = emit_spread(builder, decay, width), emit_load(builder, delta, zero, FLOAT, width)
     sums = [cgutils.alloca_once_value(builder, constant(delta.type, 0.0)) for _ in range(2)]
     with cgutils.for_range(builder, depth) as loop:
         key, query, next_key = (
-            _spread(builder, builder.load(builder.gep(row, [loop.index], source_etype=FLOAT), typ=FLOAT), width)
+            emit_spread(builder, builder.load(builder.gep(row, [loop.index], source_etype=FLOAT), typ=FLOAT), width)
             for row in (k, q, next_k)
         )
         place = builder.mul(loop.index, stride)
-        row = emit_fma(builder, decay, _load(builder, state, place, FLOAT, width), builder.fmul(key, delta))
-        _store(builder, row, state, place)
+        row = emit_fma(builder, decay, emit_load(builder, state, place, FLOAT, width), builder.fmul(key, delta))
+        emit_store(builder, row, state, place)
         for number, total in zip((query, next_key), sums, strict=True):
             builder.store(emit_fma(builder, number, row, builder.load(total)), total)
     for total, target in zip(sums, (out, predicted), strict=True):
-        _store(builder, builder.load(total), target, zero)
+        emit_store(builder, builder.load(total), target, zero)
 
 
 @intrinsic
@@ -262,9 +264,9 @@ def convolve(typingctx, columns, stride, inputs, weights, out):
             total = constant(ir.VectorType(FLOAT, 16), 0.0)
             for row in range(4):
                 at = builder.add(n, builder.mul(stride, stride.type(row)))
-                number, weight = (_load(builder, place, at, FLOAT, 16) for place in (inputs, weights))
+                number, weight = (emit_load(builder, place, at, FLOAT, 16) for place in (inputs, weights))
                 total = emit_fma(builder, number, weight, total)
-            _store(builder, emit_silu(builder, total), out, n)
+            emit_store(builder, emit_silu(builder, total), out, n)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), codegen

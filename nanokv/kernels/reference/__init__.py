@@ -1,23 +1,50 @@
 """The torch twins, written to be read: the specification of every op and the oracle of the others. Any device."""
 
 from nanokv.kernels.reference.attention import paged_attention, plane_view, read_latents, tail_view
+from nanokv.kernels.reference.codes import (
+    code_attention,
+    decode,
+    decode_batch,
+    decode_pages,
+    decoded_batch,
+    encode,
+    join_codes,
+    pack_codes,
+    row_sum,
+    split_codes,
+    store_codes,
+    unpack_codes,
+)
 from nanokv.kernels.reference.delta_rule import delta_rule_chunk, delta_rule_step, short_conv
 from nanokv.kernels.reference.elementwise import add_rms_norm, gated_rms_norm, rms_norm, sigmoid_mul, silu_mul
-from nanokv.kernels.reference.store import rope_and_store, store_latent
+from nanokv.kernels.reference.store import rope, rope_and_store, store_latent
 
 __all__ = [
     "add_rms_norm",
+    "code_attention",
+    "decode",
+    "decode_batch",
+    "decode_pages",
+    "decoded_batch",
     "delta_rule_chunk",
     "delta_rule_step",
+    "encode",
     "gated_rms_norm",
+    "join_codes",
+    "pack_codes",
     "paged_attention",
     "plane_view",
     "read_latents",
     "rms_norm",
+    "rope",
     "rope_and_store",
+    "row_sum",
     "short_conv",
     "sigmoid_mul",
     "silu_mul",
+    "split_codes",
+    "store_codes",
     "store_latent",
     "tail_view",
+    "unpack_codes",
 ]

@@ -24,6 +24,24 @@ def _rotate(heads: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor)
     heads[..., :half], heads[..., half : 2 * half] = new_low, new_high
 
 
+def rope(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    batch: Batch,
+    num_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    norms: HeadNorms | None = None,
+) -> None:
+    """The first half of `rope_and_store`: norm each head of q and k, rotate them IN PLACE by their positions."""
+    heads = qkv.unflatten(1, (num_heads + 2 * kv_heads, head_dim))
+    q, k, _ = heads.split((num_heads, kv_heads, kv_heads), dim=1)
+    if norms is not None:
+        q.copy_(rms_norm(q, norms.q, norms.eps))
+        k.copy_(rms_norm(k, norms.k, norms.eps))
+    _rotate(heads[:, : num_heads + kv_heads], cos_sin, batch.positions)
+
+
 def rope_and_store(
     qkv: torch.Tensor,
     cos_sin: torch.Tensor,
@@ -42,13 +60,9 @@ def rope_and_store(
     norms     of the heads of q and k, as `rms_norm`, before they are rotated; None where a model has none
     Source    Su et al. 2021, in the half (NeoX) layout: dim i turns with dim i + rotary_dim / 2; Qwen3 2025 (the norms)
     """
+    rope(qkv, cos_sin, batch, num_heads, planes.kv_heads, planes.head_dim, norms)
     heads = qkv.unflatten(1, (num_heads + 2 * planes.kv_heads, planes.head_dim))
-    q, k, v = heads.split((num_heads, planes.kv_heads, planes.kv_heads), dim=1)
-    if norms is not None:
-        q.copy_(rms_norm(q, norms.q, norms.eps))
-        k.copy_(rms_norm(k, norms.k, norms.eps))
-    _rotate(heads[:, : num_heads + planes.kv_heads], cos_sin, batch.positions)
-
+    _, k, v = heads.split((num_heads, planes.kv_heads, planes.kv_heads), dim=1)
     pages, slots = batch.write_pages.long(), batch.write_slots.long()
     plane_view(pool, planes, planes.k_offset, planes.head_dim)[pages, :, slots] = k.to(planes.dtype)
     plane_view(pool, planes, planes.v_offset, planes.head_dim)[pages, :, slots] = v.to(planes.dtype)

@@ -1,0 +1,60 @@
+"""How fast a codec decodes beside the raw one, and how many requests it lets run in a fixed memory."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Any
+
+from nanokv.bench.measure import declare_cached, decode_speed, greedy
+from nanokv.bench.workloads import random_prompts
+from nanokv.core.request import Request
+from nanokv.llm import LLM
+
+ONCE_S = 10
+"""Seconds of a turn above which it is not repeated."""
+STEPS_TO_SETTLE = 8
+"""Steps in which a full engine has admitted whom it can."""
+
+
+def in_turns(llm: LLM, raw: LLM, batch: int, context: int, steps: int, turns: int) -> dict[str, Any]:
+    """Decode speed of both, one after the other, so often: what disturbs the machine disturbs both. Medians.
+
+    A codec whose first turn takes more than ONCE_S seconds has only that one.
+    """
+    pairs: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    while len(pairs) < turns and (not pairs or time.perf_counter() - start < ONCE_S * len(pairs)):
+        pairs.append((decode_speed(raw, batch, context, steps), decode_speed(llm, batch, context, steps)))
+    ratios = [own / other for other, own in pairs]
+    return {
+        "batch": batch,
+        "context_tokens": context,
+        "turns": len(pairs),
+        "output_tokens_per_s": median(own for _, own in pairs),
+        "raw_output_tokens_per_s": median(other for other, _ in pairs),
+        "speed_ratio": median(ratios),
+        "speed_ratio_min": min(ratios),
+        "speed_ratio_max": max(ratios),
+    }
+
+
+def requests_at_once(llm: LLM, context: int) -> int:
+    """Requests of `context` tokens that decode together when more wait: what the engine does, not what is computed.
+
+    Their contexts are declared, not computed (`declare_cached`).
+    """
+    engine, output_tokens = llm.engine, STEPS_TO_SETTLE + 1
+    fit = engine.store.num_pages // engine.layout.pages_for(context + output_tokens)
+    prompts = random_prompts(fit + 1, context, llm.model_config.vocab_size, seed=-5)
+    declare_cached(llm, prompts[:fit])
+    ids = [engine.add_request(Request(prompt, greedy(output_tokens))) for prompt in prompts]
+    running = 0
+    for _ in range(STEPS_TO_SETTLE):
+        running = len(engine.step())
+    for request_id in ids:
+        if request_id in engine:
+            engine.abort(request_id)
+    engine.step()  # hands out the last outputs of the aborted requests
+    llm.reset_prefix_cache()
+    return running

@@ -1,0 +1,217 @@
+"""KIVI: keys in groups of tokens, channel by channel; values in groups of channels, token by token.
+
+    keys     each channel of the tokens of a page has a minimum and a step: some channels of keys are always large
+    values   as many channels of one token have a minimum and a step
+    x ~ minimum + step * code,  step = (largest - smallest) / (2 ** bits - 1)
+
+The group of keys is the page, so a page can be written only when it is full. Until then its tokens stand as they are in
+the tail of their sequence, and so a row sees the tokens of its own page as they are and those of full pages through
+the codes, whether they came in one step or in many. (KIVI itself lets its native tail grow to 128 tokens.)
+Source: Liu et al. 2024 (KIVI); its code gives what is computed here for group_size = residual_length = page_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from nanokv.codecs.pages import Centre, Heads, expect_finite
+from nanokv.codecs.side import array_of, plane
+from nanokv.core.batch import Batch
+from nanokv.core.errors import ConfigError
+from nanokv.core.spec import LayerSpec, PageLayout, Plane
+from nanokv.kernels import ops
+
+GROUPS = (32, 64)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Codes, steps and minima over one axis of a tensor."""
+
+    bits: int
+    axis: int
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """float32 -> codes uint8 of the same shape, step and minimum float16 with `axis` of size 1."""
+        low, high = x.amin(self.axis, keepdim=True), x.amax(self.axis, keepdim=True)
+        step, low = ((high - low) / (2**self.bits - 1)).half(), low.half()
+        unit = step.float()
+        codes = (x - low.float()) * torch.where(unit > 0, 1 / unit, 0)
+        return codes.round().clamp(0, 2**self.bits - 1).byte(), step, low
+
+    @staticmethod
+    def decode(codes: torch.Tensor, step: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        return codes.float() * step.float() + low.float()
+
+
+class KiviCodec:
+    """kivi2 and kivi4.
+
+    dtype   of the numbers in unfinished pages
+    exact   False: the rows of one request in a step see each other as they are, in full pages too
+    """
+
+    is_raw = False
+
+    def __init__(self, name: str, bits: int, dtype: torch.dtype, exact: bool) -> None:
+        self.name = name
+        self.dtype = dtype
+        self._bits = bits
+        self._exact = exact
+
+    def at(self, layer: int) -> KiviCodec:
+        return self
+
+    def spec(self, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
+        """What an attention layer keeps. Raises ConfigError for a page or a head_dim that makes no groups."""
+        if page_size not in GROUPS:
+            raise ConfigError(
+                f"page_size={page_size}: codec {self.name} makes a group of a page; allowed are "
+                f"{' and '.join(map(str, GROUPS))}"
+            )
+        if head_dim % 16 or head_dim % min(page_size, head_dim):
+            raise ConfigError(
+                f"codec={self.name!r}: head_dim={head_dim} of this model; allowed are multiples of 16 that are "
+                f"multiples of page_size={page_size} or below it"
+            )
+        groups = head_dim // min(page_size, head_dim)
+
+        def whole(name: str) -> Plane:
+            return Plane(name, (kv_heads, head_dim), torch.float16, token_axis=None)
+
+        codes = [plane(f"{side}_codes", kv_heads, page_size, head_dim * self._bits // 8, torch.uint8) for side in "kv"]
+        each = [plane(f"v_{name}", kv_heads, page_size, groups, torch.float16) for name in ("step", "low")]
+        tail = (kv_heads, page_size, head_dim)
+        return LayerSpec(
+            paged=(codes[0], whole("k_step"), whole("k_low"), codes[1], *each),
+            tail=tuple(Plane(f"{side}_tail", tail, self.dtype, token_axis=None) for side in "kv"),
+        )
+
+    def pages(self, layout: PageLayout, layer: int, heads: Heads) -> KiviPages:
+        """The pages of an attention layer."""
+        return KiviPages(self.name, self._bits, self.dtype, layout, layer, heads, self._exact)
+
+    def latent_spec(self, rank: int, page_size: int) -> LayerSpec:
+        """Raises ConfigError: a latent is key and value at once."""
+        raise ConfigError(
+            f"codec={self.name!r}: it writes keys and values in two ways, and multi-head latent attention keeps one "
+            "latent for both; allowed are raw, fp8, int8, int4, rot4, tq2, tq3, tq4, tqp2, tqp3, tqp4, polar"
+        )
+
+
+class KiviPages:
+    """Keys and values of one layer."""
+
+    def __init__(
+        self, name: str, bits: int, dtype: torch.dtype, layout: PageLayout, layer: int, heads: Heads, exact: bool
+    ) -> None:
+        self._name = name
+        self._bits = bits
+        self._dtype = dtype
+        self._heads = heads
+        self._exact = exact
+        self._page_size = layout.page_size
+        self._group = min(layout.page_size, heads.head_dim)
+        self._keys, self._values = Groups(bits, -2), Groups(bits, -1)
+        self._k, self._v = (
+            [layout.paged(layer, f"{side}_{part}") for part in ("codes", "step", "low")] for side in "kv"
+        )
+        self._tails = [layout.state(layer, f"{side}_tail") for side in "kv"]
+        self.centre = Centre()
+
+    def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """As AttentionPages.attend."""
+        heads = self._heads
+        ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
+        x = qkv.unflatten(1, (-1, heads.head_dim)).float()
+        q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
+        expect_finite(x[:, heads.num_heads :], self._name, "keys or values")
+        pieces = Pieces(batch, self._page_size)
+        native = [
+            self._native(x, tail, states, batch, pieces)
+            for x, tail in zip((self.centre(k), v), self._tails, strict=True)
+        ]
+        self._seal(native, pool, batch.write_pages[pieces.last_rows[pieces.are_full]].long(), pieces)
+        tables, sealed = pieces.tables(batch, self._exact)
+        k, v = (torch.cat((old, new.float())) for old, new in zip(self._decode(pool, sealed), native, strict=True))
+        by_piece = replace(batch, request_starts=pieces.starts)
+        out = ops.paged_attention(q, *ops.decoded_batch(k, v, None, by_piece, tables), heads.scale)
+        return out.to(qkv.dtype)
+
+    def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values that full pages stand for: float32 [pages, kv_heads, page_size, head_dim] each."""
+        k, v = self._decode(pool, pages)
+        return self.centre.back(k), v
+
+    def _native(self, x, tail, states, batch, pieces) -> torch.Tensor:
+        """The pages of this step as they are: [pieces, kv_heads, page_size, head_dim]; what is open becomes a tail."""
+        tails = array_of(states, tail)
+        own = batch.state_ids.long()[pieces.requests]
+        pages = tails.new_zeros(len(own), *tails.shape[1:])
+        pages[pieces.go_on] = tails[own[pieces.go_on]]
+        pages[pieces.of_rows, :, batch.write_slots.long()] = x.to(self._dtype)
+        is_open = ~pieces.are_full
+        tails[own[is_open]] = pages[is_open]
+        return pages
+
+    def _seal(self, native: list[torch.Tensor], pool: torch.Tensor, pages: torch.Tensor, pieces: Pieces) -> None:
+        k, v = (x[pieces.are_full].float() for x in native)
+        codes, step, low = self._keys.encode(k)
+        parts = [ops.split_codes(codes, self._bits)[0], step.squeeze(-2), low.squeeze(-2)]
+        codes, step, low = self._values.encode(v.unflatten(-1, (-1, self._group)))
+        parts += [ops.split_codes(codes.flatten(-2), self._bits)[0], step.squeeze(-1), low.squeeze(-1)]
+        for slot, numbers in zip((*self._k, *self._v), parts, strict=True):
+            array_of(pool, slot)[pages] = numbers
+
+    def _decode(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of full pages: float32 [pages, kv_heads, page_size, head_dim] each."""
+        codes, step, low = (array_of(pool, slot)[pages] for slot in self._k)
+        k = Groups.decode(ops.join_codes([codes], self._bits), step.unsqueeze(-2), low.unsqueeze(-2))
+        codes, step, low = (array_of(pool, slot)[pages] for slot in self._v)
+        codes = ops.join_codes([codes], self._bits).unflatten(-1, (-1, self._group))
+        return k, Groups.decode(codes, step.unsqueeze(-1), low.unsqueeze(-1)).flatten(-2)
+
+
+class Pieces:
+    """The rows of a step cut where the request or the page changes: int64 tensors, one number a piece unless said.
+
+    starts      int32 [pieces + 1]: the rows of piece i are starts[i] .. starts[i + 1]
+    of_rows     [rows]: the piece of each row
+    requests    the request of each piece
+    places      which page of its request a piece is
+    last_rows   the last row of each piece
+    are_full    bool: whether the last row fills the page
+    go_on       bool: whether the page was begun in an earlier step
+    """
+
+    def __init__(self, batch: Batch, page_size: int) -> None:
+        counts = batch.request_starts.diff().long()
+        request = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        place = batch.positions.long() // page_size
+        is_first = torch.ones_like(request, dtype=torch.bool)
+        is_first[1:] = (request[1:] != request[:-1]) | (place[1:] != place[:-1])
+        first_rows = is_first.nonzero()[:, 0]
+        self.of_rows = is_first.cumsum(0) - 1
+        self.starts = torch.cat((first_rows, first_rows.new_tensor([len(request)]))).int()
+        self.requests, self.places = request[first_rows], place[first_rows]
+        self.last_rows = self.starts[1:].long() - 1
+        self.are_full = batch.write_slots[self.last_rows] == page_size - 1
+        self.go_on = batch.write_slots[first_rows] > 0
+
+    def tables(self, batch: Batch, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page tables int32 [pieces, widest] over [full pages to decode | this step's pages as they are]; full pages.
+
+        exact   a piece sees only its own page as it is; else all that its request brings to this step
+        """
+        pages = batch.page_tables[self.requests].long()
+        columns = torch.arange(pages.shape[1], device=pages.device)
+        # Pieces of a request follow each other: the first one's page, and where that piece stands.
+        lead = torch.searchsorted(self.requests, self.requests)
+        native_from = self.places if exact else self.places[lead]
+        is_sealed = columns < native_from[:, None]
+        sealed = pages[is_sealed].unique()
+        pieces = torch.arange(len(lead), device=pages.device)
+        native = (pieces - self.places)[:, None] + columns + len(sealed)
+        return torch.where(is_sealed, torch.searchsorted(sealed, pages), native).clamp(min=0).int(), sealed

@@ -1,0 +1,170 @@
+"""What stands between a layer and its pages: one verb, which writes the keys and values of a step and attends.
+
+    AttentionPages    keys and values of grouped-query attention, in any two sides
+    LatentPages       the latent of multi-head latent attention, in one side; the rotated key stays as it is
+
+Two ways to attend. Where both sides are tables and scales, kernels read the codes themselves. Everything else is
+decoded into float32 pages made for one step, each page once, however many requests share it.
+
+Prefill, `exact`: a row reads its own chunk through the codes, so what it computes does not depend on how a prompt was
+cut or what was found in the prefix cache. `fast`: the rows of a request that brings more than one to a step see each
+other as they are, and only what was there before through the codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nanokv.codecs.side import Side, SidePages, TableCoder
+from nanokv.core.batch import Batch
+from nanokv.core.errors import CodecError
+from nanokv.core.spec import PageLayout
+from nanokv.kernels import ops
+
+LARGEST = ops.LARGEST_SCALE
+"""The largest number that is written: that of a float16, in which scales are kept."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What an attention layer tells its pages.
+
+    scale     what scores are multiplied with
+    cos_sin   float32 [positions, rotary dims]
+    norms     HeadNorms of q and k, or None
+    """
+
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    cos_sin: torch.Tensor
+    norms: ops.HeadNorms | None = None
+
+
+class Centre:
+    """The mean of a layer's keys, taken off before they are coded.
+
+    A constant added to all keys of a row moves all its scores alike and leaves the softmax as it was, so nothing has to
+    be added back. What is left of keys with a strong bias (Qwen2) is far smaller and codes far better. The mean is that
+    of the first step after `start`, and fixed from then on: it is part of what a page means.
+    """
+
+    def __init__(self) -> None:
+        self.mean: torch.Tensor | None = None
+        self._is_wanted = False
+
+    def start(self) -> None:
+        self._is_wanted = True
+
+    def __call__(self, keys: torch.Tensor) -> torch.Tensor:
+        """keys float32 [rows, heads, dim], less their mean."""
+        if self._is_wanted:
+            self.mean, self._is_wanted = keys.mean(0), False
+        return keys if self.mean is None else keys - self.mean
+
+    def back(self, keys: torch.Tensor) -> torch.Tensor:
+        """The mean on keys again: float32 [pages, heads, page_size, dim]."""
+        return keys if self.mean is None else keys + self.mean[:, None]
+
+
+def expect_finite(x: torch.Tensor, codec: str, what: str) -> None:
+    """Raises CodecError, before anything is written, for numbers that no scale can hold."""
+    largest = float(x.abs().amax())
+    if not largest <= LARGEST:
+        raise CodecError(
+            f"codec={codec!r}: {what} reach {largest}; allowed are {LARGEST:g} at most, codec raw has no limit"
+        )
+
+
+class AttentionPages:
+    """Keys and values of one layer.
+
+    name    of the codec, for errors
+    k, v    Side of keys and of values
+    exact   prefill reads its own chunk through the codes
+    """
+
+    def __init__(self, name: str, k: Side, v: Side, layout: PageLayout, layer: int, heads: Heads, exact: bool) -> None:
+        self._name = name
+        self._heads = heads
+        self._exact = exact
+        self._layout = layout
+        device = heads.cos_sin.device
+        self._k, self._v = (
+            SidePages(side, prefix, layout, layer, heads.kv_heads, heads.head_dim, device)
+            for side, prefix in ((k, "k"), (v, "v"))
+        )
+        self._planes = None
+        if isinstance(self._k.coder, TableCoder) and isinstance(self._v.coder, TableCoder):
+            k_plane, v_plane = (side.coder.placed(side.slots) for side in (self._k, self._v))
+            self._planes = ops.CodePlanes(k_plane, v_plane, layout.page_bytes, layout.page_size, heads.kv_heads)
+        self.centre = Centre()
+
+    def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Writes k and v of each row to its slot, then attends: [rows, num_heads * head_dim], dtype of qkv.
+
+        qkv     [rows, (num_heads + 2 * kv_heads) * head_dim], as `rope_and_store` takes it; changed in place
+        pool    uint8 [num_pages, page_bytes]
+        states  uint8 [num_states, state_bytes]
+        Raises  CodecError for NaN, infinity and numbers beyond float16
+        """
+        heads = self._heads
+        ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
+        x = qkv.unflatten(1, (-1, heads.head_dim)).float()
+        q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
+        expect_finite(x[:, heads.num_heads :], self._name, "keys or values")
+        k = self.centre(k)
+        raw_rows = None if self._exact else prefilling(batch)
+        attend = self._attend_codes if self._planes is not None and raw_rows is None else self._attend_decoded
+        out = attend(q, k, v, pool, batch, raw_rows)
+        return self._v.back(out.unflatten(1, (heads.num_heads, -1))).flatten(1).to(qkv.dtype)
+
+    def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values that whole pages stand for: float32 [pages, kv_heads, page_size, head_dim] each."""
+        k, v = (side.back(side.read(pool, pages)) for side in (self._k, self._v))
+        return self.centre.back(k), v
+
+    def _attend_codes(self, q, k, v, pool, batch, _raw_rows) -> torch.Tensor:
+        basis = self._k.coder.basis
+        if basis is not None and basis is self._v.coder.basis:  # one product for the three
+            q, k, v = basis.to(torch.cat((q, k, v), dim=1)).split((q.shape[1], k.shape[1], v.shape[1]), dim=1)
+        else:
+            q, k, v = self._k.to(q), self._k.to(k), self._v.to(v)
+        ops.store_codes(k, v, pool, self._planes, batch)
+        return ops.code_attention(q, pool, self._planes, batch, self._heads.scale)
+
+    def _attend_decoded(self, q, k, v, pool, batch, raw_rows) -> torch.Tensor:
+        for side, x in ((self._k, k), (self._v, v)):
+            side.write(x, pool, batch.write_pages.long(), batch.write_slots.long())
+        pages, places = batch.page_tables.long().unique(return_inverse=True)
+        keys, values = (decoded(side, x, pool, batch, pages, raw_rows) for side, x in ((self._k, k), (self._v, v)))
+        return ops.paged_attention(
+            self._k.to(q), *ops.decoded_batch(keys, values, None, batch, places.int()), self._heads.scale
+        )
+
+
+def prefilling(batch: Batch) -> torch.Tensor | None:
+    """The rows (int64) of requests that bring more than one to the step; None where no request does."""
+    if batch.num_rows == batch.num_requests:
+        return None
+    counts = batch.request_starts.diff().long()
+    return (counts > 1).repeat_interleave(counts).nonzero()[:, 0]
+
+
+def decoded(
+    side: SidePages,
+    x: torch.Tensor,
+    pool: torch.Tensor,
+    batch: Batch,
+    pages: torch.Tensor,
+    raw_rows: torch.Tensor | None,
+) -> torch.Tensor:
+    """Decoded pages [pages, heads, page_size, width], with the rows raw_rows of x in their slots as they are."""
+    numbers = side.read(pool, pages)
+    if raw_rows is not None:
+        places = torch.searchsorted(pages, batch.write_pages[raw_rows].long())
+        numbers[places, :, batch.write_slots[raw_rows].long()] = side.exactly(x[raw_rows])
+    return numbers

@@ -1,0 +1,56 @@
+"""QJL: of a key only its length and the signs of a sketch S k are kept, 2 bits a number.
+
+    q . k  ~  |k| sqrt(pi / 2) / m  (S q) . sign(S k),  S [m, d] with rows about sqrt(d) long
+
+The estimate is unbiased. Decoded numbers are m scaled signs over the basis S: good for products, not as a vector.
+Source: Zandieh et al. 2024 (QJL), with orthogonal rows as in its code; without its outlier channels and native tail.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from nanokv.codecs.basis import Basis, sketch
+from nanokv.codecs.side import Arrays, plane
+from nanokv.core.spec import Plane
+from nanokv.kernels import ops
+
+BITS = 2
+"""Signs for each number of a key, as in the paper's tables."""
+
+
+@dataclass(frozen=True)
+class QJLSide:
+    name: str
+    is_sketch: bool = True
+    multiple: int = 16
+
+    def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
+        signs = plane(f"{prefix}_signs", heads, page_size, dim * BITS // 8, torch.uint8)
+        return signs, plane(f"{prefix}_scale", heads, page_size, None, torch.float16)
+
+    def coder(self, dim: int, device: torch.device) -> QJLCoder:
+        return QJLCoder(_basis(dim, device))
+
+
+@cache
+def _basis(dim: int, device: torch.device) -> Basis:
+    return Basis(sketch(BITS * dim, dim, orthogonal=True), device)
+
+
+class QJLCoder:
+    def __init__(self, basis: Basis) -> None:
+        self.basis = basis
+
+    def encode(self, x: torch.Tensor) -> Arrays:
+        signs = ops.split_codes((self.basis.to(x) > 0).byte(), 1)
+        return *signs, (ops.row_sum(x * x) / x.shape[-1]).sqrt().clamp(max=ops.LARGEST_SCALE).half()
+
+    def decode(self, *arrays: torch.Tensor) -> torch.Tensor:
+        signs, scale = arrays
+        factor = math.sqrt(self.basis.dim * math.pi / 2) / self.basis.width
+        return (ops.join_codes([signs], 1).float() * 2 - 1) * (scale.float() * factor)[..., None]

@@ -1,0 +1,80 @@
+"""TurboQuant_prod: codes of one bit less, and the signs of a sketch of what they leave.
+
+    y = R x / |x|,  c = its Lloyd-Max values at bits - 1,  r = y - c,  z = sign(S r)
+    q . x  ~  |x| ( (R q) . c  +  |r| sqrt(pi / 2) / d  (S R q) . z )
+
+The estimate of a product is unbiased, which that of the codes alone is not; it pays with variance. What is decoded are
+2 d numbers, c and the scaled z, over the basis [R; S R].
+Source: Zandieh et al. 2025 (TurboQuant, Algorithm 2). There S is drawn from a normal distribution; see `sketch`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from nanokv.codecs.basis import Basis, haar, rotation, sketch
+from nanokv.codecs.side import Arrays, plane
+from nanokv.codecs.tables import lloyd_max
+from nanokv.core.spec import Plane
+from nanokv.kernels import ops
+
+
+@dataclass(frozen=True)
+class ProdSide:
+    """bits   of codes and signs together, 1 to 4; 1 is the sketch alone"""
+
+    name: str
+    bits: int
+    orthogonal: bool
+    is_sketch: bool = False
+    multiple: int = 16
+
+    def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
+        parts = [("codes", 2 if self.bits == 4 else self.bits - 1), ("high", 1 if self.bits == 4 else 0), ("signs", 1)]
+        codes = [plane(f"{prefix}_{n}", heads, page_size, dim * bits // 8, torch.uint8) for n, bits in parts if bits]
+        scales = [plane(f"{prefix}_{name}", heads, page_size, None, torch.float16) for name in ("scale", "rest")]
+        return (*codes, *scales)
+
+    def coder(self, dim: int, device: torch.device) -> ProdCoder:
+        return ProdCoder(self, dim, device)
+
+
+@cache
+def _basis(dim: int, orthogonal: bool, device: torch.device) -> Basis:
+    return Basis(torch.cat((haar(dim), sketch(dim, dim, orthogonal) @ haar(dim))), device)
+
+
+class ProdCoder:
+    def __init__(self, side: ProdSide, dim: int, device: torch.device) -> None:
+        self.basis = _basis(dim, side.orthogonal, device)
+        self._rotation = rotation(dim, device)
+        self._sketch = Basis(sketch(dim, dim, side.orthogonal), device)
+        self._factor = math.sqrt(math.pi / 2) / dim
+        self._code = None
+        if side.bits > 1:
+            self._code = ops.CodePlane(0, 0, 0, side.bits - 1, dim, lloyd_max(side.bits - 1, dim).to(device), "plain")
+
+    def encode(self, x: torch.Tensor) -> Arrays:
+        y, root = self._rotation.to(x), math.sqrt(x.shape[-1])
+        scale = ops.row_sum(y * y).sqrt() / root
+        parts, rest = [], y * torch.where(scale > 0, 1 / scale, 0)[..., None]  # in units in which |x| is root
+        if self._code is not None:
+            codes, _ = ops.encode(y, self._code)
+            parts, rest = ops.split_codes(codes, self._code.bits), rest - self._code.table[codes.int()]
+        signs = ops.split_codes((self._sketch.to(rest) > 0).byte(), 1)
+        length = ops.row_sum(rest * rest).sqrt() / root
+        return *parts, *signs, scale.clamp(max=ops.LARGEST_SCALE).half(), length.half()
+
+    def decode(self, *arrays: torch.Tensor) -> torch.Tensor:
+        *parts, signs, scale, length = arrays
+        scale, length = scale.float()[..., None], length.float()[..., None]
+        z = ops.join_codes([signs], 1).float() * 2 - 1
+        z *= length * (self._factor * math.sqrt(z.shape[-1]))
+        codes = torch.zeros_like(z)
+        if self._code is not None:
+            codes = self._code.table[ops.join_codes(parts, self._code.bits).int()]
+        return torch.cat((codes, z), dim=-1) * scale

@@ -1,0 +1,62 @@
+"""What the engine measures before its first request: the means of keys, and with them what the bytes of a page mean."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from nanokv.cache.store import CacheStore
+from nanokv.codecs.pages import Centre
+from nanokv.core.batch import Batch
+from nanokv.core.config import EngineConfig
+from nanokv.core.errors import ConfigError
+from nanokv.models.decoder import Decoder
+
+TOKENS = 256
+"""Random tokens whose keys are averaged. Strong biases of keys hardly depend on the token or its position."""
+
+
+@torch.inference_mode()
+def centre_keys(model: Decoder, store: CacheStore, config: EngineConfig, longest: int) -> None:
+    """Sets the mean of each layer whose codec takes one off, in one step over pages that nobody holds yet.
+
+    Each layer uses its mean in this very step, so the next one already sees what requests will see.
+    Raises ConfigError where no layer could use it.
+    """
+    centres = model.centres()
+    if not centres:
+        raise ConfigError("center_keys=True: no layer of this model writes keys in codes (codec raw, or latents)")
+    count = min(TOKENS, longest, store.num_pages * config.page_size)
+    tokens = torch.randint(model.config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
+    for centre in centres:
+        centre.start()
+    model.forward(first_pages(tokens, config.page_size, store), store)
+
+
+def first_pages(tokens: torch.Tensor, page_size: int, store: CacheStore) -> Batch:
+    """One request of these tokens, in the first pages and the first state."""
+    device = store.pool.device
+    positions = torch.arange(len(tokens), dtype=torch.int32, device=device)
+    pages = positions // page_size
+    return Batch(
+        token_ids=tokens.to(device),
+        positions=positions,
+        write_pages=pages,
+        write_slots=positions % page_size,
+        request_starts=torch.tensor([0, len(tokens)], dtype=torch.int32, device=device),
+        page_tables=pages.unique()[None],
+        logit_rows=torch.tensor([len(tokens) - 1], device=device),
+        state_ids=torch.zeros(min(1, store.states.shape[0]), dtype=torch.int32, device=device),
+        page_size=page_size,
+    )
+
+
+def namespace(model: Decoder, config: EngineConfig) -> str:
+    """A name for what the bytes of a page mean: equal for engines that can read each other's pages of one model."""
+    digest = hashlib.sha256(repr(model.specs).encode())
+    digest.update(f"{config.codec} {config.native_layers} {config.prefill}".encode())
+    means: list[Centre] = [centre for centre in model.centres() if centre.mean is not None]
+    for centre in means:
+        digest.update(centre.mean.cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,169 @@
+"""What a step writes into pages of codes, on a CPU: the scale of each vector, its codes and their packing, in one pass.
+
+Sums add in the order of reference.codes.row_sum, halves to each other, so that both twins write the same bytes (but for
+a number that lies on a threshold: torch does not always round a square root to the nearest).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from nanokv.core.batch import Batch
+from nanokv.kernels.cpu.compiled import compiled, inner
+from nanokv.kernels.cpu.elementwise import TAKE
+from nanokv.kernels.cpu.exp import ONE, ZERO
+from nanokv.kernels.cpu.strip import F32, widen_row
+from nanokv.kernels.cpu.team import TEAM, share, threads_for
+from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, view, widen
+from nanokv.kernels.ops import CodePlane, CodePlanes
+from nanokv.kernels.planes import LARGEST_SCALE
+
+U8, INT32 = np.dtype(np.uint8), np.dtype(np.int32)
+F16 = FORMAT[torch.float16]
+MOST = np.float32(LARGEST_SCALE)
+ABSMAX, PLAIN, LENGTH, UNBIASED = range(4)
+SCALING = {"absmax": ABSMAX, "plain": PLAIN, "length": LENGTH, "unbiased": UNBIASED}
+
+
+@inner
+def _sum(terms):
+    """The sum of an array, which it destroys."""
+    count = len(terms)
+    while count > 1:
+        half = count // 2
+        for n in range(half):
+            terms[n] += terms[half + n]
+        if count % 2 != 0:
+            terms[half] = terms[count - 1]
+        count -= half
+    return terms[0]
+
+
+@inner
+def _inverse(x):
+    return ONE / x if x > ZERO else ZERO
+
+
+@inner
+def _nearest(x, factor, thresholds, codes):
+    """How many thresholds lie below x * factor, number by number: of 255, every 16th is asked first, then 15 more.
+
+    A binary search is guessed wrong at half its branches and takes ten times as long."""
+    step = 1 if len(thresholds) < 16 else 16
+    codes[:] = 0
+    for threshold in thresholds[step - 1 :: step]:
+        for n in range(len(x)):
+            codes[n] += np.int32(x[n] * factor > threshold)
+    if step == 1:
+        return
+    for n in range(len(x)):
+        number, first, below = x[n] * factor, np.int64(codes[n]) * 16, np.int32(0)
+        between = thresholds[first : first + 15]
+        for t in range(15):
+            below += np.int32(number > between[t])
+        codes[n] = np.int32(first) + below
+
+
+@inner
+def _pack(codes, first_bit, bits, target):
+    """Bits first_bit .. first_bit + bits - 1 of each code, 8 / bits codes in a byte: byte j holds the codes j,
+    j + len(target), ..., the first in its lowest bits."""
+    width = len(target)
+    target[:] = 0
+    for group in range(8 // bits):
+        for j in range(width):
+            part = (codes[group * width + j] >> first_bit) & ((1 << bits) - 1)
+            target[j] |= np.uint8(part << (group * bits))
+
+
+@inner
+def _encode(x, terms, codes, table, thresholds, scaling):
+    """Codes of a vector, into int32 [dim], and its scale; as reference.codes.encode."""
+    dim = np.float32(len(x))
+    if scaling == ABSMAX:
+        unit = ZERO
+        for n in range(len(x)):
+            unit = max(unit, abs(x[n]))
+        scale = widen(narrow(min(unit / table[-1], MOST), F16))
+        unit = scale
+    else:
+        for n in range(len(x)):
+            terms[n] = x[n] * x[n]
+        unit = np.sqrt(_sum(terms) / dim)
+        scale = unit
+    _nearest(x, _inverse(unit), thresholds, codes)
+    if scaling == LENGTH:
+        for n in range(len(x)):
+            terms[n] = table[codes[n]] * table[codes[n]]
+        scale = unit * np.sqrt(dim * _inverse(_sum(terms)))
+    elif scaling == UNBIASED:
+        for n in range(len(x)):
+            terms[n] = x[n] * table[codes[n]]
+        scale = unit * unit * dim * _inverse(_sum(terms))
+    return min(scale, MOST)
+
+
+@inner
+def _store_side(source, place, side, at, floats, format):
+    """Writes one vector: `source` its address, `place` that of its page, `at` its head * page_size + slot."""
+    offset, high_offset, scale_offset, bits, dim, scaling, table, thresholds = side
+    x, terms, codes = view(floats, dim, F32), view(floats + 4 * dim, dim, F32), view(floats + 8 * dim, dim, INT32)
+    widen_row(source, floats, dim, format)
+    levels = 1 << bits
+    scale = _encode(x, terms, codes, view(table, levels, F32), view(thresholds, levels - 1, F32), scaling)
+    view(place + scale_offset + 2 * at, 1, F16)[0] = narrow(scale, F16)
+    low = np.int64(2) if bits == 3 else bits
+    width = dim * low // 8
+    _pack(codes, np.int64(0), low, view(place + offset + at * width, width, U8))
+    if bits == 3:
+        eighth = dim // 8
+        _pack(codes, np.int64(2), np.int64(1), view(place + high_offset + at * eighth, eighth, U8))
+
+
+@inner
+def _work(counter, k, v, strides, rows, pool, sizes, k_side, v_side, pages, slots, format):
+    page_bytes, page_size, kv_heads = sizes
+    k_row, k_head, v_row, v_head = strides
+    pages, slots, size = view(pages, rows, INT32), view(slots, rows, INT32), size_of(format)
+    scratch = np.empty(3 * max(k_side[4], v_side[4]), np.float32)
+    floats = np.int64(scratch.ctypes.data)
+    while True:
+        first = fetch_add(counter, TAKE)
+        if first >= rows:
+            break
+        for row in range(first, min(first + TAKE, rows)):
+            page = pool + pages[row] * page_bytes
+            for head in range(kv_heads):
+                at = head * page_size + slots[row]
+                _store_side(k + (row * k_row + head * k_head) * size, page, k_side, at, floats, format)
+                _store_side(v + (row * v_row + head * v_head) * size, page, v_side, at, floats, format)
+    scratch[0] = 0  # numba frees an array after its last use, and knows nothing of addresses
+
+
+@compiled
+def _store(team, threads, k, v, strides, rows, pool, geometry, k_more, v_more, pages, slots, format):
+    sizes = (geometry[0], geometry[1], geometry[2])
+    k_side = (geometry[3], geometry[4], geometry[5], geometry[6], geometry[7], *k_more)
+    v_side = (geometry[8], geometry[9], geometry[10], geometry[11], geometry[12], *v_more)
+    share(team, threads, _work, (k, v, strides, rows, pool, sizes, k_side, v_side, pages, slots, format.dtype))
+
+
+def _more(plane: CodePlane) -> tuple[int, int, int]:
+    return SCALING[plane.scaling], plane.table.data_ptr(), plane.thresholds.data_ptr()
+
+
+def store_codes(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batch: Batch) -> None:
+    """As reference.store_codes."""
+    rows = k.shape[0]
+    for name, x, plane in (("k", k, planes.k), ("v", v, planes.v)):
+        if x.shape != (rows, planes.kv_heads, plane.dim) or x.stride(2) != 1 or x.dtype != k.dtype:
+            raise ValueError(
+                f"store_codes: {name} {x.dtype} {tuple(x.shape)} with strides {x.stride()} does not fit {planes}"
+            )
+    strides = (*k.stride()[:2], *v.stride()[:2])
+    _store(
+        TEAM, threads_for(rows * planes.kv_heads * (planes.k.dim + planes.v.dim) / 200), k.data_ptr(), v.data_ptr(),
+        strides, rows, pool.data_ptr(), planes.geometry, _more(planes.k), _more(planes.v),
+        batch.write_pages.data_ptr(), batch.write_slots.data_ptr(), FORMAT[k.dtype],
+    )  # fmt: skip

@@ -1,0 +1,272 @@
+"""Codes of a strip as float32: unpacked, looked up and, for keys, transposed, in vector instructions.
+
+Up to 16 table entries are looked up byte by byte: the entries' lowest bytes fill half a register, their next bytes
+another, and so on. One instruction picks 32 bytes by 32 codes; four of them and some interleaving make 32 float32. It
+costs as much as converting and scaling a uniform grid would, so there is one way for both.
+
+Keys are transposed as bytes, before they are unpacked.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from nanokv.kernels.cpu.compiled import inner
+from nanokv.kernels.cpu.tile import emit_load, emit_spread, emit_store
+from nanokv.kernels.cpu.words import FLOAT, INT, constant, emit_fma, view
+from nanokv.kernels.planes import FLOAT8, LOOKUP, UNIFORM
+
+U8 = np.dtype(np.uint8)
+BYTE, WORD = ir.IntType(8), ir.IntType(16)
+BYTES = ir.VectorType(BYTE, 32)
+_BY_BYTES = binding.get_host_cpu_features().get("avx2", False)
+
+
+def _every(byte):
+    return ir.Constant(BYTES, [byte] * 32)
+
+
+def _shuffle(builder, a, b, lanes):
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, len(lanes)), list(lanes)))
+
+
+def _riffle(builder, a, b, high):
+    """Numbers of a and b in turn, from the low or the high half of each 16-byte lane."""
+    count = a.type.count // 2
+    lanes = []
+    for lane in (0, count):
+        for n in range(lane + high * count // 2, lane + (high + 1) * count // 2):
+            lanes += [n, n + 2 * count]
+    return _shuffle(builder, a, b, lanes)
+
+
+def _join(builder, planes):
+    """The bytes of 32 numbers, lowest first, as four vectors of 8 int32: numbers 0-3 and 16-19, 4-7 and 20-23, ..."""
+    lines = []
+    for high in (0, 1):
+        low, top = (
+            builder.bitcast(_riffle(builder, planes[n], planes[n + 1], high), ir.VectorType(WORD, 16)) for n in (0, 2)
+        )
+        lines += [builder.bitcast(_riffle(builder, low, top, half), ir.VectorType(INT, 8)) for half in (0, 1)]
+    return lines
+
+
+def _pick(builder, table, codes):
+    """Byte `code` of a 16-byte lane of the table for each code below 16."""
+    if _BY_BYTES:
+        kind = ir.FunctionType(BYTES, [BYTES, BYTES])
+        return builder.call(
+            cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pshuf.b"), [table, codes]
+        )
+    picked = ir.Constant(BYTES, ir.Undefined)
+    for n in range(32):
+        byte = builder.extract_element(table, builder.zext(builder.extract_element(codes, INT(n)), INT))
+        picked = builder.insert_element(picked, byte, INT(n))
+    return picked
+
+
+def _decoder(builder, kind, table):
+    """A function from 32 codes to four vectors of float32, for one kind of table; what it needs is loaded here."""
+    if kind == LOOKUP:
+        planes = []
+        for n in range(4):
+            half = emit_load(builder, table, table.type(16 * n), BYTE, 16)
+            planes.append(_shuffle(builder, half, half, [*range(16)] * 2))
+
+        def decode(codes):
+            lines = _join(builder, [_pick(builder, plane, codes) for plane in planes])
+            return [builder.bitcast(line, ir.VectorType(FLOAT, 8)) for line in lines]
+
+    elif kind == UNIFORM:
+        first, second = (
+            builder.load(builder.bitcast(_place(builder, table, n), FLOAT.as_pointer()), typ=FLOAT) for n in (0, 4)
+        )
+        step, first = emit_spread(builder, builder.fsub(second, first), 8), emit_spread(builder, first, 8)
+        nothing = _every(0)
+
+        def decode(codes):
+            lines = _join(builder, [codes, nothing, nothing, nothing])
+            return [emit_fma(builder, builder.sitofp(line, ir.VectorType(FLOAT, 8)), step, first) for line in lines]
+
+    else:
+        nothing, power = _every(0), constant(ir.VectorType(FLOAT, 8), 2.0**120)
+
+        def decode(codes):
+            # In ascending order the first half of the codes is negative, and a NaN would stand at each end.
+            low, high = _every(-128), _every(126)
+            codes = builder.xor(codes, low)
+            codes = builder.select(builder.icmp_signed(">", codes, high), high, codes)
+            codes = builder.select(builder.icmp_signed("<", codes, _every(-127)), _every(-127), codes)
+            bits = builder.xor(
+                codes, builder.select(builder.icmp_signed("<", codes, _every(0)), _every(127), _every(0))
+            )
+            top = builder.or_(builder.and_(bits, low), builder.and_(builder.lshr(bits, _every(4)), _every(7)))
+            lines = _join(builder, [nothing, nothing, builder.shl(bits, _every(4)), top])
+            return [builder.fmul(builder.bitcast(line, power.type), power) for line in lines]
+
+    return decode
+
+
+def _place(builder, address, offset):
+    return builder.inttoptr(builder.add(address, address.type(offset)), BYTE.as_pointer())
+
+
+def _each_kind(builder, kind, body):
+    """body(number of the kind), compiled for every kind; the one at hand runs."""
+    end = builder.append_basic_block()
+    choice = builder.switch(kind, end)
+    for number in (LOOKUP, UNIFORM, FLOAT8):
+        case = builder.append_basic_block()
+        choice.add_case(kind.type(number), case)
+        builder.position_at_end(case)
+        body(number)
+        builder.branch(end)
+    builder.position_at_end(end)
+
+
+@intrinsic
+def turn(typingctx, keys, first, out):
+    """Bytes first .. first + 15 of 32 rows, transposed: 16 rows of 32 bytes, 64 bytes apart.
+
+    keys   address of 32 addresses
+    The columns stand in the order in which `decode_keys` finds neighbours side by side: 0-3, 8-11, 16-19, 24-27, then
+    those between.
+    """
+
+    def codegen(context, builder, signature, args):
+        keys, first, out = args
+        keys = builder.inttoptr(keys, first.type.as_pointer())
+        halves = ir.VectorType(BYTE, 16)
+
+        def row(n):
+            address = builder.load(builder.gep(keys, [INT(n)], source_etype=first.type), typ=first.type)
+            numbers = builder.load(builder.inttoptr(builder.add(address, first), halves.as_pointer()), typ=halves)
+            numbers.align = 1
+            return numbers
+
+        lines = [
+            _shuffle(builder, row(n), row(n + 4), range(32))
+            for n in (*range(4), *range(8, 12), *range(16, 20), *range(24, 28))
+        ]
+        for _ in range(4):
+            lines = [_riffle(builder, lines[n // 2], lines[n // 2 + 8], n % 2) for n in range(16)]
+        for n, line in enumerate(lines):
+            target = builder.inttoptr(builder.add(out, out.type(64 * n)), BYTES.as_pointer())
+            builder.store(line, target, align=32)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def decode_keys(typingctx, count, source, shift, mask, kind, table, out):
+    """`count` rows of 64 bytes, as `turn` left them, become rows of 64 float32: what (byte >> shift) & mask stands for.
+
+    table   address of a table's bytes (LOOKUP) or of its float32
+    """
+
+    def codegen(context, builder, signature, args):
+        count, source, shift, mask, kind, table, out = args
+        words = ir.VectorType(WORD, 16)
+        mask = builder.bitcast(emit_spread(builder, builder.mul(builder.trunc(mask, INT), INT(0x01010101)), 8), BYTES)
+        shift = emit_spread(builder, builder.trunc(shift, WORD), 16)
+
+        def body(number):
+            decode = _decoder(builder, number, table)
+            with cgutils.for_range(builder, count) as loop:
+                for half in (0, 1):
+                    at = builder.add(builder.mul(loop.index, count.type(64)), count.type(32 * half))
+                    codes = builder.bitcast(emit_load(builder, source, at, BYTE, 32), words)
+                    codes = builder.and_(builder.bitcast(builder.lshr(codes, shift), BYTES), mask)
+                    for n, line in enumerate(decode(codes)):
+                        emit_store(
+                            builder, line, builder.inttoptr(out, FLOAT.as_pointer()), builder.add(at, at.type(8 * n))
+                        )
+
+        _each_kind(builder, kind, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), codegen
+
+
+@intrinsic
+def decode_values(typingctx, count, rows, first, first_shift, second, second_shift, mask, kind, table, out):
+    """32 float32 of each of `count` rows: 16 from the bytes at `first`, 16 from those at `second`.
+
+    rows   address of `count` addresses
+    out    rows of 64 float32
+    """
+
+    def codegen(context, builder, signature, args):
+        count, rows, first, first_shift, second, second_shift, mask, kind, table, out = args
+        rows = builder.inttoptr(rows, count.type.as_pointer())
+        quads, halves = ir.VectorType(INT, 8), ir.VectorType(BYTE, 16)
+        mask = builder.bitcast(emit_spread(builder, builder.mul(builder.trunc(mask, INT), INT(0x01010101)), 8), BYTES)
+        shifts = ir.Constant(quads, ir.Undefined)
+        for n, amount in enumerate((first_shift, first_shift, second_shift, second_shift) * 2):
+            shifts = builder.insert_element(shifts, builder.trunc(amount, INT), INT(n))
+
+        def body(number):
+            decode = _decoder(builder, number, table)
+            with cgutils.for_range(builder, count) as loop:
+                row = builder.load(builder.gep(rows, [loop.index], source_etype=count.type), typ=count.type)
+                a, b = (
+                    builder.load(builder.inttoptr(builder.add(row, at), halves.as_pointer()), typ=halves)
+                    for at in (first, second)
+                )
+                a.align = b.align = 1
+                both = builder.bitcast(_shuffle(builder, a, b, range(32)), quads)
+                # the first 4 of 8 neighbours to the low lane, the others to the high one: `_join` brings them together
+                both = _shuffle(builder, both, both, (0, 2, 4, 6, 1, 3, 5, 7))
+                codes = builder.and_(builder.bitcast(builder.lshr(both, shifts), BYTES), mask)
+                for n, line in enumerate(decode(codes)):
+                    at = builder.add(builder.mul(loop.index, count.type(64)), count.type(8 * n))
+                    emit_store(builder, line, builder.inttoptr(out, FLOAT.as_pointer()), at)
+
+        _each_kind(builder, kind, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 10), codegen
+
+
+@intrinsic
+def times(typingctx, numbers, factors):
+    """numbers *= factors, for the 64 float32 at two addresses."""
+
+    def codegen(context, builder, signature, args):
+        numbers, factors = args
+        for n in range(0, 64, 16):
+            at = numbers.type(n)
+            product = builder.fmul(
+                emit_load(builder, numbers, at, FLOAT, 16), emit_load(builder, factors, at, FLOAT, 16)
+            )
+            emit_store(builder, product, builder.inttoptr(numbers, FLOAT.as_pointer()), at)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@inner
+def split_table(table, count, out):
+    """Up to 16 float32 as four runs of 16 bytes, the lowest byte of each in the first."""
+    source, target = view(table, 4 * count, U8), view(out, 64, U8)
+    for n in range(count):
+        for byte in range(4):
+            target[16 * byte + n] = source[4 * n + byte]
+
+
+@intrinsic
+def cut(typingctx, word, shift, mask, up):
+    """((byte >> shift) & mask) << up for each byte of a word of 2 or 8."""
+
+    def codegen(context, builder, signature, args):
+        word, shift, mask, up = args
+        shift, mask, up = (builder.trunc(arg, word.type) if word.type.width < 64 else arg for arg in (shift, mask, up))
+        mask = builder.mul(mask, word.type(0x0101010101010101 >> (64 - word.type.width)))
+        return builder.shl(builder.and_(builder.lshr(word, shift), mask), up)
+
+    return word(word, types.int64, types.int64, types.int64), codegen

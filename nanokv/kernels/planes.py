@@ -1,0 +1,181 @@
+"""Where the numbers of one layer lie in a page or a state, in bytes: what kernels get instead of strided views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class KVPlanes:
+    """Where one attention layer's keys and values lie in a page.
+
+    K of a token and a KV head is `head_dim` numbers at k, then `tail_dim` at tail, which all KV heads share;
+    V of a token and a KV head is `value_dim` numbers at v:
+
+        grouped queries   k and v are planes [kv_heads, page_size, head_dim]; no tail
+        MLA, absorbed     one KV head: k and v are the same plane, the latent [page_size, rank]; the tail is the
+                          rotated key [page_size, rope]
+        MLA, expanded     a page is rows [kv_heads * (nope + value) | rope], one a token, made for one step
+
+    k_offset, v_offset, tail_offset   bytes from the start of a page
+    page_bytes                        bytes from one page of the pool to the next
+    page_size                         tokens in a page, any number
+    token_stride, head_stride         bytes from token to token and from KV head to KV head, for k and v
+    tail_stride                       bytes from token to token, for the tail
+    dtype                             float32, bfloat16 or float16
+    """
+
+    k_offset: int
+    v_offset: int
+    tail_offset: int
+    page_bytes: int
+    page_size: int
+    token_stride: int
+    head_stride: int
+    tail_stride: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    tail_dim: int
+    dtype: torch.dtype
+
+    @cached_property
+    def geometry(self) -> np.ndarray:
+        """The twelve sizes above as one int64 array, which is how compiled kernels take them."""
+        return np.array(
+            [
+                self.k_offset, self.v_offset, self.tail_offset, self.page_bytes, self.page_size, self.token_stride,
+                self.head_stride, self.tail_stride, self.kv_heads, self.head_dim, self.value_dim, self.tail_dim,
+            ],
+            np.int64,
+        )  # fmt: skip
+
+
+LARGEST_SCALE = 65504.0
+"""What a float16 holds: larger scales become this."""
+
+LOOKUP, UNIFORM, FLOAT8 = range(3)
+"""How a kernel turns a code into table[code]."""
+
+
+@dataclass(frozen=True, eq=False)
+class CodePlane:
+    """One side, K or V, of a layer whose pages hold codes: a number is table[code] * scale of its token and KV head.
+
+    offset         bytes from the start of a page to the codes: uint8 [kv_heads, page_size, dim * low_bits / 8], where
+                   low_bits is `bits`, or 2 where bits is 3
+    high_offset    bytes to the third bit of each code: uint8 [kv_heads, page_size, dim / 8]; 0 unless bits is 3
+    scale_offset   bytes to the scales: float16 [kv_heads, page_size]
+    bits           2, 3, 4 or 8
+    dim            numbers a token and KV head
+    table          float32 [2 ** bits], ascending
+    scaling        how the scale of a vector x is found; c is the vector of its table values:
+                     "absmax"    largest |x| / table[-1], rounded to float16 first; codes are nearest to x / scale
+                     "plain"     |x| / sqrt(dim); codes are nearest to x / that, for this and the next two
+                     "length"    |x| / |c|: what is decoded has the length of x
+                     "unbiased"  |x|^2 / <x, c>: what is decoded has the right product with x
+
+    A code is the number of thresholds (middles of neighbours in the table) that lie below. Scales are clamped to 65504;
+    a zero vector has scale 0. Several codes share a byte in halves and quarters: with 4 bits, byte j holds coordinate j
+    in its low half and j + dim / 2 above; with 2 bits j, j + dim / 4, ...; bit i of a byte j of single bits belongs to
+    coordinate j + i * dim / 8.
+    """
+
+    offset: int
+    high_offset: int
+    scale_offset: int
+    bits: int
+    dim: int
+    table: torch.Tensor
+    scaling: str
+
+    @cached_property
+    def thresholds(self) -> torch.Tensor:
+        """float32 [2 ** bits - 1]"""
+        return (self.table[1:] + self.table[:-1]) / 2
+
+    @cached_property
+    def form(self) -> int:
+        """How a kernel turns a code into table[code]: LOOKUP, for up to 4 bits; for 8, UNIFORM (first + code * step) or
+        FLOAT8 (the values of e4m3 in order). Raises ValueError for any other table of 256."""
+        if self.bits <= 4:
+            return LOOKUP
+        code, table = torch.arange(256), self.table.cpu()
+        if torch.equal(table, table[0] + code * (table[1] - table[0])):
+            return UNIFORM
+        magnitude = torch.where(code < 128, 127 - code, code - 128).clamp(max=126).int()
+        value = (magnitude << 20).view(torch.float32) * 2.0**120  # the bits of e4m3 where those of a float32 stand
+        if torch.equal(table, torch.where(code < 128, -value, value)):
+            return FLOAT8
+        raise ValueError("table of 8 bits: allowed are values at equal distances and those of float8_e4m3fn, ascending")
+
+    @property
+    def low_bits(self) -> int:
+        return 2 if self.bits == 3 else self.bits
+
+
+@dataclass(frozen=True, eq=False)
+class CodePlanes:
+    """Where one attention layer's codes lie in a page.
+
+    k, v         CodePlane of keys and of values
+    page_bytes   bytes from one page of the pool to the next
+    page_size    tokens in a page, any number
+    """
+
+    k: CodePlane
+    v: CodePlane
+    page_bytes: int
+    page_size: int
+    kv_heads: int
+
+    @cached_property
+    def geometry(self) -> np.ndarray:
+        """page_bytes, page_size, kv_heads, then offset, high_offset, scale_offset, bits, dim of k and of v: int64."""
+        sides = [n for s in (self.k, self.v) for n in (s.offset, s.high_offset, s.scale_offset, s.bits, s.dim)]
+        return np.array([self.page_bytes, self.page_size, self.kv_heads, *sides], np.int64)
+
+
+@dataclass(frozen=True)
+class StatePlanes:
+    """Where one Gated DeltaNet layer's state lies in each state of the pool: two planes.
+
+    conv_offset    bytes from the start of a state to the last inputs of the convolution: conv_dtype
+                   [channels, kernel - 1], oldest first
+    state_offset   bytes from the start of a state to the matrices: float32 [value_heads, key_dim, value_dim]
+    state_bytes    bytes from one state of the pool to the next
+    kernel         width of the convolution, which runs over the channels of q | k | v
+    """
+
+    conv_offset: int
+    state_offset: int
+    state_bytes: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    conv_dtype: torch.dtype
+
+    @property
+    def channels(self) -> int:
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @cached_property
+    def geometry(self) -> np.ndarray:
+        """The eight sizes above as one int64 array, which is how compiled kernels take them."""
+        sizes = [self.conv_offset, self.state_offset, self.state_bytes, self.key_heads, self.value_heads]
+        return np.array([*sizes, self.key_dim, self.value_dim, self.kernel], np.int64)
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """The norms of queries and keys (Qwen3): weights [head_dim] of one dtype, which all heads share, and eps."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    eps: float

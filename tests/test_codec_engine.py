@@ -1,0 +1,249 @@
+"""Codecs through the engine: the exactness law for each of them, every family, forks, tails, and clear refusals."""
+
+import oracles
+import pytest
+import torch
+
+from nanokv import SamplingParams
+from nanokv.core.errors import ConfigError
+from nanokv.core.request import Request
+from nanokv.llm import LLM
+
+CODECS = ["fp8", "int8", "int4/tq2", "rot4", "tq2", "tq3", "tq4", "tqp3", "tqp4-orth", "polar", "qjl", "raw/tq4"]
+KIVI = ["kivi2", "kivi4"]
+FAMILIES = ["qwen3", "deepseek_v2_lite", "deepseek_v3", "qwen3_next", "qwen3_5_moe"]
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0, logprobs=0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=20, temperature=0.0, logprobs=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A Llama of two layers with heads of 64, which every codec can write."""
+    return oracles.llama(tmp_path_factory.mktemp("wide"), head_dim=64)
+
+
+def prompts() -> list[list[int]]:
+    shared = oracles.prompt(100, seed=3)
+    return [oracles.prompt(5), oracles.prompt(33, seed=1), shared, [*shared[:70], 5, 6], [*shared[:64], 9], shared[:32]]
+
+
+def answers(llm: LLM, texts: list[list[int]] | None = None, params: SamplingParams = GREEDY):
+    """Tokens and log-probabilities: these show a changed bit that a token would hide."""
+    return [
+        (output.token_ids, [report[token] for token, report in zip(output.token_ids, output.logprobs, strict=True)])
+        for output in llm.generate(prompts() if texts is None else texts, params)
+    ]
+
+
+# ---- exactness ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", [*CODECS, *KIVI])
+def test_hits_chunks_preemption_and_mates_change_no_bit(wide, codec):
+    """Nor does the size of a page, but for KIVI, whose groups are pages."""
+    is_kivi = codec in KIVI
+    with LLM(wide, codec=codec, page_size=32, num_pages=32, max_requests=1, prefix_cache=False) as llm:
+        alone = answers(llm)
+    with LLM(wide, codec=codec, page_size=32 if is_kivi else 8, num_pages=96, max_step_tokens=41) as llm:
+        assert answers(llm) == alone
+        assert answers(llm) == alone and llm.stats()["hit_tokens"] > 0
+        llm.engine.cache.check()
+    texts = [oracles.prompt(length, seed=length) for length in ((28, 29, 30) if is_kivi else (3, 5, 9, 17))]
+    with LLM(wide, codec=codec, page_size=32, num_pages=64, max_requests=1, prefix_cache=False) as llm:
+        alone = answers(llm, texts, LONG)
+    tight = {"page_size": 32, "num_pages": 5} if is_kivi else {"page_size": 4, "num_pages": 14}
+    with LLM(wide, codec=codec, max_step_tokens=32, **tight) as llm:
+        assert answers(llm, texts, LONG) == alone
+        assert llm.stats()["preemptions"] > 0
+        llm.engine.cache.check()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    return oracles.checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("codec", ["tq4", "tqp3", "kivi4"])
+def test_every_family_keeps_the_law_in_codes(family, codec):
+    room = {"num_states": 12, "page_size": 32, "codec": codec}
+    if codec == "kivi4" and "deepseek" in str(family):
+        with pytest.raises(ConfigError, match="codec='kivi4': it writes keys and values in two ways"):
+            LLM(family, num_pages=32, **room)
+        return
+    with LLM(family, num_pages=32, max_requests=1, prefix_cache=False, **room) as llm:
+        alone = answers(llm)
+    with LLM(family, num_pages=32, max_step_tokens=41, **room) as llm:
+        assert answers(llm) == alone
+        assert answers(llm) == alone and llm.stats()["hit_tokens"] > 0
+        llm.engine.cache.check()
+
+
+@pytest.mark.parametrize("codec", ["tq3", "tqp4", "kivi4"])
+def test_samples_of_one_prompt_share_pages_until_they_part(wide, codec):
+    params = SamplingParams(max_tokens=40, n=3, seed=5, ignore_eos=True)
+    text = oracles.prompt(50, seed=2)
+    with LLM(wide, codec=codec, page_size=32, num_pages=32) as llm:
+        three = [output.token_ids for output in llm.generate([text], params)]
+        assert len(set(map(tuple, three))) == 3 and llm.stats()["copies"] > 0
+        again = [output.token_ids for output in llm.generate([text], params)]
+        assert again == three
+        for steps in (1, 2, 5):
+            request_id = llm.engine.add_request(Request(text, params))
+            for _ in range(steps):
+                llm.engine.step()
+            llm.engine.abort(request_id)
+            llm.engine.cache.check()
+        assert llm.stats()["pages_held"] == llm.stats().get("states_held", 0) == 0
+
+
+# ---- quality and modes --------------------------------------------------------------------------------------------
+
+
+def divergence(truth: torch.Tensor, other: torch.Tensor) -> float:
+    truth, other = truth.log_softmax(-1), other.log_softmax(-1)
+    return (truth.exp() * (truth - other)).sum(-1).mean().item()
+
+
+def test_finer_codecs_are_closer_to_raw_and_the_order_is_that_of_their_errors(wide):
+    text = oracles.prompt(150, seed=8)
+
+    def score(codec: str, **fields) -> torch.Tensor:
+        with LLM(wide, codec=codec, page_size=32, num_pages=16, **fields) as llm:
+            return llm.score(text)
+
+    raw = score("raw")
+    loss = {codec: divergence(raw, score(codec)) for codec in ("int8", "fp8", "tq4", "tq3", "tq2", "tqp4", "tqp4-orth")}
+    order = sorted(loss, key=loss.get)
+    assert order == ["int8", "fp8", "tq4", "tqp4-orth", "tq3", "tqp4", "tq2"] or order[:3] == ["int8", "fp8", "tq4"]
+    assert loss["fp8"] < loss["tq4"] / 5 and loss["tqp4-orth"] < loss["tqp4"]
+    native = divergence(raw, score("tq3", native_layers="first1"))
+    assert 0 < native < loss["tq3"]
+    assert torch.equal(score("tq3", native_layers="first1,last1"), raw)
+
+
+@pytest.mark.parametrize("codec", ["tq3", "raw/tq2", "kivi2"])
+def test_fast_prefill_reads_a_chunk_as_it_is(wide, codec):
+    text = oracles.prompt(80, seed=4)
+    with (
+        LLM(wide, page_size=32, num_pages=16) as raw,
+        LLM(wide, codec=codec, prefill="fast", page_size=32, num_pages=16) as fast,
+        LLM(wide, codec=codec, prefill="fast", page_size=32, num_pages=16, max_step_tokens=48) as halves,
+        LLM(wide, codec=codec, page_size=32, num_pages=16) as exact,
+    ):
+        truth, whole, parts = raw.score(text), fast.score(text), halves.score(text)
+        assert torch.allclose(whole, truth, atol=1e-3)
+        assert torch.allclose(parts[:48], truth[:48], atol=1e-3) and not torch.allclose(parts, truth, atol=1e-3)
+        # Decoding reads codes in both.
+        one = exact.generate([text], LONG)[0].token_ids
+        assert len(one) == len(fast.generate([text], LONG)[0].token_ids) == 20
+
+
+def test_centred_keys_keep_what_attention_computes_and_lose_less_of_biased_ones(tmp_path):
+    import safetensors.torch
+
+    folder = oracles.llama(tmp_path, head_dim=64, attention_bias=True)
+    (file,) = folder.glob("*.safetensors")
+    weights = safetensors.torch.load_file(file)
+    for layer in range(2):
+        bias = weights[f"model.layers.{layer}.self_attn.k_proj.bias"].view(-1, 64)
+        bias.zero_()
+        bias[:, 30], bias[:, 31] = 60, -40
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    text = oracles.prompt(150, seed=9)
+
+    def score(**fields) -> tuple[torch.Tensor, str]:
+        with LLM(folder, page_size=32, num_pages=16, **fields) as llm:
+            return llm.score(text), llm.engine.namespace
+
+    raw, _ = score()
+    plain, plain_name = score(codec="tq4")
+    centred, centred_name = score(codec="tq4", center_keys=True)
+    assert divergence(raw, centred) < divergence(raw, plain) / 4
+    assert centred_name != plain_name and centred_name == score(codec="tq4", center_keys=True)[1]
+    # Keys as they are, less a mean: the same softmax.
+    values_only, native = score(codec="raw/int8")[0], score(codec="raw/int8", center_keys=True)[0]
+    assert torch.allclose(values_only, native, atol=1e-2) and not torch.equal(values_only, native)
+
+
+# ---- tails of KIVI ------------------------------------------------------------------------------------------------
+
+
+def test_a_request_of_kivi_starts_at_any_page_and_holds_one_state(wide):
+    text = oracles.prompt(100, seed=6)
+    with LLM(wide, codec="kivi4", page_size=32, num_pages=32, max_requests=5) as llm:
+        llm.generate([text], GREEDY)
+        assert llm.generate([text], GREEDY)[0].cached_tokens == 96
+        stats = llm.stats()
+        assert (stats["states_total"], stats["states_cached"], stats["states_held"]) == (5, 0, 0)
+        assert (
+            llm.engine.layout.state_payload == 2 * 2 * 2 * 32 * 64 * 4
+        )  # layers, sides, heads, tokens, numbers, bytes
+
+
+def test_tails_take_half_of_the_memory_at_most(wide):
+    with LLM(wide, codec="kivi2", page_size=32, kv_memory="1MiB") as llm:
+        stats = llm.stats()
+        assert stats["states_total"] * stats["state_bytes"] <= 2**19
+        assert llm.engine.config.max_requests == stats["states_total"]
+
+
+# ---- refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"codec": "zip"}, "codec='zip': allowed are raw, fp8"),
+        ({"codec": "fp8/zip"}, "codec='fp8/zip': allowed are raw, fp8"),
+        ({"codec": "tq4/kivi4"}, "allowed are raw, fp8"),
+        ({"codec": "tq4/qjl"}, "codec='tq4/qjl': qjl keeps products with keys only"),
+        ({"codec": "kivi4"}, "page_size=16: codec kivi4 makes a group of a page; allowed are 32 and 64"),
+        ({"codec": "tq4", "native_layers": "some"}, "native_layers='some': expected such as 'first2,last2'"),
+        ({"codec": "tq4", "prefill": "slow"}, "prefill='slow': allowed are exact, fast"),
+        ({"center_keys": True}, "center_keys=True: no layer of this model writes keys in codes"),
+    ],
+)
+def test_a_choice_that_cannot_be_honoured_is_named(wide, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        LLM(wide, num_pages=16, **fields)
+
+
+def test_heads_that_a_codec_cannot_write_are_named(tmp_path):
+    narrow = oracles.llama(tmp_path / "narrow", head_dim=24)
+    with pytest.raises(ConfigError, match="codec='tq4': head_dim=24 of this model; allowed are multiples of 16"):
+        LLM(narrow, codec="tq4", num_pages=16)
+    odd = oracles.llama(tmp_path / "odd", head_dim=48)
+    with pytest.raises(ConfigError, match="codec='polar': head_dim=48 of this model; allowed are multiples of 64"):
+        LLM(odd, codec="polar", num_pages=16)
+    with pytest.raises(ConfigError, match="codec='kivi2': head_dim=48"):
+        LLM(odd, codec="kivi2", page_size=32, num_pages=16)
+
+
+def test_latents_take_one_codec_that_is_good_for_values(tmp_path):
+    folder = oracles.checkpoint("deepseek_v3", tmp_path)
+    for codec in ("fp8/tq4", "qjl"):
+        with pytest.raises(ConfigError, match=f"codec='{codec}': multi-head latent attention keeps one latent"):
+            LLM(folder, codec=codec, num_pages=16)
+
+
+@pytest.mark.parametrize("codec", ["tq4", "raw/fp8", "kivi4"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_numbers_that_no_scale_holds_end_a_request_and_not_the_engine(wide, codec, value):
+    text = oracles.prompt(40, seed=4)
+    with LLM(wide, codec=codec, page_size=32, num_pages=16) as llm:
+        truth = llm.generate([text], GREEDY)[0].token_ids
+        llm.reset_prefix_cache()
+        mixer = llm.engine.model.layers[1].mixer
+        project = mixer.qkv
+
+        def broken(x: torch.Tensor) -> torch.Tensor:
+            qkv = project(x)
+            qkv[3, -1] = value
+            return qkv
+
+        mixer.qkv = broken
+        (output,) = llm.generate([text], GREEDY)
+        assert output.finish_reason == "error" and f"codec='{codec}': keys or values reach" in output.error
+        mixer.qkv = project
+        assert llm.generate([text], GREEDY)[0].token_ids == truth
+        llm.engine.cache.check()

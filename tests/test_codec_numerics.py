@@ -1,0 +1,270 @@
+"""Codecs as arithmetic: tables, rotations, errors against theory, packing, and vectors that break careless code."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nanokv.codecs import _SIDES, polarquant, tables
+from nanokv.codecs.basis import Basis, haar, sketch
+from nanokv.codecs.kivi import Groups
+from nanokv.codecs.side import TableSide
+from nanokv.codecs.turboquant_prod import ProdSide
+from nanokv.kernels import ops
+from nanokv.kernels.reference import pack_codes, unpack_codes
+
+CPU = torch.device("cpu")
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def code_of(bits: int, dim: int, scaling: str) -> ops.CodePlane:
+    return ops.CodePlane(0, 0, 0, bits, dim, tables.lloyd_max(bits, dim), scaling)
+
+
+def turboquant(x: torch.Tensor, bits: int, scaling: str) -> torch.Tensor:
+    """Coded and decoded, in rotated space."""
+    code = code_of(bits, x.shape[-1], scaling)
+    return ops.decode(*ops.encode(x, code), code)
+
+
+# ---- tables and rotations -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dim", "bits", "half"),
+    [
+        (64, 1, [0.801007]),
+        (64, 2, [0.452119, 1.499975]),
+        (64, 3, [0.243753, 0.750658, 1.329343, 2.111311]),
+        (64, 4, [0.127352, 0.384718, 0.650494, 0.931894, 1.239404, 1.590849, 2.023310, 2.646370]),
+        (128, 2, [0.452453, 1.505193]),
+        (128, 4, [0.127873, 0.386381, 0.653619, 0.937097, 1.247770, 1.604343, 2.045925, 2.688859]),
+    ],
+)
+def test_tables_are_those_of_lloyd_and_max(dim, bits, half):
+    table = tables.lloyd_max(bits, dim)
+    assert torch.allclose(table, torch.tensor([-c for c in reversed(half)] + half), atol=1e-6)
+    assert torch.equal(table, -table.flip(0))
+    _, means = tables.cells(((table[1:] + table[:-1]) / 2).double().numpy(), dim)
+    assert np.allclose(means, table, atol=1e-6)  # each value is the mean of its cell
+
+
+def test_one_bit_of_a_wide_vector_is_the_mean_of_half_a_normal_distribution():
+    assert tables.lloyd_max(1, 4096)[1] == pytest.approx(math.sqrt(2 / math.pi), abs=1e-4)
+
+
+def test_a_rotation_is_orthogonal_and_spreads_any_vector_alike():
+    matrix = haar(64)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(64, dtype=torch.float64), atol=1e-12)
+    # The first coordinate of R e_1 over many R: its distribution function against that of the Beta density.
+    found = np.sort([float(haar(64, seed)[0, 0]) * 8 for seed in range(1000, 1400)])
+    grid = np.linspace(-2.5, 2.5, 21)
+    mass, _ = tables.cells(grid, 64)
+    empirical = np.searchsorted(found, grid) / len(found)
+    assert np.abs(empirical - np.cumsum(mass)[:-1]).max() < 1.63 / math.sqrt(len(found))  # Kolmogorov, 1 %
+
+
+def test_a_basis_turns_back_what_it_turned():
+    x = noise(5, 3, 64)
+    for matrix in (haar(64), torch.cat((haar(64), sketch(64, 64, False) @ haar(64))), sketch(128, 64, True)):
+        basis = Basis(matrix, CPU)
+        assert torch.allclose(basis.back(basis.exactly(x)), x, atol=1e-4)
+    assert torch.allclose(Basis(haar(64), CPU).to(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+
+
+def test_e4m3_is_the_format_of_eight_bits_in_order():
+    table = tables.e4m3()
+    assert (table.diff() >= 0).all() and table[-1] == 448 and table[0] == -448
+    x = noise(1000) * 100
+    code = ops.CodePlane(0, 0, 0, 8, 1000, table, "absmax")
+    codes, scale = ops.encode(x, code)
+    assert torch.equal(scale, (x.abs().max() / 448).half())
+    expected = (x / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert (table[codes.int()] == expected).float().mean() > 0.999  # but for ties
+
+
+# ---- errors against theory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_error_of_plain_turboquant_is_that_of_theory(dim, bits):
+    y = unit(noise(20_000, dim, seed=bits))  # a rotated vector is as likely as any
+    error = (turboquant(y, bits, "plain") - y).square().sum(-1).mean().item()
+    assert error == pytest.approx(tables.distortion(bits, dim), rel=0.01)
+    assert 4.0**-bits <= error <= math.sqrt(3) * math.pi / 2 * 4.0**-bits
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_no_vector_is_bad_for_all_rotations(dim):
+    vectors = torch.eye(dim)[:1].repeat(6, 1)
+    vectors[1, :2] = torch.tensor([1.0, -1.0])
+    vectors[2, :4] = 1
+    vectors[3] = 1
+    vectors[4:] = noise(2, dim)
+    vectors[5, 7] *= 50 / vectors[5, 7].abs()
+    rotations = torch.stack([haar(dim, seed).float() for seed in range(300)])
+    y = torch.einsum("rij,vj->rvi", rotations, unit(vectors))
+    for bits in (1, 2, 3, 4):
+        error = (turboquant(y, bits, "plain") - y).square().sum(-1).mean(0)
+        assert (error >= 4.0**-bits).all() and (error <= 2.7207 * 4.0**-bits).all(), (bits, error)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_what_a_scale_corrects(bits):
+    dim, distortion = 128, tables.distortion(bits, 128)
+    x = unit(noise(20_000, dim))
+    y = unit(0.7 * x + math.sqrt(1 - 0.49) * unit(noise(20_000, dim, seed=1)))
+    slope = {
+        name: ((turboquant(x, bits, name) * y).sum(-1).mean() / (x * y).sum(-1).mean()).item()
+        for name in ("plain", "unbiased")
+    }
+    assert slope["plain"] == pytest.approx(1 - distortion, abs=0.005)  # codes alone shrink products
+    assert slope["unbiased"] == pytest.approx(1, abs=0.005)
+    lengths = turboquant(x, bits, "length").norm(dim=-1)
+    assert torch.allclose(lengths, torch.ones_like(lengths), rtol=2e-3)  # a scale has 11 bits
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_products_of_turboquant_prod_are_unbiased_with_the_variance_of_theory(bits, orthogonal, monkeypatch):
+    dim, draws, pairs = 64, 60, 400
+    truth, estimates, errors = 0.0, 0.0, []
+    for draw in range(draws):
+        monkeypatch.setattr("nanokv.codecs.turboquant_prod.haar", lambda d, s=draw: haar(d, 5000 + s))
+        matrix = sketch(dim, dim, orthogonal, seed=9000 + draw)
+        monkeypatch.setattr("nanokv.codecs.turboquant_prod.sketch", lambda *_, m=matrix: m)
+        rotation = Basis(haar(dim, 5000 + draw), CPU)
+        monkeypatch.setattr("nanokv.codecs.turboquant_prod.rotation", lambda *_, r=rotation: r)
+        monkeypatch.setattr("nanokv.codecs.turboquant_prod._basis", _fresh_basis)
+        coder = ProdSide("prod", bits, orthogonal).coder(dim, CPU)
+        x = unit(noise(pairs, dim, seed=draw))
+        across = noise(pairs, dim, seed=700 + draw)
+        across = unit(across - (across * x).sum(-1, keepdim=True) * x)
+        s = coder.decode(*coder.encode(x))
+        errors.append((coder.basis.to(across) * s).sum(-1))  # the truth is 0
+        for cos in (0.3, 0.7):
+            y = cos * x + math.sqrt(1 - cos * cos) * across
+            estimates += (coder.basis.to(y) * s).sum().item()
+            truth += cos * pairs
+    assert estimates / truth == pytest.approx(1, abs=0.01)
+    rest = tables.distortion(bits - 1, dim) if bits > 1 else 1.0
+    factor = (math.pi / 2 - 1 if orthogonal else math.pi / 2) * rest
+    assert dim * torch.cat(errors).square().mean().item() == pytest.approx(factor, rel=0.05)
+
+
+def _fresh_basis(dim, orthogonal, device):
+    from nanokv.codecs import turboquant_prod as prod
+
+    rotation = prod.haar(dim)
+    return Basis(torch.cat((rotation, prod.sketch(dim, dim, orthogonal) @ rotation)), device)
+
+
+def test_one_bit_of_turboquant_prod_is_a_sketch_alone():
+    planes = ProdSide("prod", 1, False).planes("k", 1, 64, 16)
+    assert [plane.name for plane in planes] == ["k_signs", "k_scale", "k_rest"]
+
+
+def test_polar_coordinates_lose_nothing_before_they_are_coded():
+    y = noise(100, 4, 16)
+    radius, levels = polarquant.pairs(y)
+    directions = [(a / (a * a + b * b).sqrt(), b / (a * a + b * b).sqrt()) for a, b in levels]
+    assert torch.allclose(polarquant.unite(radius, directions), y, atol=1e-5)
+
+
+def test_the_angles_of_polarquant_and_its_error():
+    degrees = [torch.rad2deg(polarquant.angles(level)) for level in (2, 3, 4)]
+    expected = [[17.75, 36.32, 53.68, 72.25], [24.42, 38.64, 51.36, 65.58], [30.04, 40.45, 49.55, 59.96]]
+    assert torch.allclose(torch.stack(degrees), torch.tensor(expected).double(), atol=0.02)
+    x = unit(noise(20_000, 64))
+    coder = _SIDES["polar"].coder(64, CPU)
+    decoded = coder.basis.back(coder.decode(*coder.encode(x)))
+    assert (decoded - x).square().sum(-1).mean().item() == pytest.approx(0.0321, rel=0.02)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_groups_of_kivi_keep_their_ends_and_round_between(bits):
+    x = noise(3, 32, 8)
+    groups = Groups(bits, -2)
+    decoded = groups.decode(*groups.encode(x))
+    step = (x.amax(-2) - x.amin(-2)) / (2**bits - 1)
+    assert ((decoded - x).abs() <= step[:, None] * 0.505 + 4e-3).all()
+    flat = torch.full((1, 32, 8), 3.0)
+    assert torch.equal(groups.decode(*groups.encode(flat)), flat)
+
+
+# ---- packing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_every_byte_unpacks_and_packs_again(bits):
+    packed = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    codes = unpack_codes(packed, bits)
+    assert codes.shape == (16, 16 * 8 // bits) and codes.max() == 2**bits - 1
+    assert torch.equal(pack_codes(codes, bits), packed)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_codes_survive_packing_at_both_extremes_and_between(bits):
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, (7, 3, 64), generator=generator).byte()
+    codes[0], codes[1] = 0, 2**bits - 1
+    assert torch.equal(ops.join_codes(ops.split_codes(codes, bits), bits), codes)
+    assert sum(part.nbytes for part in ops.split_codes(codes, bits)) == codes.numel() * bits // 8
+
+
+def test_byte_j_holds_coordinate_j_below_and_its_partner_of_the_other_half_above():
+    codes = torch.arange(16, dtype=torch.uint8)
+    assert pack_codes(codes, 4)[3] == 3 + 16 * 11
+    assert pack_codes(codes % 4, 2)[1] == 1 + 4 * 1 + 16 * 1 + 64 * 1 and pack_codes(codes // 4, 2)[0] == 0b11100100
+
+
+# ---- vectors that break careless code -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", _SIDES)
+def test_zero_small_and_large_vectors_come_back(name):
+    dim = 64
+    coder = _SIDES[name].coder(dim, CPU)
+    x = torch.stack(
+        [torch.zeros(dim), unit(noise(dim)) * 1e-3, noise(dim), unit(noise(dim)) * 6e4, torch.full((dim,), 6e4)]
+    )
+    q = unit(noise(200, dim, seed=5))
+    back = (lambda s: s) if coder.basis is None else coder.basis.back
+    decoded = back(coder.decode(*coder.encode(x)))
+    assert decoded.isfinite().all() and (decoded[0] == 0).all()
+    if _SIDES[name].is_sketch or isinstance(_SIDES[name], ProdSide):  # right on the average of products, only
+        queries = q if coder.basis is None else coder.basis.to(q)
+        error = (queries @ coder.decode(*coder.encode(x)).T - q @ x.T).square().mean(0).sqrt()
+        assert (error <= 0.3 * x.norm(dim=-1)).all()
+    else:
+        assert ((decoded - x).norm(dim=-1) <= 0.45 * x.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("dim", [48, 80, 96])
+def test_a_dimension_need_not_be_a_power_of_two(dim):
+    x = unit(noise(8000, dim))
+    for bits in (2, 3, 4):
+        coder = _SIDES[f"tq{bits}"].coder(dim, CPU)
+        error = (coder.basis.back(coder.decode(*coder.encode(x))) - x).square().sum(-1).mean().item()
+        # A scale that keeps the length of each vector changes the error a little.
+        assert 0.93 < error / tables.distortion(bits, dim) < 1.03
+
+
+@pytest.mark.parametrize("name", [name for name, side in _SIDES.items() if isinstance(side, TableSide)])
+def test_more_bits_lose_less(name):
+    limit = {"fp8": 9e-4, "int8": 6e-5, "int4": 0.016, "rot4": 0.0125, "tq4": 0.0095, "tq3": 0.0345, "tq2": 0.121}
+    x = unit(noise(4000, 64))
+    coder = _SIDES[name].coder(64, CPU)
+    s = coder.decode(*coder.encode(x))
+    decoded = s if coder.basis is None else coder.basis.back(s)
+    error = (decoded - x).square().sum(-1).mean().item()
+    assert 0.5 * limit[name] < error < limit[name]
