@@ -1,20 +1,20 @@
 """The ops of the engine, each under one signature; picks the twin for the device. The only module others import.
 
-A tensor on a CPU goes to the numba twins in `cpu/`, any other to the torch twins in `reference/`. numba is imported
-when the first CPU op runs, so that `import nanokv` stays cheap.
+A tensor on a CPU goes to the numba twins in `cpu/`, one on a CUDA device to the Triton twins in `cuda/`, any other to
+the torch twins in `reference/`. numba and triton are imported when the first op on such a tensor runs, so that `import
+nanokv` stays cheap and needs no triton.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from types import ModuleType
 
-import numpy as np
 import torch
 
 from nanokv.core.batch import Batch
 from nanokv.kernels import reference
+from nanokv.kernels.experts import Experts
 from nanokv.kernels.linear import (
     PackedHeadLinear,
     PackedLinear,
@@ -26,93 +26,55 @@ from nanokv.kernels.linear import (
     pack_linear,
     row_invariant,
 )
+from nanokv.kernels.planes import LARGEST_SCALE, CodePlane, CodePlanes, HeadNorms, KVPlanes, StatePlanes
 
 __all__ = [
+    "LARGEST_SCALE",
+    "CodePlane",
+    "CodePlanes",
+    "Experts",
     "HeadNorms",
     "KVPlanes",
     "PackedHeadLinear",
     "PackedLinear",
     "StatePlanes",
     "activation_dtype",
+    "add_experts",
     "add_rms_norm",
     "are_compiled",
+    "code_attention",
+    "decode",
+    "decoded_batch",
     "delta_rule_chunk",
     "delta_rule_step",
     "embed",
+    "encode",
     "gated_rms_norm",
     "head_linear",
+    "join_codes",
     "linear",
     "pack_head_linear",
     "pack_linear",
     "paged_attention",
     "read_latents",
     "rms_norm",
+    "rope",
     "rope_and_store",
     "row_invariant",
+    "row_sum",
     "short_conv",
     "sigmoid_mul",
     "silu_mul",
+    "split_codes",
+    "store_codes",
     "store_latent",
 ]
 
 
-@dataclass(frozen=True)
-class KVPlanes:
-    """Where one attention layer's keys and values lie in a page.
-
-    K of a token and a KV head is `head_dim` numbers at k, then `tail_dim` at tail, which all KV heads share;
-    V of a token and a KV head is `value_dim` numbers at v:
-
-        grouped queries   k and v are planes [kv_heads, page_size, head_dim]; no tail
-        MLA, absorbed     one KV head: k and v are the same plane, the latent [page_size, rank]; the tail is the
-                          rotated key [page_size, rope]
-        MLA, expanded     a page is rows [kv_heads * (nope + value) | rope], one a token, made for one step
-
-    k_offset, v_offset, tail_offset   bytes from the start of a page
-    page_bytes                        bytes from one page of the pool to the next
-    page_size                         tokens in a page, any number
-    token_stride, head_stride         bytes from token to token and from KV head to KV head, for k and v
-    tail_stride                       bytes from token to token, for the tail
-    dtype                             float32, bfloat16 or float16
-    """
-
-    k_offset: int
-    v_offset: int
-    tail_offset: int
-    page_bytes: int
-    page_size: int
-    token_stride: int
-    head_stride: int
-    tail_stride: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    tail_dim: int
-    dtype: torch.dtype
-
-    @cached_property
-    def geometry(self) -> np.ndarray:
-        """The twelve sizes above as one int64 array, which is how compiled kernels take them."""
-        return np.array(
-            [
-                self.k_offset, self.v_offset, self.tail_offset, self.page_bytes, self.page_size, self.token_stride,
-                self.head_stride, self.tail_stride, self.kv_heads, self.head_dim, self.value_dim, self.tail_dim,
-            ],
-            np.int64,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class HeadNorms:
-    """The norms of queries and keys (Qwen3): weights [head_dim] of one dtype, which all heads share, and eps."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    eps: float
-
-
 def _twins(tensor: torch.Tensor) -> ModuleType:
-    return _cpu_twins() if tensor.is_cpu else reference
+    if tensor.is_cpu:
+        return _cpu_twins()
+    return _cuda_twins() if tensor.is_cuda else reference
 
 
 def are_compiled() -> bool:
@@ -128,6 +90,13 @@ def _cpu_twins() -> ModuleType:
     from nanokv.kernels import cpu
 
     return cpu
+
+
+@cache
+def _cuda_twins() -> ModuleType:
+    from nanokv.kernels import cuda
+
+    return cuda
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -182,43 +151,66 @@ def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch
     return _twins(q).paged_attention(q, pool, planes, batch, scale)
 
 
+def store_codes(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batch: Batch) -> None:
+    """Codes and scales of k and v [rows, kv_heads, dim], written to their pages. See reference.store_codes."""
+    _twins(k).store_codes(k, v, pool, planes, batch)
+
+
+def code_attention(q: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batch: Batch, scale: float) -> torch.Tensor:
+    """Attention on codes: q [rows, heads, k.dim] -> [rows, heads * v.dim]. See reference.code_attention."""
+    return _twins(q).code_attention(q, pool, planes, batch, scale)
+
+
+def encode(x: torch.Tensor, plane: CodePlane) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes uint8 [..., dim] and scales float16 [...] of vectors [..., dim]. See reference.encode."""
+    return reference.encode(x, plane)
+
+
+def decode(codes: torch.Tensor, scale: torch.Tensor, plane: CodePlane) -> torch.Tensor:
+    """What codes and scales stand for: float32 [..., dim]. See reference.decode."""
+    return reference.decode(codes, scale, plane)
+
+
+def split_codes(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """Codes of 1, 2, 3, 4 or 8 bits, several in a byte; 3 bits take two arrays. See reference.split_codes."""
+    return reference.split_codes(codes, bits)
+
+
+def join_codes(parts: list[torch.Tensor], bits: int) -> torch.Tensor:
+    """The codes that split_codes split. See reference.join_codes."""
+    return reference.join_codes(parts, bits)
+
+
+def row_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sums over the last axis, each row's bits its own. See reference.row_sum."""
+    return reference.row_sum(x)
+
+
+def decoded_batch(
+    k: torch.Tensor, v: torch.Tensor | None, tail: torch.Tensor | None, batch: Batch, tables: torch.Tensor
+) -> tuple[torch.Tensor, KVPlanes, Batch]:
+    """A pool of decoded pages, and how paged_attention reads it. See reference.decoded_batch."""
+    return reference.decoded_batch(k, v, tail, batch, tables)
+
+
+def rope(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    batch: Batch,
+    num_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    norms: HeadNorms | None = None,
+) -> None:
+    """Norm and rotate q and k in place, as rope_and_store does; nothing is written to pages. See reference.rope."""
+    _twins(qkv).rope(qkv, cos_sin, batch, num_heads, kv_heads, head_dim, norms)
+
+
 def read_latents(
     pool: torch.Tensor, planes: KVPlanes, pages: torch.Tensor, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The latents and rotated keys of a request, gathered out of its pages. See reference.read_latents."""
     return reference.read_latents(pool, planes, pages, length)
-
-
-@dataclass(frozen=True)
-class StatePlanes:
-    """Where one Gated DeltaNet layer's state lies in each state of the pool: two planes.
-
-    conv_offset    bytes from the start of a state to the last inputs of the convolution: conv_dtype
-                   [channels, kernel - 1], oldest first
-    state_offset   bytes from the start of a state to the matrices: float32 [value_heads, key_dim, value_dim]
-    state_bytes    bytes from one state of the pool to the next
-    kernel         width of the convolution, which runs over the channels of q | k | v
-    """
-
-    conv_offset: int
-    state_offset: int
-    state_bytes: int
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    kernel: int
-    conv_dtype: torch.dtype
-
-    @property
-    def channels(self) -> int:
-        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
-
-    @cached_property
-    def geometry(self) -> np.ndarray:
-        """The eight sizes above as one int64 array, which is how compiled kernels take them."""
-        sizes = [self.conv_offset, self.state_offset, self.state_bytes, self.key_heads, self.value_heads]
-        return np.array([*sizes, self.key_dim, self.value_dim, self.kernel], np.int64)
 
 
 def short_conv(
@@ -257,3 +249,30 @@ def delta_rule_chunk(
 def gated_rms_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm of each head times silu(z): [rows, heads * dim] -> the same. See reference.gated_rms_norm."""
     return _twins(x).gated_rms_norm(x, z, weight, eps)
+
+
+def add_experts(
+    out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: Experts
+) -> None:
+    """out += the weighted results of each row's experts: silu(gate) * up, then down (Shazeer et al. 2017). IN PLACE.
+
+    Off the GPU expert after expert takes its rows, so a row's experts are added in the order of their ids. On it, where
+    the host must not wait to learn the counts, all pairs of a row and an expert are sorted and multiplied at once.
+
+    out, x    [rows, width]
+    weights   float32 [rows, per_token]
+    chosen    int64 [rows, per_token], the experts of a row, each at most once
+    """
+    if x.is_cuda:
+        _cuda_twins().add_experts(out, x, weights, chosen, experts)
+        return
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    rows, factors = order // chosen.shape[1], weights.flatten()[order].to(x.dtype).unsqueeze(1)
+    first = 0
+    for expert, count in enumerate(flat.bincount().tolist()):
+        if count:
+            mine = slice(first, first + count)
+            hidden = silu_mul(linear(x[rows[mine]], experts.gate_up[expert]))
+            out.index_add_(0, rows[mine], linear(hidden, experts.down[expert]) * factors[mine])
+            first += count

@@ -1,0 +1,28 @@
+"""The Triton twins: the same ops as in reference/, tiled for the GPU. Importing this needs triton, running it a GPU."""
+
+from nanokv.kernels.cuda.attention import paged_attention
+from nanokv.kernels.cuda.code_attention import code_attention
+from nanokv.kernels.cuda.codes import store_codes
+from nanokv.kernels.cuda.delta_rule import delta_rule_chunk, delta_rule_step
+from nanokv.kernels.cuda.elementwise import add_rms_norm, gated_rms_norm, rms_norm, sigmoid_mul, silu_mul
+from nanokv.kernels.cuda.moe import add_experts
+from nanokv.kernels.cuda.short_conv import short_conv
+from nanokv.kernels.cuda.store import rope, rope_and_store, store_latent
+
+__all__ = [
+    "add_experts",
+    "add_rms_norm",
+    "code_attention",
+    "delta_rule_chunk",
+    "delta_rule_step",
+    "gated_rms_norm",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "rope_and_store",
+    "short_conv",
+    "sigmoid_mul",
+    "silu_mul",
+    "store_codes",
+    "store_latent",
+]

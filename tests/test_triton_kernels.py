@@ -1,0 +1,62 @@
+"""The Triton twins agree with their references: in triton's interpreter, which needs no GPU, and on a GPU."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+OFF = {"float32": 1e-5, "bfloat16": 1e-2}  # the interpreter cuts bfloat16 off where a GPU rounds: twice the error
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+
+def names() -> list[str]:
+    """The cases, read and not imported: here triton must not be, it would compile."""
+    tree = ast.parse((HERE / "triton_cases.py").read_text())
+    table = next(node for node in tree.body if isinstance(node, ast.AnnAssign) and node.target.id == "CASES")
+    return [name.id for name in table.value.generators[0].iter.elts]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, float]:
+    """How far each case is off. Whether kernels are interpreted is settled when triton is imported: its own process."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, "-W", "ignore", HERE / "triton_cases.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("the interpreter of this triton takes no loop bounds from this numpy (triton 3.6, numpy 2.4)")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("format", OFF)
+@pytest.mark.parametrize("case", names())
+def test_a_twin_in_the_interpreter_agrees_with_its_reference(interpreted, case, format):
+    assert interpreted[f"{case} {format}"] <= OFF[format]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", OFF)
+@pytest.mark.parametrize("case", names())
+def test_a_twin_on_a_gpu_agrees_with_its_reference(case, format):
+    import triton_cases
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    assert triton_cases.run(case, format, "cuda") <= OFF[format]
+
+
+def test_a_cpu_imports_no_triton():
+    program = "import sys, torch; from nanokv.kernels import ops; ops.silu_mul(torch.ones(1, 2)); print([*sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=HERE.parent)
+    assert "nanokv.kernels.cuda" not in ast.literal_eval(shown.stdout)
