@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nanokv.core.request import Request, SamplingParams
-from nanokv.engine.sampler import sample, uniform
+from nanokv.engine import sampler
+from nanokv.engine.sampler import uniform
 
 EOS = (2,)
 
@@ -14,9 +15,14 @@ EOS = (2,)
 def request_with(tokens=(5, 6, 7), generated=(), index=0, seed=1, **params) -> Request:
     request = Request(list(tokens), SamplingParams(**params))
     request.tokens = array("i", [*tokens, *generated])
-    request.num_prompt = len(tokens)
+    request.num_prompt, request.num_computed = len(tokens), len(request.tokens)
     request.seed, request.index = seed, index
     return request
+
+
+def sample(logits, requests, eos):
+    last = torch.tensor([request.tokens[-1] for request in requests])
+    return sampler.sample(logits, requests, last, eos).fetch()
 
 
 def counts(logits: list[float], draws: int = 4000, **params) -> torch.Tensor:

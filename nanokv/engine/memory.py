@@ -3,34 +3,116 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from nanokv.cache.store import CacheStore
 from nanokv.core.config import EngineConfig, parse_bytes
 from nanokv.core.errors import ConfigError
+from nanokv.core.request import Request, SamplingParams
 from nanokv.core.spec import PageLayout
+from nanokv.engine.device_sampler import sample_on_device
+from nanokv.engine.inputs import batch_of, on_device
+from nanokv.engine.scheduler import SCORE_ROWS
+from nanokv.models.decoder import Decoder
 
 CPU_SHARE, CPU_MOST = 0.25, 4 * 2**30
 
 
-def pool_size(config: EngineConfig, layout: PageLayout, device: torch.device) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Memory:
+    """Bytes for pages and states: `limit` can be had, `default` is taken where the user does not choose."""
+
+    limit: int
+    default: int
+
+
+def memory_for_pages(config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device) -> Memory:
+    """What the device can give. On a GPU the largest step is run once, to see what it needs beside the pages.
+
+    model    bound to the layout
+    Raises   ConfigError when gpu_memory_fraction leaves nothing
+    """
+    if device.type == "cpu":
+        free = free_memory()
+        return Memory(free, int(min(free * CPU_SHARE, CPU_MOST)))
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run_largest_step(config, model, layout, device)
+    torch.cuda.synchronize(device)
+    step_bytes = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return gpu_memory(total, free, step_bytes, config.gpu_memory_fraction)
+
+
+def gpu_memory(total: int, free: int, step_bytes: int, fraction: float) -> Memory:
+    """Bytes for pages on a GPU of `total` bytes, `free` of them free with the weights loaded.
+
+        |---- in use: weights, others ----|---- pages ----|-- largest step --|----- left alone -----|
+                                                                             ^ fraction * total
+
+    Raises   ConfigError when nothing is left for pages
+    """
+    left = int(total * fraction) - (total - free) - step_bytes
+    if left <= 0:
+        raise ConfigError(
+            f"gpu_memory_fraction={fraction}: of {total:,} bytes {total - free:,} are in use and a step needs "
+            f"{step_bytes:,}, which leaves none for pages; a smaller max_step_tokens needs less"
+        )
+    return Memory(left, left)
+
+
+@torch.inference_mode()
+def run_largest_step(config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device) -> None:
+    """A prompt of max_step_tokens and the sampling of max_requests rows, over a store of one page and one state.
+
+    Every token is written to that page: what it computes means nothing, what it allocates is what a real step does.
+    """
+    num_rows = min(config.max_step_tokens, model.config.max_positions)
+    positions = np.arange(num_rows, dtype=np.int32)
+    wanted = min(num_rows, max(config.max_requests, SCORE_ROWS))
+    arrays = {
+        "token_ids": np.zeros(num_rows, np.int64),
+        "positions": positions,
+        "write_pages": np.zeros(num_rows, np.int32),
+        "write_slots": positions % config.page_size,
+        "request_starts": np.array([0, num_rows], np.int32),
+        "page_tables": np.zeros((1, layout.pages_for(num_rows)), np.int32),
+        "logit_rows": np.arange(wanted, dtype=np.int64),
+        "state_ids": np.zeros(1 if layout.state_bytes else 0, np.int32),
+    }
+    store = CacheStore(layout, 1, device, num_states=len(arrays["state_ids"]))
+    logits = model.forward(batch_of(on_device(arrays, device), config.page_size), store)
+    requests = [Request([0], SamplingParams(top_p=0.9)) for _ in range(min(config.max_requests, wanted))]
+    last = torch.zeros(len(requests), dtype=torch.int64, device=device)
+    sample_on_device(logits[: len(requests)], requests, last, ()).fetch()
+
+
+def pool_size(config: EngineConfig, layout: PageLayout, free: Memory) -> tuple[int, int]:
     """Pages and states of the pools.
 
     Where layers are recurrent, memory is divided in two halves: states get as many bytes as pages. For every request
     that runs there are two states (one that moves, one checkpoint); what is left keeps checkpoints of the prefix cache.
-    Raises ConfigError when not even one page and two states fit, or more is asked for than there is.
+    Where states are only tails of unfinished pages, there are as many as max_requests, in half of the memory at most.
+    Raises ConfigError when not even one page and the states of one request fit, or more is asked for than there is.
     """
-    page_bytes, state_bytes, free = max(layout.page_bytes, 1), layout.state_bytes, free_memory(device)
+    page_bytes, state_bytes = max(layout.page_bytes, 1), layout.state_bytes
     halves = 2 if state_bytes and config.num_states is None else 1
     if config.num_pages is not None:
         memory, asked = config.num_pages * page_bytes * halves, f"num_pages={config.num_pages}"
     elif config.kv_memory is not None:
         memory, asked = parse_bytes(config.kv_memory, "kv_memory"), f"kv_memory={config.kv_memory!r}"
     else:
-        memory, asked = int(min(free * CPU_SHARE, CPU_MOST)), "kv_memory=None"
+        memory, asked = free.default, "kv_memory=None"
     num_states = 0
     if state_bytes:
-        num_states = config.num_states or max(memory // halves // state_bytes, 2)
+        most = max(memory // halves // state_bytes, layout.states_per_request)
+        if not layout.is_recurrent:
+            most = config.max_requests if config.num_pages is not None else min(most, config.max_requests)
+        num_states = config.num_states or most
         if config.num_pages is None:
             memory = memory - num_states * state_bytes
             halves = 1
@@ -39,15 +121,13 @@ def pool_size(config: EngineConfig, layout: PageLayout, device: torch.device) ->
         beside = f", beside {num_states} states of {state_bytes:,} bytes" if num_states else ""
         raise ConfigError(f"{asked}: one page of {config.page_size} tokens takes {page_bytes:,} bytes{beside}")
     total = num_pages * page_bytes + num_states * state_bytes
-    if total > free:
-        raise ConfigError(f"{asked}: {total:,} bytes for pages and states, but only {free:,} bytes are free")
+    if total > free.limit:
+        raise ConfigError(f"{asked}: {total:,} bytes for pages and states, but only {free.limit:,} bytes are free")
     return num_pages, num_states
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device` without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+def free_memory() -> int:
+    """Bytes of main memory that can still be allocated without swapping."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:

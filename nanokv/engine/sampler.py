@@ -8,6 +8,8 @@ probabilities, so neither batch mates nor preemption nor a hand-over to another 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,24 +22,56 @@ CANDIDATES = 512
 """Most likely tokens looked at first: a nucleus rarely needs more, and 512 of 49,152 sort in a tenth of the time."""
 
 
+Reports = list[dict[int, float] | None]
+"""For each row {token id: log-probability} where it was asked for, else None."""
+
+
+class Sampled(Protocol):
+    """What a step samples: on the device at once, on the host when it is fetched."""
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """int64 [rows] on the device; what stands in a row whose logits are not finite means nothing."""
+
+    def fetch(self) -> tuple[list[int | None], Reports]:
+        """Waits for the step. A token a row, None where the row's logits are not finite, and the reports."""
+
+
+@dataclass(frozen=True)
+class HostSampled:
+    """Tokens that were chosen on the host."""
+
+    tokens: list[int | None]
+    reports: Reports
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        return torch.tensor([0 if token is None else token for token in self.tokens], dtype=torch.int64)
+
+    def fetch(self) -> tuple[list[int | None], Reports]:
+        return self.tokens, self.reports
+
+
 @torch.inference_mode()
 def sample(
-    logits: torch.Tensor, requests: list[Request], eos_token_ids: Collection[int]
-) -> tuple[list[int | None], list[dict[int, float] | None]]:
-    """One token a row; None where the row's logits are not finite.
+    logits: torch.Tensor, requests: list[Request], last_token_ids: torch.Tensor, eos_token_ids: Collection[int]
+) -> HostSampled:
+    """One token a row, on the host.
 
-    logits    float32 [rows, vocab]; changed in place where a request asks for a penalty or min_tokens
-    requests  the request of each row; the token sampled stands at position request.num_tokens
-    Returns   the tokens, and for each row {token id: log-probability} where it was asked for, else None.
-              Log-probabilities are the model's own, before penalty, temperature and filters.
+    logits          float32 [rows, vocab]; changed in place where a request asks for a penalty or min_tokens
+    requests        the request of each row, advanced: the token sampled stands at position request.num_computed
+    last_token_ids  int64 [rows], the token of each request at the position before
+    Returns         log-probabilities are the model's own, before penalty, temperature and filters
     """
-    raw = [_log_probabilities(logits[row], request) for row, request in enumerate(requests)]
-    for row, request in enumerate(requests):
-        _shape(logits[row], request, eos_token_ids)
+    raw = [
+        logits[row].log_softmax(dim=-1) if request.params.logprobs is not None else None
+        for row, request in enumerate(requests)
+    ]
+    reshape(logits, requests, last_token_ids, eos_token_ids)
     largest = logits.max(dim=-1)
     is_sound = largest.values.isfinite().tolist()
     tokens = [token if sound else None for token, sound in zip(largest.indices.tolist(), is_sound, strict=True)]
-    drawn = [row for row, request in enumerate(requests) if is_sound[row] and request.params.temperature > COLDEST]
+    drawn = [row for row, request in enumerate(requests) if is_sound[row] and is_drawn(request)]
     if drawn:
         temperatures = torch.tensor([requests[row].params.temperature for row in drawn], device=logits.device)
         # Subtracting the maximum first keeps a small temperature from overflowing to infinity.
@@ -45,9 +79,13 @@ def sample(
         best = probabilities.topk(min(CANDIDATES, probabilities.shape[-1]), dim=-1)
         for i, row in enumerate(drawn):
             tokens[row] = _draw(requests[row], probabilities[i], best.values[i], best.indices[i])
-    return tokens, [
-        _report(scores, token, request) for scores, token, request in zip(raw, tokens, requests, strict=True)
-    ]
+    reports = [_report(scores, token, request) for scores, token, request in zip(raw, tokens, requests, strict=True)]
+    return HostSampled(tokens, reports)
+
+
+def is_drawn(request: Request) -> bool:
+    """Whether chance has a say."""
+    return request.params.temperature > COLDEST
 
 
 def uniform(seed: int, index: int, position: int) -> float:
@@ -56,15 +94,26 @@ def uniform(seed: int, index: int, position: int) -> float:
     return float(np.random.Generator(bits).random())
 
 
-def _shape(row: torch.Tensor, request: Request, eos_token_ids: Collection[int]) -> None:
-    params = request.params
-    if params.repetition_penalty != 1.0:
-        seen = torch.from_numpy(np.unique(np.array(request.tokens, np.int64))).to(row.device)
-        scores = row[seen]
-        row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
-    if request.num_generated < params.min_tokens:
-        banned = [*params.stop_token_ids] if params.ignore_eos else [*params.stop_token_ids, *eos_token_ids]
-        row[banned] = -torch.inf
+def noise(request: Request) -> float:
+    """The number that decides about the next token of a request."""
+    return uniform(request.seed, request.index, request.num_computed)
+
+
+def reshape(
+    logits: torch.Tensor, requests: list[Request], last_token_ids: torch.Tensor, eos_token_ids: Collection[int]
+) -> None:
+    """Penalty and min_tokens, in place. The token before may be known on the device only: `last_token_ids` has it."""
+    for i, request in enumerate(requests):
+        params = request.params
+        if params.repetition_penalty != 1.0:
+            row, known = logits[i], np.array(request.tokens[: request.num_computed], np.int64)
+            # Some tokens come more than once: each time they get the same new score.
+            seen = torch.cat((torch.from_numpy(known).to(row.device), last_token_ids[i : i + 1]))
+            scores = row[seen]
+            row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+        if request.num_computed - request.num_prompt < params.min_tokens:
+            banned = [*params.stop_token_ids] if params.ignore_eos else [*params.stop_token_ids, *eos_token_ids]
+            logits[i, banned] = -torch.inf
 
 
 def _draw(request: Request, row: torch.Tensor, best: torch.Tensor, best_ids: torch.Tensor) -> int:
@@ -88,15 +137,9 @@ def _draw(request: Request, row: torch.Tensor, best: torch.Tensor, best_ids: tor
         weights = np.where(weights >= params.min_p * weights.max(), weights, 0.0)
     cumulated = np.cumsum(weights)
     # Rounding must not carry the product up to the total: nothing lies beyond it.
-    target = min(
-        uniform(request.seed, request.index, request.num_tokens) * cumulated[-1], np.nextafter(cumulated[-1], 0.0)
-    )
+    target = min(noise(request) * cumulated[-1], np.nextafter(cumulated[-1], 0.0))
     place = int(np.searchsorted(cumulated, target, side="right"))
     return place if ids is None else int(ids[place])
-
-
-def _log_probabilities(row: torch.Tensor, request: Request) -> torch.Tensor | None:
-    return row.log_softmax(dim=-1) if request.params.logprobs is not None else None
 
 
 def _report(scores: torch.Tensor | None, token: int | None, request: Request) -> dict[int, float] | None:

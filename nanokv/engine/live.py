@@ -1,0 +1,151 @@
+"""LiveRequests: every sample that has not ended, and what its caller gets to see. Knows no step and no tensor."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection, Iterable, Iterator
+
+from nanokv.cache.manager import CacheManager
+from nanokv.core.events import EventLog
+from nanokv.core.request import Request, RequestMetrics, RequestOutput
+from nanokv.engine.answer import Answer
+from nanokv.engine.scheduler import Scheduler
+from nanokv.text.tokenizer import Tokenizer
+
+
+class LiveRequests:
+    """The samples of each live request id, and the outputs that nobody has taken yet.
+
+    A token is appended in `append`, and nowhere else.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        cache: CacheManager,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: Collection[int],
+        events: EventLog,
+    ) -> None:
+        self._scheduler = scheduler
+        self._cache = cache
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._events = events
+        self._samples: dict[str, list[Request]] = {}
+        self._outputs: list[RequestOutput] = []
+
+    def __contains__(self, request_id: str | None) -> bool:
+        return request_id in self._samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._samples))
+
+    @property
+    def has_outputs(self) -> bool:
+        return bool(self._outputs)
+
+    def take_outputs(self) -> list[RequestOutput]:
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def put_back(self, outputs: list[RequestOutput]) -> None:
+        self._outputs.extend(outputs)
+
+    def open(self, request: Request) -> None:
+        """A request begins: it waits."""
+        self._prepare_answer(request)
+        self._samples[request.request_id] = [request]
+        self._scheduler.add(request)
+
+    def of(self, requests: Iterable[Request]) -> list[Request]:
+        """Every live sample of these requests: siblings share the fate of a step, forked in it or not."""
+        ids = dict.fromkeys(request.request_id for request in requests)
+        return [sample for request_id in ids for sample in self._samples.get(request_id, ())]
+
+    def of_id(self, request_id: str) -> list[Request]:
+        """The live samples of one request."""
+        return list(self._samples.get(request_id, ()))
+
+    def siblings(self, request: Request) -> list[Request]:
+        """The other samples of a request whose prompt is being computed, not live yet: `fork` makes them so."""
+        children: list[Request] = []
+        for index in range(1, request.num_forks + 1):
+            child = Request(request.prompt_token_ids, request.params, request.request_id)
+            child.index, child.seed, child.max_tokens = index, request.seed, request.max_tokens
+            child.num_prompt, child.num_computed = request.num_prompt, request.num_computed
+            child.tokens = array("i", request.tokens)
+            child.logprobs = [] if request.logprobs is not None else None
+            child.metrics = RequestMetrics(request.metrics.arrival, request.metrics.first_scheduled)
+            self._prepare_answer(child)
+            children.append(child)
+        return children
+
+    def fork(self, request: Request, children: list[Request]) -> None:
+        """The prompt has been computed: from here on its samples share its pages and run beside it."""
+        request.num_forks -= len(children)
+        for child in children:
+            self._cache.fork(request, child)
+            self._scheduler.join(child)
+            self._samples[request.request_id].append(child)
+
+    def append(self, request: Request, token: int | None, scores: dict[int, float] | None, now: float) -> None:
+        """One more token, sampled at `now`; it may end the sample. None where the model's logits were not finite."""
+        params = request.params
+        if token is None:
+            self.finish(request, "error", "the model's logits are not finite; a wider dtype may help")
+            return
+        request.tokens.append(token)
+        request.metrics.token_times.append(now)
+        if scores is not None:
+            request.logprobs.append(scores)
+        is_eos = token in params.stop_token_ids or (not params.ignore_eos and token in self._eos_token_ids)
+        if request.answer is not None and not is_eos:
+            request.answer.push(token, request.num_generated >= params.min_tokens)
+        if is_eos or (request.answer is not None and request.answer.stopped):
+            self.finish(request, "stop")
+        elif request.num_generated >= request.max_tokens:
+            self.finish(request, "length")
+        else:
+            self._outputs.append(self._output(request))
+
+    def finish(self, request: Request, reason: str, error: str | None = None) -> None:
+        """A sample ends, and with it those that were to be forked from it; the pages go back."""
+        self._scheduler.remove(request)
+        request.finish_reason, request.error = reason, error
+        if request.answer is not None:
+            request.answer.flush(reason in ("stop", "length"))
+        samples = self._samples[request.request_id]
+        samples.remove(request)
+        if not samples:
+            del self._samples[request.request_id]
+        if self._events.on:
+            self._events.write("finish", request=request.request_id, index=request.index, reason=reason)
+        for index in range(request.index, request.index + request.num_forks + 1):
+            output = self._output(request)
+            output.index = index
+            self._outputs.append(output)
+
+    def _prepare_answer(self, request: Request) -> None:
+        if self._tokenizer is not None and not request.wants_all_logits:
+            request.answer = Answer(self._tokenizer, request.params.stop)
+
+    def _output(self, request: Request) -> RequestOutput:
+        answer: Answer | None = request.answer
+        return RequestOutput(
+            request_id=request.request_id,
+            index=request.index,
+            prompt_token_ids=request.prompt_token_ids,
+            token_ids=request.tokens[request.num_prompt :].tolist(),
+            delta=answer.take_delta() if answer is not None else "",
+            text=answer.text if answer is not None else "",
+            finish_reason=request.finish_reason,
+            error=request.error,
+            cached_tokens=request.num_cached,
+            kv_matched_tokens=request.num_kv_matched,
+            logprobs=list(request.logprobs) if request.logprobs is not None else None,
+            metrics=request.metrics,
+        )

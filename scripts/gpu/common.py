@@ -1,0 +1,89 @@
+"""What the parts of the GPU report share: the size of a run, timing on a device, models of random weights."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from nanokv.hub.catalog import CATALOG
+from nanokv.llm import LLM
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The device; `quick`: sizes so small that a CPU gets through, which proves the report and measures nothing."""
+
+    device: str
+    quick: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+
+def seconds(call: Callable[[], Any], run: Run, calls: int = 20) -> float:
+    """Seconds of one call, median of 5: on a GPU from a graph of `calls` of them, so that launching costs nothing."""
+    for _ in range(3):
+        call()
+    if run.device == "cpu":
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begin)
+        return median(times)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    times = []
+    for _ in range(6):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / calls)
+    return median(times[1:])
+
+
+def small(config: dict) -> dict:
+    """The same family with two to four layers, few experts and few tokens."""
+    if "text_config" in config:
+        return {**config, "text_config": small(config["text_config"])}
+    tiny = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "intermediate_size": 256}
+    layers = 4 if "full_attention_interval" in config or "layer_types" in config else 2
+    for name, value in (("n_routed_experts", 4), ("num_experts_per_tok", 2), ("moe_intermediate_size", 64)):
+        if config.get(name):
+            tiny[name] = value
+    if "layer_types" in config:
+        tiny["layer_types"] = config["layer_types"][:layers]
+    return {**config, **tiny, "num_hidden_layers": layers}
+
+
+def config_of(name: str, run: Run) -> dict:
+    return small(CATALOG[name].config) if run.quick else CATALOG[name].config
+
+
+@contextmanager
+def dummy(name: str, run: Run, **fields: Any) -> Iterator[LLM]:
+    """A model of the catalog with random weights, on the run's device."""
+    if run.quick:
+        fields = {"kv_memory": "64MiB", **fields}
+    with TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config_of(name, run)), encoding="utf-8")
+        dtype = str(run.dtype).removeprefix("torch.")
+        with LLM(folder, load="dummy", device=run.device, dtype=dtype, **fields) as llm:
+            yield llm

@@ -1,0 +1,90 @@
+"""The whole engine on random weights: decode, prefill, graphs and overlap on and off, prefix caching, transformers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from statistics import median
+
+import torch
+from gpu.common import Row, Run, config_of, dummy
+
+from nanokv.bench.decode import measure_decode
+from nanokv.bench.measure import decode_speed, prefill_speed, warm_up
+from nanokv.bench.prefix import measure_prefix
+
+
+def engine(run: Run, model: str) -> Iterator[Row]:
+    """Prefill and decode of one model: tokens/s, and the share of the memory bandwidth."""
+    prompt, batches, contexts = (48, [1, 2], [32]) if run.quick else (2048, [1, 16], [256, 4096])
+    with dummy(model, run) as llm:
+        warm_up(llm, prompt)
+        yield {"name": f"{model} prefill", "shape": f"{prompt:,} tokens", "tokens_per_s": prefill_speed(llm, prompt)}
+        for row in measure_decode(llm, batches, contexts, steps=4 if run.quick else 30):
+            shape = f"{row['batch']} x {row['context_tokens']:,}"
+            yield {"name": f"{model} decode", "shape": shape, "tokens_per_s": row["output_tokens_per_s"], **row}
+
+
+def switches(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
+    """Decode steps with and without graphs and overlap, each in an engine of its own."""
+    steps, context = (4, 32) if run.quick else (60, 1024)
+    for graphs in (True, False):
+        for overlap in (True, False):
+            with dummy(model, run, graphs=graphs, overlap=overlap) as llm:
+                warm_up(llm, context)
+                for batch in (1, 16):
+                    speed = decode_speed(llm, batch, context, steps)
+                    name = f"graphs {'on' if graphs else 'off'}, overlap {'on' if overlap else 'off'}"
+                    yield {"name": f"{model} decode", "shape": f"{batch} x {context:,}, {name}", "tokens_per_s": speed,
+                           "step_s": batch / speed}  # fmt: skip
+
+
+WITH_KERNELS = ("raw", "fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4")
+"""The other codecs are decoded into pages made for one step."""
+
+
+def codecs(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
+    """Decode steps over the pages of each codec: time is attention's and the codec's, weights being the same."""
+    shapes = [(2, 32)] if run.quick else [(16, 4096), (16, 16_384)]
+    for codec in WITH_KERNELS:
+        with dummy(model, run, codec=codec) as llm:
+            warm_up(llm, 64)
+            for batch, context in shapes:
+                speed = decode_speed(llm, batch, context, 4 if run.quick else 20)
+                yield {"name": f"codec {codec}", "shape": f"{batch} x {context:,}", "tokens_per_s": speed,
+                       "step_s": batch / speed, "bytes_per_token": llm.stats()["bytes_per_token"]}  # fmt: skip
+
+
+def prefix(run: Run) -> Iterator[Row]:
+    """`bench prefix` at long prompts, as the field's articles run it."""
+    prompt, output, clients = (64, 4, [1, 2]) if run.quick else (10_000, 64, [1, 4, 16, 32])
+    with dummy("qwen3-1.7b", run, max_requests=max(clients)) as llm:
+        for count in clients:  # one after the other: what has been measured stands, whatever comes
+            for row in measure_prefix(llm, prompt, output, [0.0, 0.5, 0.9], [count], count if run.quick else None):
+                shape = f"{count} clients, {row['shared_tokens']:,} of {prompt:,} shared"
+                yield {"name": "bench prefix qwen3-1.7b", "shape": shape, **row}
+
+
+@torch.inference_mode()
+def transformers(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
+    """The same model in transformers: one request, its own cache."""
+    import transformers as hf
+
+    config = config_of(model, run)
+    made = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**config), dtype=run.dtype)
+    made = made.to(run.device).eval()
+    prompt, context, steps = (48, 32, 3) if run.quick else (2048, 256, 40)
+
+    def forward(count: int, cache: hf.DynamicCache) -> float:
+        begin = time.perf_counter()
+        ids = torch.ones(1, count, dtype=torch.int64, device=run.device)
+        made(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax().item()  # item() waits
+        return time.perf_counter() - begin
+
+    times = [forward(prompt, hf.DynamicCache(config=made.config)) for _ in range(4)]
+    yield {"name": f"transformers {model} prefill", "shape": f"{prompt:,} tokens",
+           "tokens_per_s": prompt / median(times[1:])}  # fmt: skip
+    cache = hf.DynamicCache(config=made.config)
+    forward(context, cache)
+    times = [forward(1, cache) for _ in range(steps)]
+    yield {"name": f"transformers {model} decode", "shape": f"1 x {context:,}", "tokens_per_s": 1 / median(times[2:])}

@@ -1,0 +1,56 @@
+"""scripts/gpu_report.py: its skeleton on a CPU. Whatever a part does, the rest of the report is written."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+gpu_report = import_module("gpu_report")
+
+
+def test_a_quick_run_on_a_cpu_writes_json_and_a_table(tmp_path):
+    path = tmp_path / "report.json"
+    command = [sys.executable, "scripts/gpu_report.py", "--quick", "--device", "cpu", "--only", "limits", "--only"]
+    done = subprocess.run([*command, "kernels", "--json", path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    limits, kernels = report["parts"]
+    assert "error" not in limits and "error" not in kernels
+    assert all(row["seconds"] > 0 for row in kernels["rows"])
+    assert {row["name"] for row in kernels["rows"]} >= {"attention decode", "MLA decode", "GDN step", "silu_mul"}
+    assert all("bytes_share" in row for row in kernels["rows"])
+    assert report["about"]["versions"]["torch"] and report["quick"]
+    table = path.with_suffix(".md").read_text()
+    assert table.count("\n") == 2 + len(limits["rows"]) + len(kernels["rows"])
+
+
+def test_a_part_that_fails_says_why_and_one_that_hangs_is_stopped():
+    failed = gpu_report.run_part("engine nobody", "cpu", True, 120)
+    assert "KeyError: 'nobody'" in failed["error"] and failed["rows"] == []
+    stopped = gpu_report.run_part("kernels", "cpu", True, 0.2)
+    assert stopped["error"] == "stopped after 0 s"
+
+
+def test_the_time_that_is_left_is_the_limit_of_the_next_part(tmp_path, monkeypatch):
+    seen = []
+
+    def run_part(part, device, quick, limit):
+        seen.append((part, limit))
+        return {"part": part, "seconds": 1.0, "rows": [{"name": "a", "error": "no"}]}
+
+    monkeypatch.setattr(gpu_report, "run_part", run_part)
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--json", str(tmp_path / "r.json"), "--budget", "60"])
+    gpu_report.main()
+    assert [part for part, _ in seen] == list(gpu_report.LIMITS)
+    assert all(limit <= 60 for _, limit in seen)
+    assert "- **limits: a **: no" in (tmp_path / "r.md").read_text()
+
+
+def test_the_engine_starts_without_packages_that_it_may_not_need():
+    """A machine with a GPU may have neither the readers of other formats nor a hub to fetch from."""
+    code = "import sys; sys.modules.update(dict.fromkeys(['gguf', 'msgspec', 'huggingface_hub', 'triton'])); "
+    code += "import nanokv.llm, nanokv.cli.main, nanokv.bench.prefix"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

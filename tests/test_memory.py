@@ -1,0 +1,49 @@
+"""How much memory pages get, on a CPU and on a GPU."""
+
+import oracles
+import pytest
+import torch
+
+from nanokv import EngineConfig
+from nanokv.codecs import resolve_codec
+from nanokv.core.errors import ConfigError
+from nanokv.core.spec import PageLayout
+from nanokv.engine.memory import Memory, gpu_memory, memory_for_pages, pool_size, run_largest_step
+from nanokv.models.config import ModelConfig
+from nanokv.models.loader import load_model
+
+GIB = 2**30
+
+
+def test_a_gpu_gives_its_fraction_less_what_is_used_and_what_a_step_needs():
+    assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5) == Memory(25 * GIB, 25 * GIB)
+
+
+def test_a_gpu_without_room_for_pages_is_an_error_that_names_the_field():
+    with pytest.raises(ConfigError, match="gpu_memory_fraction=0.5.*max_step_tokens"):
+        gpu_memory(80 * GIB, 40 * GIB, 1, 0.5)
+
+
+@pytest.mark.parametrize("fraction", [0, 1.5, "most", True])
+def test_a_fraction_is_a_number_up_to_one(fraction):
+    with pytest.raises(ConfigError, match="gpu_memory_fraction"):
+        EngineConfig(gpu_memory_fraction=fraction)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "qwen3_5"])
+def test_the_largest_step_runs_over_a_store_of_one_page(family, tmp_path):
+    folder = oracles.checkpoint(family, tmp_path)
+    model_config = ModelConfig.from_folder(folder)
+    codec = resolve_codec("raw", torch.float32)
+    model = load_model(folder, model_config, torch.float32, torch.device("cpu"), codec, 16)
+    layout = PageLayout(model.specs, 16)
+    model.bind(layout)
+    seen = []
+    original = model.forward
+    model.forward = lambda batch, store: seen.append((batch, store)) or original(batch, store)
+    run_largest_step(EngineConfig(max_step_tokens=200, max_requests=8), model, layout, torch.device("cpu"))
+    ((batch, store),) = seen
+    assert batch.num_rows == 200 and store.num_pages == 1
+    memory = memory_for_pages(EngineConfig(), model, layout, torch.device("cpu"))
+    assert 0 < memory.default <= memory.limit
+    assert pool_size(EngineConfig(num_pages=3, num_states=4), layout, memory)[0] == 3
