@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from nanokv.core.config import EngineConfig
     from nanokv.core.errors import NanokvError
     from nanokv.core.request import RequestOutput, SamplingParams
+    from nanokv.disagg.config import DisaggConfig
     from nanokv.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "EngineConfig", "NanokvError", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "DisaggConfig", "EngineConfig", "NanokvError", "RequestOutput", "SamplingParams", "__version__"]
 
 _HOMES = {
     "LLM": "nanokv.llm",
+    "DisaggConfig": "nanokv.disagg.config",
     "EngineConfig": "nanokv.core.config",
     "NanokvError": "nanokv.core.errors",
     "RequestOutput": "nanokv.core.request",

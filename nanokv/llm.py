@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import torch
 
-from nanokv.codecs import resolve_codec
+from nanokv.codecs import codec_of
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError, NanokvError, RequestError
 from nanokv.core.request import Request, RequestOutput, SamplingParams
+from nanokv.disagg.config import DisaggConfig
+from nanokv.engine.device import choose_device
 from nanokv.engine.engine import Engine
 from nanokv.hub.home import resolve_model
 from nanokv.kernels import ops
@@ -35,32 +38,52 @@ class LLM:
     model     a catalog name, a hub id that has been pulled, or a folder with config.json, *.safetensors and
               tokenizer.json (which may be missing when prompts are token ids)
     config    EngineConfig, or its fields as keywords
+    disagg    DisaggConfig: long prompts are computed in other processes, which live as long as this object
     Raises    ConfigError, CheckpointError; weights are not fetched here, `nanokv pull NAME` does that
 
     Threads may call it at the same time: their requests run in the same steps.
     """
 
-    def __init__(self, model: str | Path, config: EngineConfig | None = None, **fields: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        config: EngineConfig | None = None,
+        disagg: DisaggConfig | None = None,
+        **fields: Any,
+    ) -> None:
         if config is not None and fields:
             raise ConfigError(f"{', '.join(fields)}: give a config or fields, not both")
         self.config = config if config is not None else EngineConfig.from_fields(**fields)
+        self.disagg = disagg
         self.folder = resolve_model(model)
-        self.device = resolve_device(self.config.device)
+        chosen = choose_device(self.config.device)
+        self.device, self.device_reason = chosen.device, chosen.reason
         self.model_config = ModelConfig.from_folder(self.folder)
         self.dtype = resolve_dtype(self.config.dtype, self.model_config)
-        codec = resolve_codec(self.config.codec, self.dtype)
+        codec = codec_of(self.config, self.dtype, self.model_config.attention_layers)
         self.tokenizer = Tokenizer.from_folder(self.folder)
-        decoder = load_model(
-            self.folder,
-            self.model_config,
-            dtype=self.dtype,
-            device=self.device,
-            codec=codec,
-            page_size=self.config.page_size,
-            load=self.config.load,
-            seed=self.config.seed,
-        )
-        self.engine = Engine(decoder, self.config, self.tokenizer, self.device)
+        with ExitStack() as stack:
+            split = None
+            if disagg is not None:
+                from nanokv.disagg.split import Split  # its messages need msgspec, which nothing else does
+
+                split = Split(disagg, self.folder, self.config, self.device, self.dtype)
+                stack.callback(split.close)
+            decoder = load_model(
+                self.folder,
+                self.model_config,
+                dtype=self.dtype,
+                device=self.device,
+                codec=codec,
+                page_size=self.config.page_size,
+                load=self.config.load,
+                seed=self.config.seed,
+            )
+            prefiller = None if split is None else split.dispatcher
+            self.engine = Engine(decoder, self.config, self.tokenizer, self.device, prefiller)
+            if split is not None:
+                split.open(self.engine, self.model_config)
+            stack.pop_all()
         self._inbox: dict[str, deque[RequestOutput]] = {}
         self._lock = RLock()  # held while a request is queued, stepped or dropped, and its outputs handed out
         self._closed = False
@@ -157,6 +180,11 @@ class LLM:
         evictions, copies                           cached pages dropped for room; shared pages copied before a write
         preemptions, steps                          requests sent back to the queue; engine steps
         requests_running, requests_waiting          right now
+        with disagg also:
+        prefill_workers_ready, requests_remote      right now; requests whose pages another process may write into
+        remote_prefills, remote_tokens              attempts handed over, and their uncached tokens
+        remote_lost, worker_deaths                  attempts that came to nothing; workers that died or were killed
+        stale_messages                              messages of an attempt or a pool that is gone: dropped
         row_invariant                               whether this machine's matrix products give a row the same bits
                                                     whatever its batch mates, which exactness rests on
         """
@@ -167,7 +195,8 @@ class LLM:
         self.engine.reset_prefix_cache()
 
     def close(self) -> None:
-        """Abort what runs and close the event log; no request is taken after that. Safe to call twice."""
+        """Abort what runs, end other processes and close the event log; no request is taken after that. Safe to call
+        twice."""
         with self._lock:
             self._closed = True
             self.engine.close()
@@ -257,21 +286,6 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         raise RequestError(f"prompts={prompts!r:.60}: expected a text, a list of token ids, or a list of either")
     one = len(prompts) > 0 and not isinstance(prompts[0], (str, Sequence))
     return [prompts] if one else list(prompts)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device of a name; "auto" takes CUDA where it is there. Raises ConfigError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device={name!r}: allowed are auto, cpu, cuda, cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name!r}: allowed are auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"device={name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu")
-    return device
 
 
 def resolve_dtype(name: str, model: ModelConfig) -> torch.dtype:

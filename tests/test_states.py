@@ -3,12 +3,17 @@
 import random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_cache import House
 
 from nanokv.cache.pool import StatePool
+from nanokv.cache.radix import RadixTree
+from nanokv.cache.states import States
 from nanokv.core.errors import CacheError
+from nanokv.core.request import Request, SamplingParams
+from nanokv.core.spec import LayerSpec, PageLayout, Plane
 
 
 def prompt(length: int, start: int = 0) -> list[int]:
@@ -99,8 +104,8 @@ def test_who_waits_for_a_prefix_asks_for_a_checkpoint_there():
     assert place.cache.chunk(first, 22) == 13
     place.schedule(first, 13)
     place.run()
+    place.schedule(first, place.cache.chunk(first, 9))  # before the state moves on, it is copied
     assert matched(place, [*prompt(16), 99]) == (16, 16)
-    place.schedule(first, place.cache.chunk(first, 9))
     place.run()
     assert not place.cache.expect(first, 8)  # the state has moved past
 
@@ -192,6 +197,31 @@ def test_a_preempted_request_resumes_at_its_tail():
     place.run()
 
 
+def test_a_checkpoint_of_a_step_on_its_way_is_filed_when_the_step_comes_back():
+    place = house()
+    request = place.request(prompt(11))
+    place.admit(request)
+    place.run(come_back=False)  # 8 tokens: a boundary, but nothing is published yet
+    place.schedule(request, 3)
+    assert place.cache.stats()["states_cached"] == 0
+    place.cache.commit(request)  # the step before comes back, the next one has not run
+    assert place.cache.stats()["states_cached"] == 1
+    place.run()
+    assert matched(place, prompt(11)) == (8, 8)
+    place.drop(request)
+
+
+def test_a_state_torn_by_a_failed_step_is_not_kept():
+    place = house()
+    request = place.request(prompt(9))
+    place.admit(request)
+    place.run()
+    request.num_scheduled = 1  # a step that stopped halfway
+    place.cache.release(request)
+    place.running.remove(request)
+    assert place.cache.stats()["states_cached"] == 0
+
+
 def test_without_a_prefix_cache_nothing_is_kept_and_nothing_is_cut():
     place = house(prefix_cache=False)
     request = place.request(prompt(11))
@@ -251,3 +281,25 @@ def test_no_request_ever_goes_on_from_a_foreign_state(seed, num_moves, num_state
         place.drop(request)
     place.cache.reset()
     assert place.cache.stats()["states_free"] == num_states
+
+
+def test_tails_of_unfinished_pages_need_no_checkpoint():
+    tail = Plane("tail", (1,), torch.float32, token_axis=None)
+    kept = Plane("k", (4, 1), torch.float32, token_axis=0)
+    layout = PageLayout([LayerSpec(paged=(kept,), tail=(tail,))], 4)
+    assert (layout.is_recurrent, layout.states_per_request, layout.state_bytes) == (False, 1, 16)
+    tree = RadixTree(4)
+    states = States(3, 4, None, tree, layout.is_recurrent)
+    node, _ = tree.match(b"")
+    assert states.reachable(node) is node
+    requests = [Request([1] * 9, SamplingParams()) for _ in range(3)]
+    for request in requests:
+        states.open(request, node, 0)
+        assert states.chunk(request, 9) == 9 and states.expect(request, 4)
+        states.capture(request)
+        states.settle(request)
+    assert states.take_copies() == [] and sorted(request.state_id for request in requests) == [0, 1, 2]
+    states.check(requests)
+    states.release(requests[0])
+    states.fork(requests[1], requests[0])
+    assert states.take_copies() == [(requests[1].state_id, requests[0].state_id)]

@@ -58,6 +58,72 @@ DECODE: Columns = (
     ("GB/s", lambda row: f"{row['bytes_per_s'] / 1e9:.1f}"),
     ("of the limit", lambda row: _percent(row["bandwidth_share"])),
 )
+DISAGG: Columns = (
+    ("mode", lambda row: row["mode"]),
+    ("gap p50", lambda row: _seconds(row["tpot_p50_s"])),
+    ("gap p99", lambda row: _seconds(row["tpot_p99_s"])),
+    ("longest", lambda row: _seconds(row["longest_stall_s"])),
+    ("TTFT p50", lambda row: _seconds(row["ttft_p50_s"])),
+    ("prompts/s", lambda row: _rate(row["requests_per_s"])),
+    ("tokens/s", lambda row: _rate(row["output_tokens_per_s"])),
+    ("hand-over", lambda row: "" if row["hand_over_s"] is None else _seconds(row["hand_over_s"])),
+    ("moved", lambda row: f"{row['bytes_moved']:,} B"),
+)
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def _spread(row: Row, name: str, digits: str) -> str:
+    return f"{row[name]:{digits}} ± {row[f'{name}_std']:{digits}}"
+
+
+CODEC_BYTES: Columns = (
+    ("codec", lambda row: row["codec"]),
+    ("bits", lambda row: f"{row['true_bits']:.3g}"),
+    ("bytes/token", lambda row: f"{row['bytes_per_token']:,.0f}"),
+    ("smaller", lambda row: f"{row['smaller_than_bfloat16']:.2f} x"),
+    ("tokens/GiB", lambda row: f"{row['tokens_in_1gib']:,}"),
+    ("at once", lambda row: str(row.get("requests_at_once", ""))),
+    ("MSE of K", lambda row: _error(row["random_k_mse"])),
+    ("theory", lambda row: _error(row["theory_k_mse"])),
+    ("MSE of V", lambda row: _error(row["random_v_mse"])),
+    ("theory", lambda row: _error(row["theory_v_mse"])),
+)
+CODEC_QUALITY: Columns = (
+    ("codec", lambda row: row["codec"]),
+    ("bits", lambda row: f"{row['true_bits']:.3g}"),
+    ("KL", lambda row: _spread(row, "kl", ".2g")),
+    ("top-1", lambda row: f"{_percent(row['top1_agreement'])} ± {100 * row['top1_agreement_std']:.1f}"),
+    ("ppl", lambda row: f"{row['perplexity']:.4g}"),
+    ("to raw", lambda row: _spread(row, "perplexity_ratio", ".3f")),
+    ("attention", lambda row: _error(row["attention_error"])),
+    ("model's K", lambda row: _error(row["model_k_mse"])),
+    ("its V", lambda row: _error(row["model_v_mse"])),
+)
+
+
+def codec_speed(rows: Sequence[Row]) -> tuple[Columns, list[Row]]:
+    """A line for each codec, a column for each batch and context."""
+    speed = [row for row in rows if row["part"] == "speed"]
+    points = list(dict.fromkeys((row["batch"], row["context_tokens"]) for row in speed))
+    lines: dict[str, Row] = {}
+    for row in speed:
+        line = lines.setdefault(row["codec"], {"codec": row["codec"]})
+        line[row["batch"], row["context_tokens"]] = f"{_rate(row['output_tokens_per_s'])} ({row['speed_ratio']:.2f} x)"
+    columns = [
+        (f"{batch} x {context:,}", lambda line, at=(batch, context): line.get(at, "")) for batch, context in points
+    ]
+    return (("tokens/s (to raw)", lambda line: line["codec"]), *columns), list(lines.values())
+
+
+def codec_tables(rows: Sequence[Row]) -> list[tuple[Columns, Sequence[Row], str | None]]:
+    """What is stored and its errors; what the model still says; speed."""
+    of_codecs = [row for row in rows if row["part"] == "codec"]
+    columns, lines = codec_speed(rows)
+    tables = [(CODEC_BYTES, of_codecs, None), (CODEC_QUALITY, of_codecs, None), (columns, lines, None)]
+    return tables if lines else tables[:2]
 
 
 def table(columns: Columns, rows: Sequence[Row], group: str | None = None) -> Table:
@@ -123,6 +189,58 @@ def draw_decode(figure: Figure, rows: Sequence[Row]) -> None:
         axes.set(title=title, xlabel="requests in the batch")
         _from_zero(axes)
     axes.legend()
+
+
+def draw_disagg(figure: Figure, rows: Sequence[Row]) -> None:
+    """A panel a mode, one scale: each gap between two tokens of a running answer, over time; prompts as lines."""
+    panels = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, row in zip(panels, rows, strict=True):
+        axes.plot(row["gap_times_s"], [1000 * gap for gap in row["gaps_s"]], ".", markersize=3)
+        for arrival in row["arrivals_s"]:
+            axes.axvline(arrival, color="tab:orange", linewidth=0.8)
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        axes.set(title=f"{row['mode']}: p99 {_seconds(row['tpot_p99_s'])}, longest {_seconds(row['longest_stall_s'])}",
+                 ylabel="ms between tokens")  # fmt: skip
+    panels[-1].set_xlabel(f"seconds; orange: a prompt of {rows[0]['prompt_tokens']:,} tokens arrives")
+
+
+def draw_codecs(figure: Figure, rows: Sequence[Row]) -> None:
+    """Two panels: KL divergence over true bits, a labelled point a codec; decode speed to raw over the context."""
+    quality, speed = figure.subplots(1, 2)
+    whole = [
+        row for row in rows if row["part"] == "codec" and "raw/" not in row["codec"] and "/raw" not in row["codec"]
+    ]
+    for row in whole:
+        if row["kl"] > 0:  # raw in float32 is the reference itself: no place on a logarithmic axis
+            low = min(row["kl_std"], 0.9 * row["kl"])
+            bars = [[low], [row["kl_std"]]]
+            quality.errorbar(row["true_bits"], row["kl"], yerr=bars, marker="o", linewidth=1, color=_colour(row, whole))
+            quality.annotate(f" {row['codec']}", (row["true_bits"], row["kl"]), fontsize=8)
+    quality.set(yscale="log", xlabel="true bits a number", ylabel="nats a token", title="KL divergence to raw float32")
+    quality.grid(alpha=0.3)
+    names = list(dict.fromkeys(row["codec"] for row in rows))
+    alone = [row for row in rows if row["part"] == "speed" and row["batch"] == 1 and row["codec"] != "raw"]
+    for name in [name for name in names if any(row["codec"] == name for row in alone)]:
+        points = [row for row in alone if row["codec"] == name]
+        contexts, ratios = ([row[field] for row in points] for field in ("context_tokens", "speed_ratio"))
+        speed.plot(contexts, ratios, marker="o", label=name, color=_colour(points[0], whole))
+    speed.axhline(1, color="grey", linewidth=1, linestyle="--")
+    contexts = sorted({row["context_tokens"] for row in alone})
+    speed.set(xscale="log", xlabel="tokens of context", title="decode speed, 1 request, to raw")
+    speed.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    speed.minorticks_off()
+    _from_zero(speed)
+    if alone:
+        speed.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _colour(row: Row, rows: Sequence[Row]) -> tuple[float, float, float, float]:
+    """The same for a codec in both panels."""
+    from matplotlib import colormaps
+
+    names = [other["codec"] for other in rows]
+    return colormaps["tab20"](names.index(row["codec"]) % 20 if row["codec"] in names else 0)
 
 
 def _groups(rows: Sequence[Row], name: str) -> dict[int, list[Row]]:

@@ -54,11 +54,12 @@ class Cache(Protocol):
 class CacheManager:
     """Pages for requests: found in the prefix tree, taken from the pool, published, shared and given back.
 
-    layout         PageLayout, of which only page_size matters here
+    layout         PageLayout, of which only page_size and is_recurrent matter here
     num_pages      pages in the pool
     prefix_cache   False: nothing is published and nothing is found
     events         EventLog, or None
-    num_states     states in the pool, two for each request that runs; 0 where no layer is recurrent
+    num_states     states in the pool: two for each request that runs where a layer is recurrent, one where layers only
+                   keep tails of unfinished pages, else 0
     state_interval tokens between further checkpoints of states, or None
     """
 
@@ -72,10 +73,16 @@ class CacheManager:
         state_interval: int | None = None,
     ) -> None:
         self.page_size = layout.page_size
+        self._layout = layout
         self.prefix_cache = prefix_cache
+        self._is_recurrent = layout.is_recurrent
         self._pool = PagePool(num_pages)
         self._tree = RadixTree(layout.page_size)
-        self._states = States(num_states, layout.page_size, state_interval, self._tree) if num_states else None
+        self._states = (
+            States(num_states, layout.page_size, state_interval, self._tree, layout.is_recurrent)
+            if num_states
+            else None
+        )
         self._events = events if events is not None else EventLog(None)
         self._live: set[Request] = set()
         self._copies: list[tuple[int, int]] = []
@@ -93,7 +100,7 @@ class CacheManager:
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold this many tokens."""
-        return -(-num_tokens // self.page_size)
+        return self._layout.pages_for(num_tokens)
 
     # -- the four verbs
 
@@ -138,6 +145,8 @@ class CacheManager:
             self._counters["hit_tokens"] += request.num_cached
             self._counters["kv_hit_tokens"] += request.num_kv_matched
             self._counters["queried_tokens"] += request.num_tokens
+        if self._states is not None and self.prefix_cache:
+            self._states.capture(request)
         return True
 
     def commit(self, request: Request, in_flight: int = 0) -> None:
@@ -150,8 +159,8 @@ class CacheManager:
         self._expect_live(request)
         if self.prefix_cache:
             self._publish(request, min(request.num_computed - in_flight, request.num_tokens))
-            if self._states is not None and not in_flight:
-                self._states.checkpoint(request)
+            if self._states is not None:
+                self._states.settle(request)
 
     def release(self, request: Request) -> None:
         """The request lets go of everything: it has finished, was aborted, or is preempted. What is published stays.
@@ -170,6 +179,29 @@ class CacheManager:
         request.node, request.pages = None, array("i")
         request.num_published = request.num_computed = 0
         self._log("free", request, freed)
+
+    # -- computed elsewhere
+
+    def lend(self, request: Request) -> list[tuple[int, int]]:
+        """(position, state) of each checkpoint that whoever computes this request elsewhere is to leave on the way."""
+        self._expect_live(request)
+        if self._states is None or not self.prefix_cache:
+            return []
+        return sorted(self._states.lend(request).items())
+
+    def adopt(self, request: Request) -> None:
+        """All known tokens of a request have been computed elsewhere, into its pages and states: it goes on from there.
+
+        Publishes page by page up to each checkpoint, which goes to the node that ends there, and then the rest.
+        """
+        self._expect_live(request)
+        if self.prefix_cache:
+            if self._states is not None:
+                for position, state in sorted(self._states.take_lent(request).items()):
+                    self._publish(request, position)
+                    self._states.place(request.node, state)
+            self._publish(request, request.num_tokens)
+        request.num_computed = request.num_tokens
 
     # -- forks
 
@@ -223,7 +255,7 @@ class CacheManager:
 
     def prefix_length(self, request: Request) -> int:
         """Tokens that `match` would find right now. Holds, splits and touches nothing."""
-        look = self._tree.length if self._states is None else self._tree.state_length
+        look = self._tree.state_length if self._is_recurrent else self._tree.length
         return look(self._matchable(request), request.params.cache_salt) * self.page_size
 
     def chunk(self, request: Request, num_tokens: int) -> int:

@@ -12,9 +12,13 @@ answer, when the request lets go; (4) every `interval` tokens. The first, second
 can be copied only between steps. States leave the tree least recently used first, and with the pages they stand on;
 pages stay behind when a state goes.
 
+A checkpoint is copied when the next step is planned, before the state moves on, and filed in the tree when the pages up
+to it are published. Where a step is still on its way that comes later: until then the copy waits as the tail.
+
 Copies are listed and run in order before the next step. In this order each source still holds what it held when its
 copy was listed: who gets a freed slot writes into it later. No request ever waits for a slot: each may have two, and
-the engine runs at most half as many requests as there are slots.
+the engine runs at most half as many requests as there are slots. A codec that writes a page when it is full keeps the
+unfinished page of each request in a slot, too; that is empty at page boundaries and needs none of the above.
 Source: the state checkpoints of SGLang's MambaRadixCache and of vLLM's aligned mode.
 """
 
@@ -28,6 +32,9 @@ from nanokv.cache.radix import Node, RadixTree
 from nanokv.core.errors import CacheError
 from nanokv.core.request import Request
 
+NUM_LENT = 2
+"""Checkpoints that a request may have in the making in another process: they cannot be evicted, so few."""
+
 
 @dataclass
 class Recurrence:
@@ -37,12 +44,14 @@ class Recurrence:
     tail      the slot of its latest private checkpoint, or None
     tail_at   position of that checkpoint
     wanted    positions at which a checkpoint for the tree is to be taken, page boundaries
+    lent      position -> slot of the checkpoints that another process takes; None where this one computes
     """
 
     slot: int
     tail: int | None = None
     tail_at: int = 0
     wanted: set[int] = field(default_factory=set)
+    lent: dict[int, int] | None = None
 
 
 class States:
@@ -51,9 +60,14 @@ class States:
     num_states   slots in all
     page_size    tokens in a page: checkpoints stand at its multiples
     interval     tokens between further checkpoints, or None
+    recurrent    False: states hold only what belongs to unfinished pages and are empty at every page boundary; then
+                 requests start anywhere, and no checkpoint is taken
     """
 
-    def __init__(self, num_states: int, page_size: int, interval: int | None, tree: RadixTree) -> None:
+    def __init__(
+        self, num_states: int, page_size: int, interval: int | None, tree: RadixTree, recurrent: bool = True
+    ) -> None:
+        self._recurrent = recurrent
         self.num_evictions = 0
         self._pool = StatePool(num_states)
         self._page_size = page_size
@@ -66,7 +80,7 @@ class States:
 
     def reachable(self, node: Node) -> Node:
         """The deepest node on the way up that has a state: where a request may start; a root when there is none."""
-        while node.parent is not None and node.state is None:
+        while self._recurrent and node.parent is not None and node.state is None:
             node = node.parent
         return node
 
@@ -84,6 +98,8 @@ class States:
 
     def chunk(self, request: Request, num_tokens: int) -> int:
         """How many of the next `num_tokens` to compute in one step, so that it ends where a checkpoint is due."""
+        if not self._recurrent:
+            return num_tokens
         start, size = request.num_computed, self._page_size
         stops = {*request.recurrence.wanted, (request.num_tokens - 1) // size * size}
         if self._interval is not None:
@@ -92,27 +108,72 @@ class States:
 
     def expect(self, request: Request, position: int) -> bool:
         """Somebody will want to start at `position` of this request's tokens; False when it has moved past."""
+        if not self._recurrent:
+            return True
         if request.num_computed > position:
             return False
+        if request.recurrence.lent is not None:
+            return position in request.recurrence.lent  # too late to ask for more
         request.recurrence.wanted.add(position)
         return True
 
-    def checkpoint(self, request: Request) -> None:
-        """After a step: copies the state where it stands at a page boundary and the pages up to there are published."""
-        position = request.num_computed
-        if position == 0 or position != request.num_published * self._page_size:
+    def capture(self, request: Request) -> None:
+        """Before a step moves the state on: copies it where it stands at a page boundary. `settle` files the copy."""
+        position, held = request.num_computed, request.recurrence
+        if not self._recurrent or position == 0 or position % self._page_size:
             return
-        held = request.recurrence
-        if self._is_kept(request, position):
-            if request.node.state is None and (slot := self._slot()) is not None:
-                self._copies.append((held.slot, slot))
-                self._attach(request.node, slot)
+        if self._ends_at(request, position) and request.node.state is not None:
             held.wanted.discard(position)
+            return
+        held.tail = held.tail if held.tail is not None else self._slot()
+        if held.tail is not None:
+            held.tail_at = position
+            self._copies.append((held.slot, held.tail))
+            self.settle(request)
+
+    def settle(self, request: Request) -> None:
+        """Hands the tail over to the tree where it is meant for it, once the pages up to there are published."""
+        held = request.recurrence
+        at = held.tail_at
+        if held.tail is None or not self._ends_at(request, at) or not self._is_kept(request, at):
+            return
+        held.wanted.discard(at)
+        if request.node.state is None:
+            self._attach(request.node, held.tail)
+            held.tail = None
+
+    def lend(self, request: Request) -> dict[int, int]:
+        """Slots for the checkpoints that another process is to take while it computes all known tokens.
+
+        The end of the prompt first, which the next turn starts from, then the deepest other one; as many as there are
+        slots for.
+        """
+        start, end, size = request.num_computed, request.num_tokens, self._page_size
+        if not self._recurrent:
+            start = end  # nothing between the pages: a tail is empty there
+        ends = {(request.num_prompt - 1) // size * size}
+        others = set(request.recurrence.wanted)
+        if self._interval is not None:
+            others |= set(range(self._interval, end, self._interval))
+        order = [*ends, *sorted(others - ends, reverse=True)]
+        lent: dict[int, int] = {}
+        for position in [position for position in order if start < position < end][:NUM_LENT]:
+            if (slot := self._slot()) is not None:
+                lent[position] = slot
+        request.recurrence.lent = lent
+        return lent
+
+    def take_lent(self, request: Request) -> dict[int, int]:
+        """The same, written by now: the caller brings each to its node with `place`."""
+        lent, request.recurrence.lent = request.recurrence.lent or {}, None
+        return lent
+
+    def place(self, node: Node, slot: int) -> None:
+        """A checkpoint for `node`, at whose end it stands; free again where the node has one."""
+        if node.state is None and node.parent is not None:
+            self._attach(node, slot)
         else:
-            held.tail = held.tail if held.tail is not None else self._slot()
-            if held.tail is not None:
-                held.tail_at = position
-                self._copies.append((held.slot, held.tail))
+            self._pool.release(slot)
 
     def fork(self, parent: Request, child: Request) -> None:
         """A slot for `child` with a copy of the parent's state. Raises CacheError where the child ends before it."""
@@ -122,16 +183,22 @@ class States:
         self._copies.append((parent.recurrence.slot, child.recurrence.slot))
 
     def release(self, request: Request) -> None:
-        """Gives the slots back; the tail stays in the tree if the request's published pages end where it stands."""
+        """Gives the slots back; one that stands where the request's published pages end stays in the tree.
+
+        The slot that moves is trusted only between steps: one that failed halfway may have torn it, here or elsewhere.
+        """
         held, request.recurrence, request.state_id = request.recurrence, None, None
-        self._pool.release(held.slot)
-        if held.tail is None:
-            return
-        ends_there = request.num_published * self._page_size == held.tail_at
-        if ends_there and request.node.parent is not None and request.node.state is None:
-            self._attach(request.node, held.tail)
-        else:
-            self._pool.release(held.tail)
+        is_whole = self._recurrent and request.num_scheduled == 0 and held.lent is None
+        slots = {held.slot: request.num_computed if is_whole else None}
+        if held.tail is not None:
+            slots[held.tail] = held.tail_at
+        for slot, position in slots.items():
+            if position and self._ends_at(request, position) and request.node.state is None:
+                self._attach(request.node, slot)
+            else:
+                self._pool.release(slot)
+        for slot in (held.lent or {}).values():
+            self._pool.release(slot)
 
     def drop(self, nodes: Iterable[Node]) -> None:
         """Frees the states of nodes whose last pages are gone."""
@@ -166,6 +233,7 @@ class States:
         """Recounts every slot. Raises CacheError where the books disagree."""
         owned = [request.recurrence.slot for request in requests]
         owned += [request.recurrence.tail for request in requests if request.recurrence.tail is not None]
+        owned += [slot for request in requests for slot in (request.recurrence.lent or {}).values()]
         in_tree = {node: node.state for node in self._tree.nodes() if node.state is not None}
         if in_tree != self._cached:
             raise CacheError("the tree and the list of cached states disagree")
@@ -179,6 +247,10 @@ class States:
             raise CacheError(f"{request} gets no state: more requests run than half the number of states")
         request.recurrence, request.state_id = Recurrence(slot, wanted={branch}), slot
         return slot
+
+    def _ends_at(self, request: Request, position: int) -> bool:
+        """Whether the request's published pages end at `position`, and so at a node of the tree."""
+        return request.num_published * self._page_size == position and request.node.parent is not None
 
     def _is_kept(self, request: Request, position: int) -> bool:
         """Whether a checkpoint at this boundary is for the tree, rather than the tail that the next replaces."""

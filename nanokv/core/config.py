@@ -14,6 +14,7 @@ from nanokv.core.errors import ConfigError
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SCHEDULES = ("fcfs", "longest-prefix")
 _LOADS = ("auto", "dummy")
+_PREFILLS = ("exact", "fast")
 
 
 def parse_bytes(value: int | str, field: str = "size") -> int:
@@ -41,11 +42,21 @@ class EngineConfig:
     dtype: str = "auto"
     """Weights and activations: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"."""
     codec: str = "raw"
-    """How the numbers of a page are written; "raw" keeps the model's dtype."""
+    """How the numbers of a page are written: a name, or "K/V" for two; "raw" keeps the model's dtype."""
+    native_layers: str = ""
+    """Layers whose pages stay raw, counted among those with attention: "first2,last2"."""
+    prefill: str = "exact"
+    """"exact": a prompt reads its own keys and values through the codec, so that results do not depend on chunks and
+    prefix hits; "fast": what comes in one step with them is read as it is. No difference for the raw codec."""
+    center_keys: bool = False
+    """Take the mean of each layer's keys, measured before the first request, off the keys that a codec writes."""
     page_size: int = 16
     """Tokens in a page: what is allocated, shared and evicted at once."""
     kv_memory: int | str | None = None
-    """Bytes for pages and states ("512MiB"). Default on a CPU: a quarter of free memory, 4 GiB at most."""
+    """Bytes for pages and states ("512MiB"). Default on a CPU: a quarter of free memory, 4 GiB at most; on a GPU see
+    gpu_memory_fraction."""
+    gpu_memory_fraction: float = 0.9
+    """Share of a GPU's memory that this process may fill: weights, the largest step, and the rest for pages."""
     num_pages: int | None = None
     """Pages in the pool, instead of kv_memory."""
     num_states: int | None = None
@@ -60,6 +71,12 @@ class EngineConfig:
     """Requests that run at once; more wait."""
     max_model_len: int | None = None
     """Tokens a request may reach, prompt and answer together. Default: what the model was trained for."""
+    overlap: bool | None = None
+    """Plan the next step while the device computes this one. Default: yes on a GPU, no on a CPU, which computes as it
+    is told."""
+    graphs: bool | None = None
+    """Run decode steps from static buffers, on a GPU as CUDA graphs. Default: yes on a GPU, no on a CPU, where it saves
+    nothing."""
     schedule: str = "fcfs"
     """Order of waiting requests: "fcfs", or "longest-prefix" (cached prefixes first, with ageing)."""
     seed: int = 0
@@ -86,17 +103,25 @@ class EngineConfig:
             parse_bytes(self.kv_memory, "kv_memory")
             if self.num_pages is not None:
                 raise ConfigError("kv_memory and num_pages both size the pool: give one of them")
-        for name, allowed in (("schedule", _SCHEDULES), ("load", _LOADS)):
+        for name, allowed in (("schedule", _SCHEDULES), ("load", _LOADS), ("prefill", _PREFILLS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+        if not isinstance(self.native_layers, str):
+            raise ConfigError(f"native_layers={self.native_layers!r}: expected such as 'first2,last2'")
         if self.event_log is not None and not isinstance(self.event_log, str):
             raise ConfigError(f"event_log={self.event_log!r}: expected a path as text")
         for name in ("device", "dtype", "codec"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected a name")
-        for name in ("prefix_cache", "debug_checks"):
+        for name in ("prefix_cache", "center_keys", "debug_checks"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected True or False")
+        for name in ("overlap", "graphs"):
+            if getattr(self, name) not in (None, True, False):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected True, False or None")
+        fraction = self.gpu_memory_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+            raise ConfigError(f"gpu_memory_fraction={fraction!r}: expected a number of more than 0, at most 1")
 
     def _integers(self, optional: bool = False, **least: int) -> None:
         for name, minimum in least.items():

@@ -12,6 +12,8 @@ The laws:
   be computed, because its logits give the next one.
 - `advance` moves `num_computed` when a step is dispatched; `resolve` appends the sampled token when the step's result
   is on the host. A token is appended there and nowhere else.
+- Between the two the request has one token in flight: it exists on the device, as number `in_flight` of those that the
+  last step sampled, and the next step may already compute it. Then `num_computed <= num_tokens` is the law.
 - `pages[i]` holds the tokens [i * page_size, (i + 1) * page_size). The first `num_published` of them stand in the
   prefix tree, immutable; the others belong to this request (and to samples forked from it).
 """
@@ -186,9 +188,12 @@ class Request:
         self.num_prompt = 0
         self.num_computed = 0
         self.num_scheduled = 0
+        self.in_flight: int | None = None  # which of the last step's samples is this request's, while it is not here
         self.num_cached = 0
         self.num_kv_matched = 0
         self.admitted = False  # has had pages once: num_cached and num_kv_matched are settled
+        self.is_remote = False  # prefilling remotely: another process writes into its pages, so they are quarantined
+        self.num_handed_over = 0  # attempts of other processes at it
 
         self.pages: array[int] = array("i")
         self.num_published = 0
@@ -218,18 +223,29 @@ class Request:
 
     @property
     def num_to_compute(self) -> int:
-        """Known tokens whose K and V are still missing."""
-        return len(self.tokens) - self.num_computed
+        """Tokens whose K and V are still missing, one in flight included.
+
+        A token in flight has to arrive first where the answer ends with it, and where other samples begin after the
+        same prompt: they are forked when it is here.
+        """
+        known = len(self.tokens) - self.num_computed
+        if self.in_flight is None or self.num_forks or self.num_generated + 1 >= self.max_tokens:
+            return known
+        return known + 1
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether more than the last known token is still to be computed."""
+        """Whether more than the last token is still to be computed."""
         return self.num_to_compute > 1
 
-    def advance(self) -> None:
-        """First half of commit: the step that computes the scheduled tokens has been dispatched."""
+    def advance(self, in_flight: int | None = None) -> None:
+        """First half of commit: the step that computes the scheduled tokens has been dispatched.
+
+        in_flight   the place of this request's token among those that the step samples; None if it samples none
+        """
         self.num_computed += self.num_scheduled
         self.num_scheduled = 0
+        self.in_flight = in_flight
 
     def __repr__(self) -> str:
         return (

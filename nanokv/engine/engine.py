@@ -1,10 +1,11 @@
-"""Engine: requests in, outputs out, one step at a time. Owns the lifecycle of a request and the two halves of commit.
+"""Engine: requests in, outputs out, one step at a time. Owns the lifecycle of a request.
 
     add_request -> waiting
-    step():  plan -> run -> advance -> sample -> resolve -> outputs
+    step():  plan -> launch -> resolve -> outputs
 
-`resolve` is the only place where a token is appended, a stop is found and pages are published. An exception inside a
-step ends the requests of that step with "error"; the pages come back and the engine goes on.
+On a CPU a step is resolved where it was launched. On a GPU the next one is planned and launched first (depth 1), so
+that the device always has work: the same loop, one step later. An exception inside a step ends the requests of that
+step with "error"; the pages come back and the engine goes on.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from __future__ import annotations
 import logging
 import time
 from array import array
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
 from nanokv.cache.manager import CacheManager
+from nanokv.cache.states import NUM_LENT
 from nanokv.cache.store import CacheStore
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError, RequestError
@@ -24,11 +28,16 @@ from nanokv.core.events import EventLog
 from nanokv.core.request import Request, RequestMetrics, RequestOutput
 from nanokv.core.spec import PageLayout
 from nanokv.engine.admission import check_request
-from nanokv.engine.answer import Answer
-from nanokv.engine.memory import pool_size
-from nanokv.engine.runner import Runner, num_logit_rows
-from nanokv.engine.sampler import sample
+from nanokv.engine.calibrate import centre_keys, namespace
+from nanokv.engine.device import current
+from nanokv.engine.device_sampler import sample_on_device
+from nanokv.engine.live import LiveRequests
+from nanokv.engine.memory import memory_for_pages, pool_size
+from nanokv.engine.remote import Prefiller
+from nanokv.engine.runner import Runner
+from nanokv.engine.sampler import Sampled, sample
 from nanokv.engine.scheduler import Scheduler, StepPlan
+from nanokv.engine.step import Step, launch, resolve
 from nanokv.models.decoder import Decoder
 from nanokv.text.tokenizer import Tokenizer
 
@@ -42,43 +51,70 @@ class Engine:
     config      EngineConfig, names resolved
     tokenizer   for texts and stop texts; None serves token ids only
     device      where model and pages live
+    prefiller   computes long prompts elsewhere; None: all are computed here
     Raises      ConfigError when the pool does not fit in memory
     """
 
     def __init__(
-        self, model: Decoder, config: EngineConfig, tokenizer: Tokenizer | None, device: torch.device | str = "cpu"
+        self,
+        model: Decoder,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        device: torch.device | str = "cpu",
+        prefiller: Prefiller | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.prefiller = prefiller
         self.layout = PageLayout(model.specs, config.page_size)
         longest = model.config.max_positions
         if config.max_model_len is not None and config.max_model_len > longest:
             raise ConfigError(f"max_model_len={config.max_model_len}: this model reaches {longest} tokens at most")
-        num_pages, num_states = pool_size(config, self.layout, torch.device(device))
-        if num_states:  # a request that runs needs a state, and one more for its checkpoint
-            config = replace(config, max_requests=min(config.max_requests, num_states // 2))
+        self.device = device = torch.device(device)
+        model.bind(self.layout)
+        with current(device):
+            memory = memory_for_pages(config, model, self.layout, device)
+        num_pages, num_states = pool_size(config, self.layout, memory)
+        if num_states:
+            # A request that runs needs a state, where one is needed another for its checkpoint, and those that another
+            # process leaves checkpoints in.
+            each = self.layout.states_per_request + (NUM_LENT if prefiller and self.layout.is_recurrent else 0)
+            config = replace(config, max_requests=min(config.max_requests, max(1, num_states // each)))
         self.config = config
         self.events = EventLog(config.event_log)
-        self.store = CacheStore(self.layout, num_pages, device, num_states=num_states)
+        on_gpu = device.type != "cpu"
+        # Decode steps that are padded to a fixed size write what nobody reads to a page and a state that nobody owns.
+        spare = 1 if (on_gpu if config.graphs is None else config.graphs) else 0
+        pages, states = num_pages + spare, num_states and num_states + spare
+        num_bytes = pages * self.layout.page_bytes + states * self.layout.state_bytes
+        buffer = None if prefiller is None else prefiller.allocate(num_bytes, device)
+        self.store = CacheStore(self.layout, pages, device, buffer, states)
         self.cache = CacheManager(
             self.layout, num_pages, config.prefix_cache, self.events, num_states, config.state_interval
         )
-        model.bind(self.layout)
-        self.runner = Runner(model, self.store, config.page_size)
-        self.scheduler = Scheduler(config, self.cache, self.events)
+        if config.center_keys:
+            centre_keys(model, self.store, config, longest)
+        self.namespace = namespace(model, config)
+        self.scheduler = Scheduler(config, self.cache, self.events, prefiller)
+        self.live = LiveRequests(self.scheduler, self.cache, tokenizer, model.config.eos_token_ids, self.events)
         # A request alone must fit in the pool; the last token sampled is never written.
         self._pool_tokens = num_pages * config.page_size
         self.max_length = min(config.max_model_len or longest, self._pool_tokens + 1)
+        self.runner = Runner(model, self.store, config.page_size)
+        if spare:
+            with current(device):
+                self.runner.pad_decodes(config.max_requests, self.cache.pages_for(self.max_length))
         self.num_steps = 0
-        self._live: dict[str, list[Request]] = {}
-        self._outputs: list[RequestOutput] = []
+        self._sampler = sample_on_device if on_gpu else sample
+        self._depth = 1 if (on_gpu if config.overlap is None else config.overlap) else 0
+        self._steps: deque[Step] = deque()  # on their way, oldest first
         self._num_added = 0
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> str:
         """Queue a request and return its id. Raises RequestError, naming field, value and what is allowed."""
-        if request.request_id is not None and request.request_id in self._live:
+        if request.request_id is not None and request.request_id in self.live:
             raise RequestError(f"request_id={request.request_id!r}: a request with this id is still live")
         request.prompt_token_ids = check_request(request, self.model.config, self.config, self._longest(request))
         if request.params.stop and self.tokenizer is None:
@@ -94,54 +130,104 @@ class Engine:
         request.num_forks = params.n - 1
         request.logprobs = [] if params.logprobs is not None else None
         request.metrics = RequestMetrics(arrival=time.perf_counter())
-        self._prepare_answer(request)
-        self._live[request.request_id] = [request]
-        self.scheduler.add(request)
+        self.live.open(request)
         if self.events.on:
             self.events.write("request", request=request.request_id, prompt_tokens=request.num_prompt, n=params.n)
         return request.request_id
 
     def abort(self, request_id: str) -> None:
         """End every sample of a request now; its pages are free at once. Unknown or finished ids raise RequestError."""
-        if request_id not in self._live:
+        if request_id not in self.live:
             raise RequestError(f"request_id={request_id!r}: no such live request")
-        for request in list(self._live[request_id]):
-            self._finish(request, "abort")
+        for request in self.live.of_id(request_id):
+            self.live.finish(request, "abort")
 
     def __contains__(self, request_id: str) -> bool:
         """Whether a request is live: queued or running."""
-        return request_id in self._live
+        return request_id in self.live
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live) or bool(self._outputs)
+        return len(self.live) > 0 or self.live.has_outputs
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step and return what became known: an output for each sample with a new token or an end."""
+        """Launch one step and return what became known: an output for each sample with a new token or an end."""
         plan = StepPlan()
         try:
-            plan = self.scheduler.plan()
-            if plan.requests:
-                self._run(plan)
-        except Exception as error:
-            logger.exception("a step failed; its requests end with an error")
-            # Where planning itself failed, it is one of the running, or the one that was about to be admitted.
-            failed = plan.requests or self.scheduler.running or list(self.scheduler.waiting)[:1]
-            for request in self._samples_of(failed):
-                self._finish(request, "error", f"{type(error).__name__}: {error}")
-            self._lose_states(plan)
+            if self.prefiller is not None:
+                self._collect(wait=False)
+            plan = self._plan()
+            with current(self.device):
+                self._hand_over(plan)
+                is_launched = self._launch(plan)
+                if not is_launched and not self._steps and self.prefiller is not None:
+                    self._collect(wait=not self.live.has_outputs)
+                while self._steps and (len(self._steps) > self._depth or not is_launched):
+                    self._resolve(self._steps[0])
+                    self._steps.popleft()
         except BaseException:  # Ctrl-C in the middle of a step: nothing of it counts, its requests compute it again
-            interrupted = self._samples_of(plan.requests)
-            for request in [request for request in reversed(self.scheduler.running) if request in interrupted]:
-                self.scheduler.preempt(request)
-            self._lose_states(plan)
+            self._send_back(plan)
             raise
-        if self.config.debug_checks and not self._live:
-            self.cache.check()
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        if not len(self.live):
+            self._steps.clear()  # what is still on its way is a token too many of somebody who has ended
+            if self.config.debug_checks:
+                self.cache.check()
+        return self.live.take_outputs()
+
+    def put_back(self, outputs: list[RequestOutput]) -> None:
+        """Outputs that the caller of `step` had no use for; the next step returns them again."""
+        self.live.put_back(outputs)
+
+    def _plan(self) -> StepPlan:
+        try:
+            return self.scheduler.plan()
+        except Exception as error:
+            # It is one of the running, or the one that was about to be admitted.
+            self._fail(self.scheduler.running or list(self.scheduler.waiting)[:1], error)
+            return StepPlan()
+
+    def _launch(self, plan: StepPlan) -> bool:
+        """Whether there was something to do, and it is on its way."""
+        if not plan.requests:
+            return False
+        self.num_steps += 1
+        self._record(plan)
+        try:
+            before = self._steps[-1] if self._steps else None
+            self._steps.append(launch(plan, before, self.runner, self.live, self._sample))
+        except Exception as error:
+            self._fail(plan.requests, error)
+            self._lose_states(plan)
+            return False
+        return True
+
+    def _resolve(self, step: Step) -> None:
+        try:
+            resolve(step, self._steps[1] if len(self._steps) > 1 else None, self.cache, self.live)
+        except Exception as error:
+            self._fail(step.requests, error)
+
+    def _sample(self, logits: torch.Tensor, requests: list[Request], last: torch.Tensor) -> Sampled:
+        return self._sampler(logits, requests, last, self.model.config.eos_token_ids)
+
+    def _fail(self, requests: Iterable[Request], error: Exception) -> None:
+        logger.exception("a step failed; its requests end with an error")
+        for request in self.live.of(requests):
+            self.live.finish(request, "error", f"{type(error).__name__}: {error}")
+
+    def _send_back(self, plan: StepPlan) -> None:
+        """Everything that is planned or on its way counts as never begun."""
+        on_the_way = [request for step in self._steps for request in step.requests]
+        requests = self.live.of([*plan.requests, *plan.remote, *on_the_way])
+        self._steps.clear()
+        for request in requests:
+            request.in_flight = None
+        for request in [request for request in reversed(self.scheduler.running) if request in requests]:
+            if not (request.is_remote and self.prefiller.abort(request)):
+                self.scheduler.preempt(request)
+        self._lose_states(plan)
 
     def _lose_states(self, plan: StepPlan) -> None:
         """State copies that a failed step did not get to: who was to have one does without."""
@@ -150,17 +236,40 @@ class Engine:
             self.scheduler.preempt(request)
         self.cache.lose_states(lost)
 
-    def put_back(self, outputs: list[RequestOutput]) -> None:
-        """Outputs that the caller of `step` had no use for; the next step returns them again."""
-        self._outputs.extend(outputs)
+    def _hand_over(self, plan: StepPlan) -> None:
+        """Gives long prompts to another process, once nothing here still reads or writes their new pages."""
+        if not plan.remote:
+            return
+        try:
+            self.runner.copy(plan)
+            while plan.remote:
+                request = plan.remote[0]
+                request.metrics.first_scheduled = request.metrics.first_scheduled or time.perf_counter()
+                self.prefiller.start(request, self.cache.lend(request))
+                plan.remote.pop(0)
+                if self.events.on:
+                    self.events.write("hand_over", request=request.request_id, pages=list(request.pages))
+        except Exception as error:
+            self._fail(plan.remote, error)
+            self._lose_states(plan)
 
-    def _samples_of(self, requests: list[Request]) -> list[Request]:
-        """Every live sample of these requests: siblings share the fate of a step, forked in it or not."""
-        ids = dict.fromkeys(request.request_id for request in requests)
-        return [sample for request_id in ids for sample in self._live.get(request_id, ())]
+    def _collect(self, wait: bool) -> None:
+        """What another process has computed joins the batch; what it has lost is computed again."""
+        for back in self.prefiller.collect(wait):
+            request = back.request
+            request.is_remote = False
+            if request.finish_reason is not None:  # aborted meanwhile: now its pages are free
+                self.scheduler.remove(request)
+            elif back.tokens is None:
+                self.scheduler.preempt(request)
+            else:
+                self.cache.adopt(request)
+                siblings, now = self.live.siblings(request), time.perf_counter()
+                self.live.fork(request, siblings)
+                for sample_, token, scores in zip([request, *siblings], back.tokens, back.logprobs, strict=True):
+                    self.live.append(sample_, token, scores, now)
 
-    def _run(self, plan: StepPlan) -> None:
-        self.num_steps += 1
+    def _record(self, plan: StepPlan) -> None:
         self.events.step = self.num_steps
         now = time.perf_counter()
         for request in plan.requests:
@@ -171,117 +280,12 @@ class Engine:
             self.events.write(
                 "step", tokens=plan.num_tokens, requests=rows, copies=plan.page_copies, state_copies=plan.state_copies
             )
-        wanted = [num_logit_rows(request) for request in plan.requests]
-        logits = self.runner.run(plan)
-        for request in plan.requests:
-            request.advance()
-        self._resolve(plan, logits, wanted)
-
-    def _resolve(self, plan: StepPlan, logits: torch.Tensor, wanted: list[int]) -> None:
-        """Second half of commit: publish, append, stop."""
-        sampled: list[Request] = []
-        rows: list[int] = []
-        first = 0
-        for request, count in zip(plan.requests, wanted, strict=True):
-            self.cache.commit(request)
-            if request.wants_all_logits:
-                again = max(0, request.num_scored - (request.num_computed - count))
-                request.logit_blocks.append(logits[first + again : first + count])
-                request.num_scored = max(request.num_scored, request.num_computed)
-            elif count:
-                samples = [request, *self._fork(request)]
-                sampled.extend(samples)
-                rows.extend([first] * len(samples))
-            first += count
-        if sampled:
-            picked = logits if rows == list(range(len(logits))) else logits[rows]
-            tokens, logprobs = sample(picked, sampled, self.model.config.eos_token_ids)
-            now = time.perf_counter()
-            for request, token, scores in zip(sampled, tokens, logprobs, strict=True):
-                self._append(request, token, scores, now)
-        for request in plan.requests:
-            if request.wants_all_logits and request.num_to_compute == 0:
-                self._finish(request, "length")
-
-    def _fork(self, request: Request) -> list[Request]:
-        """The other samples of a request whose prompt has just been computed: they share its pages from here on."""
-        children: list[Request] = []
-        num_forks, request.num_forks = request.num_forks, 0
-        for index in range(1, num_forks + 1):
-            child = Request(request.prompt_token_ids, request.params, request.request_id)
-            child.index, child.seed, child.max_tokens = index, request.seed, request.max_tokens
-            child.num_prompt = request.num_prompt
-            child.tokens = array("i", request.tokens)
-            child.logprobs = [] if request.logprobs is not None else None
-            child.metrics = RequestMetrics(request.metrics.arrival, request.metrics.first_scheduled)
-            self._prepare_answer(child)
-            self.cache.fork(request, child)
-            self.scheduler.join(child)
-            self._live[request.request_id].append(child)
-            children.append(child)
-        return children
-
-    def _append(self, request: Request, token: int | None, scores: dict[int, float] | None, now: float) -> None:
-        params = request.params
-        if token is None:
-            self._finish(request, "error", "the model's logits are not finite; a wider dtype may help")
-            return
-        request.tokens.append(token)
-        request.metrics.token_times.append(now)
-        if scores is not None:
-            request.logprobs.append(scores)
-        is_eos = token in params.stop_token_ids or (not params.ignore_eos and token in self.model.config.eos_token_ids)
-        if request.answer is not None and not is_eos:
-            request.answer.push(token, request.num_generated >= params.min_tokens)
-        if is_eos or (request.answer is not None and request.answer.stopped):
-            self._finish(request, "stop")
-        elif request.num_generated >= request.max_tokens:
-            self._finish(request, "length")
-        else:
-            self._outputs.append(self._output(request))
-
-    def _finish(self, request: Request, reason: str, error: str | None = None) -> None:
-        self.scheduler.remove(request)
-        request.finish_reason, request.error = reason, error
-        if request.answer is not None:
-            request.answer.flush(reason in ("stop", "length"))
-        samples = self._live[request.request_id]
-        samples.remove(request)
-        if not samples:
-            del self._live[request.request_id]
-        if self.events.on:
-            self.events.write("finish", request=request.request_id, index=request.index, reason=reason)
-        for index in range(request.index, request.index + request.num_forks + 1):
-            output = self._output(request)
-            output.index = index
-            self._outputs.append(output)
-
-    def _output(self, request: Request) -> RequestOutput:
-        answer: Answer | None = request.answer
-        return RequestOutput(
-            request_id=request.request_id,
-            index=request.index,
-            prompt_token_ids=request.prompt_token_ids,
-            token_ids=request.tokens[request.num_prompt :].tolist(),
-            delta=answer.take_delta() if answer is not None else "",
-            text=answer.text if answer is not None else "",
-            finish_reason=request.finish_reason,
-            error=request.error,
-            cached_tokens=request.num_cached,
-            kv_matched_tokens=request.num_kv_matched,
-            logprobs=list(request.logprobs) if request.logprobs is not None else None,
-            metrics=request.metrics,
-        )
 
     # ---- the rest -------------------------------------------------------------------------------------------------
 
     def _longest(self, request: Request) -> int:
         """Prompt tokens that leave room for an answer; a scored text has none, but every token of it is written."""
         return min(self.max_length, self._pool_tokens) if request.wants_all_logits else self.max_length - 1
-
-    def _prepare_answer(self, request: Request) -> None:
-        if self.tokenizer is not None and not request.wants_all_logits:
-            request.answer = Answer(self.tokenizer, request.params.stop)
 
     def reset_prefix_cache(self) -> None:
         """Drop every cached page that no running request holds."""
@@ -299,9 +303,13 @@ class Engine:
             "requests_waiting": len(self.scheduler.waiting),
             "preemptions": self.scheduler.num_preemptions,
             "steps": self.num_steps,
+            **(self.prefiller.stats() if self.prefiller is not None else {}),
         }
 
     def close(self) -> None:
-        for request_id in list(self._live):
+        for request_id in self.live:
             self.abort(request_id)
+        if self.prefiller is not None:
+            self.prefiller.close()
+            self._collect(wait=False)
         self.events.close()

@@ -8,6 +8,8 @@ somebody's long prompt. Then waiting requests are admitted while budget, slots a
        ^                                  |
        +------- preempt: release ---------+      (newest first; its tokens are kept, its pages recomputed)
 
+A running request may be remote: another process computes its prompt (remote.py). It is neither planned nor preempted.
+
 No livelock: the oldest running request is never preempted for another, and any request fits in the pool alone.
 """
 
@@ -22,6 +24,7 @@ from nanokv.cache.manager import Cache
 from nanokv.core.config import EngineConfig
 from nanokv.core.events import EventLog
 from nanokv.core.request import Request
+from nanokv.engine.remote import Prefiller
 
 MIN_SHARED = 32
 """Tokens that must be shared with a prefix in the making before a request waits for it."""
@@ -35,9 +38,11 @@ SCORE_ROWS = 256
 
 @dataclass
 class StepPlan:
-    """What one step does: `requests` in row order (each with num_scheduled > 0); pages and states to copy before it."""
+    """What one step does: `requests` in row order (each with num_scheduled > 0); pages and states to copy before it;
+    `remote`: requests to hand over to another process once these copies are made."""
 
     requests: list[Request] = field(default_factory=list)
+    remote: list[Request] = field(default_factory=list)
     page_copies: list[tuple[int, int]] = field(default_factory=list)
     state_copies: list[tuple[int, int]] = field(default_factory=list)
 
@@ -49,13 +54,16 @@ class StepPlan:
 class Scheduler:
     """Keeps the waiting and the running requests, and plans one step at a time."""
 
-    def __init__(self, config: EngineConfig, cache: Cache, events: EventLog) -> None:
+    def __init__(
+        self, config: EngineConfig, cache: Cache, events: EventLog, prefiller: Prefiller | None = None
+    ) -> None:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
         self._config = config
         self._cache = cache
         self._events = events
+        self._prefiller = prefiller
         self._passed_over: dict[Request, int] = {}
         self._waits_for: dict[Request, tuple[Request, int]] = {}
 
@@ -67,7 +75,13 @@ class Scheduler:
         self.running.append(request)
 
     def remove(self, request: Request) -> None:
-        """Take a finished or aborted request out, wherever it is, and give its pages back."""
+        """Take a finished or aborted request out, wherever it is, and give its pages back.
+
+        One that is out of the house stays until it is collected: its pages are not free before.
+        """
+        if request.is_remote and self._prefiller.abort(request):
+            return
+        request.is_remote = False
         if request in self.running:
             self.running.remove(request)
             self._cache.release(request)
@@ -78,8 +92,8 @@ class Scheduler:
     def preempt(self, request: Request) -> None:
         """Back to the head of the queue: its tokens stay known, its pages go; what was published may match again."""
         self.running.remove(request)
-        request.num_scheduled = 0
         self._cache.release(request)
+        request.num_scheduled, request.is_remote = 0, False
         self.waiting.appendleft(request)
         self.num_preemptions += 1
         if self._events.on:
@@ -92,6 +106,8 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         for request in sorted(self.running, key=lambda request: request.is_prefilling):
             if budget <= 0 or request not in self.running:  # preempted just now, to make room for another
+                continue
+            if request.is_remote or request.num_to_compute == 0:  # waits for another process, or for a token in flight
                 continue
             wanted = self._chunk(request, budget)
             if self._make_room(request, wanted, plan):
@@ -112,7 +128,7 @@ class Scheduler:
     def _make_room(self, request: Request, wanted: int, plan: StepPlan) -> bool:
         """Reserve pages, preempting the newest requests while it takes; False when `request` itself had to go."""
         while not self._cache.reserve(request, wanted):
-            victim = self.running[-1]
+            victim = next(other for other in reversed(self.running) if not other.is_remote)
             if victim in plan.requests:
                 plan.requests.remove(victim)
             self.preempt(victim)
@@ -132,16 +148,21 @@ class Scheduler:
             found = 0 if request.wants_all_logits else self._cache.prefix_length(request)
             if self._waits_for_prefix(request, found):
                 continue
-            wanted = self._reserve_first(request, budget, found)
+            is_remote = self._prefiller is not None and self._prefiller.wants(request, request.num_tokens - found)
+            wanted = self._reserve_first(request, None if is_remote else budget, found)
             if wanted == 0:
                 break
             self.waiting.remove(request)
             self._forget(request)
             self.running.append(request)
-            request.num_scheduled = wanted
-            plan.requests.append(request)
             admitted.append(request)
-            budget -= wanted
+            if is_remote:
+                request.is_remote = True
+                plan.remote.append(request)
+            else:
+                request.num_scheduled = wanted
+                plan.requests.append(request)
+                budget -= wanted
             slots -= 1 + request.num_forks
         if admitted:
             last = max(place for place, request in enumerate(queue) if request in admitted)
@@ -149,13 +170,16 @@ class Scheduler:
                 if request not in admitted:
                     self._passed_over[request] = self._passed_over.get(request, 0) + 1
 
-    def _reserve_first(self, request: Request, budget: int, found: int) -> int:
-        """Match, and pages for the first chunk; returns its tokens, or 0 with nothing held where there is no room."""
+    def _reserve_first(self, request: Request, budget: int | None, found: int) -> int:
+        """Match, and pages for the first chunk; returns its tokens, or 0 with nothing held where there is no room.
+
+        budget   tokens of the chunk at most; None: pages for all known tokens, whoever computes them
+        """
         if not self._has_room(request, found // self._config.page_size):
             return 0
         try:
             self._cache.match(request)
-            wanted = self._chunk(request, budget)
+            wanted = request.num_to_compute if budget is None else self._chunk(request, budget)
             # Asked again: what was evictable before the match may be the very pages that the match now holds.
             if self._has_room(request, len(request.pages)) and self._cache.reserve(request, wanted):
                 return wanted

@@ -1,0 +1,206 @@
+"""`bench disagg`: what long prompts do to running answers, in one process and in two.
+
+`running` requests decode. Long prompts arrive one at a time: each half a second after the last one's first token, so
+that every mode gets the same work and none drowns. A gap is the time between two tokens of one running answer, while
+prompts arrive.
+
+    one step    one process, all cores, a prompt is computed in one step
+    chunked     one process, all cores, at most `chunk` tokens a step
+    split       two processes; on a CPU each is pinned to half of the cores, on a GPU they share it
+
+Two processes on the same cores cannot do more work than one: what splitting can win is the gaps, and it pays with the
+cores that stand idle while there is nothing to prefill, or nothing to decode.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from nanokv.bench.measure import Ticker, greedy, no_tick, percentile, spread
+from nanokv.bench.workloads import random_prompts
+from nanokv.core.errors import NanokvError
+from nanokv.core.request import Request
+from nanokv.disagg.config import DisaggConfig
+from nanokv.disagg.grants import prefill_message
+from nanokv.disagg.messages import encode
+from nanokv.llm import LLM
+
+MODES = ("one step", "chunked", "split")
+PAUSE_S = 0.5
+ANSWER = 4
+"""Tokens of the answer to a long prompt."""
+
+Load = Callable[..., LLM]
+"""Makes an LLM: (disagg=None, **fields of EngineConfig)."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One run. Seconds since its start.
+
+    gaps       (time, gap) of each token of a running answer after its first
+    arrivals   of the long prompts; ttfts: theirs
+    """
+
+    wall_s: float
+    gaps: list[tuple[float, float]]
+    arrivals: list[float]
+    ttfts: list[float]
+
+
+def measure_disagg(
+    load: Load,
+    prompt_tokens: int,
+    prompts: int,
+    running: int,
+    context: int,
+    chunk: int,
+    repeat: int = 1,
+    tick: Ticker = no_tick,
+) -> list[dict[str, Any]]:
+    """A row a mode; of several runs the one with the median p99 counts. Raises NanokvError where a request fails."""
+    cores = sorted(os.sched_getaffinity(0))
+    whole = prompt_tokens + running
+    rows = []
+    for mode in MODES:
+        with _cores(cores[: max(1, len(cores) // 2)] if mode == "split" else cores) as threads:
+            theirs = tuple(cores[len(cores) // 2 :])
+            disagg = DisaggConfig(worker_cores=theirs) if mode == "split" else None
+            with load(disagg, max_step_tokens=chunk if mode == "chunked" else whole, prefix_cache=True) as llm:
+                run_trace(llm, min(prompt_tokens, 256), 1, running, context, seed=99)  # compiles
+                traces = [run_trace(llm, prompt_tokens, prompts, running, context, n, tick) for n in range(repeat)]
+                hand_overs = [] if disagg is None else [hand_over(llm, prompt_tokens, seed) for seed in range(3)]
+                rows.append(_row(mode, llm, traces, prompt_tokens, prompts, running, threads, hand_overs))
+    return rows
+
+
+def run_trace(
+    llm: LLM, prompt_tokens: int, prompts: int, running: int, context: int, seed: int = 0, tick: Ticker = no_tick
+) -> Trace:
+    """One run on an empty cache. The running answers are aborted at its end."""
+    vocab, engine = llm.model_config.vocab_size, llm.engine
+    llm.reset_prefix_cache()
+    long = greedy(engine.max_length - context)
+    ids = [engine.add_request(Request(one, long)) for one in random_prompts(running, context, vocab, seed)]
+    last: dict[str, float] = {}
+    while len(last) < running:
+        last |= {output.request_id: time.perf_counter() for output in _step(llm)}
+    start = time.perf_counter()
+    waiting = random_prompts(prompts, prompt_tokens, vocab, seed + 1000)
+    gaps, arrivals, ttfts, due, current, live = [], [], [], start + PAUSE_S, None, set()
+    while waiting or live or time.perf_counter() < due:
+        if waiting and current is None and time.perf_counter() >= due:
+            current = engine.add_request(Request(waiting.pop(0), greedy(ANSWER)))
+            arrivals.append(time.perf_counter() - start)
+            live.add(current)
+        for output in _step(llm):
+            now = time.perf_counter()
+            if output.request_id in last:
+                gaps.append((now - start, now - last[output.request_id]))
+                last[output.request_id] = now
+                continue
+            if output.request_id == current:
+                ttfts.append(output.metrics.ttft)
+                current, due = None, now + PAUSE_S
+                tick()
+            if output.finished:
+                live.discard(output.request_id)
+    wall = time.perf_counter() - start
+    for request_id in ids:
+        engine.abort(request_id)
+    engine.step()
+    return Trace(wall, gaps, arrivals, ttfts)
+
+
+def hand_over(llm: LLM, prompt_tokens: int, seed: int) -> float:
+    """Seconds from the last kernel of a prefill elsewhere until its first token is out and it stands in the batch.
+
+    The engine has nothing else to do: otherwise the rest of the step that is running comes on top.
+    """
+    (prompt,) = random_prompts(1, prompt_tokens, llm.model_config.vocab_size, seed=2000 + seed)
+    request_id = llm.engine.add_request(Request(prompt, greedy(2)))
+    while not _step(llm):
+        pass
+    seconds = time.monotonic() - llm.engine.prefiller.last_finished
+    while request_id in llm.engine:
+        _step(llm)
+    return seconds
+
+
+def _step(llm: LLM) -> list[Any]:
+    outputs = llm.engine.step()
+    for output in outputs:
+        if output.error is not None:
+            raise NanokvError(f"a request of the bench ended: {output.error}")
+    return outputs
+
+
+@contextmanager
+def _cores(cores: list[int]) -> Iterator[int]:
+    """Runs this thread, and torch's, on these cores; yields their number."""
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(min(threads, len(cores)) if len(cores) < len(before) else threads)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
+
+
+def _row(
+    mode: str,
+    llm: LLM,
+    traces: list[Trace],
+    prompt_tokens: int,
+    prompts: int,
+    running: int,
+    threads: int,
+    hand_overs: list[float],
+) -> dict[str, Any]:
+    def p99(trace: Trace) -> float:
+        return percentile([gap for _, gap in trace.gaps], 0.99)
+
+    trace = sorted(traces, key=p99)[len(traces) // 2]
+    gaps = [gap for _, gap in trace.gaps]
+    step, ttft = percentile(gaps, 0.5), median(trace.ttfts)
+    return {
+        "mode": mode,
+        "threads": threads,
+        "prompt_tokens": prompt_tokens,
+        "prompts": prompts,
+        "running": running,
+        "repeats": len(traces),
+        "tpot_p50_s": step,
+        "tpot_p99_s": p99(trace),
+        "tpot_p99_spread": spread([p99(one) for one in traces]),
+        "longest_stall_s": max(gaps),
+        "ttft_p50_s": ttft,
+        "ttft_max_s": max(trace.ttfts),
+        "requests_per_s": prompts / trace.wall_s,
+        "output_tokens_per_s": len(gaps) / trace.wall_s,
+        "hand_over_s": median(hand_overs) if hand_overs else None,
+        "hand_over_max_s": max(hand_overs) if hand_overs else None,
+        "bytes_moved": _message_bytes(llm, prompt_tokens) if hand_overs else 0,
+        "break_even_tokens": round(step * prompt_tokens / ttft) if hand_overs else None,
+        "arrivals_s": [round(time, 4) for time in trace.arrivals],
+        "gap_times_s": [round(time, 4) for time, _ in trace.gaps],
+        "gaps_s": [round(gap, 5) for gap in gaps],
+    }
+
+
+def _message_bytes(llm: LLM, prompt_tokens: int) -> int:
+    """Bytes of the PREFILL of such a prompt: all that travels for it, beside a DONE of a hundred bytes."""
+    request = Request([5] * prompt_tokens, greedy(ANSWER), "request-1")
+    request.tokens.extend(request.prompt_token_ids)
+    request.num_prompt = prompt_tokens
+    request.pages.extend(range(llm.engine.cache.pages_for(prompt_tokens)))
+    return len(encode(prefill_message(request, 1, 1 << 60, [])))

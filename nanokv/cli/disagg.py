@@ -1,0 +1,50 @@
+"""nanokv disagg: a prefill process for an engine on another host. What it does stands in nanokv/disagg/server.py."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+from nanokv.cli.common import model_folder
+from nanokv.core.config import EngineConfig
+from nanokv.core.errors import ConfigError
+from nanokv.disagg.config import split_address
+
+
+@click.group(epilog="\b\nExample:\n  nanokv disagg prefill --listen 10.0.0.2:7000")
+def disagg() -> None:
+    """Prefill on one host, decode on another."""
+
+
+@disagg.command(
+    epilog="\b\nExample:\n  nanokv disagg prefill --listen 10.0.0.2:7000     on one host\n"
+    "  nanokv chat --disagg 10.0.0.2:7000                on the other"
+)
+@click.argument("model", required=False)
+@click.option("--listen", required=True, metavar="HOST:PORT", help="Address of this host that the other one reaches.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option("--codec", default="raw", show_default=True, help="As on the other host.")
+@click.option("--page-size", type=int, default=16, show_default=True, help="As on the other host.")
+@click.option("--kv-memory", metavar="SIZE", help="Memory for the pages of prompts in work, such as 512MiB.")
+@click.option("--heartbeat", type=float, default=10.0, show_default=True, help="Seconds until a stuck transfer fails.")
+def prefill(model: str | None, listen: str, heartbeat: float, **options: Any) -> None:
+    """Compute prompts for one engine at a time, until Ctrl-C. Pages travel unencrypted: trusted networks only."""
+    try:
+        address = split_address(listen)
+        config = EngineConfig(**options)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+    folder = model_folder(model)
+    from nanokv.disagg.server import listen as serve
+    from nanokv.disagg.worker import Model
+    from nanokv.engine.device import choose_device
+    from nanokv.llm import resolve_dtype
+    from nanokv.models.config import ModelConfig
+
+    logging.basicConfig(format="[prefill] %(message)s")
+    device = choose_device(config.device).device
+    dtype = resolve_dtype(config.dtype, ModelConfig.from_folder(folder))
+    serve(Model(folder, config, str(device), str(dtype).removeprefix("torch.")), address, heartbeat)

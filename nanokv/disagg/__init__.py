@@ -1,0 +1,1 @@
+"""Prefill here, decode there: two processes, one pool of pages."""

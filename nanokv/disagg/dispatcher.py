@@ -1,0 +1,296 @@
+"""Dispatcher: gives prompts to prefill processes, and takes back what they have computed or what they left behind.
+
+A page that is given away is quarantined until one of three things is known of the attempt it was given for:
+
+    DONE, FAILED    the worker says that it writes no more
+    ABORT_ACK       the same, asked for
+    its death       pidfd (one host) or the end of the thread that receives (between hosts)
+
+A missed heartbeat, a broken message and a closed socket all lead to the third: kill, wait until it is gone, give back.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import select
+import time
+from collections.abc import Callable
+
+import torch
+
+from nanokv.core.errors import ConfigError
+from nanokv.core.request import Request
+from nanokv.core.spec import PageLayout
+from nanokv.disagg.config import DisaggConfig
+from nanokv.disagg.grants import Grant, Peer, Place, prefill_message
+from nanokv.disagg.memory import SharedPool
+from nanokv.disagg.messages import (
+    VERSION,
+    Abort,
+    AbortAck,
+    AnyMessage,
+    Done,
+    Failed,
+    Hello,
+    Memory,
+    Ping,
+    ProtocolError,
+)
+from nanokv.engine.remote import Prefilled
+
+logger = logging.getLogger("nanokv")
+
+MAX_ATTEMPTS = 2
+"""Attempts of other processes at a request; then it is computed here."""
+MAX_DEATHS = 3
+"""Deaths of a worker in a row, without one DONE between, after which no new one is started."""
+WAIT_S = 0.05
+"""How long `collect` waits at most, so that whoever steps the engine can do other things in between."""
+START_S = 600.0
+"""How long the first workers may take to load their model."""
+
+
+class Dispatcher:
+    """The decode process's side of disaggregation (engine.remote.Prefiller).
+
+    config   DisaggConfig
+    """
+
+    def __init__(self, config: DisaggConfig) -> None:
+        self.generation = secrets.randbits(62)
+        self.last_finished = 0.0  # when the last kernel of the latest DONE had ended, time.monotonic() of its host
+        self._config = config
+        self._places: list[Place] = []
+        self._results: list[Prefilled] = []
+        self._pool: SharedPool | None = None
+        self._attempts = 0
+        self._closed = False
+        self._hello: dict = {}
+        self._counters = dict.fromkeys(
+            ("remote_prefills", "remote_tokens", "remote_lost", "stale_messages", "worker_deaths"), 0
+        )
+
+    # -- starting
+
+    def add(self, start: Callable[[], Peer], memory: Memory | None = None) -> None:
+        """A worker, started right away; `start` is called again when it has died.
+
+        memory   what HELLO tells it of the pool; None: it maps this one
+        """
+        place = Place(start, memory)
+        place.peer = start()
+        self._places.append(place)
+
+    def allocate(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """The pool, as memory that other processes can map: uint8 [num_bytes]. Raises ConfigError."""
+        self._pool = SharedPool(num_bytes, device)
+        return self._pool.tensor
+
+    def open(self, layout: PageLayout, num_pages: int, num_states: int, digest: str) -> None:
+        """Says HELLO to all and waits until each has answered or died. Raises ConfigError where one is refused."""
+        assert self._pool is not None
+        self._hello = {"digest": digest, "num_pages": num_pages, "num_states": num_states}
+        for place in self._places:
+            self._greet(place)
+        deadline = time.monotonic() + START_S
+        while any(place.peer is not None and place.state != "ready" for place in self._places):
+            self._select(WAIT_S)
+            self._listen()
+            refusals = [place.refusal for place in self._places if place.refusal is not None]
+            if refusals or time.monotonic() > deadline:
+                raise ConfigError(f"disagg: {refusals[0] if refusals else f'no worker is ready after {START_S:g} s'}")
+
+    def _greet(self, place: Place) -> None:
+        memory = place.memory or self._pool.export()
+        hello = Hello(generation=self.generation, version=VERSION, memory=memory, **self._hello)
+        place.state = "starting"
+        place.peer.channel.send(hello, self._pool.descriptor if memory.kind == "memfd" else None)
+
+    # -- what the engine asks for
+
+    def wants(self, request: Request, num_uncached: int) -> bool:
+        """Whether it is long enough to be worth it, has not failed twice, and somebody is there."""
+        return (
+            num_uncached >= self._config.min_tokens
+            and request.num_handed_over < MAX_ATTEMPTS
+            and not request.wants_all_logits
+            and any(place.state == "ready" for place in self._places)
+        )
+
+    def start(self, request: Request, checkpoints: list[tuple[int, int]]) -> None:
+        """To the worker with the fewest tokens before it."""
+        if self._pool.tensor.is_cuda:
+            torch.cuda.synchronize(self._pool.tensor.device)  # every step that reads or writes the pages has finished
+        ready = [place for place in self._places if place.state == "ready"]
+        place = min(ready, key=lambda one: sum(grant.tokens for grant in one.grants.values()))
+        self._attempts += 1
+        request.num_handed_over += 1
+        grant = Grant(request, self._attempts, request.num_to_compute, time.monotonic())
+        place.grants[grant.attempt] = grant
+        place.peer.channel.send(prefill_message(request, grant.attempt, self.generation, checkpoints))
+        self._counters["remote_prefills"] += 1
+        self._counters["remote_tokens"] += grant.tokens
+
+    def abort(self, request: Request) -> bool:
+        """Whether the request is out; its worker is asked to stop then."""
+        for place in self._places:
+            for grant in place.grants.values():
+                if grant.request is request:
+                    if not grant.aborted and place.state == "ready":
+                        place.peer.channel.send(self._about(Abort, grant))
+                    grant.aborted = True
+                    return True
+        return False
+
+    def collect(self, wait: bool) -> list[Prefilled]:
+        """What has come back. `wait`: up to WAIT_S, if anything is out and nothing has come."""
+        self._listen()
+        if wait and not self._results and any(place.grants for place in self._places):
+            self._select(WAIT_S)
+            self._listen()
+        results, self._results = self._results, []
+        return results
+
+    def close(self) -> None:
+        """Kills every worker and waits until it is gone. Nothing in them needs tidying."""
+        self._closed = True
+        for place in self._places:
+            if place.peer is not None:
+                place.state = "dying"
+                place.peer.kill()
+        while any(place.peer is not None for place in self._places):
+            self._select(WAIT_S)
+            self._listen()
+        if self._pool is not None:
+            self._pool.close()
+
+    def stats(self) -> dict[str, int | float]:
+        """Documented at LLM.stats."""
+        return {
+            "prefill_workers_ready": sum(place.state == "ready" for place in self._places),
+            "requests_remote": sum(len(place.grants) for place in self._places),
+            **self._counters,
+        }
+
+    # -- listening
+
+    def _select(self, seconds: float) -> None:
+        """Waits until something can be read, written or buried."""
+        peers = [place.peer for place in self._places if place.peer is not None]
+        channels = [peer.channel for peer in peers if not peer.channel.closed]
+        writing = [channel for channel in channels if channel.is_backed_up]
+        select.select([*peers, *channels], writing, [], seconds)
+
+    def _listen(self) -> None:
+        """Hears every worker out, kills those that are silent or broken, buries those that are gone."""
+        for place in self._places:
+            if place.peer is None:
+                continue
+            is_gone = place.peer.gone  # asked first: what it said before its end is read below
+            try:
+                place.peer.channel.flush()
+                self._hear_all(place)
+                if place.peer.channel.closed and not is_gone:
+                    self._kill(place, "hung up")
+                self._check_heartbeat(place)
+            except ProtocolError as error:
+                self._kill(place, f"said what it must not ({error})")
+            if is_gone:
+                self._bury(place)
+
+    def _hear_all(self, place: Place) -> None:
+        messages = place.peer.channel.receive()
+        if messages:
+            place.heard = time.monotonic()
+        for message in messages:
+            self._hear(place, message)
+
+    def _hear(self, place: Place, message: AnyMessage) -> None:
+        """One message. Raises ProtocolError for one that no prefill process may send."""
+        if place.state == "dying" and not isinstance(message, Done):
+            return
+        if message.generation != self.generation:
+            self._counters["stale_messages"] += 1
+        elif isinstance(message, Hello):
+            self._check_hello(message)
+            place.state = "ready"
+            if place.deaths:
+                logger.warning("%s is back", place.peer.name)
+        elif isinstance(message, Failed) and message.request is None:
+            place.refusal = f"{place.peer.name}: {message.reason}"
+            place.deaths = MAX_DEATHS  # another one would refuse as well
+            self._kill(place, message.reason)
+        elif isinstance(message, (Done, Failed, AbortAck)):
+            self._settle(place, message)
+        elif not isinstance(message, Ping):
+            raise ProtocolError(f"{type(message).__name__} is not for a decode process")
+
+    def _settle(self, place: Place, message: Done | Failed | AbortAck) -> None:
+        grant = place.grants.get(message.attempt)
+        if grant is None or grant.request.request_id != message.request:
+            self._counters["stale_messages"] += 1
+            return
+        request = grant.request
+        if isinstance(message, Done):
+            num_samples, vocabulary_end = 1 + request.num_forks, 1 << 31
+            sound = all(token is None or 0 <= token < vocabulary_end for token in message.tokens)
+            if not len(message.tokens) == len(message.logprobs) == num_samples or not sound:
+                raise ProtocolError(f"DONE with {len(message.tokens)} tokens for {num_samples} samples")
+            place.deaths = 0
+            self.last_finished = message.finished
+        elif isinstance(message, Failed):
+            logger.warning("%s: %s failed there: %s", place.peer.name, message.request, message.reason)
+            self._counters["remote_lost"] += 1
+        elif not grant.aborted:
+            raise ProtocolError("ABORT_ACK of what was not aborted")
+        del place.grants[message.attempt]
+        if isinstance(message, Done) and not grant.aborted:
+            self._results.append(Prefilled(request, message.tokens, message.logprobs))
+        else:
+            self._results.append(Prefilled(request))
+
+    def _check_hello(self, hello: Hello) -> None:
+        ours = {**self._hello, "version": VERSION}
+        for name, value in ours.items():
+            if getattr(hello, name) != value:
+                raise ProtocolError(f"HELLO with {name}={getattr(hello, name)!r}, {value!r} here")
+
+    def _check_heartbeat(self, place: Place) -> None:
+        if place.state == "ready" and place.grants:
+            since = max(place.heard, min(grant.since for grant in place.grants.values()))
+            if time.monotonic() - since > self._config.heartbeat_s:
+                self._kill(place, f"said nothing for {self._config.heartbeat_s:g} s")
+
+    # -- ends
+
+    def _kill(self, place: Place, why: str) -> None:
+        """It may still write until it is buried: its grants stay out."""
+        if place.state != "dying":
+            place.state = "dying"
+            place.deaths += 1
+            self._counters["worker_deaths"] += 1
+            logger.warning("%s %s: %s", place.peer.name, why, self._what_follows(place))
+        place.peer.kill()
+
+    def _what_follows(self, place: Place) -> str:
+        others = any(one.state == "ready" for one in self._places if one is not place)
+        where = "by another worker" if others else "here"
+        prompts = f"{len(place.grants)} prompts are computed {where}, " if place.grants else ""
+        return prompts + ("a new one starts" if place.deaths < MAX_DEATHS else "no new one is started")
+
+    def _bury(self, place: Place) -> None:
+        """It is gone: what it held comes back, and a new one starts unless they keep dying."""
+        if place.state != "dying":
+            self._kill(place, "has died")
+        lost, place.grants = list(place.grants.values()), {}
+        self._counters["remote_lost"] += sum(not grant.aborted for grant in lost)
+        self._results += [Prefilled(grant.request) for grant in lost]
+        place.peer.close()
+        place.peer = None
+        if not self._closed and place.deaths < MAX_DEATHS:
+            place.peer = place.start()
+            self._greet(place)
+
+    def _about(self, kind: type, grant: Grant) -> Abort:
+        return kind(generation=self.generation, request=grant.request.request_id, attempt=grant.attempt)

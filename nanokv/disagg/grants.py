@@ -1,0 +1,69 @@
+"""What the decode process knows of its prefill processes: who they are, and what each of them may write into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from nanokv.core.request import Request
+from nanokv.disagg.channel import Channel
+from nanokv.disagg.messages import Memory, Prefill, Sampling, pack_ints
+
+
+class Peer(Protocol):
+    """A prefill process. `fileno` becomes readable when it is gone."""
+
+    name: str
+    channel: Channel
+
+    def fileno(self) -> int: ...
+    def kill(self) -> None: ...
+    @property
+    def gone(self) -> bool: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class Grant:
+    """One attempt that is out: its pages and states are quarantined."""
+
+    request: Request
+    attempt: int
+    tokens: int
+    since: float
+    aborted: bool = False
+
+
+@dataclass
+class Place:
+    """A place for a worker. `peer` is None while there is none and no new one will come.
+
+    memory  what HELLO tells it of the pool; None: it maps this one
+    state   "starting" (HELLO not answered yet), "ready", or "dying" (killed, not gone yet)
+    """
+
+    start: Callable[[], Peer]
+    memory: Memory | None
+    peer: Peer | None = None
+    state: str = "starting"
+    grants: dict[int, Grant] = field(default_factory=dict)
+    heard: float = 0.0
+    deaths: int = 0
+    refusal: str | None = None
+
+
+def prefill_message(request: Request, attempt: int, generation: int, checkpoints: list[tuple[int, int]]) -> Prefill:
+    """PREFILL of one attempt at a request that holds pages for all its known tokens."""
+    params = request.params
+    sampling = Sampling(
+        temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
+        min_tokens=params.min_tokens, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos,
+        logprobs=params.logprobs, repetition_penalty=params.repetition_penalty, seed=str(request.seed),
+        index=request.index, samples=1 + request.num_forks,
+    )  # fmt: skip
+    return Prefill(
+        generation=generation, request=request.request_id, attempt=attempt, tokens=pack_ints(request.tokens),
+        prompt_length=request.num_prompt, cached_length=request.num_computed, pages=pack_ints(request.pages),
+        state=request.state_id, checkpoints=tuple(checkpoints), sampling=sampling,
+    )  # fmt: skip

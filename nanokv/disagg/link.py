@@ -1,0 +1,158 @@
+"""A prefill process on another host, as the decode process sees it: a thread that relays messages and receives pages.
+
+    engine thread <-- Channel over a socket pair --> link thread <-- TCP: messages --> prefill process
+                                                     writes pages <-- gloo / NCCL: layers --
+
+To the Dispatcher it looks like a process of this host. It is gone when its thread has ended: then nothing arrives in
+the pool any more. What is received for an attempt goes only into pages and states that were granted to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable
+
+from nanokv.cache.store import CacheStore
+from nanokv.core.errors import ConfigError
+from nanokv.disagg.channel import Channel
+from nanokv.disagg.config import split_address
+from nanokv.disagg.messages import (
+    AbortAck,
+    Done,
+    Failed,
+    Hello,
+    Layers,
+    Message,
+    Prefill,
+    ProtocolError,
+    unpack_ints,
+)
+from nanokv.disagg.transport import PageReceiver, join_group, join_store
+
+logger = logging.getLogger("nanokv")
+
+RETRY_S = 1.0
+"""Between two attempts to reach a host that was lost."""
+
+
+def connect(address: str, seconds: float) -> socket.socket:
+    """Raises ConfigError where nobody listens."""
+    try:
+        return socket.create_connection(split_address(address), timeout=seconds)
+    except OSError as error:
+        raise ConfigError(
+            f"connect={address!r}: {error.strerror or error}; is `nanokv disagg prefill` running?"
+        ) from None
+
+
+class HostLink:
+    """One connection, from `connect` to its end.
+
+    address   HOST:PORT
+    store     gives the pool of the decode process, which is there once HELLO is said
+    seconds   after which a transfer that makes no progress fails
+    sock      connected already, or None: the thread connects, and tries until it is closed
+    """
+
+    def __init__(
+        self, address: str, store: Callable[[], CacheStore], seconds: float, sock: socket.socket | None = None
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        self.name = f"prefill {address}"
+        self.channel = Channel(ours)
+        self._address, self._store, self._seconds = address, store, seconds
+        self._engine = Channel(theirs)
+        self._ended, self._end = os.pipe()
+        self._closing = threading.Event()
+        self._granted: dict[int, tuple[set[int], set[int]]] = {}
+        self._receiver: PageReceiver | None = None
+        self._sock = sock
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        self._thread.start()
+
+    def fileno(self) -> int:
+        """Readable when it has ended."""
+        return self._ended
+
+    @property
+    def gone(self) -> bool:
+        return not self._thread.is_alive()
+
+    def kill(self) -> None:
+        """Hangs up. What is being received right now may still be written until `gone`."""
+        self._closing.set()
+        sock = self._sock
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.channel.close()
+        os.close(self._ended)
+
+    # -- the thread
+
+    def _run(self) -> None:
+        far: Channel | None = None
+        try:
+            while self._sock is None and not self._closing.is_set():
+                try:
+                    self._sock = connect(self._address, self._seconds)
+                except ConfigError:
+                    self._closing.wait(RETRY_S)
+            if self._sock is not None:
+                self._here, self._there = self._sock.getsockname()[0], self._sock.getpeername()[0]
+                far = Channel(self._sock)
+                self._relay(far)
+        except (ProtocolError, RuntimeError, OSError) as error:  # RuntimeError: what torch.distributed raises
+            logger.warning("%s: %s", self.name, " ".join(str(error).split())[:200])
+        finally:
+            self._receiver = None
+            if far is not None:
+                far.close()
+            self._engine.close()
+            os.close(self._end)
+
+    def _relay(self, far: Channel) -> None:
+        while not (far.closed or self._engine.closed or self._closing.is_set()):
+            writing = [channel for channel in (far, self._engine) if channel.is_backed_up]
+            select.select([far, self._engine], writing, [])
+            for message in self._engine.receive():
+                if isinstance(message, Prefill):
+                    cached = message.cached_length // self._store().layout.page_size
+                    given = set(unpack_ints(message.pages)[cached:])
+                    states = {state for _, state in message.checkpoints} | {message.state}
+                    self._granted[message.attempt] = given, states
+                far.send(message)
+            for message in far.receive():
+                self._hear(message)
+            far.flush()
+            self._engine.flush()
+
+    def _hear(self, message: Message) -> None:
+        if isinstance(message, Layers):
+            pages, states = self._granted.get(message.attempt, (set(), set()))
+            if not set(unpack_ints(message.places)) <= (states if message.states else pages):
+                raise ProtocolError("LAYERS for places that were not given to that attempt")
+            self._receiver.post(message)
+            return
+        if self._receiver is not None:
+            self._receiver.drain()  # whatever this says of an attempt, its pages are written before it is heard
+        if isinstance(message, Hello):
+            self._join(message)
+        elif isinstance(message, (Done, AbortAck)) or (isinstance(message, Failed) and message.request is not None):
+            self._granted.pop(message.attempt, None)
+        self._engine.send(message)
+
+    def _join(self, hello: Hello) -> None:
+        if hello.memory is None or hello.memory.kind != "sent" or self._receiver is not None:
+            raise ProtocolError("HELLO without a data connection, or a second one")
+        pool = self._store()
+        rendezvous = join_store(self._there, hello.memory.port, self._seconds)
+        group = join_group(rendezvous, 1, pool.pool.device, self._here, self._seconds)
+        self._receiver = PageReceiver(group, pool)

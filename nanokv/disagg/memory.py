@@ -1,0 +1,74 @@
+"""The pool as memory that two processes map: allocated and exported once by its owner, mapped once by each worker.
+
+CPU     a memfd: no name to leak, gone with its last mapping. Sealed against shrinking, because a mapping that
+        reaches past the end of a file dies of SIGBUS.
+CUDA    one allocation, exported by CUDA IPC through torch. The owner outlives its workers by design.
+        Not tested yet: it needs a GPU. Order is kept by synchronising before PREFILL and before DONE.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+import msgspec
+import torch
+
+from nanokv.core.errors import ConfigError
+from nanokv.disagg.messages import Memory, ProtocolError
+
+
+class SharedPool:
+    """Owner's side: `tensor` uint8 [num_bytes], zeroed, and how to tell others of it."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.num_bytes = num_bytes
+        self.descriptor: int | None = None
+        if device.type == "cuda":
+            self.tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+            return
+        if not hasattr(os, "memfd_create"):
+            raise ConfigError("disagg: sharing pages between processes needs Linux (memfd)")
+        self.descriptor = os.memfd_create("nanokv-pages", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.descriptor, max(num_bytes, 1))
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self.tensor = _mapped(self.descriptor, num_bytes)
+
+    def export(self) -> Memory:
+        """What HELLO says; for "memfd" the descriptor goes with it."""
+        if self.descriptor is not None:
+            return Memory(kind="memfd", num_bytes=self.num_bytes)
+        handle = msgspec.msgpack.encode(list(self.tensor.untyped_storage()._share_cuda_()))
+        return Memory(kind="cuda", num_bytes=self.num_bytes, handle=handle)
+
+    def close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+def map_pool(memory: Memory, descriptor: int | None, num_bytes: int) -> torch.Tensor:
+    """Worker's side: uint8 [num_bytes], the owner's bytes. Takes the descriptor over. Raises ProtocolError."""
+    if memory.num_bytes != num_bytes:
+        raise ProtocolError(f"the pool has {memory.num_bytes:,} bytes where {num_bytes:,} are needed")
+    if memory.kind == "cuda":
+        device, *rest = msgspec.msgpack.decode(memory.handle)
+        torch.cuda._lazy_init()
+        storage = torch.UntypedStorage._new_shared_cuda(device, *rest)
+        return torch.empty(0, dtype=torch.uint8, device=f"cuda:{device}").set_(storage, 0, (num_bytes,), (1,))
+    if memory.kind != "memfd" or descriptor is None:
+        raise ProtocolError(f"memory {memory.kind!r} without a descriptor: expected memfd or cuda")
+    try:
+        if os.fstat(descriptor).st_size < num_bytes:
+            raise ProtocolError(f"the descriptor's file is shorter than {num_bytes:,} bytes")
+        return _mapped(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _mapped(descriptor: int, num_bytes: int) -> torch.Tensor:
+    """uint8 [num_bytes] over the file; the mapping lives as long as the tensor."""
+    if not num_bytes:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8, count=num_bytes)

@@ -1,0 +1,219 @@
+"""A prefill process for other hosts: `nanokv disagg prefill --listen HOST:PORT`. One decode process at a time.
+
+It computes into pages of its own and sends them (transport.py). What the decode process has cached is not here, so a
+prompt is computed from its first token, and only the pages that are missing there are sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import deque
+from dataclasses import dataclass
+
+import msgspec
+
+from nanokv.cache.pool import PagePool, StatePool
+from nanokv.cache.store import CacheStore
+from nanokv.core.batch import Batch
+from nanokv.core.request import Request
+from nanokv.disagg.channel import Channel
+from nanokv.disagg.messages import (
+    VERSION,
+    Abort,
+    Done,
+    Failed,
+    Hello,
+    Layers,
+    Memory,
+    Message,
+    Prefill,
+    ProtocolError,
+    pack_ints,
+    unpack_ints,
+)
+from nanokv.disagg.prefiller import PrefillLoop
+from nanokv.disagg.transport import GROUP_BYTES, PageSender, join_group, open_store
+from nanokv.disagg.worker import Model, Session, receive_hello, refusal
+from nanokv.engine.memory import memory_for_pages, pool_size
+
+logger = logging.getLogger("nanokv")
+
+
+@dataclass
+class Job:
+    """One attempt: the message as it came (places there), and the places that stand for them here."""
+
+    message: Prefill
+    pages: list[int]
+    states: list[int]
+
+    @property
+    def states_there(self) -> list[int]:
+        own = [] if self.message.state is None else [self.message.state]
+        return [*own, *(state for _, state in self.message.checkpoints)]
+
+
+class SendingSession(Session):
+    """A Session over a pool of its own. Prompts wait here until there are pages for them."""
+
+    def __init__(self, channel: Channel, loop: PrefillLoop, heartbeat_s: float) -> None:
+        super().__init__(channel, loop, heartbeat_s)
+        self.sender: PageSender | None = None
+        store, layout = loop.store, loop.store.layout
+        self._pages, self._states = PagePool(store.num_pages), StatePool(store.states.shape[0])
+        self._waiting: deque[Prefill] = deque()
+        self._jobs: dict[int, Job] = {}
+        per_layer = max(1, layout.page_bytes // layout.num_layers)
+        self._first, self._last, self._per_layer = 0, layout.num_layers - 1, per_layer
+
+    def hear(self, message: Message) -> None:
+        if message.generation != self.loop.generation:
+            return
+        if isinstance(message, Prefill):
+            self._waiting.append(message)
+        elif isinstance(message, Abort):
+            waiting = [one for one in self._waiting if one.attempt != message.attempt]
+            self._waiting = deque(waiting)
+            self.send(self.loop.abort(message))
+            self._free(message.attempt)
+        else:
+            super().hear(message)
+        self._admit()
+
+    def send(self, message: Message) -> None:
+        """A DONE goes out behind everything it speaks of."""
+        if isinstance(message, Done):
+            job = self._jobs[message.attempt]
+            if job.states:
+                self._send(job, job.states_there, job.states, 0, 0, states=True)
+            self.sender.drain()
+        self.say(message)
+        if isinstance(message, (Done, Failed)):
+            self._free(message.attempt)
+            self._admit()
+
+    def say(self, message: Message) -> None:
+        """Sends as it is."""
+        super().send(message)
+
+    def after_layer(self, layer: int, _batch: Batch) -> None:
+        """Sends the layers that have run since the last time, if they are enough or the last."""
+        self.beat()
+        rows = sum(request.num_scheduled for request in self.loop.running)
+        pages = -(-rows // self.loop.store.layout.page_size)
+        if layer < self._last and (layer + 1 - self._first) * self._per_layer * pages < GROUP_BYTES:
+            return
+        for request in self.loop.running:
+            self._send_layers(request, self._first, layer + 1)
+        self._first = 0 if layer == self._last else layer + 1
+
+    def _send_layers(self, request: Request, first: int, last: int) -> None:
+        job = self._jobs[self.loop.prompt(request).attempt]
+        size, end = self.loop.store.layout.page_size, request.num_computed + request.num_scheduled
+        begin = max(request.num_computed, job.message.cached_length) // size
+        here = job.pages[begin : -(-end // size)]
+        if here:
+            there = unpack_ints(job.message.pages)[begin : begin + len(here)].tolist()
+            self._send(job, there, here, first, last)
+
+    def _send(self, job: Job, there: list[int], here: list[int], first: int, last: int, states: bool = False) -> None:
+        message = job.message
+        announced = Layers(
+            generation=message.generation, request=message.request, attempt=message.attempt,
+            places=pack_ints(there), first=first, last=last, states=states,
+        )  # fmt: skip
+        self.sender.send(announced, here)
+
+    def _admit(self) -> None:
+        """Prompts in order of arrival, as long as there are pages and states."""
+        while self._waiting:
+            message = self._waiting[0]
+            num_states = 0 if message.state is None else 1 + len(message.checkpoints)
+            num_pages = self.loop.cache.pages_for(len(message.tokens) // 4)
+            cached, size = message.cached_length, self.loop.store.layout.page_size
+            if len(message.pages) != 4 * num_pages or cached % size or not 0 <= cached < len(message.tokens) // 4:
+                self._waiting.popleft()
+                self.send(_failed(message, "pages and cached_length do not fit the tokens"))
+                continue
+            if num_pages > self._pages.num_pages or num_states > self._states.num_states:
+                self._waiting.popleft()
+                self.send(_failed(message, "the prompt is longer than the pool of this prefill process"))
+                continue
+            if num_pages > self._pages.num_free or num_states > self._states.num_free:
+                return
+            self._waiting.popleft()
+            if message.attempt in self._jobs:
+                continue  # doubled
+            job = Job(message, self._pages.allocate(num_pages), [self._states.allocate() for _ in range(num_states)])
+            self._jobs[message.attempt] = job
+            refused = self.loop.accept(self._translated(job))
+            if refused is not None:
+                self.send(refused)
+
+    def _translated(self, job: Job) -> Prefill:
+        """The same prompt over places of this pool, from its first token. Its recurrent state begins at nothing."""
+        checkpoints = [position for position, _ in job.message.checkpoints]
+        return msgspec.structs.replace(
+            job.message, cached_length=0, pages=pack_ints(job.pages), state=job.states[0] if job.states else None,
+            checkpoints=tuple(zip(checkpoints, job.states[1:], strict=True)),
+        )  # fmt: skip
+
+    def _free(self, attempt: int) -> None:
+        job = self._jobs.pop(attempt, None)
+        if job is not None:
+            self._pages.release(job.pages)
+            for state in job.states:
+                self._states.release(state)
+
+
+def _failed(message: Prefill, reason: str) -> Failed:
+    return Failed(generation=message.generation, request=message.request, attempt=message.attempt, reason=reason)
+
+
+def serve_one(model: Model, sock: socket.socket, heartbeat_s: float) -> None:
+    """Serves one decode process until it hangs up. Raises ProtocolError, EOFError, RuntimeError (torch.distributed)."""
+    here = sock.getsockname()[0]
+    channel = Channel(sock)
+    try:
+        hello = receive_hello(channel)
+        reason = refusal(hello, model.digest)
+        if reason is None and hello.memory.kind != "sent":
+            reason = "over TCP pages are sent, not mapped"
+        if reason is not None:
+            channel.send(Failed(generation=hello.generation, reason=reason))
+            raise ProtocolError(reason)
+        memory = memory_for_pages(model.config, model.decoder, model.layout, model.device)
+        num_pages, num_states = pool_size(model.config, model.layout, memory)
+        store = CacheStore(model.layout, num_pages, model.device, num_states=num_states)
+        rendezvous = open_store(here, heartbeat_s)
+        session: SendingSession
+        loop = PrefillLoop(
+            model.decoder, store, model.config, hello.generation, lambda layer, batch: session.after_layer(layer, batch)
+        )
+        session = SendingSession(channel, loop, heartbeat_s)
+        session.send(
+            Hello(
+                generation=hello.generation, version=VERSION, digest=model.digest, num_pages=hello.num_pages,
+                num_states=hello.num_states, memory=Memory(kind="sent", num_bytes=0, port=rendezvous.port),
+            )
+        )  # fmt: skip
+        group = join_group(rendezvous, 0, model.device, here, heartbeat_s)
+        session.sender = PageSender(group, store, session.say)
+        session.serve()
+    finally:
+        channel.close()
+
+
+def listen(model: Model, address: tuple[str, int], heartbeat_s: float) -> None:
+    """Serves one decode process after the other, for ever. Raises OSError where the address cannot be had."""
+    with socket.create_server(address) as server:
+        logger.warning("listening on %s:%d", *server.getsockname()[:2])
+        while True:
+            sock, (peer, port, *_) = server.accept()
+            logger.warning("%s:%d is here", peer, port)
+            try:
+                serve_one(model, sock, heartbeat_s)
+                logger.warning("%s:%d has left", peer, port)
+            except (ProtocolError, EOFError, RuntimeError, OSError) as error:
+                logger.warning("%s:%d: %s", peer, port, " ".join(str(error).split())[:200])

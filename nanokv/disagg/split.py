@@ -1,0 +1,70 @@
+"""Split: one decode process with its prefill processes, from start to end. The door of this room."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from nanokv.cache.store import CacheStore
+from nanokv.core.config import EngineConfig
+from nanokv.core.errors import ConfigError
+from nanokv.disagg.config import DisaggConfig
+from nanokv.disagg.digest import digest_of
+from nanokv.disagg.dispatcher import Dispatcher
+from nanokv.disagg.link import HostLink, connect
+from nanokv.disagg.messages import Memory
+from nanokv.disagg.process import LocalWorker
+from nanokv.disagg.worker import Job
+from nanokv.engine.engine import Engine
+from nanokv.models.config import ModelConfig
+
+
+class Split:
+    """Starts the prefill processes at once, so that they load the model while the decode process loads its own.
+
+    disagg         DisaggConfig
+    folder         of the model
+    config         EngineConfig of the decode process
+    device, dtype  as the decode process resolved them
+    Raises         ConfigError for a configuration that two processes cannot share
+    """
+
+    def __init__(
+        self, disagg: DisaggConfig, folder: Path, config: EngineConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        if config.center_keys:
+            raise ConfigError("center_keys=True: the means are measured in one process; with disagg allowed is False")
+        self.dispatcher = Dispatcher(disagg)
+        self._store: CacheStore | None = None
+        self._dtype = str(dtype).removeprefix("torch.")
+        fields = asdict(replace(config, event_log=None))
+        for number in range(disagg.prefill_workers):
+            job = Job(
+                name=f"prefill {number}", folder=str(folder.resolve()), device=str(device), dtype=self._dtype,
+                config=fields, heartbeat_s=disagg.heartbeat_s, cores=disagg.worker_cores,
+            )  # fmt: skip
+            self.dispatcher.add(partial(LocalWorker, job))
+        for address in disagg.connect:
+            self._reach(address, disagg.heartbeat_s)
+        self._folder, self._config = folder, config
+
+    def _reach(self, address: str, seconds: float) -> None:
+        """A prefill process on another host. The first connection is made here, so that a wrong address shows."""
+        first = [connect(address, seconds)]
+
+        def start() -> HostLink:
+            return HostLink(address, lambda: self._store, seconds, first.pop() if first else None)
+
+        self.dispatcher.add(start, Memory(kind="sent", num_bytes=0))
+
+    def open(self, engine: Engine, model: ModelConfig) -> None:
+        """Shakes hands with every worker. Raises ConfigError where one is refused or none comes up."""
+        self._store = engine.store
+        digest = digest_of(self._folder, model, self._config, self._dtype, engine.layout)
+        self.dispatcher.open(engine.layout, engine.store.num_pages, engine.store.states.shape[0], digest)
+
+    def close(self) -> None:
+        self.dispatcher.close()

@@ -1,0 +1,139 @@
+"""Pages between hosts: gathered, sent point to point by torch.distributed, scattered into the other pool.
+
+One group of two ranks for each pair of processes, with a store of its own: a rank that dies takes down no other pair.
+The prefill process is rank 0 and keeps the store. Gloo over TCP for pools on a CPU, NCCL for pools on a GPU (not tested
+yet: it needs two of them). Trusted networks only: neither encrypts.
+
+What is sent is announced first by LAYERS on the control connection, in the same order, so that the receiver posts
+receives of the right size. Layers travel in groups while later layers are still being computed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from nanokv.cache.store import CacheStore
+from nanokv.disagg.messages import Layers, ProtocolError, unpack_ints
+
+GROUP_BYTES = 4 << 20
+"""Layers are sent as soon as this much is there: large enough for full speed, small enough to overlap with compute."""
+MAX_PENDING = 8
+"""Sends in the air before the sender waits for the oldest."""
+
+
+def open_store(host: str, seconds: float) -> dist.TCPStore:
+    """Rank 0's side of a rendezvous, on a port of its own choice (`.port`)."""
+    return dist.TCPStore(host, 0, 2, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=seconds))
+
+
+def join_store(host: str, port: int, seconds: float) -> dist.TCPStore:
+    return dist.TCPStore(host, port, 2, is_master=False, timeout=timedelta(seconds=seconds))
+
+
+def join_group(
+    store: dist.TCPStore, rank: int, device: torch.device, address: str, seconds: float
+) -> dist.ProcessGroup:
+    """The group of two; returns when both are there. Raises RuntimeError where the other does not come.
+
+    address   of the interface that faces the other host
+    seconds   after which a send or receive that makes no progress fails
+    """
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=seconds)
+        return dist.ProcessGroupNCCL(store, rank, 2, options)
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = timedelta(seconds=seconds)
+    return dist.ProcessGroupGloo(store, rank, 2, options)
+
+
+class PageSender:
+    """Prefill's side. `announce` sends LAYERS."""
+
+    def __init__(self, group: dist.ProcessGroup, store: CacheStore, announce: Callable[[Layers], None]) -> None:
+        self.num_bytes = 0
+        self._group = group
+        self._store = store
+        self._announce = announce
+        self._pending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._buffers: list[torch.Tensor] = []  # used before and free: fresh memory costs a page fault every 4 KiB
+
+    def send(self, layers: Layers, pages: Sequence[int]) -> None:
+        """Sends what LAYERS announces: pages (or states) of this pool to `layers.places` of the other."""
+        if layers.states:
+            data = self._store.states[torch.tensor(list(pages), device=self._store.states.device)]
+            buffer = data.view(-1)
+        else:
+            start, end = self._store.layout.layer_range(layers.first, layers.last)
+            buffer = self._buffer(len(pages) * (end - start))
+            data = self._store.read_pages(pages, layers.first, layers.last, buffer)
+        if not data.numel():
+            return
+        self._announce(layers)
+        self._pending.append((self._group.send([data], 1, 0), buffer))
+        self.num_bytes += data.numel()
+
+    def drain(self, pending: int = 0) -> None:
+        """Returns when all but `pending` sends are on their way. Raises RuntimeError where the other side is gone."""
+        while len(self._pending) > pending:
+            work, buffer = self._pending.popleft()
+            work.wait()
+            self._buffers.append(buffer)
+
+    def _buffer(self, size: int) -> torch.Tensor:
+        """uint8, at least `size` bytes, that no send reads any more."""
+        self.drain(MAX_PENDING - 1)
+        buffer = self._buffers.pop() if self._buffers else None
+        if buffer is None or buffer.numel() < size:
+            return torch.empty(size, dtype=torch.uint8, device=self._store.pool.device)
+        return buffer
+
+
+class PageReceiver:
+    """Decode's side."""
+
+    def __init__(self, group: dist.ProcessGroup, store: CacheStore) -> None:
+        self._group = group
+        self._store = store
+        self._pending: deque[tuple[dist.Work, torch.Tensor, torch.Tensor, Layers]] = deque()
+        self._buffers: list[torch.Tensor] = []
+
+    def post(self, layers: Layers) -> None:
+        """Posts the receive of what was announced, so that it arrives while earlier layers are written. Raises
+        ProtocolError, and what `drain` raises."""
+        places, store = unpack_ints(layers.places), self._store
+        if layers.states:
+            width, limit = store.layout.state_bytes, store.states.shape[0]
+        else:
+            if not 0 <= layers.first < layers.last <= store.layout.num_layers:
+                raise ProtocolError(f"LAYERS {layers.first} to {layers.last} of {store.layout.num_layers}")
+            start, end = store.layout.layer_range(layers.first, layers.last)
+            width, limit = end - start, store.num_pages
+        if not places or not 0 <= min(places) <= max(places) < limit or len(set(places)) != len(places):
+            raise ProtocolError("LAYERS names places that are not there")
+        self.drain(MAX_PENDING - 1)
+        size = len(places) * width
+        buffer = self._buffers.pop() if self._buffers else None
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch.uint8, device=store.pool.device)
+        work = self._group.recv([buffer[:size]], 0, 0)
+        self._pending.append((work, buffer, buffer[:size].view(len(places), width), layers))
+
+    def drain(self, pending: int = 0) -> None:
+        """Writes what was posted, oldest first, all but the last `pending`. Raises RuntimeError (peer gone)."""
+        store = self._store
+        while len(self._pending) > pending:
+            work, buffer, data, layers = self._pending.popleft()
+            work.wait()
+            places = unpack_ints(layers.places)
+            if layers.states:
+                store.states[torch.tensor(places.tolist(), device=data.device)] = data
+            else:
+                store.write_pages(places, data, layers.first, layers.last)
+            self._buffers.append(buffer)

@@ -1,0 +1,188 @@
+"""The prefill process of one host: `python -m nanokv.disagg.worker`, started and supervised by the decode process.
+
+It loads the model, maps the pool that HELLO brings, and computes prompts until the decode process hangs up. It holds
+nothing that needs tidying: SIGKILL at any moment is a clean end of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from nanokv.cache.store import CacheStore
+from nanokv.codecs import codec_of
+from nanokv.core.batch import Batch
+from nanokv.core.config import EngineConfig
+from nanokv.core.errors import ConfigError
+from nanokv.core.spec import PageLayout
+from nanokv.disagg.channel import Channel
+from nanokv.disagg.digest import digest_of
+from nanokv.disagg.memory import map_pool
+from nanokv.disagg.messages import VERSION, Abort, Failed, Hello, Message, Ping, Prefill, ProtocolError
+from nanokv.disagg.prefiller import PrefillLoop
+from nanokv.models.config import ModelConfig
+from nanokv.models.decoder import Decoder
+from nanokv.models.loader import load_model
+
+logger = logging.getLogger("nanokv")
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is started with: one JSON argument. Device and dtype are resolved, so both sides agree."""
+
+    name: str
+    folder: str
+    device: str
+    dtype: str
+    config: dict
+    heartbeat_s: float
+    cores: tuple[int, ...] | None = None
+
+
+class Model:
+    """A model and the digest that another process must share."""
+
+    def __init__(self, folder: Path, config: EngineConfig, device: str, dtype: str) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        described = ModelConfig.from_folder(folder)
+        kind = getattr(torch, dtype)
+        self.decoder: Decoder = load_model(
+            folder, described, dtype=kind, device=self.device, codec=codec_of(config, kind, described.attention_layers),
+            page_size=config.page_size, load=config.load, seed=config.seed,
+        )  # fmt: skip
+        self.layout = PageLayout(self.decoder.specs, config.page_size)
+        self.decoder.bind(self.layout)
+        self.digest = digest_of(folder, described, config, dtype, self.layout)
+
+
+def refusal(hello: Hello, digest: str) -> str | None:
+    """Why a process with this digest cannot work with the one that says hello; None where it can."""
+    if hello.version != VERSION:
+        return f"protocol version {hello.version} there, {VERSION} here"
+    if hello.digest != digest:
+        return "another model, dtype, codec or page size there than here"
+    return None
+
+
+def receive_hello(channel: Channel) -> Hello:
+    """Waits for the first message. Raises ProtocolError where it is another, EOFError where none comes."""
+    while not channel.closed:
+        select.select([channel], [], [])
+        for message in channel.receive():
+            if not isinstance(message, Hello) or message.memory is None:
+                raise ProtocolError(f"{type(message).__name__} came before HELLO")
+            return message
+    raise EOFError("the decode process hung up before HELLO")
+
+
+class Session:
+    """The talk with one decode process: answers its messages between steps.
+
+    heartbeat_s   silence after which the decode process kills; a PING goes out at a quarter of it
+    """
+
+    def __init__(self, channel: Channel, loop: PrefillLoop, heartbeat_s: float) -> None:
+        self.channel = channel
+        self.loop = loop
+        self._every = heartbeat_s / 4
+        self._spoke = time.monotonic()
+
+    def send(self, message: Message) -> None:
+        self.channel.send(message)
+        self._spoke = time.monotonic()
+
+    def beat(self) -> None:
+        """PING, if it is time: called between layers. Skipped while the other side is not reading."""
+        if time.monotonic() - self._spoke > self._every and not self.channel.is_backed_up:
+            self.send(Ping(generation=self.loop.generation))
+
+    def serve(self) -> None:
+        """Until the decode process hangs up. Raises ProtocolError for what it should not have said."""
+        while True:
+            self._wait()
+            for message in self.channel.receive():
+                self.hear(message)
+            if self.channel.closed:
+                return
+            if self.loop.has_work:
+                self.beat()
+                for message in self.loop.step():
+                    self.send(message)
+
+    def hear(self, message: Message) -> None:
+        if message.generation != self.loop.generation:
+            return  # about a pool that is gone
+        if isinstance(message, Prefill):
+            refused = self.loop.accept(message)
+            if refused is not None:
+                self.send(refused)
+        elif isinstance(message, Abort):
+            self.send(self.loop.abort(message))
+        elif not isinstance(message, Ping):
+            raise ProtocolError(f"{type(message).__name__} is not for a prefill process")
+
+    def _wait(self) -> None:
+        """For a message; not at all while there is work."""
+        self.channel.flush()
+        writing = [self.channel] if self.channel.is_backed_up else []
+        select.select([self.channel], writing, [], 0 if self.loop.has_work else None)
+
+
+def run(job: Job, channel: Channel, make_session: Callable[..., Session] = Session) -> None:
+    """Loads, shakes hands, serves. Raises ProtocolError, EOFError; says FAILED first where it refuses."""
+    model = Model(Path(job.folder), EngineConfig(**job.config), job.device, job.dtype)
+    hello = receive_hello(channel)
+    reason = refusal(hello, model.digest)
+    if reason is not None:
+        channel.send(Failed(generation=hello.generation, reason=reason))
+        raise ProtocolError(reason)
+    layout = model.layout
+    num_bytes = hello.num_pages * layout.page_bytes + hello.num_states * layout.state_bytes
+    pool = map_pool(hello.memory, channel.take_descriptor(), num_bytes)
+    store = CacheStore(layout, hello.num_pages, buffer=pool, num_states=hello.num_states)
+    session: Session
+
+    def after_layer(layer: int, batch: Batch) -> None:
+        session.beat()
+
+    loop = PrefillLoop(model.decoder, store, model.config, hello.generation, after_layer)
+    session = make_session(channel, loop, job.heartbeat_s)
+    session.send(
+        Hello(
+            generation=hello.generation, version=VERSION, digest=model.digest, num_pages=hello.num_pages,
+            num_states=hello.num_states,
+        )
+    )  # fmt: skip
+    session.serve()
+
+
+def main(arguments: list[str], make_session: Callable[..., Session] = Session) -> int:
+    """argv: the number of an inherited socket, and a Job as JSON. Exit code 0 when the decode process hung up."""
+    job = msgspec.json.decode(arguments[1], type=Job)
+    logging.basicConfig(format=f"[{job.name}] %(message)s", stream=sys.stderr)
+    if job.cores is not None:
+        os.sched_setaffinity(0, job.cores)
+        torch.set_num_threads(len(job.cores))
+    channel = Channel(socket.socket(fileno=int(arguments[0])))
+    try:
+        run(job, channel, make_session)
+    except EOFError:
+        return 0
+    except (ProtocolError, ConfigError) as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,352 @@
+"""Prefill there, decode here: the colocated engine's tokens for every family; the protocol, and who is refused."""
+
+import contextlib
+import os
+import re
+import socket
+import threading
+from pathlib import Path
+
+import msgspec
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
+from nanokv.core.errors import ConfigError
+from nanokv.core.request import Request
+from nanokv.core.spec import PageLayout
+from nanokv.disagg import split
+from nanokv.disagg.channel import Channel
+from nanokv.disagg.dispatcher import Dispatcher
+from nanokv.disagg.memory import SharedPool, map_pool
+from nanokv.disagg.messages import (
+    VERSION,
+    Abort,
+    AbortAck,
+    Failed,
+    Hello,
+    Memory,
+    Ping,
+    Prefill,
+    ProtocolError,
+    Sampling,
+    decode,
+    encode,
+    pack_ints,
+    take_frames,
+    unpack_ints,
+)
+from nanokv.disagg.prefiller import PrefillLoop
+from nanokv.disagg.worker import Job, Model, refusal, run
+
+LENGTHS = (1, 3, 17, 64, 130)
+
+
+def prompts() -> list[list[int]]:
+    texts = [oracles.prompt(length, seed=length) for length in LENGTHS]
+    shared = texts[-1]
+    return [*texts, [*shared[:100], 5, 6, 7], [*shared[:64], 9], shared[:48]]
+
+
+PARAMS = [
+    SamplingParams(max_tokens=8, temperature=0.0 if i % 2 else 1.0, seed=i, logprobs=1, ignore_eos=True, n=1 + i % 3)
+    for i in range(len(prompts()))
+]
+
+
+class Thread:
+    """A prefill worker as a thread of this process: a process of its own takes seconds to import torch."""
+
+    def __init__(self, job: Job) -> None:
+        ours, theirs = socket.socketpair()
+        self.name, self.channel = job.name, Channel(ours)
+        self._end, end = os.pipe()
+        self._thread = threading.Thread(target=self._run, args=(job, Channel(theirs), end))
+        self._thread.start()
+
+    def _run(self, job: Job, channel: Channel, end: int) -> None:
+        with contextlib.suppress(EOFError):
+            run(job, channel)
+        channel.close()
+        os.close(end)
+
+    def fileno(self) -> int:
+        return self._end
+
+    def kill(self) -> None:
+        self.channel.close()
+
+    @property
+    def gone(self) -> bool:
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        self.channel.close()
+        os.close(self._end)
+
+
+@pytest.mark.parametrize("family", [*oracles.FAMILIES, "qwen3_next in a process"])
+def test_every_family_answers_as_one_process_does(family, tmp_path, monkeypatch):
+    """Greedy and sampled, several samples, log-probabilities, with hits and without."""
+    family, _, in_a_process = family.partition(" ")
+    if not in_a_process:
+        monkeypatch.setattr(split, "LocalWorker", Thread)
+    folder = oracles.checkpoint(family, tmp_path)
+    room = {"num_pages": 256, "num_states": 40, "debug_checks": True}
+    with LLM(folder, **room) as llm:
+        alone = [(output.token_ids, output.logprobs) for output in llm.generate(prompts(), PARAMS)]
+    with LLM(folder, disagg=DisaggConfig(min_tokens=2), **room) as llm:
+        for _ in range(2):  # the second time with hits
+            assert [(output.token_ids, output.logprobs) for output in llm.generate(prompts(), PARAMS)] == alone
+        stats = llm.stats()
+        assert stats["remote_prefills"] >= 6 and stats["hit_tokens"] > 0
+        assert stats["remote_lost"] == stats["worker_deaths"] == stats["stale_messages"] == 0
+        llm.engine.cache.check()
+
+
+def test_two_prefill_workers_share_the_work(tiny_llama, monkeypatch):
+    monkeypatch.setattr(split, "LocalWorker", Thread)
+    batch = [oracles.prompt(100, seed=20 + i) for i in range(6)]
+    greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    with LLM(tiny_llama, num_pages=128) as llm:
+        alone = [output.token_ids for output in llm.generate(batch, greedy)]
+    with LLM(tiny_llama, disagg=DisaggConfig(prefill_workers=2), num_pages=128) as llm:
+        assert llm.stats()["prefill_workers_ready"] == 2
+        for prompt in batch:
+            llm.engine.add_request(Request(prompt, greedy))
+        llm.engine.step()
+        shares = [len(place.grants) for place in llm.engine.prefiller._places]
+        assert shares == [3, 3] or sum(shares) < 6  # some are back already
+        llm.reset_prefix_cache()
+        assert [output.token_ids for output in llm.generate(batch, greedy)] == alone
+
+
+def test_short_suffixes_are_computed_here(tiny_llama, monkeypatch):
+    monkeypatch.setattr(split, "LocalWorker", Thread)
+    greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    with LLM(tiny_llama, disagg=DisaggConfig(min_tokens=50), num_pages=64) as llm:
+        text = oracles.prompt(120, seed=1)
+        llm.generate([oracles.prompt(49, seed=2)], greedy)
+        assert llm.stats()["remote_prefills"] == 0
+        llm.generate([text], greedy)
+        assert llm.stats()["remote_prefills"] == 1
+        llm.generate([[*text, 5, 6, 7]], greedy)  # all but a few tokens are cached
+        assert llm.stats()["remote_prefills"] == 1
+        llm.score(text)
+        assert llm.stats()["remote_prefills"] == 1
+
+
+# ---- messages -----------------------------------------------------------------------------------------------------
+
+SAMPLING = Sampling(
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, min_tokens=0, stop_token_ids=(), ignore_eos=True, logprobs=None,
+    repetition_penalty=1.0, seed="5", index=0, samples=1,
+)  # fmt: skip
+PREFILL = Prefill(
+    generation=7, request="r", attempt=1, tokens=pack_ints(range(3, 23)), prompt_length=20, cached_length=8,
+    pages=pack_ints([4, 1, 3]), state=None, checkpoints=(), sampling=SAMPLING,
+)  # fmt: skip
+
+
+def test_the_wire_form_is_what_is_documented():
+    frame = encode(Abort(generation=7, request="r", attempt=3))
+    assert int.from_bytes(frame[:4], "big") == len(frame) - 4
+    assert msgspec.msgpack.decode(frame[4:]) == {"type": "ABORT", "generation": 7, "request": "r", "attempt": 3}
+    assert unpack_ints(PREFILL.pages).tolist() == [4, 1, 3] and PREFILL.pages[:4] == b"\x04\0\0\0"
+
+
+@given(
+    st.lists(st.sampled_from([PREFILL, Ping(generation=1), AbortAck(generation=1, request="", attempt=0)])),
+    st.integers(1, 300),
+)
+def test_messages_survive_any_cut_of_the_stream(messages, size):
+    stream, buffer, received = b"".join(encode(message) for message in messages), bytearray(), []
+    for start in range(0, len(stream), size):
+        buffer += stream[start : start + size]
+        received += take_frames(buffer)
+    assert received == messages and not buffer
+
+
+@given(st.binary(max_size=60))
+def test_no_bytes_do_more_harm_than_a_protocol_error(body):
+    for attempt in (lambda: decode(body), lambda: take_frames(bytearray(body)), lambda: unpack_ints(body)):
+        try:
+            attempt()
+        except ProtocolError as error:
+            assert "\n" not in str(error)
+
+
+@given(st.integers(0, len(encode(PREFILL)) - 5), st.integers(0, 255))
+def test_a_bit_of_damage_in_a_prefill_is_found_or_harmless(place, byte):
+    body = bytearray(encode(PREFILL)[4:])
+    body[place] = byte
+    with contextlib.suppress(ProtocolError):
+        decode(body)
+
+
+# ---- who is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loop(tiny_llama):
+    with LLM(tiny_llama, num_pages=8, page_size=8) as llm:
+        yield PrefillLoop(llm.engine.model, llm.engine.store, llm.config, generation=7)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokens", b""),
+        ("tokens", b"abc"),
+        ("tokens", pack_ints([5] * 19 + [256])),
+        ("prompt_length", 0),
+        ("prompt_length", 21),
+        ("cached_length", 7),
+        ("cached_length", 24),
+        ("cached_length", -8),
+        ("pages", pack_ints([4, 1])),
+        ("pages", pack_ints([4, 1, 8])),
+        ("pages", pack_ints([4, 1, -1])),
+        ("pages", pack_ints([4, 1, 1])),
+        ("state", 0),
+        ("checkpoints", ((8, 1),)),
+        ("sampling", msgspec.structs.replace(SAMPLING, samples=0)),
+        ("sampling", msgspec.structs.replace(SAMPLING, seed="five")),
+        ("sampling", msgspec.structs.replace(SAMPLING, temperature=-1.0)),
+    ],
+)
+def test_a_prefill_that_cannot_be_is_answered_with_failed(loop, field, value):
+    answer = loop.accept(msgspec.structs.replace(PREFILL, **{field: value}))
+    assert isinstance(answer, Failed) and answer.request == "r" and not loop.has_work
+
+
+def test_a_prefill_is_computed_once_however_often_it_comes(loop):
+    assert loop.accept(PREFILL) is None and loop.accept(PREFILL) is None
+    (done,) = loop.step()
+    assert (done.request, done.attempt, len(done.tokens)) == ("r", 1, 1)
+    assert not loop.has_work and loop.step() == []
+    assert loop.accept(PREFILL) is None
+    assert loop.abort(Abort(generation=7, request="r", attempt=1)) == AbortAck(generation=7, request="r", attempt=1)
+    assert not loop.has_work
+
+
+def test_another_version_or_digest_is_refused():
+    hello = Hello(generation=1, version=VERSION, digest="d", num_pages=1, num_states=0, memory=None)
+    assert refusal(hello, "d") is None
+    assert "version 99" in refusal(msgspec.structs.replace(hello, version=99), "d")
+    assert "another model" in refusal(hello, "e")
+
+
+class Stranger:
+    """A peer that the test plays itself, over a socket pair."""
+
+    name = "stranger"
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self.channel, self.mouth = Channel(ours), theirs
+        self.gone = False
+        self._wake, self._end = socket.socketpair()
+
+    def fileno(self) -> int:
+        return self._wake.fileno()
+
+    def kill(self) -> None:
+        self.gone = True
+        self._end.close()
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Hello(generation=0, version=99, digest="d", num_pages=4, num_states=0),
+        Hello(generation=0, version=VERSION, digest="other", num_pages=4, num_states=0),
+        Failed(generation=0, reason="another model there"),
+        Prefill(**{**msgspec.structs.asdict(PREFILL), "generation": 0}),
+        b"\xff\xff\xff\xff",
+        b"\0\0\0\x01\xc1",
+    ],
+)
+def test_a_worker_that_does_not_fit_gets_no_prompts(answer, caplog):
+    dispatcher = Dispatcher(DisaggConfig())
+    dispatcher.allocate(4096, torch.device("cpu"))
+    strangers: list[Stranger] = []
+
+    def start() -> Stranger:
+        stranger = Stranger()
+        strangers.append(stranger)
+        if isinstance(answer, bytes):
+            stranger.mouth.sendall(answer)
+        else:
+            stranger.mouth.sendall(encode(msgspec.structs.replace(answer, generation=dispatcher.generation)))
+        return stranger
+
+    dispatcher.add(start)
+    if isinstance(answer, Failed):
+        with pytest.raises(ConfigError, match="another model there"):
+            dispatcher.open(PageLayout([], 16), 4, 0, "d")
+    else:
+        dispatcher.open(PageLayout([], 16), 4, 0, "d")
+        assert len(strangers) == 3  # tried again, then given up
+    assert dispatcher.stats()["prefill_workers_ready"] == 0
+    assert not dispatcher.wants(Request([5] * 100, SamplingParams()), 100)
+    dispatcher.close()
+
+
+# ---- the pool ----------------------------------------------------------------------------------------------------
+
+
+def test_two_mappings_are_the_same_bytes_and_nothing_has_a_name():
+    names = set(Path("/dev/shm").iterdir()) if Path("/dev/shm").exists() else set()
+    pool = SharedPool(8192, torch.device("cpu"))
+    other = map_pool(pool.export(), os.dup(pool.descriptor), 8192)
+    other[5000] = 77
+    assert pool.tensor[5000] == 77 and pool.tensor.sum() == 77
+    pool.close()
+    other[0] = 1
+    assert pool.tensor[0] == 1
+    assert (set(Path("/dev/shm").iterdir()) if Path("/dev/shm").exists() else set()) == names
+
+
+def test_a_pool_of_another_size_is_refused():
+    pool = SharedPool(4096, torch.device("cpu"))
+    with pytest.raises(ProtocolError, match="4,096 bytes where 8,192"):
+        map_pool(pool.export(), os.dup(pool.descriptor), 8192)
+    with pytest.raises(ProtocolError, match="expected memfd or cuda"):
+        map_pool(Memory(kind="tape", num_bytes=4096), None, 4096)
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prefill_workers": 0}, "prefill_workers=0"),
+        ({"prefill_workers": True}, "prefill_workers=True"),
+        ({"min_tokens": 0}, "min_tokens=0"),
+        ({"heartbeat_s": 0}, "heartbeat_s=0"),
+        ({"connect": "host"}, "address 'host'"),
+        ({"connect": ("a:1", "b:99999")}, "address 'b:99999'"),
+        ({"worker_cores": ()}, "worker_cores=()"),
+    ],
+)
+def test_choices_that_cannot_be_are_named(fields, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        DisaggConfig(**fields)
+
+
+def test_the_digest_tells_models_and_layouts_apart(tiny_llama, tmp_path):
+    other = oracles.llama(tmp_path, seed=1)
+    digests = {
+        Model(folder, EngineConfig(page_size=size), "cpu", dtype).digest
+        for folder in (tiny_llama, other)
+        for size in (8, 16)
+        for dtype in ("float32", "bfloat16")
+    }
+    assert len(digests) == 8
+    assert Model(tiny_llama, EngineConfig(page_size=8), "cpu", "float32").digest in digests

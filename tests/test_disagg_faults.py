@@ -1,0 +1,232 @@
+"""Whatever dies, hangs or lies: every request ends with the right tokens, no page leaks, the engine goes on.
+
+Real processes. They fail at hooks behind every message and every layer (faulty_worker.py), never after a sleep.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import oracles
+import pytest
+
+from nanokv import LLM, DisaggConfig, SamplingParams
+from nanokv.core.request import Request
+from nanokv.disagg import process
+
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+PROMPTS = [oracles.prompt(length, seed=length) for length in (40, 90, 150)]
+ROOM = {"num_pages": 64, "page_size": 8, "debug_checks": True}
+
+
+@pytest.fixture(scope="module")
+def right(tiny_llama) -> list[list[int]]:
+    """What one engine alone answers."""
+    with LLM(tiny_llama, **ROOM) as llm:
+        return [output.token_ids for output in llm.generate(PROMPTS, GREEDY)]
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_llama, tmp_path_factory):
+    """An LLM with one faulty prefill process that all tests use, and the file that tells it how to fail."""
+    fault = tmp_path_factory.mktemp("fault") / "fault"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "ENTRY", "faulty_worker")
+        patch.setenv("NANOKV_FAULT", str(fault))
+        here = Path(__file__).parent
+        patch.setenv("PYTHONPATH", f"{here}:{here.parent}")
+        with LLM(tiny_llama, disagg=DisaggConfig(min_tokens=8, heartbeat_s=1.0), **ROOM) as llm:
+            yield llm, fault
+
+
+@pytest.fixture
+def llm(shared, right):
+    """Before and after each test: the worker is there, nothing is out, every page is back, remote answers are right."""
+    llm, fault = shared
+    fault.unlink(missing_ok=True)
+    wait_until_ready(llm)
+    before = llm.stats()["remote_lost"]
+    llm.reset_prefix_cache()
+    assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == right
+    assert llm.stats()["remote_lost"] == before
+    llm.reset_prefix_cache()
+    yield llm
+    fault.unlink(missing_ok=True)
+    settle(llm)
+    llm.engine.cache.check()
+    assert llm.stats()["pages_held"] == llm.stats()["pages_locked"] == 0
+
+
+def wait_until_ready(llm: LLM) -> None:
+    step_until(llm, lambda: llm.stats()["prefill_workers_ready"] == 1)
+
+
+def settle(llm: LLM) -> None:
+    """Until nobody else may write into a page any more."""
+    step_until(llm, lambda: llm.stats()["requests_remote"] == 0 and not llm.engine.has_work)
+
+
+def step_until(llm: LLM, holds) -> None:
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline
+        llm.engine.step()
+        llm.engine.cache.check()
+        time.sleep(0.002)
+
+
+def plan(shared, fault: str) -> None:
+    shared[1].write_text(fault)
+
+
+def worker_pid(llm: LLM) -> int:
+    return llm.engine.prefiller._places[0].peer.pid
+
+
+@pytest.mark.parametrize(
+    ("fault", "lost"),
+    [
+        ("PREFILL received kill", True),
+        ("layer kill", True),
+        ("DONE before kill", True),
+        ("DONE before half", True),
+        ("DONE before noise", True),
+        ("DONE sent kill", None),  # what was delivered counts; the other prompts are lost
+        ("layer stop", True),
+        ("DONE sent stop", None),
+    ],
+)
+def test_a_worker_that_dies_hangs_or_babbles_costs_no_token(llm, shared, right, caplog, fault, lost):
+    before = llm.stats()
+    plan(shared, fault)
+    with caplog.at_level(logging.WARNING, "nanokv"):
+        assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == right
+        step_until(llm, lambda: llm.stats()["worker_deaths"] == before["worker_deaths"] + 1)
+        wait_until_ready(llm)
+    after = llm.stats()
+    assert after["worker_deaths"] == before["worker_deaths"] + 1
+    if lost:
+        assert after["remote_lost"] > before["remote_lost"]
+    assert sum("a new one starts" in record.message for record in caplog.records) == 1
+    assert sum("is back" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("fault", ["DONE before twice", "DONE before stale"])
+def test_doubled_and_stale_messages_are_dropped(llm, shared, right, fault):
+    before = llm.stats()
+    plan(shared, fault)
+    assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == right
+    after = llm.stats()
+    assert after["stale_messages"] - before["stale_messages"] == (1 if "twice" in fault else 2)
+    assert after["worker_deaths"] == before["worker_deaths"]
+
+
+def test_a_step_that_fails_there_is_computed_again(llm, shared, right):
+    before = llm.stats()
+    plan(shared, "layer raise")
+    assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == right
+    after = llm.stats()
+    assert after["remote_lost"] > before["remote_lost"] and after["worker_deaths"] == before["worker_deaths"]
+
+
+def test_pages_of_a_stopped_worker_are_not_given_away_before_it_is_dead(llm, shared, right):
+    """Aborted or not, they stay quarantined; and the worker never wakes up to write into them."""
+    plan(shared, "layer stop")
+    pid = worker_pid(llm)
+    request_id = llm.engine.add_request(Request(PROMPTS[2], GREEDY))
+    step_until(llm, lambda: not shared[1].exists())  # it has stopped in the middle of a layer
+    llm.engine.abort(request_id)
+    outputs = llm.engine.step()
+    assert [output.finish_reason for output in outputs] == ["abort"]
+    assert llm.stats()["pages_held"] == 19
+    step_until(llm, lambda: llm.stats()["pages_held"] == 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+    assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == right
+
+
+@pytest.mark.parametrize("fault", [None, "ABORT received kill", "ABORT_ACK before kill", "ABORT_ACK before twice"])
+def test_an_abort_in_flight_gives_the_pages_back_when_nobody_writes_any_more(llm, shared, right, fault):
+    if fault is not None:
+        plan(shared, fault)
+    ids = [llm.engine.add_request(Request(prompt, GREEDY)) for prompt in PROMPTS]
+    llm.engine.step()
+    for request_id in ids:
+        llm.engine.abort(request_id)
+    settle(llm)
+    assert llm.stats()["pages_held"] == 0
+    wait_until_ready(llm)
+    assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == right
+
+
+def test_more_prompts_than_the_pool_holds_wait_for_each_other(llm, right):
+    many = [oracles.prompt(200 + i, seed=50 + i) for i in range(6)]
+    outputs = llm.generate([*many, *PROMPTS], GREEDY)
+    assert [output.token_ids for output in outputs[-3:]] == right
+    assert all(output.finish_reason == "length" for output in outputs)
+
+
+def test_a_pool_full_of_running_requests_preempts_none_that_is_out(llm):
+    """Answers outgrow the pool while prompts are computed elsewhere."""
+    long = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    prompts = [oracles.prompt(100, seed=70 + i) for i in range(6)]
+    together = [output.token_ids for output in llm.generate(prompts, long)]
+    assert together == [llm.generate(prompt, long)[0].token_ids for prompt in prompts]
+
+
+def test_workers_that_keep_dying_leave_the_engine_to_itself(tiny_llama, right, monkeypatch, tmp_path, caplog):
+    """An entry that does not exist: every process dies at once."""
+    monkeypatch.setattr(process, "ENTRY", "no_such_worker")
+    with caplog.at_level(logging.WARNING, "nanokv"), LLM(tiny_llama, disagg=DisaggConfig(), **ROOM) as llm:
+        assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == right
+        assert llm.stats()["prefill_workers_ready"] == 0
+    assert sum("no new one is started" in record.message for record in caplog.records) == 1
+
+
+SCRIPT = """
+import os, sys, time
+from nanokv import LLM, DisaggConfig, SamplingParams
+from nanokv.core.request import Request
+llm = LLM(sys.argv[1], disagg=DisaggConfig(min_tokens=8), num_pages=64, page_size=8)
+print(llm.engine.prefiller._places[0].peer.pid, flush=True)
+llm.engine.add_request(Request(list(range(3, 203)), SamplingParams(max_tokens=4)))
+while True:
+    llm.engine.step()
+    if not llm.engine.has_work:
+        llm.engine.add_request(Request([time.perf_counter_ns() % 200 + 3] * 200, SamplingParams(max_tokens=4)))
+"""
+
+
+@pytest.mark.parametrize(("how", "stopped"), [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGINT, False)])
+def test_a_worker_does_not_outlive_the_decode_process(tiny_llama, how, stopped):
+    """Not even one that is stopped and cannot notice."""
+    here = Path(__file__).parent.parent
+    decode = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tiny_llama)],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": str(here)},
+    )  # fmt: skip
+    worker = int(decode.stdout.readline())
+    try:
+        if stopped:
+            os.kill(worker, signal.SIGSTOP)
+        decode.send_signal(how)
+        decode.wait(timeout=120)
+        deadline = time.monotonic() + 30
+        while is_running(worker) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not is_running(worker)
+    finally:
+        decode.kill()
+        decode.stdout.close()
+
+
+def is_running(pid: int) -> bool:
+    """Neither gone nor a zombie that nobody has buried."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
