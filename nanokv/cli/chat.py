@@ -16,6 +16,7 @@ from nanokv.cli.common import model_folder
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError, RequestError
 from nanokv.core.request import SamplingParams
+from nanokv.disagg.config import DisaggConfig
 from nanokv.hub.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -39,15 +40,25 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 @click.option("--seed", type=int, help="Makes answers reproducible. Default: another one each time.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--codec", default="raw", show_default=True, help="How K and V are written into pages.")
+@click.option("--codec", default="raw", show_default=True, help="How K and V are written: raw, fp8, tq4, ..., or K/V.")
 @click.option("--kv-memory", metavar="SIZE", help="Memory for K and V, such as 512MiB.")
 @click.option("--page-size", type=int, default=16, show_default=True, help="Tokens in a page.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse K and V of earlier turns. Default: yes.")
 @click.option("--max-model-len", type=int, metavar="N", help="Tokens of a conversation at most. Default: the model's.")
+@click.option("--disagg", is_flag=False, flag_value="here", metavar="[HOST:PORT]",
+              help="Prefill in another process; at HOST:PORT: on that host (`nanokv disagg prefill`).")  # fmt: skip
 @click.option("--stats/--no-stats", default=True, help="A line of numbers after each answer, on stderr. Default: yes.")
 @click.option("--event-log", metavar="FILE", help="Write what happens to pages and requests to a JSONL file.")
+@click.option("--mine", is_flag=True, help="With your functions from my/ in the engine (nanokv learn).")
 def chat(
-    model: str | None, prompt: str | None, system: str | None, stats: bool, seed: int | None, **options: Any
+    model: str | None,
+    prompt: str | None,
+    system: str | None,
+    stats: bool,
+    seed: int | None,
+    disagg: str | None,
+    mine: bool,
+    **options: Any,
 ) -> None:
     """Chat with MODEL: a catalog name, a folder, or ORG/NAME after `nanokv pull`.
 
@@ -59,6 +70,7 @@ def chat(
     try:
         SamplingParams(**chosen).validate()
         # Without --seed each chat draws differently: the engine's seed stands in for those of its requests.
+        split = None if disagg is None else DisaggConfig(connect=() if disagg == "here" else disagg)
         config = EngineConfig(seed=int.from_bytes(os.urandom(4), "little"), **options)
     except (RequestError, ConfigError) as error:
         name, _, rest = str(error).partition("=")
@@ -68,20 +80,39 @@ def chat(
     question = None
     if prompt is not None or not _is_terminal(sys.stdin):
         question = _question(prompt)
+    if mine:
+        _bind_mine()
     name = DEFAULT_MODEL if model is None else Path(model).resolve().name if Path(model).is_dir() else model
-    session = _open(model_folder(model), name, system, chosen, config, stats)
-    if question is None:
-        _converse(session)
-    else:
+    session = _open(model_folder(model), name, system, chosen, config, split, stats)
+    with session.llm:
+        if question is None:
+            _converse(session)
+            return
         with session.stop:
             turn = session.send(question, time.perf_counter())
         if turn.stopped:
             sys.exit(130)
-    session.llm.close()
+
+
+def _bind_mine() -> None:
+    """Puts the student's functions into the engine. Raises CourseError where none has passed its checks."""
+    from nanokv.cli.learn import MY
+    from nanokv.learn.mine import bind_passed, not_passed
+
+    bound = bind_passed(MY)
+    click.echo(f"with your {', '.join(f'{one.id} {one.function}' for one in bound)}", err=True)
+    if waiting := not_passed(MY):
+        click.echo(f"without {', '.join(one.id for one in waiting)}: not passed yet (nanokv learn check)", err=True)
 
 
 def _open(
-    folder: Path, name: str, system: str | None, chosen: dict[str, Any], config: EngineConfig, stats: bool
+    folder: Path,
+    name: str,
+    system: str | None,
+    chosen: dict[str, Any],
+    config: EngineConfig,
+    split: DisaggConfig | None,
+    stats: bool,
 ) -> ChatSession:
     """Load the model and open a session with it. Raises CheckpointError, ConfigError, RequestError."""
     from dataclasses import replace
@@ -102,7 +133,7 @@ def _open(
             from nanokv.llm import LLM
 
             is_first_run = not ops.are_compiled()  # asked before: loading compiles some already
-            session = ChatSession(LLM(folder, config), name, system, params, terminal, stats)
+            session = ChatSession(LLM(folder, config, split), name, system, params, terminal, stats)
     finally:
         gc.freeze()
         gc.enable()
@@ -117,9 +148,11 @@ def _converse(session: ChatSession) -> None:
 
     llm, terminal = session.llm, session.terminal
     terminal.note(
-        f"{session.model} · {str(llm.dtype).removeprefix('torch.')} on {llm.device} · "
+        f"{session.model} · {str(llm.dtype).removeprefix('torch.')} on {llm.device} ({llm.device_reason}) · "
         f"context {llm.engine.max_length:,} tokens · /? for help"
     )
+    if llm.engine.prefiller is not None:
+        terminal.note(f"messages of {llm.disagg.min_tokens} new tokens and more are prefilled in another process")
     session.run(LineReader(completions, terminal.note))
 
 

@@ -19,6 +19,8 @@ COMMANDS = {
     "pull": "Fetch a model, once.",
     "size": "Show what a model's cache costs, from its config alone.",
     "bench": "Measure this engine on this machine.",
+    "disagg": "Compute prompts for an engine on another host.",
+    "learn": "Write parts of this engine yourself, with checks.",
 }
 """Name -> help line. Command NAME is the function NAME of nanokv.cli.NAME."""
 

@@ -146,7 +146,10 @@ def _show_model(session: ChatSession) -> None:
     llm, layout = session.llm, session.llm.engine.layout
     config = llm.model_config
     session.terminal.line(f"  {session.model}: {config.family}, {config.num_layers} layers, from {llm.folder}")
-    session.terminal.line(f"  {str(llm.dtype).removeprefix('torch.')} on {llm.device}, codec {llm.config.codec}")
+    native = f", raw in layers {llm.config.native_layers}" if llm.config.native_layers else ""
+    session.terminal.line(
+        f"  {str(llm.dtype).removeprefix('torch.')} on {llm.device}, codec {llm.config.codec}{native}"
+    )
     session.terminal.line(f"  context of {llm.engine.max_length:,} tokens at most")
     session.terminal.line(f"  KV {binary(layout.bytes_per_token)} a token")
 

@@ -1,0 +1,92 @@
+"""Figures of the lessons: one look, colours that colour-blind readers tell apart, and the same bytes each time.
+
+    figure, axes = figures.new(8, 3)
+    ...
+    figures.save(figure, "02_pages-1")          writes img/02_pages-1.svg beside the lessons
+
+A lesson shows the picture in the Markdown cell that follows, as `![what it shows](img/02_pages-1.svg)`.
+NANOKV_LESSONS_IMG names another folder, so that a check can draw without touching the pictures that stand here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+# Okabe and Ito 2008: eight colours that stay apart under every common colour blindness.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, RED, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+GREY, PALE = "#8A8A8A", "#ECECEC"
+CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY)
+
+_DARK = {BLACK, BLUE, RED, GREEN, GREY}
+
+matplotlib.rcParams.update(
+    {
+        "svg.hashsalt": "nanokv",  # ids in the file follow from its content alone
+        "svg.fonttype": "path",  # letters are outlines: the picture needs no font on the reader's machine
+        "font.family": "DejaVu Sans",  # travels with matplotlib
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.grid": False,
+        "legend.frameon": False,
+        "figure.facecolor": "white",
+    }
+)
+
+
+def new(width: float, height: float, panels: int = 1, **subplots) -> tuple[Figure, Axes]:
+    """A figure of so many inches, and its axes: one, or an array of `panels` side by side."""
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.subplots(1, panels, **subplots)
+
+
+def save(figure: Figure, name: str) -> Path:
+    """Writes img/NAME.svg without a date or a version, so that an unchanged lesson leaves an unchanged file."""
+    folder = Path(os.environ.get("NANOKV_LESSONS_IMG") or Path(__file__).parent / "img")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.svg"
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    return path
+
+
+def box(
+    axes: Axes,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    colour: str,
+    text: object = "",
+    size: float = 8,
+) -> None:
+    """A filled rectangle with its lower left corner at (x, y), and a text in its middle that can be read on it."""
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="white", linewidth=1))
+    if text != "":
+        ink = "white" if colour in _DARK else "black"
+        axes.text(x + width / 2, y + height / 2, str(text), ha="center", va="center", color=ink, fontsize=size)
+
+
+def card(axes: Axes, x: float, y: float, width: float, height: float, colour: str, text: str, size: float = 9) -> None:
+    """A rounded box for a node of a tree: (x, y) is its middle."""
+    shape = FancyBboxPatch(
+        (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.08",
+        facecolor=colour, edgecolor=BLACK, linewidth=0.8,
+    )  # fmt: skip
+    axes.add_patch(shape)
+    axes.text(x, y, text, ha="center", va="center", color="white" if colour in _DARK else "black", fontsize=size)
+
+
+def bare(axes: Axes, x: tuple[float, float], y: tuple[float, float]) -> None:
+    """No frame, no ticks: a drawing instead of a plot, with these limits."""
+    axes.set(xlim=x, ylim=y, xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)

@@ -1,0 +1,71 @@
+"""Hidden checks of lesson 09: random streams and grants against the engine's own functions."""
+
+from array import array
+
+from nanokv.core.request import Request
+from nanokv.disagg.messages import HEADER, MAX_FRAME, Ping, ProtocolError, encode, take_frames
+from nanokv.disagg.pages import FixedPages, Given
+from nanokv.learn.binding import ours
+from nanokv.learn.expect import equal, random_of
+
+
+def test_09_1_random_cuts():
+    random = random_of("cuts")
+    for _ in range(40):
+        stream = b"".join(encode(Ping(generation=1)) for _ in range(random.randint(1, 8)))
+        if random.random() < 0.3:
+            stream += HEADER.pack(MAX_FRAME + random.randint(1, 1000)) + b"x" * random.randint(0, 9)
+        pair, at = (bytearray(), bytearray()), 0
+        while at < len(stream):
+            cut = stream[at : at + random.randint(1, 20)]
+            at += len(cut)
+            seen = []
+            for run, buffer in zip((take_frames, ours(take_frames)), pair, strict=True):
+                buffer += cut
+                try:
+                    seen.append((run(buffer), bytes(buffer)))
+                except ProtocolError:
+                    seen.append("refused")
+            equal(seen[0], seen[1], f"messages and bytes left after {at} of {len(stream)} bytes")
+            if seen[1] == "refused":
+                break
+
+
+def grants(label: str):
+    """Random requests, each with ours and the student's pages that were given the same."""
+    random = random_of(label)
+    for _ in range(60):
+        checkpoints = {4 * random.randint(1, 9): random.randrange(9) for _ in range(random.randint(0, 4))}
+        what = Given(
+            array("i", range(random.randint(1, 9))), 4 * random.randint(0, 3), random.randrange(9), checkpoints
+        )
+        computed, pair = random.randint(0, 40), []
+        for kind in (FixedPages, ours(FixedPages)):
+            pages, request = kind(4), Request([1])
+            pages.give(request, what)
+            request.num_computed, request.state_id = computed, what.state
+            pair.append((pages, request))
+        yield random, what, pair
+
+
+def test_09_2_random_grants():
+    for _, what, pair in grants("match"):
+        seen = [(p.match(r), list(r.pages), r.state_id, r.num_computed, r.num_cached) for p, r in pair]
+        equal(seen[0], seen[1], f"match of {what}")
+
+
+def test_09_3_random_grants():
+    for random, what, pair in grants("chunk"):
+        asked = random.randint(1, 40)
+        seen = [p.chunk(r, asked) for p, r in pair]
+        equal(seen[0], seen[1], f"chunk of {asked} from {pair[0][1].num_computed}, checkpoints {what.checkpoints}")
+
+
+def test_09_4_random_grants():
+    for random, what, pair in grants("commit"):
+        in_flight, seen = random.choice([0, 0, 4, 8]), []
+        for pages, request in pair:
+            request.num_computed = request.num_computed // 4 * 4
+            pages.commit(request, in_flight)
+            seen.append(pages.take_state_copies())
+        equal(seen[0], seen[1], f"copies with {in_flight} in flight, checkpoints {what.checkpoints}")

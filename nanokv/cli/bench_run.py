@@ -1,0 +1,182 @@
+"""One run of a bench: options that all benches take, the model, progress, and where the numbers go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nanokv.cli.common import (
+    emit_json,
+    json_option,
+    model_folder,
+    new_figure,
+    plot_option,
+    progress_bars,
+    save_figure,
+)
+from nanokv.hub.catalog import CATALOG, DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from nanokv.bench.report import Columns, Row
+    from nanokv.disagg.config import DisaggConfig
+    from nanokv.llm import LLM
+
+
+class Numbers(click.ParamType):
+    """A list such as 1,4,16."""
+
+    name = "list"
+
+    def __init__(self, kind: type, least: float, most: float | None = None) -> None:
+        self.kind, self.least, self.most = kind, least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list:
+        if isinstance(value, list):
+            return value
+        numbers = []
+        for text in value.split(","):
+            try:
+                number = self.kind(text)
+            except ValueError:
+                self.fail(f"{text!r}: expected numbers such as {param.default}", param, ctx)
+            if not self.least <= number <= (number if self.most is None else self.most):
+                bounds = f"at least {self.least}" + ("" if self.most is None else f", at most {self.most}")
+                self.fail(f"{text!r}: expected {bounds}", param, ctx)
+            if number not in numbers:
+                numbers.append(number)
+        return numbers
+
+
+WIDTH = 110
+COUNT = click.IntRange(min=1)
+COUNTS = Numbers(int, 1)
+
+
+def model_options(command: Callable) -> Callable:
+    """What every bench takes: the model and how it runs; where the numbers go."""
+    options = [
+        click.argument("model", required=False),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+                     show_default=True, help="auto: the checkpoint's own."),
+        click.option("--kv-memory", metavar="SIZE", help="Memory for pages, such as 2GiB."),
+        click.option("--dummy", is_flag=True, help="Random weights of the model's shape: nothing is fetched or read."),
+        json_option,
+        plot_option,
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def engine_options(command: Callable) -> Callable:
+    """What every bench of speed takes: model_options, and how often."""
+    repeat = click.option("--repeat", type=COUNT, default=1, show_default=True, help="Measure so often; medians count.")
+    return model_options(repeat(command))
+
+
+class Bench:
+    """One run: loads the model, shows progress, prints rows. A context manager: the model lives inside.
+
+    what      name of the subcommand
+    settings  of the subcommand, for --json
+    options   those of `engine_options` or `model_options`
+    fields    further fields of EngineConfig
+    """
+
+    def __init__(self, what: str, settings: dict, options: dict[str, Any], **fields: Any) -> None:
+        self.what = what
+        self.settings = settings
+        self.repeat: int = options.get("repeat", 1)
+        self.rows: list[Row] = []
+        self._as_json, self._plot = options["as_json"], options["plot"]
+        self._name = options["model"] or DEFAULT_MODEL
+        self._asked, self._dummy = options["model"], options["dummy"]
+        self._fields = {name: options[name] for name in ("device", "dtype", "kv_memory")} | fields
+        if self._plot is not None:
+            new_figure(1, 1)  # a missing matplotlib shows now, not after the measurements
+
+    def __enter__(self) -> Bench:
+        with ExitStack() as stack:
+            self._at = stack.enter_context(self._folder())
+            self._report = stack.enter_context(progress_bars())
+            self._report("load", 0, None)
+            self.llm: LLM = self.open()
+            self._report("load", 1, 1)
+            stack.callback(self.llm.close)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.settings |= {
+            "repeat": self.repeat,
+            "device": str(self.llm.device),
+            "dtype": str(self.llm.dtype).removeprefix("torch."),
+            "dummy": self._dummy,
+            "page_size": self.llm.config.page_size,
+            "max_step_tokens": self.llm.config.max_step_tokens,
+            "pages": self.llm.engine.store.num_pages,
+        }
+        self._stack.close()
+
+    def open(self, disagg: DisaggConfig | None = None, **fields: Any) -> LLM:
+        """An engine of the run's model, with these fields of EngineConfig instead of the run's."""
+        from nanokv.llm import LLM
+
+        return LLM(self._at, disagg=disagg, load="dummy" if self._dummy else "auto", **self._fields | fields)
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        """The model's folder. Dummy weights need its config.json alone, which the catalog knows too."""
+        if not (self._dummy and self._name in CATALOG):
+            yield model_folder(self._asked)
+            return
+        with TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(CATALOG[self._name].config), encoding="utf-8")
+            yield Path(folder)
+
+    def ticker(self, total: int) -> Callable[[], None]:
+        """A function to call `total` times; the bar moves."""
+        done = 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            self._report(self.what, done, total)
+
+        self._report(self.what, 0, total)
+        return tick
+
+    def show(
+        self,
+        tables: Sequence[tuple[Columns, Sequence[Row], str | None]],
+        draw: Callable[[Any, list[Row]], None],
+        size: tuple[float, float],
+    ) -> None:
+        """Prints the rows as JSON or as tables, and draws them where a figure was asked for.
+
+        tables   columns, rows, and the field at whose changes a line stands
+        """
+        from rich.console import Console
+
+        from nanokv.bench import report
+
+        if self._plot is not None and self.rows:
+            figure = new_figure(*size)
+            draw(figure, self.rows)
+            save_figure(figure, self._plot)
+        if self._as_json:
+            emit_json(f"bench {self.what}", self._name, self.settings, self.rows)
+            return
+        weights = "random weights" if self._dummy else "its weights"
+        where = f"{self.settings['device']}, {self.settings['dtype']}, {weights}"
+        click.echo(f"{self._name}: {where}; median of {self.repeat}" if self.repeat > 1 else f"{self._name}: {where}")
+        console = Console(width=max(Console().width, WIDTH))  # a narrower terminal wraps; numbers are never cut
+        for columns, rows, group in tables:
+            console.print(report.table(columns, rows, group))

@@ -1,0 +1,198 @@
+"""nanokv learn: exercises whose solution is the engine. Your functions stand in my/, one file each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nanokv.core.errors import CourseError
+from nanokv.learn.checking import Outcome, check, student_path
+from nanokv.learn.course import Course, Exercise, load_course
+from nanokv.learn.progress import Progress
+from nanokv.learn.source import solution, student_file
+
+MY = Path("my")
+MARKS = {"passed": "x", "changed": "~", "started": ".", "new": " "}
+FIRST_RUN = "not written yet: a first check fails, and should"
+
+
+def exercise_argument(required: bool = True):
+    return click.argument("exercise_id", metavar="ID", required=required)
+
+
+@click.group(
+    invoke_without_command=True,
+    epilog="\b\nExamples:\n  nanokv learn\n  nanokv learn start 02.1\n  nanokv learn check 02.1\n  nanokv learn watch",
+)
+@click.pass_context
+def learn(context: click.Context) -> None:
+    """Write parts of this engine yourself. Without a command: where you are, and what comes next."""
+    if context.invoked_subcommand is None:
+        course, progress = load_course(), Progress(MY)
+        _print_totals(course, progress)
+        _print_next(course, progress)
+
+
+@learn.command("list", epilog="Example: nanokv learn list")
+def list_() -> None:
+    """Show all lessons and exercises: [x] passed, [~] changed since, [.] started."""
+    course, progress = load_course(), Progress(MY)
+    for lesson in course.lessons:
+        click.echo(f"{lesson.name}   {lesson.title}")
+        for one in course.of_lesson(lesson.number):
+            mark = MARKS[progress.status(one)]
+            may = "  may be skipped" if one.optional else ""
+            click.echo(f"  [{mark}] {one.id}  {one.title:52} {'*' * one.difficulty:5} {one.minutes:3} min{may}")
+    for path in progress.foreign(course):
+        click.echo(f"{path}: this course has no such exercise; the file is left as it is")
+
+
+@learn.command(epilog="Example: nanokv learn start 02.1")
+@exercise_argument()
+def start(exercise_id: str) -> None:
+    """Write my/ID.py: the signature, what the function promises, and a TODO."""
+    exercise = load_course().exercise(exercise_id)
+    path = MY / exercise.file
+    if path.exists():
+        raise CourseError(f"{path}: there already; nanokv learn check {exercise.id} runs it")
+    _write(path, student_file(exercise))
+    click.echo(f"{path}: {exercise.title}, about {exercise.minutes} minutes")
+    click.echo(f"write {exercise.function}, then: nanokv learn check {exercise.id}")
+
+
+@learn.command("check", epilog="Example: nanokv learn check 02.1")
+@exercise_argument()
+@click.pass_context
+def check_(context: click.Context, exercise_id: str) -> None:
+    """Run the public checks of an exercise against my/ID.py. Exit code 1 when one fails."""
+    course = load_course()
+    if not check_and_tell(course, course.exercise(exercise_id)):
+        context.exit(1)
+
+
+@learn.command(epilog="Example: nanokv learn watch 02.1")
+@exercise_argument(required=False)
+def watch(exercise_id: str | None) -> None:
+    """Check again whenever the file is saved. Keys: n next, h hint, l list, r run, q quit."""
+    from nanokv.cli.learn_watch import watch as watch_exercises
+
+    course = load_course()
+    watch_exercises(course, course.exercise(exercise_id) if exercise_id else Progress(MY).current(course))
+
+
+@learn.command(epilog="Example: nanokv learn hint 02.1")
+@exercise_argument()
+def hint(exercise_id: str) -> None:
+    """Print the hint of an exercise."""
+    click.echo(load_course().exercise(exercise_id).hint)
+
+
+@learn.command("solution", epilog="Example: nanokv learn solution 02.1 --give-up")
+@exercise_argument()
+@click.option("--give-up", is_flag=True, help="Show it although yours has not passed.")
+def solution_(exercise_id: str, give_up: bool) -> None:
+    """Print our function, once yours has passed."""
+    exercise = load_course().exercise(exercise_id)
+    if not give_up and Progress(MY).status(exercise) != "passed":
+        raise CourseError(f"exercise {exercise.id}: not passed yet; --give-up shows the solution all the same")
+    click.echo(f"# {exercise.target}\n{solution(exercise)}", nl=False)
+
+
+@learn.command("progress", epilog="Example: nanokv learn progress")
+def progress_() -> None:
+    """Show what has been passed, by lesson, in exercises and points."""
+    course, progress = load_course(), Progress(MY)
+    for lesson in course.lessons:
+        mine = course.of_lesson(lesson.number)
+        done = [one for one in mine if progress.status(one) == "passed"]
+        bar = "#" * len(done) + "." * (len(mine) - len(done))
+        points = f"{sum(one.points for one in done):3} of {sum(one.points for one in mine):3} points"
+        click.echo(f"{lesson.name:24} {bar:8} {len(done)} of {len(mine)}   {points}")
+    _print_totals(course, progress)
+
+
+@learn.command(epilog="Example: nanokv learn reset 02.1")
+@exercise_argument()
+def reset(exercise_id: str) -> None:
+    """Begin an exercise again. Your file is kept beside the new one."""
+    exercise = load_course().exercise(exercise_id)
+    path = student_path(exercise, MY)
+    number = 1
+    while (kept := path.with_suffix(f".py.{number}")).exists():
+        number += 1
+    path.rename(kept)
+    _write(path, student_file(exercise))
+    Progress(MY).note(exercise, passed=False)
+    click.echo(f"{path}: as at the start; what you had is in {kept}")
+
+
+@learn.command("quiz", epilog="Example: nanokv learn quiz --topic paging -n 3")
+@click.option("--topic", metavar="TOPIC", help="Ask about this only. Without it the topics are listed first.")
+@click.option("-n", "count", type=click.IntRange(min=1), default=5, show_default=True, help="Questions to ask.")
+def quiz_(topic: str | None, count: int) -> None:
+    """Ask interview questions: yours is the answer, then ours, what they ask next, and where to show it."""
+    from nanokv.cli.learn_quiz import quiz
+    from nanokv.learn.cards import draw, load_cards, topics
+
+    cards = load_cards(topic)
+    if topic is None:
+        click.echo(f"{len(cards)} cards; topics: {', '.join(topics())}")
+    quiz(draw(cards, count))
+
+
+def check_and_tell(course: Course, exercise: Exercise) -> bool:
+    """Runs the public checks, prints what came of them, remembers it. Whether they passed."""
+    progress = Progress(MY)
+    outcome = check(course, exercise, MY)
+    passed = outcome.failure is None
+    progress.note(exercise, passed)
+    if outcome.printed.strip():
+        lines = outcome.printed.strip().splitlines()
+        more = f"\n  ... and {len(lines) - 10} lines more" if len(lines) > 10 else ""
+        click.echo("your file printed:\n" + "\n".join(f"  {line}" for line in lines[:10]) + more)
+    if passed:
+        click.echo(f"{exercise.id} {exercise.title}: public checks passed ({outcome.seconds:.1f} s)")
+        click.echo(f"ours, to compare: nanokv learn solution {exercise.id}")
+        _print_next(course, progress)
+    else:
+        _tell_failure(exercise, outcome)
+    return passed
+
+
+def _tell_failure(exercise: Exercise, outcome: Outcome) -> None:
+    failure = outcome.failure
+    if failure.kind == "todo":
+        click.echo(f"{exercise.id} {exercise.title}: {FIRST_RUN}")
+        click.echo(f"  your file: {MY / exercise.file}")
+    else:
+        click.echo(f"{exercise.id} {exercise.title}: not yet")
+        if failure.test:
+            click.echo(f"  check:  {failure.test}")
+        click.echo(f"  found:  {MY / exercise.file}: {failure.message}")
+    click.echo(f"  hint:   {exercise.hint}")
+
+
+def _print_totals(course: Course, progress: Progress) -> None:
+    done = [one for one in course.exercises if progress.status(one) == "passed"]
+    points = f"{sum(one.points for one in done)} of {sum(one.points for one in course.exercises)} points"
+    click.echo(f"{len(done)} of {len(course.exercises)} exercises passed, {points}")
+
+
+def _print_next(course: Course, progress: Progress) -> None:
+    one = progress.current(course)
+    if one is None:
+        click.echo("all public checks passed. Your engine: nanokv chat --mine")
+        return
+    (lesson,) = (lesson for lesson in course.lessons if lesson.number == one.lesson)
+    if progress.status(one) == "new":
+        if one is course.of_lesson(one.lesson)[0]:
+            click.echo(f"next lesson: python lessons/{lesson.name}.py   {lesson.title}")
+        click.echo(f"next: nanokv learn start {one.id}   {one.title}, about {one.minutes} minutes")
+    else:
+        click.echo(f"next: nanokv learn check {one.id}   {one.title}, in {MY / one.file}")
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, "utf-8")

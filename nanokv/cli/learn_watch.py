@@ -1,0 +1,104 @@
+"""nanokv learn watch: looks at the file twice a second, checks it when it was saved, listens to five keys."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from nanokv.cli.learn import MY, check_and_tell
+from nanokv.core.errors import CourseError
+from nanokv.learn.course import Course, Exercise
+from nanokv.learn.progress import Progress
+from nanokv.learn.source import student_file
+
+POLL_S = 0.5
+KEYS = "keys: n next, h hint, l list, r run, q quit"
+
+
+def watch(course: Course, exercise: Exercise | None) -> None:
+    """Runs until q, or until no exercise is left.
+
+    Files are polled, which works on network drives and in containers too. Raises CourseError where stdin is no
+    terminal, and says how to check by hand.
+    """
+    if exercise is None:
+        click.echo("all public checks passed. Your engine: nanokv chat --mine")
+        return
+    if not sys.stdin.isatty():
+        raise CourseError(f"watch needs a terminal; by hand: nanokv learn check {exercise.id}")
+    with _single_keys():
+        seen = _open(exercise)
+        while True:
+            key = _key(POLL_S)
+            if key == "q":
+                return
+            if key == "n":
+                following = _following(course, exercise)
+                if following is None:
+                    click.echo("this is the last exercise")
+                    continue
+                exercise = following
+                seen = _open(exercise)
+            elif key == "h":
+                click.echo(f"hint: {exercise.hint}")
+            elif key == "l":
+                for one in course.of_lesson(exercise.lesson):
+                    here = ">" if one is exercise else " "
+                    click.echo(f"{here} {one.id}  {one.title}  ({Progress(MY).status(one)})")
+            changed = _saved_at(exercise)
+            if key == "r" or changed != seen:
+                seen = changed
+                click.clear()
+                _check(course, exercise)
+
+
+def _open(exercise: Exercise) -> int | None:
+    """Starts an exercise that is new; says what is watched. When its file was saved last."""
+    path = MY / exercise.file
+    if not path.exists():
+        MY.mkdir(exist_ok=True)
+        path.write_text(student_file(exercise), "utf-8")
+    click.echo(f"watching {path}   {exercise.title}\n{KEYS}")
+    return _saved_at(exercise)
+
+
+def _check(course: Course, exercise: Exercise) -> None:
+    try:
+        check_and_tell(course, exercise)
+    except CourseError as error:  # an editor may have taken the file away for a moment
+        click.echo(str(error))
+    click.echo(KEYS)
+
+
+def _saved_at(exercise: Exercise) -> int | None:
+    path = MY / exercise.file
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _following(course: Course, exercise: Exercise) -> Exercise | None:
+    later = course.exercises[course.exercises.index(exercise) + 1 :]
+    return later[0] if later else None
+
+
+def _key(seconds: float) -> str | None:
+    """A key pressed within this time."""
+    ready, _, _ = select.select([sys.stdin], [], [], seconds)
+    return os.read(sys.stdin.fileno(), 1).decode("ascii", "ignore").lower() if ready else None
+
+
+@contextmanager
+def _single_keys() -> Iterator[None]:
+    """Keys arrive one by one, without Enter; the terminal is as before afterwards."""
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setcbreak(sys.stdin)
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

@@ -1,0 +1,102 @@
+"""Card: an interview question, an answer of a minute, and the numbers in it, computed. One file a topic.
+
+A card is a function in lessons/interview/TOPIC.py that returns its numbers: as they stand in the answer -> as computed.
+
+    @card(question="...", answer="... 128 KiB a token ...", follow_ups=("...",), file="...", command="...")
+    def bytes_of_a_token():
+        return {"128": layout.bytes_per_token / 1024}
+
+What the numbers need is imported inside the function: asking questions waits for no torch.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from nanokv.core.errors import CourseError
+from nanokv.learn.course import load_course
+
+NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w-])(?![.,]\d)")
+"""A number of a text, such as 131,072 or 4.8. Not one that belongs to a name: int4, 2026-04, Llama-3.1-8B."""
+
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Card:
+    """One question.
+
+    numbers   computes what the answer states, from the engine's own code where that knows it
+    """
+
+    topic: str
+    name: str
+    question: str
+    answer: str
+    """As one would say it, in about a minute."""
+    follow_ups: tuple[str, ...]
+    file: str
+    """Where in the repository to show it."""
+    command: str
+    """What to run beside it."""
+    numbers: Callable[[], Numbers]
+
+
+def card(
+    question: str, answer: str, follow_ups: Sequence[str], file: str, command: str
+) -> Callable[[Callable[[], Numbers]], Card]:
+    """Makes a card of the function that computes its numbers."""
+
+    def make(numbers: Callable[[], Numbers]) -> Card:
+        topic = numbers.__module__.rpartition(".")[2]
+        texts = [" ".join(text.split()) for text in (question, answer, *follow_ups)]
+        return Card(topic, numbers.__name__, texts[0], texts[1], tuple(texts[2:]), file, command, numbers)
+
+    return make
+
+
+def topics() -> list[str]:
+    """The topics there are, which are the files of lessons/interview."""
+    return sorted(path.stem for path in _folder().glob("*.py"))
+
+
+def load_cards(topic: str | None = None) -> list[Card]:
+    """The cards of a topic, or of all. Raises CourseError for an unknown topic, with those there are."""
+    known = topics()
+    if topic is not None and topic not in known:
+        raise CourseError(f"topic {topic!r}: expected one of {', '.join(known)}")
+    return [one for name in ([topic] if topic else known) for one in _read(name)]
+
+
+def draw(cards: Sequence[Card], count: int) -> list[Card]:
+    """`count` of the cards in random order, all where there are fewer."""
+    return random.sample(cards, min(count, len(cards)))
+
+
+def wrong_numbers(one: Card) -> list[str]:
+    """What is wrong with a card's numbers, a line each: each is stated in the answer and computed to be so, and each
+    number of the answer is computed, or given in the question."""
+    stated, given, numbers = NUMBER.findall(one.answer), NUMBER.findall(one.question), one.numbers()
+    wrong = [f"{text}: not in the answer" for text in numbers if text not in stated]
+    wrong += [f"{text}: neither computed nor given" for text in stated if text not in numbers and text not in given]
+    for text, value in numbers.items():
+        decimals = len(text.partition(".")[2])
+        if round(value, decimals) != float(text.replace(",", "")):
+            wrong.append(f"{text}: computed {value:,.{decimals + 2}f}")
+    return wrong
+
+
+def _folder() -> Path:
+    return load_course().folder / "interview"
+
+
+def _read(topic: str) -> list[Card]:
+    spec = spec_from_file_location(f"interview.{topic}", _folder() / f"{topic}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [one for one in vars(module).values() if isinstance(one, Card)]

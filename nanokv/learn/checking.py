@@ -1,0 +1,143 @@
+"""A check: the student's file looked at, then run in a process of its own with a time limit."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nanokv.core.errors import CourseError
+from nanokv.learn.course import PACKAGE, Course, Exercise
+from nanokv.learn.running import Failure
+from nanokv.learn.source import find, parameters
+from nanokv.learn.worker import Job
+
+CPU_LIMIT = 10
+"""Seconds of processor time that a check may take, imports included; a sound one takes two. What else the machine does
+counts for nothing."""
+WALL_LIMIT = 120.0
+"""Seconds after which a check is ended although it does not compute: it waits for something."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a check.
+
+    passed    kinds of tests that passed whole: "public", "hidden"
+    failure   the first failure, or None
+    printed   what the student's file printed
+    """
+
+    passed: tuple[str, ...]
+    failure: Failure | None
+    printed: str
+    seconds: float
+
+
+def student_path(exercise: Exercise, folder: Path) -> Path:
+    """The student's file. Raises CourseError where it was not started."""
+    path = folder / exercise.file
+    if not path.is_file():
+        raise CourseError(f"{path}: not there; nanokv learn start {exercise.id} writes it")
+    return path
+
+
+def look_at(exercise: Exercise, path: Path) -> Failure | None:
+    """What is wrong with the file before any of it runs: its syntax, the function's name, its parameters."""
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
+        return Failure("file", f"{line}no valid Python ({getattr(error, 'msg', error)})")
+    functions = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    node = functions.get(exercise.function)
+    if node is None:
+        others = f"; it has {', '.join(functions)}" if functions else ""
+        return Failure("file", f"there is no function {exercise.function}{others}")
+    got, expected = parameters(node), find(exercise.target).parameters
+    if got != expected:
+        return Failure(
+            "file",
+            f"{exercise.function} takes ({', '.join(got)}), the course has ({', '.join(expected)}): "
+            f"change the line, or start anew with nanokv learn reset {exercise.id}, which keeps your file",
+        )
+    return None
+
+
+def check(
+    course: Course,
+    exercise: Exercise,
+    folder: Path,
+    kinds: Sequence[str] = ("public",),
+    hidden_seed: int = 0,
+    offline: bool = False,
+    cpu_limit: int = CPU_LIMIT,
+) -> Outcome:
+    """Runs the tests of `kinds` against the student's file, in this order, up to the first failure.
+
+    Raises CourseError where the file was not started, or this tree has no such tests.
+    """
+    path, start = student_path(exercise, folder), time.monotonic()
+    failure = look_at(exercise, path)
+    if failure is not None:
+        return Outcome((), failure, "", time.monotonic() - start)
+    files = {"public": course.public_tests(exercise), "hidden": course.hidden_tests(exercise)}
+    for kind in kinds:
+        if not files[kind].is_file():
+            raise CourseError(f"{files[kind]}: not there, so exercise {exercise.id} has no {kind} tests here")
+    seeds = {"public": course.variant, "hidden": hidden_seed}
+    with tempfile.TemporaryDirectory() as scratch:
+        result, printed = Path(scratch, "result.json"), Path(scratch, "printed")
+        job = Job(
+            exercise.id, str(folder.resolve()), [[kind, str(files[kind])] for kind in kinds],
+            [seeds[kind] for kind in kinds], offline, cpu_limit, str(result),
+        )  # fmt: skip
+        ended = _run(job, printed)
+        said = printed.read_text("utf-8", "replace")
+        state = json.loads(result.read_text("utf-8")) if result.is_file() else {"stage": "start", "passed": []}
+    if state["stage"] == "done":
+        failure = Failure(**state["failure"]) if state["failure"] else None
+    else:
+        failure = _cut_short(state["stage"], ended, cpu_limit)
+    return Outcome(tuple(state["passed"]), failure, said, time.monotonic() - start)
+
+
+def _run(job: Job, printed: Path) -> int | None:
+    """The worker's exit code, or None where it had to be ended, with all that it started."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "nanokv.learn.worker", json.dumps(asdict(job))]
+    with open(printed, "wb") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return process.wait(WALL_LIMIT)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _cut_short(stage: str, ended: int | None, cpu_limit: int) -> Failure:
+    kind, _, test = stage.partition(": ")
+    where = {"start": "before your file was run", "load": "while your file was being loaded"}.get(kind, "")
+    if ended == -signal.SIGXCPU:
+        return Failure("timeout", f"stopped after {cpu_limit} s {where}".rstrip() + ": an endless loop?", test)
+    if ended is None:
+        return Failure("timeout", f"stopped after {WALL_LIMIT:g} s of waiting {where}".rstrip(), test)
+    return Failure("error", f"the process ended with exit code {ended} {where}".rstrip(), test)

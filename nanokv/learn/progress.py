@@ -1,0 +1,72 @@
+"""Progress: which exercises have been passed, in my/progress.json. A pass belongs to the file as it was then."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from nanokv.core.errors import CourseError
+from nanokv.learn.course import Course, Exercise
+
+FILE = "progress.json"
+
+
+class Progress:
+    """The ticks of one folder. What belongs to ids that a newer course does not have is kept.
+
+    Raises CourseError where the file is not readable: nothing is written over it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._path = folder / FILE
+        self._passed: dict[str, str] = {}
+        if self._path.is_file():
+            try:
+                passed = json.loads(self._path.read_text("utf-8"))["passed"]
+                self._passed = {str(key): str(digest) for key, digest in passed.items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CourseError(
+                    f"{self._path}: not readable ({type(error).__name__}); remove it: checks make it anew"
+                ) from None
+
+    def status(self, exercise: Exercise) -> str:
+        """ "new", "started", "passed", or "changed": passed once, and the file is another by now."""
+        path = self.folder / exercise.file
+        if not path.is_file():
+            return "new"
+        known = self._passed.get(exercise.id)
+        if known is None:
+            return "started"
+        return "passed" if known == _digest(path) else "changed"
+
+    def note(self, exercise: Exercise, passed: bool) -> None:
+        """Remembers what a check of the file as it is now gave."""
+        if passed:
+            self._passed[exercise.id] = _digest(self.folder / exercise.file)
+        elif self._passed.pop(exercise.id, None) is None:
+            return
+        scratch = self._path.with_suffix(".tmp")
+        scratch.write_text(json.dumps({"passed": dict(sorted(self._passed.items()))}, indent=1) + "\n", "utf-8")
+        os.replace(scratch, self._path)
+
+    def current(self, course: Course) -> Exercise | None:
+        """The exercise to work on: the first that is started and not passed, else the first new one."""
+        statuses = [(exercise, self.status(exercise)) for exercise in course.exercises]
+        for wanted in (("started", "changed"), ("new",)):
+            for exercise, status in statuses:
+                if status in wanted:
+                    return exercise
+        return None
+
+    def foreign(self, course: Course) -> list[Path]:
+        """Files of exercises that this course does not have: an older or a newer one had them."""
+        known = {exercise.file for exercise in course.exercises}
+        found = sorted(self.folder.glob("[0-9][0-9]_[0-9]*.py")) if self.folder.is_dir() else []
+        return [path for path in found if path.name not in known]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,96 @@
+"""Running the tests of one exercise in this process, up to the first failure, which is told in words."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from nanokv.core.errors import ExerciseTODO
+from nanokv.learn import expect
+from nanokv.learn.course import Exercise
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an exercise is not passed.
+
+    kind      "todo": nothing written yet; "needs": another exercise comes first; "wrong": a test disagrees; "error":
+              an exception; "file": the student's file cannot be used; "timeout"
+    message   one line
+    test      what was tested, in words; "" where no test had begun
+    """
+
+    kind: str
+    message: str
+    test: str = ""
+
+
+def load_file(path: Path, name: str) -> ModuleType:
+    """Runs a file as the module `name`, anew. Whatever the file raises passes through."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_function(exercise: Exercise, path: Path) -> Callable:
+    """The student's function. Whatever the file raises passes through."""
+    return getattr(load_file(path, f"my.exercise_{path.stem}"), exercise.function)
+
+
+def tests_of(exercise: Exercise, module: ModuleType) -> list[tuple[str, Callable[[], None]]]:
+    """The tests of an exercise in a test module, in order: what each tests, in words, and the function."""
+    prefix = exercise.test_prefix
+    return [
+        (name.removeprefix(prefix).replace("_", " "), function)
+        for name, function in vars(module).items()
+        if name.startswith(prefix)
+    ]
+
+
+def run_tests(
+    exercise: Exercise,
+    path: Path,
+    seed: int,
+    mine: Path | None = None,
+    before_each: Callable[[str], Any] = lambda test: None,
+) -> Failure | None:
+    """Runs the tests of one file against what is bound right now. None when all pass.
+
+    mine          the student's file, for pointing at lines of it
+    before_each   is told the words of each test before it runs
+    """
+    expect.use_seed(seed)
+    module = load_file(path, f"nanokv_{path.parent.name}_{path.stem}")
+    for words, test in tests_of(exercise, module):
+        before_each(words)
+        expect.use_seed(seed)
+        try:
+            test()
+        except Exception as error:
+            return describe(error, exercise, mine, words)
+    return None
+
+
+def describe(error: BaseException, exercise: Exercise, mine: Path | None, test: str) -> Failure:
+    """An exception as one line: what a test found, or where the student's file stopped."""
+    if isinstance(error, ExerciseTODO):
+        if error.exercise_id == exercise.id:
+            return Failure("todo", f"{exercise.function} is still to do", test)
+        return Failure("needs", f"needs exercise {error.exercise_id} first, which is still to do", test)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if mine is not None and frame.filename == str(mine)]
+    text = " ".join(str(error).split())
+    if isinstance(error, AssertionError) and not own:
+        return Failure("wrong", text or f"this does not hold: {frames[-1].line}", test)
+    said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if own:
+        return Failure("error", f"line {own[-1].lineno}: {said}   <- {own[-1].line}", test)
+    return Failure("error", f"{said}   <- {frames[-1].line}" if frames else said, test)

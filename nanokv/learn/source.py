@@ -1,0 +1,198 @@
+"""The source of exercises: found by name, cut out, put into a file for the student. Works on text; imports no engine.
+
+Bodies are found by the syntax tree and replaced by whole lines, so everything else in a file stays as it is, byte for
+byte, comments included:
+
+    def allocate(self, num_pages):          def allocate(self, num_pages):
+        \"\"\"What it does.\"\"\"                     \"\"\"What it does.\"\"\"
+        pages = [...]                  ->       from nanokv.core.errors import ExerciseTODO
+        return pages
+                                                raise ExerciseTODO("02.1")
+"""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanokv.core.errors import CourseError
+from nanokv.learn.course import PACKAGE, Exercise
+
+WRAPPERS = ("property", "cached_property", "staticmethod", "classmethod")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A function and where it stands.
+
+    module     dotted name; path its file
+    qualname   "PagePool.allocate", or "expands" for a function of the module
+    """
+
+    module: str
+    path: Path
+    qualname: str
+    source: str
+    node: ast.FunctionDef
+
+    @property
+    def owner(self) -> str | None:
+        """The class it belongs to."""
+        return self.qualname.rpartition(".")[0] or None
+
+    @property
+    def wrapper(self) -> str | None:
+        """What decorates it: "property", "staticmethod", ..., or None."""
+        names = [one.id for one in self.node.decorator_list if isinstance(one, ast.Name) and one.id in WRAPPERS]
+        return names[0] if names else None
+
+    @property
+    def parameters(self) -> list[str]:
+        return parameters(self.node)
+
+    @property
+    def text(self) -> str:
+        """Its source without decorators, dedented."""
+        lines = self.source.splitlines(keepends=True)[self.node.lineno - 1 : self.node.end_lineno]
+        return textwrap.dedent("".join(lines))
+
+    @property
+    def is_gap(self) -> bool:
+        """Whether an exercise waits here, as in an exported tree."""
+        last = self.node.body[-1]
+        called = last.exc if isinstance(last, ast.Raise) else None
+        return isinstance(called, ast.Call) and getattr(called.func, "id", "") == "ExerciseTODO"
+
+
+def split_name(target: str, package: Path = PACKAGE) -> tuple[str, Path, str]:
+    """The module of a dotted name, its file and the rest. Raises CourseError where no such module is."""
+    parts = target.split(".")
+    for end in range(len(parts) - 1, 1, -1):
+        stem = package.joinpath(*parts[1:end])
+        for path in (stem.with_suffix(".py"), stem / "__init__.py"):
+            if path.is_file():
+                return ".".join(parts[:end]), path, ".".join(parts[end:])
+    raise CourseError(f"target={target!r}: there is no such module in {package}")
+
+
+def find(target: str, package: Path = PACKAGE) -> Found:
+    """The function of that dotted name. Raises CourseError where there is none."""
+    module, path, qualname = split_name(target, package)
+    source = path.read_text("utf-8")
+    node = _function(ast.parse(source), qualname)
+    if node is None:
+        raise CourseError(f"target={target!r}: {path} has no function {qualname}")
+    return Found(module, path, qualname, source, node)
+
+
+def _function(tree: ast.Module, qualname: str) -> ast.FunctionDef | None:
+    body = tree.body
+    *classes, name = qualname.split(".")
+    for owner in classes:
+        body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == owner), [])
+    return next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == name), None)
+
+
+def parameters(node: ast.FunctionDef) -> list[str]:
+    """The names a function takes, with * and ** where they stand."""
+    given = node.args
+    names = [one.arg for one in (*given.posonlyargs, *given.args)]
+    names += [f"*{given.vararg.arg}"] if given.vararg else ["*"] if given.kwonlyargs else []
+    names += [one.arg for one in given.kwonlyargs]
+    return names + ([f"**{given.kwarg.arg}"] if given.kwarg else [])
+
+
+def strip(source: str, gaps: Mapping[str, str]) -> str:
+    """The source with a gap for each function in `gaps` (qualname -> exercise id). Raises CourseError."""
+    tree, lines = ast.parse(source), source.splitlines(keepends=True)
+    found = []
+    for qualname, exercise_id in gaps.items():
+        node = _function(tree, qualname)
+        if node is None:
+            raise CourseError(f"{qualname}: there is no such function to strip")
+        found.append((node, exercise_id))
+    for node, exercise_id in sorted(found, key=lambda one: -one[0].lineno):
+        first = _body_start(node, lines)
+        indent = " " * (node.col_offset + 4)
+        lines[first - 1 : node.end_lineno] = [
+            f"{indent}from nanokv.core.errors import ExerciseTODO\n",
+            "\n",
+            f'{indent}raise ExerciseTODO("{exercise_id}")\n',
+        ]
+    return "".join(lines)
+
+
+def _body_start(node: ast.FunctionDef, lines: list[str]) -> int:
+    """The line, from 1, at which the body begins: after the docstring, comments before the first statement included."""
+    if ast.get_docstring(node, clean=False) is not None:
+        return node.body[0].end_lineno + 1
+    line = node.body[0].lineno
+    while lines[line - 2].lstrip().startswith("#"):
+        line -= 1
+    if line == node.lineno:
+        raise CourseError(f"{node.name}: a function on one line cannot be an exercise")
+    return line
+
+
+def student_file(exercise: Exercise, body: str | None = None) -> str:
+    """What `start` writes: imports, signature, docstring, a TODO; with `body`, the function's source, that instead."""
+    found = find(exercise.target)
+    kind = {"property": "a property", "cached_property": "a cached property", "staticmethod": "a static method"}
+    what = kind.get(found.wrapper, "a method" if found.owner else "a function")
+    me = f"; self is a {found.owner}" if found.owner and found.parameters[:1] == ["self"] else ""
+    header = (
+        f'"""Exercise {exercise.id}: {exercise.title} ({exercise.points} points, about {exercise.minutes} minutes).\n\n'
+        f"Write {exercise.function}, {what} of {found.module}{me}. Then:\n\n"
+        f"    nanokv learn check {exercise.id}\n"
+        '"""\n'
+    )
+    if body is None:
+        node, lines = ast.parse(found.text).body[0], found.text.splitlines(keepends=True)
+        kept = "".join(lines[: _body_start(node, lines) - 1])
+        body = f'{kept}    # TODO: replace the next line by yours.\n    raise ExerciseTODO("{exercise.id}")\n'
+    return f"{header}\nfrom __future__ import annotations\n\n{_imports(found)}\n\n{body}"
+
+
+def solution_file(exercise: Exercise) -> str:
+    """The student's file with our body in it. Raises CourseError where this tree holds a gap instead."""
+    return student_file(exercise, solution(exercise))
+
+
+def solution(exercise: Exercise) -> str:
+    """Our function. Raises CourseError where this tree holds a gap instead."""
+    found = find(exercise.target)
+    if found.is_gap:
+        raise CourseError(f"exercise {exercise.id}: this tree holds no solutions")
+    return found.text
+
+
+def _imports(found: Found) -> str:
+    """The module's own imports, and the other names that it defines, for use in the student's file."""
+    tree = ast.parse(found.source)
+    blocks, names = [], []
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)) or (
+            isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        ):
+            blocks.append(ast.get_source_segment(found.source, node))
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.append(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            bound = [one for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]
+            names += [one.id for one in bound if isinstance(one.ctx, ast.Store) and not one.id.startswith("__")]
+    wanted = [name for name in names if name != found.qualname]
+    if wanted:
+        joined = ", ".join(wanted)
+        line = f"from {found.module} import {joined}"
+        if len(line) > 120:
+            line = f"from {found.module} import (\n" + "".join(f"    {name},\n" for name in wanted) + ")"
+        blocks.append(line)
+    if "ExerciseTODO" not in found.source or found.is_gap:
+        blocks.append("from nanokv.core.errors import ExerciseTODO")
+    return "\n".join(blocks) + "\n"

@@ -1,0 +1,113 @@
+"""The process of one check: binds the student's function over ours, runs tests, writes what came of it to a file.
+
+Started by checking.py as `python -m nanokv.learn.worker JOB`, JOB being the fields of `Job` as JSON. What the student's
+file prints goes to stdout, up to a limit. Every state is written to the result file as it is reached, so whoever has to
+end this process knows how far it came.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+MOST_PRINTED = 4000
+"""Characters of the student's prints that are kept."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to check.
+
+    exercise   its id
+    mine       the student's folder
+    tests      [kind, path] of each test file: kind is "public" or "hidden"
+    seeds      the seed of each of them
+    offline    whether the process may open no connection
+    cpu_limit  seconds of processor time after which the process ends
+    result     the file to write to
+    """
+
+    exercise: str
+    mine: str
+    tests: list[list[str]]
+    seeds: list[int]
+    offline: bool
+    cpu_limit: int
+    result: str
+
+
+class _Limited:
+    """A text stream that drops what comes after the limit: a print in an endless loop fills no disk."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._left = stream, MOST_PRINTED
+
+    def write(self, text: str) -> int:
+        if self._left > 0:
+            self._stream.write(text[: self._left])
+            self._stream.flush()
+            self._left -= len(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _refuse_network(event: str, args: tuple[Any, ...]) -> None:
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.bind"):
+        raise PermissionError("a graded exercise opens no connection")
+
+
+def main(job: Job) -> None:
+    sys.stdout = sys.stderr = _Limited(sys.__stdout__)
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CPU, (job.cpu_limit, job.cpu_limit + 5))
+    if job.offline:
+        sys.addaudithook(_refuse_network)
+    state: dict[str, Any] = {"stage": "start", "passed": [], "failure": None}
+
+    def reached(stage: str) -> None:
+        state["stage"] = stage
+        Path(job.result).write_text(json.dumps(state), "utf-8")
+
+    import torch
+
+    from nanokv.learn.binding import bind, bind_gap
+    from nanokv.learn.course import load_course
+    from nanokv.learn.mine import fill_gaps
+    from nanokv.learn.running import describe, load_function, run_tests
+
+    torch.set_num_threads(1)
+    course = load_course()
+    exercise, folder = course.exercise(job.exercise), Path(job.mine)
+    path = folder / exercise.file
+    # Ours is out of reach before the student's file is run: what it imports is the gap.
+    bind_gap(exercise)
+    reached("load")
+    try:
+        fill_gaps(course, folder, exercise)
+        bind(exercise.target, load_function(exercise, path))
+    except BaseException as error:
+        failure = describe(error, exercise, path, "")
+    else:
+        for (kind, tests), seed in zip(job.tests, job.seeds, strict=True):
+            try:
+                failure = run_tests(
+                    exercise, Path(tests), seed, path, lambda words, kind=kind: reached(f"{kind}: {words}")
+                )
+            except BaseException as error:  # a SystemExit of the student's file is a failure as any other
+                failure = describe(error, exercise, path, state["stage"].partition(": ")[2])
+            if failure is not None:
+                break
+            state["passed"].append(kind)
+    state["failure"] = None if failure is None else asdict(failure)
+    reached("done")
+
+
+if __name__ == "__main__":
+    main(Job(**json.loads(sys.argv[1])))

@@ -1,0 +1,1 @@
+"""What scripts/lessons.py does, one file a verb."""

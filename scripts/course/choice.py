@@ -1,0 +1,42 @@
+"""Which exercises a class gets. `export` and `grade` choose alike."""
+
+from __future__ import annotations
+
+import random
+import re
+
+from nanokv.core.errors import CourseError
+from nanokv.learn.course import Course, Exercise
+
+A_LESSON = 3
+"""Exercises of each lesson in a variant."""
+
+
+def choose(course: Course, variant: int, numbers: str | None) -> list[Exercise]:
+    """All exercises of the lessons asked for, or, above variant 0, three of each lesson. Raises CourseError."""
+    if variant < 0:
+        raise CourseError(f"variant={variant}: expected an integer of at least 0")
+    wanted = _range(course, numbers)
+    chosen = []
+    for number in wanted:
+        mine = course.of_lesson(number)
+        if variant:
+            drawn = random.Random(f"variant {variant} lesson {number}").sample(mine, min(A_LESSON, len(mine)))
+            mine = [one for one in mine if one in drawn]
+        chosen += mine
+    return chosen
+
+
+def _range(course: Course, text: str | None) -> list[int]:
+    known = [lesson.number for lesson in course.lessons]
+    if text is None:
+        return known
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise CourseError(f"lessons={text!r}: expected numbers and ranges, as 1-4 or 2,4-6")
+    wanted: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        wanted |= set(range(int(first), int(last or first) + 1))
+    if not wanted & set(known):
+        raise CourseError(f"lessons={text!r}: there are the lessons {', '.join(map(str, known))}")
+    return sorted(wanted & set(known))

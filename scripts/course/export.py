@@ -1,0 +1,156 @@
+"""Export: a tree for a class. Gaps where the exercises are; no solutions, no hidden tests, no history that has them."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from course.choice import choose
+from nanokv.core.errors import CourseError
+from nanokv.learn.course import Course, Exercise, load_course, read_course
+from nanokv.learn.source import find, strip
+
+ROOT = Path(__file__).resolve().parents[2]
+LEFT_OUT = (
+    ".ci/", "tests/", "docs/benchmarks", "lessons/tests_hidden/", "lessons/STUDENT.md", "COURSE.md", "README.md",
+    "lessons/exercises.toml",
+)  # fmt: skip
+SCRIPTS = (
+    "scripts/lessons.py",
+    *(f"scripts/course/{name}.py" for name in ("__init__", "choice", "grade", "notebooks")),
+)
+GIT_USER = ("-c", "user.name=nanokv course", "-c", "user.email=course@example.invalid")
+
+
+def export(out: Path, variant: int = 0, numbers: str | None = None) -> str:
+    """Writes the tree. Returns one line about it. Raises CourseError where `out` is taken or nothing is chosen."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CourseError(f"{out}: there already; give a folder that does not exist")
+    course = load_course()
+    chosen = choose(course, variant, numbers)
+    for name in _tracked():
+        _copy(name, out)
+    gaps: dict[Path, dict[str, str]] = defaultdict(dict)
+    for exercise in chosen:
+        found = find(exercise.target)
+        if found.is_gap:
+            raise CourseError(f"exercise {exercise.id}: this tree has gaps itself; export from a full one")
+        gaps[found.path][found.qualname] = exercise.id
+    for path, names in gaps.items():
+        (out / path.relative_to(ROOT)).write_text(strip(path.read_text("utf-8"), names), "utf-8")
+    (out / "lessons" / "exercises.toml").write_text(_manifest(chosen, variant), "utf-8")
+    (out / "README.md").write_text(_readme(chosen), "utf-8")
+    _fresh_history(out)
+    points = sum(one.points for one in chosen)
+    return f"{out}: {len(chosen)} exercises, {points} points, variant {variant}"
+
+
+def _tracked() -> list[str]:
+    """The files of this checkout that git knows or would add."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        raise CourseError(f"{ROOT}: not a git checkout, from which trees are exported ({listed.stderr.strip()})")
+    return sorted({name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()})
+
+
+def _copy(name: str, out: Path) -> None:
+    if name.startswith(LEFT_OUT) or (name.startswith("scripts/") and name not in SCRIPTS):
+        return
+    target = out / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(ROOT / name, target)
+
+
+def _manifest(chosen: list[Exercise], variant: int) -> str:
+    """exercises.toml with the chosen exercises and their lessons, otherwise as it is."""
+    text = (ROOT / "lessons" / "exercises.toml").read_text("utf-8")
+    blocks = re.split(r"(?m)^(?=\[\[)", text)
+    ids, numbers = {one.id for one in chosen}, {one.lesson for one in chosen}
+    kept = [re.sub(r"(?m)^variant = \d+", f"variant = {variant}", blocks[0])]
+    for block in blocks[1:]:
+        block = re.sub(r"(?m)^# -- .*\n", "", block).rstrip("\n") + "\n\n"
+        lesson, exercise = re.search(r"(?m)^number = (\d+)", block), re.search(r'(?m)^id = "([\d.]+)"', block)
+        if (lesson and int(lesson[1]) in numbers) or (exercise and exercise[1] in ids):
+            kept.append(block)
+    return "".join(kept).rstrip("\n") + "\n"
+
+
+def _readme(chosen: list[Exercise]) -> str:
+    table = ["| exercise | what | points | minutes |", "|---|---|---|---|"]
+    table += [
+        f"| {one.id} | {one.title}{' (may be skipped)' * one.optional} | {one.points} | {one.minutes} |"
+        for one in chosen
+    ]
+    text = (ROOT / "lessons" / "STUDENT.md").read_text("utf-8")
+    return text.replace("EXERCISES", "\n".join(table)).replace("FIRST", chosen[0].id)
+
+
+def _fresh_history(out: Path) -> None:
+    for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-q", "-m", "The course"]):
+        done = subprocess.run(["git", *GIT_USER, *command], cwd=out, capture_output=True, text=True)
+        if done.returncode:
+            raise CourseError(f"{out}: git {command[0]} failed: {done.stderr.strip()}")
+
+
+# -- what dev-check asks
+
+
+def _essence(node: ast.FunctionDef) -> str:
+    """A function's body without its docstring, however it is laid out and commented."""
+    body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
+    return hashlib.sha256("\n".join(ast.dump(one) for one in body).encode()).hexdigest()
+
+
+def leaks(course: Course, out: Path) -> Iterator[str]:
+    """Solutions that stand somewhere in an exported tree, and files that have no business there."""
+    solutions = {_essence(find(exercise.target).node): exercise.id for exercise in course.exercises}
+    for path in sorted(out.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and (leaked := solutions.get(_essence(node))):
+                yield f"{path.relative_to(out)}: {node.name} is the solution of {leaked}"
+    for name in ("lessons/tests_hidden", "tests", "COURSE.md"):
+        if (out / name).exists():
+            yield f"{name} is in an exported tree"
+    log = subprocess.run(["git", "log", "--oneline"], cwd=out, capture_output=True, text=True, check=True).stdout
+    if len(log.splitlines()) != 1:
+        yield "an exported tree has more history than one commit"
+
+
+GAPS = """
+import json
+from nanokv.learn.course import load_course
+from nanokv.learn.running import run_tests
+course = load_course()
+found = {one.id: run_tests(one, course.public_tests(one), course.variant) for one in course.exercises}
+print(json.dumps({key: failure and [failure.kind, failure.message] for key, failure in found.items()}))
+"""
+
+
+def gap_faults(out: Path) -> Iterator[str]:
+    """Exercises of an exported tree whose public tests do anything else than meet a gap."""
+    exported = read_course(out / "lessons")
+    done = subprocess.run(
+        [sys.executable, "-c", GAPS], cwd=out, env=os.environ | {"PYTHONPATH": str(out)}, capture_output=True, text=True
+    )
+    if done.returncode:
+        yield f"an exported tree cannot run its tests: {done.stderr.strip().splitlines()[-1]}"
+        return
+    for exercise_id, failure in json.loads(done.stdout).items():
+        if failure is None or failure[0] not in ("todo", "needs"):
+            yield f"{exercise_id}: in an exported tree its tests give {failure}, not a gap"
+    if not exported.exercises:
+        yield "an exported tree has no exercises"

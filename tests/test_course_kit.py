@@ -1,0 +1,210 @@
+"""What a teacher uses: the list of exercises, gaps, exported trees, grades, notebooks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanokv.core.errors import CourseError
+from nanokv.learn.course import load_course, read_course
+from nanokv.learn.source import find, solution_file, strip, student_file
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts"))
+from course import export, notebooks  # noqa: E402
+from course.choice import choose  # noqa: E402
+from course.mutants import mutants  # noqa: E402
+
+LESSON = '[[lesson]]\nnumber = 1\nname = "01_a"\ntitle = "t"\n'
+EXERCISE = (
+    '[[exercise]]\nid = "01.1"\ntarget = "nanokv.core.spec.PageLayout.pages_for"\ntitle = "t"\n'
+    'points = 1\nminutes = 5\ndifficulty = 1\nhint = "h"\n'
+)
+
+
+def test_the_course_is_as_large_as_it_says():
+    course = load_course()
+    assert len(course.exercises) >= 36
+    assert all(3 <= len(course.of_lesson(lesson.number)) <= 6 for lesson in course.lessons)
+    assert sum(len(mutants(course, one)) for one in course.exercises) >= 3 * len(course.exercises)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LESSON + EXERCISE + "colour = 1\n", "colour: unknown field"),
+        (LESSON + EXERCISE.replace("points = 1", 'points = "1"'), "points='1': expected int"),
+        (LESSON + EXERCISE.replace('hint = "h"\n', ""), "hint is missing"),
+        (LESSON + EXERCISE.replace("difficulty = 1", "difficulty = 9"), "difficulty=9: expected 1 to 5"),
+        (LESSON + EXERCISE.replace("01.1", "1.1"), "expected a lesson's two digits"),
+        (LESSON + EXERCISE.replace("01.1", "02.1"), "there is no lesson 2"),
+        (LESSON + EXERCISE + EXERCISE, "each id once"),
+        (LESSON + EXERCISE + EXERCISE.replace("01.1", "01.2"), "two exercises have it"),
+        ("[[lesson\n", "not a readable course"),
+        ("variants = 1\n", "variants: expected variant"),
+    ],
+)
+def test_a_wrong_list_is_refused_with_entry_field_and_value(tmp_path, text, words):
+    (tmp_path / "exercises.toml").write_text(text)
+    with pytest.raises(CourseError, match=words.replace("(", r"\(")):
+        read_course(tmp_path)
+
+
+def test_a_gap_leaves_everything_else_byte_for_byte():
+    source = (
+        "import os  # why\n\n\nclass A:\n    # above\n    @property\n    def f(self):\n"
+        '        """Doc.\n\n        More.\n        """\n        # inside\n        x = 1  # one\n        return x\n\n'
+        "    # between\n    def g(self): return 2  # kept\n"
+    )
+    cut = strip(source, {"A.f": "09.1"})
+    gap = '        from nanokv.core.errors import ExerciseTODO\n\n        raise ExerciseTODO("09.1")\n'
+    assert cut == source.replace("        # inside\n        x = 1  # one\n        return x\n", gap)
+
+
+def test_a_comment_before_the_first_statement_goes_with_the_body():
+    cut = strip("def f(\n    a,\n):\n    # the trick\n    return a\n", {"f": "09.1"})
+    assert "trick" not in cut and cut.startswith("def f(\n    a,\n):\n    from nanokv")
+
+
+def test_a_function_that_is_not_there_is_named():
+    with pytest.raises(CourseError, match="has no function PagePool.alocate"):
+        find("nanokv.cache.pool.PagePool.alocate")
+    with pytest.raises(CourseError, match="no such module"):
+        find("nanokv.cash.pool.PagePool.allocate")
+
+
+def test_a_students_file_has_signature_docstring_and_imports_but_not_the_body():
+    exercise = load_course().exercise("04.6")
+    text = student_file(exercise)
+    assert "def _common_prefix(request: Request, other: Request) -> int:" in text
+    assert "Tokens that both begin with" in text and "import numpy as np" in text and "MIN_SHARED" in text
+    assert "argmax" not in text and "argmax" in solution_file(exercise)
+
+
+def lessons(*words: object, seed: str = "0") -> subprocess.CompletedProcess:
+    """scripts/lessons.py of this checkout, whichever nanokv is installed."""
+    command = [sys.executable, str(ROOT / "scripts" / "lessons.py"), *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"NANOKV_GRADER_SEED": seed, "PYTHONPATH": ""}
+    )
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A tree for a class: lessons 2 and 4, all of their exercises."""
+    out = tmp_path_factory.mktemp("class") / "tree"
+    if not (ROOT / ".git").exists():
+        pytest.skip("trees are exported from a git checkout")
+    done = lessons("export", "--out", out, "--lessons", "2,4")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_an_exported_tree_has_the_gaps_of_its_lessons_and_no_others(tree):
+    assert 'raise ExerciseTODO("02.3")' in (tree / "nanokv/cache/pool.py").read_text()
+    assert (tree / "nanokv/engine/runner.py").read_text() == (ROOT / "nanokv/engine/runner.py").read_text()
+    assert [lesson.number for lesson in read_course(tree / "lessons").lessons] == [2, 4]
+    assert list(export.leaks(load_course_of(tree), tree)) == []
+
+
+def load_course_of(tree: Path):
+    """The exercises that a tree has gaps for, with the tests of this checkout."""
+    ids = {one.id for one in read_course(tree / "lessons").exercises}
+    course = load_course()
+    return type(course)(
+        course.folder, course.variant, course.lessons, tuple(one for one in course.exercises if one.id in ids)
+    )
+
+
+def in_tree(tree: Path, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "nanokv.cli.main", "learn", *words]
+    return subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True)
+
+
+def test_in_an_exported_tree_other_gaps_are_named_and_the_students_own_functions_fill_them(tree):
+    course = load_course()
+    (tree / "my").mkdir()
+    (tree / "my" / "02_5.py").write_text(solution_file(course.exercise("02.5")))
+    assert "needs exercise 02.2 first" in in_tree(tree, "check", "02.5").stdout
+    (tree / "my" / "02_2.py").write_text(solution_file(course.exercise("02.2")))
+    assert "public checks passed" in in_tree(tree, "check", "02.5").stdout
+    shown = in_tree(tree, "solution", "02.5", "--give-up")
+    assert shown.returncode == 1 and "holds no solutions" in shown.stderr
+
+
+def test_an_exported_tree_says_what_it_cannot_do(tree):
+    done = subprocess.run([sys.executable, "scripts/lessons.py", "dev-check"], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 1 and "was made for a class" in done.stderr
+
+
+def test_a_variant_draws_three_exercises_a_lesson_and_another_one_draws_others():
+    course = load_course()
+    chosen = {variant: [one.id for one in choose(course, variant, None)] for variant in (1, 2, 3)}
+    assert all(len(ids) == 3 * len(course.lessons) for ids in chosen.values())
+    assert len({tuple(ids) for ids in chosen.values()}) == 3
+    assert chosen[1] == [one.id for one in choose(course, 1, None)]
+
+
+def test_an_export_never_writes_over_a_folder(tmp_path):
+    (tmp_path / "mine").write_text("x")
+    done = lessons("export", "--out", tmp_path)
+    assert done.returncode == 1 and "there already" in done.stderr
+    with pytest.raises(CourseError, match="expected numbers and ranges"):
+        choose(load_course(), 0, "one")
+
+
+def test_a_grade_tells_passed_from_hidden_from_broken_from_missing(tmp_path):
+    course, folder = load_course(), tmp_path / "mia" / "my"
+    folder.mkdir(parents=True)
+    (folder / "02_1.py").write_text(solution_file(course.exercise("02.1")))
+    # Passes the public checks, whose pools have at most five pages, and no others.
+    narrow = solution_file(course.exercise("02.3")).replace("if num_pages >", "if self.num_pages > 5 or num_pages >")
+    (folder / "02_3.py").write_text(narrow)
+    network = "import socket\n    socket.create_connection(('127.0.0.1', 9))"
+    (folder / "02_4.py").write_text(
+        student_file(course.exercise("02.4")).replace('raise ExerciseTODO("02.4")', network)
+    )
+    results = tmp_path / "results.json"
+    done = lessons("grade", tmp_path / "mia", "--json", "--gradescope", results, seed="4711")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    rows = {row["id"]: row for row in report["rows"]}
+    assert [rows[one]["status"] for one in ("02.1", "02.3", "02.4", "02.5")] == [
+        "passed",
+        "public",
+        "failed",
+        "missing",
+    ]
+    assert [rows[one]["score"] for one in ("02.1", "02.3", "02.4", "02.5")] == [1, 1.5, 0, 0]
+    assert "opens no connection" in rows["02.4"]["message"]
+    assert (report["seed"], report["score"]) == (4711, 2.5)
+    written = json.loads(results.read_text())
+    assert written["score"] == 2.5 and len(written["tests"]) == 2 * len(course.exercises)
+    (hidden,) = (one for one in written["tests"] if one["name"] == "02.3 hidden")
+    assert hidden["visibility"] == "after_published" and hidden["score"] == 0
+
+
+def test_a_class_is_graded_on_what_it_was_given(tmp_path):
+    done = lessons("grade", tmp_path, "--json", "--lessons", "2", "--variant", "7")
+    ids = [row["id"] for row in json.loads(done.stdout)["rows"]]
+    assert ids == [one.id for one in choose(load_course(), 7, "2")] and len(ids) == 3
+
+
+def test_a_seed_that_is_no_number_is_refused(tmp_path):
+    done = lessons("grade", tmp_path, seed="spring")
+    assert done.returncode == 1 and "NANOKV_GRADER_SEED='spring'" in done.stderr
+
+
+def test_a_notebook_is_the_same_bytes_each_time_and_shows_the_figures(tmp_path):
+    path = tmp_path / "01_a.py"
+    path.write_text("# %% [markdown]\n# # Title\n#\n# ![a](img/01_a-1.svg)\n\n# %%\nx = 1\nprint(x)\n")
+    first = notebooks.notebook(path)
+    assert first == notebooks.notebook(path)
+    cells = json.loads(first)["cells"]
+    assert [cell["cell_type"] for cell in cells] == ["markdown", "code", "code"]
+    assert "".join(cells[0]["source"]) == "# Title\n\n![a](../img/01_a-1.svg)"
+    assert "".join(cells[2]["source"]) == "x = 1\nprint(x)" and cells[2]["outputs"] == []
+    assert len({cell["id"] for cell in cells}) == 3

@@ -1,0 +1,282 @@
+"""nanokv learn: what a student meets, from the first file to the whole engine; nothing of theirs is ever lost."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+from click.testing import CliRunner
+
+from nanokv.cli.main import main
+from nanokv.learn import checking
+from nanokv.learn.cards import load_cards
+from nanokv.learn.course import PACKAGE, load_course
+from nanokv.learn.progress import Progress
+from nanokv.learn.source import solution, solution_file, student_file
+
+ALLOCATE = "02.3"
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch) -> Path:
+    """A folder to work in; `my` is inside it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def learn(*words: str) -> tuple[int, str]:
+    """Exit code and everything printed."""
+    result = CliRunner().invoke(main, ["learn", *words])
+    return result.exit_code, result.output
+
+
+def write(exercise_id: str, body: str) -> Path:
+    """my/ID.py as `start` writes it, with this text in the place of the gap."""
+    exercise = load_course().exercise(exercise_id)
+    path = Path("my", exercise.file)
+    path.parent.mkdir(exist_ok=True)
+    fresh = student_file(exercise)
+    path.write_text(fresh.replace(f'raise ExerciseTODO("{exercise_id}")', body))
+    return path
+
+
+def solve(exercise_id: str) -> None:
+    exercise = load_course().exercise(exercise_id)
+    Path("my").mkdir(exist_ok=True)
+    Path("my", exercise.file).write_text(solution_file(exercise))
+
+
+def test_a_newcomer_is_told_where_to_start(desk):
+    code, said = learn()
+    assert code == 0
+    assert "python lessons/01_one_request.py" in said and "nanokv learn start 01.1" in said
+    assert not Path("my").exists()
+
+
+def test_a_first_check_fails_says_that_it_should_and_gives_one_hint(desk):
+    assert learn("start", ALLOCATE)[0] == 0
+    code, said = learn("check", ALLOCATE)
+    assert code == 1
+    assert "a first check fails, and should" in said
+    assert load_course().exercise(ALLOCATE).hint in said
+
+
+def test_a_solved_exercise_passes_its_public_checks_within_seconds(desk):
+    solve(ALLOCATE)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code, said = learn("check", ALLOCATE)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert code == 0 and "public checks passed" in said and "all tests" not in said
+    # Two where nobody else computes; processor time, because tests run beside each other.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+    assert Progress(Path("my")).status(load_course().exercise(ALLOCATE)) == "passed"
+
+
+def test_a_wrong_one_is_told_what_was_expected_and_what_came(desk):
+    write(ALLOCATE, "return self._free[:num_pages]")
+    code, said = learn("check", ALLOCATE)
+    assert code == 1
+    assert "the first three of five pages" in said and "expected [0, 1, 2], got [4, 3, 2]" in said
+
+
+def test_tensors_are_told_by_row_and_column(desk):
+    write("08.2", "return gate_up.float().chunk(2, dim=-1)[1]")
+    said = learn("check", "08.2")[1]
+    assert "at row 0, dim 0: expected 0, got 5" in said
+
+
+def test_an_exception_points_at_the_line_of_the_students_file(desk):
+    path = write(ALLOCATE, "return self._fre.pop()")
+    line = path.read_text().splitlines().index("    return self._fre.pop()") + 1
+    said = learn("check", ALLOCATE)[1]
+    assert f"line {line}: AttributeError" in said and "<- return self._fre.pop()" in said
+
+
+def test_a_forgotten_return_is_named(desk):
+    write("01.3", "(ttft_s - tpot_s) / total_s")
+    assert "is a return missing?" in learn("check", "01.3")[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def allocate(self, num_pages:\n", "no valid Python"),
+        ("def alocate(self, num_pages):\n    return []\n", "no function allocate; it has alocate"),
+        ("def allocate(self, n):\n    return []\n", "takes (self, n), the course has (self, num_pages)"),
+        ("import nowhere_at_all\ndef allocate(self, num_pages):\n    return []\n", "No module named 'nowhere_at_all'"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_told_in_one_line_and_left_alone(desk, text, words):
+    path = write(ALLOCATE, "")
+    path.write_text(text)
+    code, said = learn("check", ALLOCATE)
+    assert code == 1 and words in said and "Traceback" not in said
+    assert path.read_text() == text
+
+
+def test_an_endless_loop_is_stopped_and_its_prints_are_cut(desk):
+    write(ALLOCATE, "while True:\n        print('round and round')")
+    outcome = checking.check(load_course(), load_course().exercise(ALLOCATE), Path("my"), cpu_limit=6)
+    assert outcome.failure.kind == "timeout" and "an endless loop?" in outcome.failure.message
+    assert outcome.failure.test == "the first pages are the lowest"
+    assert 0 < len(outcome.printed) <= 5000
+
+
+def test_prints_are_shown_beside_the_result(desk):
+    write(ALLOCATE, f"print('free:', self._free)\n    {_body(ALLOCATE)}")
+    code, said = learn("check", ALLOCATE)
+    assert code == 0 and "your file printed:" in said and "free: [4, 3, 2, 1, 0]" in said
+
+
+def _body(exercise_id: str) -> str:
+    lines = solution(load_course().exercise(exercise_id)).splitlines()
+    return "\n".join(lines[2:]).strip()
+
+
+def test_ours_is_out_of_reach_of_a_check(desk):
+    write(ALLOCATE, "return PagePool.allocate(self, num_pages)")
+    Path("my/02_3.py").write_text(
+        Path("my/02_3.py").read_text().replace("def allocate", "OURS = PagePool.allocate\n\n\ndef allocate")
+        .replace("return PagePool.allocate(self", "return OURS(self")
+    )  # fmt: skip
+    assert "still to do" in learn("check", ALLOCATE)[1] or "a first check fails" in learn("check", ALLOCATE)[1]
+
+
+def test_start_never_writes_over_a_file_and_reset_keeps_it(desk):
+    path = write(ALLOCATE, "return []  # mine")
+    code, said = learn("start", ALLOCATE)
+    assert code == 1 and "there already" in said and "# mine" in path.read_text()
+    for number in (1, 2):
+        assert learn("reset", ALLOCATE)[0] == 0
+        assert path.with_suffix(f".py.{number}").exists()
+    assert "# mine" in path.with_suffix(".py.1").read_text() and "TODO" in path.read_text()
+
+
+def test_an_unknown_id_names_the_nearest(desk):
+    code, said = learn("check", "02.33")
+    assert code == 1 and "did you mean 02.3?" in said and len(said.strip().splitlines()) == 1
+
+
+def test_a_file_of_an_older_course_is_left_as_it_is(desk):
+    Path("my").mkdir()
+    Path("my/02_99.py").write_text("mine")
+    assert "02_99.py: this course has no such exercise" in learn("list")[1]
+    assert Path("my/02_99.py").read_text() == "mine"
+
+
+def test_a_pass_belongs_to_the_file_as_it_was(desk):
+    solve(ALLOCATE)
+    assert learn("check", ALLOCATE)[0] == 0
+    with open("my/02_3.py", "a") as file:
+        file.write("# more\n")
+    assert Progress(Path("my")).status(load_course().exercise(ALLOCATE)) == "changed"
+
+
+def test_damaged_progress_is_one_clear_line(desk):
+    Path("my").mkdir()
+    Path("my/progress.json").write_text("{")
+    code, said = learn("progress")
+    assert code == 1 and "my/progress.json: not readable" in said
+
+
+def test_the_solution_comes_after_a_pass_or_to_those_who_give_up(desk):
+    assert learn("solution", ALLOCATE)[0] == 1
+    code, said = learn("solution", ALLOCATE, "--give-up")
+    assert code == 0 and "def allocate(self, num_pages: int)" in said
+
+
+def test_progress_counts_by_lesson(desk):
+    solve(ALLOCATE)
+    learn("check", ALLOCATE)
+    said = learn("progress")[1]
+    assert "1 of 6" in next(line for line in said.splitlines() if line.startswith("02_pages"))
+
+
+def test_chat_answers_with_the_students_functions_in_the_engine(desk, smollm2):
+    solve(ALLOCATE)
+    solve("08.4")
+    write("02.4", "return []")
+    folder, course = Path("my"), load_course()
+    for exercise_id in (ALLOCATE, "08.4"):
+        Progress(folder).note(course.exercise(exercise_id), passed=True)
+    # The student's pool says when it is asked: so the answer came through it.
+    path = folder / "02_3.py"
+    path.write_text(path.read_text() + "\n\nprint('my pool is in')\n")
+    Progress(folder).note(course.exercise(ALLOCATE), passed=True)
+    command = [sys.executable, "-m", "nanokv.cli.main", "chat", "--mine", "-p", "What is the capital of France?"]
+    done = subprocess.run(
+        [*command, "--temperature", "0", "--max-tokens", "12"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "my pool is in" in done.stdout and "Paris" in done.stdout
+    assert "with your 02.3 allocate, 08.4 paged_attention" in done.stderr
+    assert "without 02.4" in done.stderr
+
+
+def test_chat_with_nothing_passed_says_so(desk):
+    result = CliRunner().invoke(main, ["chat", "--mine", "-p", "hello"])
+    assert result.exit_code == 1 and "no exercise has passed" in result.output
+
+
+def test_watch_checks_what_is_saved_and_listens_to_keys(desk):
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "TERM": "dumb"}
+    with pexpect.spawn(
+        sys.executable, ["-m", "nanokv.cli.main", "learn", "watch", ALLOCATE], env=environment, encoding="utf-8",
+        timeout=60,
+    ) as child:  # fmt: skip
+        child.expect("watching my/02_3.py")
+        child.send("h")
+        child.expect("hint: Free pages are a stack")
+        child.send("r")
+        child.expect("a first check fails")
+        child.expect("keys:")
+        solve(ALLOCATE)
+        child.expect("public checks passed")
+        child.expect("keys:")
+        child.send("n")
+        child.expect("watching my/02_4.py")
+        child.send("q")
+        child.expect(pexpect.EOF)
+    assert Path("my/02_4.py").exists()
+
+
+def test_watch_without_a_terminal_says_how_to_check_by_hand(desk):
+    code, said = learn("watch", ALLOCATE)
+    assert code == 1 and f"by hand: nanokv learn check {ALLOCATE}" in said
+
+
+def test_the_wheel_carries_the_course(desk):
+    root = Path(__file__).parents[1]
+    names = (root / "pyproject.toml").read_text()
+    packed = desk / "site" / "nanokv"
+    shutil.copytree(PACKAGE, packed, ignore=shutil.ignore_patterns("__pycache__", "course"))
+    folder = load_course().folder
+    for name in ("exercises.toml", "tests_public", "interview"):
+        assert f'"lessons/{name}" = "nanokv/learn/course/{name}"' in names
+        target = packed / "learn" / "course" / name
+        target.parent.mkdir(exist_ok=True)
+        (shutil.copytree if (folder / name).is_dir() else shutil.copy)(folder / name, target)
+    code = (
+        "from nanokv.learn.course import load_course as c; from nanokv.learn.cards import load_cards as l;"
+        "print(c().folder, len(c().exercises), len(l()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(desk / "site")},
+    )
+    said = [str(packed / "learn" / "course"), str(len(load_course().exercises)), str(len(load_cards()))]
+    assert done.stdout.split() == said, done.stderr
+
+
+def test_progress_json_is_small_and_plain(desk):
+    solve(ALLOCATE)
+    Progress(Path("my")).note(load_course().exercise(ALLOCATE), passed=True)
+    assert list(json.loads(Path("my/progress.json").read_text())["passed"]) == [ALLOCATE]
