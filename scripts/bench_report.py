@@ -1,4 +1,5 @@
-"""Tables of docs/benchmarks.md and the README's figure, from what scripts/bench_peers.py and bench_families.py wrote.
+"""Tables of docs/benchmarks.md and the README's figure, from what bench_peers.py, bench_families.py and
+bench_codecs.py wrote.
 
     python scripts/bench_report.py            rewrites the generated blocks of docs/benchmarks.md, draws cpu.svg
     python scripts/bench_report.py --check    exit code 1 when the blocks are not those of the JSON
@@ -16,7 +17,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from peers.figure import NAMES, UNITS, draw, is_less_better, number
+import codecs_report
+from peers.figure import NAMES, UNITS, draw, is_less_better, markdown, number
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON = ROOT / "docs/benchmarks/cpu.json"
@@ -72,11 +74,6 @@ def is_reached(row: dict, ratio: float, least: float) -> bool:
 
 
 # ---- blocks -------------------------------------------------------------------------------------------------------
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def machine(result: dict) -> str:
@@ -235,6 +232,7 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     "speed": speed,
     "prefix": prefix,
     "families": families,
+    **codecs_report.BLOCKS,
 }
 
 

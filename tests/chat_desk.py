@@ -49,6 +49,9 @@ class ScriptedDecoder:
     def bind(self, layout) -> None:
         pass
 
+    def centres(self):
+        return []
+
     def will_say(self, text: str) -> None:
         self.script = [*text.encode(), END]
         self._step = 0
@@ -72,12 +75,19 @@ class ScriptedLLM:
         self.tokenizer = byte_tokenizer()
         self.engine = Engine(self.model, self.config, self.tokenizer)
         self.folder, self.dtype, self.device = "weights/scripted", torch.float32, torch.device("cpu")
+        self.device_reason = "as asked"
 
     def stats(self) -> dict:
         return self.engine.stats()
 
     def close(self) -> None:
         self.engine.close()
+
+    def __enter__(self) -> "ScriptedLLM":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 class Desk:

@@ -21,9 +21,10 @@ def blob(tokens) -> bytes:
     return array("i", tokens).tobytes()
 
 
-def layout_of(page_size: int) -> PageLayout:
+def layout_of(page_size: int, recurrent: bool = False) -> PageLayout:
     plane = Plane("k", (1, page_size, 4), torch.float32, 1)
-    return PageLayout([LayerSpec(paged=(plane,)), LayerSpec(paged=(plane,))], page_size)
+    state = (Plane("state", (1,), torch.float32, token_axis=None),) if recurrent else ()
+    return PageLayout([LayerSpec(paged=(plane,)), LayerSpec(paged=(plane,), state=state)], page_size)
 
 
 class NaivePrefixes:
@@ -97,7 +98,9 @@ class House:
     ) -> None:
         self.page_size = page_size
         self.events = EventLog(event_log)
-        self.cache = CacheManager(layout_of(page_size), num_pages, prefix_cache, self.events, num_states, interval)
+        self.cache = CacheManager(
+            layout_of(page_size, num_states > 0), num_pages, prefix_cache, self.events, num_states, interval
+        )
         self.states = [None] * num_states
         self.slots = [[None] * page_size for _ in range(num_pages)]
         self.running: list[Request] = []

@@ -236,7 +236,7 @@ def command(monkeypatch, tmp_path):
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.2, "top_p": 0.9}')
     made = []
 
-    def scripted(folder, config):
+    def scripted(folder, config, disagg):
         made.append(ScriptedLLM(EngineConfig(num_pages=200)))
         made[-1].asked_config = config
         made[-1].model.will_say("An answer.")

@@ -35,7 +35,7 @@ def test_each_module_of_the_house_is_in_the_plan():
         assert f"{folder.name}/" in plan, folder
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/benchmarks.md", "COURSE.md"])
 def test_relative_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):

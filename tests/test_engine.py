@@ -206,11 +206,9 @@ def test_a_request_object_serves_once(llm):
 @pytest.mark.parametrize("step_that_fails", [1, 2, 4])
 @pytest.mark.parametrize("place", ["run", "sample", "plan"])
 def test_an_exception_in_a_step_ends_its_requests_and_the_engine_goes_on(llm, monkeypatch, step_that_fails, place):
-    from nanokv.engine import engine as module
-
     owner, name = {
         "run": (llm.engine.runner, "run"),
-        "sample": (module, "sample"),
+        "sample": (llm.engine, "_sampler"),
         "plan": (llm.engine.scheduler, "plan"),
     }[place]
     original, calls = getattr(owner, name), itertools.count(1)
@@ -239,10 +237,10 @@ def test_an_interrupt_in_a_step_loses_nothing(llm, monkeypatch):
     expected = llm.generate([prompt(20)], GREEDY)[0].token_ids
     original, calls = llm.engine.runner.run, itertools.count(1)
 
-    def interrupted(plan):
+    def interrupted(*arguments):
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return original(plan)
+        return original(*arguments)
 
     monkeypatch.setattr(llm.engine.runner, "run", interrupted)
     llm.engine.add_request(Request(prompt(20), GREEDY, "r"))
@@ -267,11 +265,12 @@ def test_a_failure_while_planning_an_admission_ends_that_request_only(llm, monke
 def test_logits_that_are_not_finite_end_their_request_only(llm, monkeypatch):
     original = llm.engine.runner.run
 
-    def poisoned(plan):
-        logits = original(plan).clone()
+    def poisoned(*arguments):
+        logits, last = original(*arguments)
+        logits = logits.clone()
         if len(logits) == 2:
             logits[1] = float("nan")
-        return logits
+        return logits, last
 
     monkeypatch.setattr(llm.engine.runner, "run", poisoned)
     llm.engine.add_request(Request(prompt(5), GREEDY, "well"))

@@ -139,10 +139,10 @@ def test_a_checkpoint_whose_copy_never_ran_is_forgotten(hybrid, monkeypatch, fai
         truth = llm.generate(text, greedy)[0].token_ids
         llm.reset_prefix_cache()
         request_id = llm.engine.add_request(Request(text, greedy))
-        llm.engine.step()  # 96 tokens: a checkpoint is due, its copy listed
-        assert llm.stats()["states_cached"] == 1
+        llm.engine.step()  # 96 tokens: a checkpoint is due, which the next step copies first
 
         def fail(_copies):
+            assert llm.stats()["states_cached"] == 1
             raise failure("before any copy")
 
         with monkeypatch.context() as patch:
