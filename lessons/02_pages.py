@@ -142,7 +142,7 @@ assert key.plane.shape == (2, 16, 16)  # heads, tokens of the page, dimensions
 byte = one.pages[entry] * layout.page_bytes + key.offset + 4 * ((head * PAGE + slot) * 16 + dim)
 by_hand = pool.flatten()[byte : byte + 4].view(torch.float32)
 
-planes = llm.engine.model.layers[layer].mixer.planes
+planes = llm.engine.model.layers[layer].mixer.pages.planes
 by_engine = plane_view(pool, planes, planes.k_offset, planes.head_dim)[one.pages[entry], head, slot, dim]
 assert by_hand.item() == by_engine.item() != 0
 while llm.engine.has_work:

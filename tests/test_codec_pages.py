@@ -166,7 +166,7 @@ def test_rope_alone_turns_what_rope_and_store_turns():
     norms = ops.HeadNorms(torch.full((64,), 1.5), torch.full((64,), 0.5), 1e-6)
     alone, stored, reference_alone = (heads_of(40) for _ in range(3))
     ops.rope(alone, cos_sin, batch, 6, 3, 64, norms)
-    ops.rope_and_store(stored, cos_sin, raw.pool, raw.pages._planes, batch, 6, norms)
+    ops.rope_and_store(stored, cos_sin, raw.pool, raw.pages.planes, batch, 6, norms)
     reference.rope(reference_alone, cos_sin, batch, 6, 3, 64, norms)
     assert torch.equal(alone, stored) and torch.allclose(alone, reference_alone, atol=1e-5)
     assert (layer.pool == 0x3F).all()  # nothing was written

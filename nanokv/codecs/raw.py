@@ -64,12 +64,12 @@ class RawPages:
     centre = None
 
     def __init__(self, planes: KVPlanes, heads: Heads) -> None:
-        self._planes = planes
+        self.planes = planes
         self._heads = heads
 
     def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """As AttentionPages.attend."""
         heads = self._heads
-        ops.rope_and_store(qkv, heads.cos_sin, pool, self._planes, batch, heads.num_heads, heads.norms)
+        ops.rope_and_store(qkv, heads.cos_sin, pool, self.planes, batch, heads.num_heads, heads.norms)
         q = qkv[:, : heads.num_heads * heads.head_dim].unflatten(1, (heads.num_heads, heads.head_dim))
-        return ops.paged_attention(q, pool, self._planes, batch, heads.scale)
+        return ops.paged_attention(q, pool, self.planes, batch, heads.scale)
