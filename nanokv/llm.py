@@ -180,13 +180,13 @@ class LLM:
         evictions, copies                           cached pages dropped for room; shared pages copied before a write
         preemptions, steps                          requests sent back to the queue; engine steps
         requests_running, requests_waiting          right now
+        row_invariant                               whether this machine's matrix products give a row the same bits
+                                                    whatever its batch mates, which exactness rests on
         with disagg also:
         prefill_workers_ready, requests_remote      right now; requests whose pages another process may write into
         remote_prefills, remote_tokens              attempts handed over, and their uncached tokens
         remote_lost, worker_deaths                  attempts that came to nothing; workers that died or were killed
         stale_messages                              messages of an attempt or a pool that is gone: dropped
-        row_invariant                               whether this machine's matrix products give a row the same bits
-                                                    whatever its batch mates, which exactness rests on
         """
         return {**self.engine.stats(), "row_invariant": ops.row_invariant(self.dtype, self.device)}
 

@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import threading
+from array import array
 from pathlib import Path
 
 import msgspec
@@ -39,6 +40,7 @@ from nanokv.disagg.messages import (
     take_frames,
     unpack_ints,
 )
+from nanokv.disagg.pages import FixedPages, Given
 from nanokv.disagg.prefiller import PrefillLoop
 from nanokv.disagg.worker import Job, Model, refusal, run
 
@@ -350,3 +352,14 @@ def test_the_digest_tells_models_and_layouts_apart(tiny_llama, tmp_path):
     }
     assert len(digests) == 8
     assert Model(tiny_llama, EngineConfig(page_size=8), "cpu", "float32").digest in digests
+
+
+def test_a_request_that_is_aborted_leaves_no_copy_behind():
+    """Its checkpoint's slot is somebody else's from then on."""
+    pages, request = FixedPages(4), Request(list(range(9)))
+    pages.give(request, Given(array("i", [0, 1, 2]), 0, state=1, checkpoints={4: 2}))
+    pages.match(request)
+    request.num_computed = 4
+    pages.commit(request)
+    pages.release(request)
+    assert pages.take_state_copies() == []

@@ -44,7 +44,10 @@ class Channel:
         """Queues a message and sends what can be sent now. `descriptor`: rides along; on a fresh UNIX socket only."""
         frame = encode(message)
         if descriptor is not None:
-            sent = socket.send_fds(self._sock, [frame], [descriptor])
+            try:
+                sent = socket.send_fds(self._sock, [frame], [descriptor])
+            except OSError:  # gone before it was greeted: as in `flush`
+                return
             frame = frame[sent:]
         self._out += frame
         self.flush()

@@ -30,7 +30,7 @@ def digest_of(folder: Path, model: ModelConfig, config: EngineConfig, dtype: str
         "protocol": VERSION,
         "model": asdict(model),
         "dtype": dtype,
-        "codec": [config.codec, config.native_layers, config.prefill],
+        "codec": ["raw"] if config.codec == "raw" else [config.codec, config.native_layers, config.prefill],
         "page_size": layout.page_size,
         "page_bytes": layout.page_bytes,
         "state_bytes": layout.state_bytes,

@@ -60,6 +60,8 @@ class FixedPages:
 
     def release(self, request: Request) -> None:
         self._given.pop(request, None)
+        # A checkpoint that was listed and not copied yet: its slot is about to be somebody else's.
+        self._copies = [copy for copy in self._copies if copy[0] != request.state_id]
 
     def prefix_length(self, request: Request) -> int:
         return self._given[request].cached_length

@@ -100,6 +100,8 @@ class SendingSession(Session):
     def after_layer(self, layer: int, _batch: Batch) -> None:
         """Sends the layers that have run since the last time, if they are enough or the last."""
         self.beat()
+        if layer == 0:  # the step before may have failed halfway
+            self._first = 0
         rows = sum(request.num_scheduled for request in self.loop.running)
         pages = -(-rows // self.loop.store.layout.page_size)
         if layer < self._last and (layer + 1 - self._first) * self._per_layer * pages < GROUP_BYTES:

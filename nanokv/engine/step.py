@@ -76,7 +76,7 @@ def launch(plan: StepPlan, before: Step | None, runner: Runner, live: LiveReques
             sampled += share.samples
             rows += [first] * len(share.samples)
         elif request.wants_all_logits:
-            share.logits = logits[first : first + count]
+            share.logits = logits[first : first + count].clone()  # a graph writes its own again
         shares.append(share)
         first += count
     if not sampled:
