@@ -30,7 +30,7 @@ def scalars(one: CacheSize) -> dict[str, Any]:
         else 2 * config.num_kv_heads * config.head_dim
     )
     each = 2 * _value_dim(config)
-    kv_heads = USUAL_KV_HEADS if config.mla is not None else config.num_kv_heads
+    kv_heads = min(USUAL_KV_HEADS, config.num_heads) if config.mla is not None else config.num_kv_heads
     per_token = layout.bytes_per_token
     return {
         "attention_layers": sum(1 for spec in layout.specs if spec.paged),

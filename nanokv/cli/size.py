@@ -190,7 +190,9 @@ def _print(one: CacheSize, contexts: list[int], memory: int) -> None:
     if layout.state_bytes:
         click.echo(f"  a state takes {layout.state_bytes:,} bytes, {layout.state_payload:,} of them payload")
     fits = one.tokens_in(memory)
-    click.echo(f"  {binary(memory)} hold {'any number of' if fits is None else f'{fits:,}'} tokens of one sequence")
+    halves = "; an engine gives half of it to checkpoints of states" if one.layout.is_recurrent else ""
+    found = "any number of" if fits is None else f"{fits:,}"
+    click.echo(f"  {binary(memory)} hold {found} tokens of one sequence{halves}")
     table = [["context", "pages", "payload", "padded", ""]]
     for tokens in contexts:
         note = "" if tokens <= one.config.max_positions else f"beyond the trained {one.config.max_positions:,}"
