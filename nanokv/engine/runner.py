@@ -6,11 +6,9 @@ import torch
 
 from nanokv.cache.store import CacheStore
 from nanokv.engine.graphs import DecodeGraphs
-from nanokv.engine.inputs import arrays_of, batch_of, num_logit_rows, on_device, take_late
+from nanokv.engine.inputs import arrays_of, batch_of, on_device, take_late
 from nanokv.engine.scheduler import StepPlan
 from nanokv.models.decoder import Decoder
-
-__all__ = ["Runner", "num_logit_rows"]
 
 
 class Runner:

@@ -22,8 +22,9 @@ import torch
 
 from nanokv.cache.manager import CacheManager
 from nanokv.core.request import Request
+from nanokv.engine.inputs import num_logit_rows
 from nanokv.engine.live import LiveRequests
-from nanokv.engine.runner import Runner, num_logit_rows
+from nanokv.engine.runner import Runner
 from nanokv.engine.sampler import Sampled
 from nanokv.engine.scheduler import StepPlan
 
