@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from nanokv.cli.main import main
 from nanokv.cli.size import CacheSize, measure
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.hub.catalog import CATALOG
+from nanokv.hub.catalog import CATALOG, SHIPPED
 
 NAME = "smollm2-135m-instruct"
 
@@ -146,6 +146,11 @@ def test_bad_input_is_one_line(arguments, code, complaint):
     assert (result.exit_code, result.stdout) == (code, "")
     assert complaint in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_name_that_means_nothing_is_answered_with_all_that_do():
+    complaint = run("nope").stderr
+    assert all(name in complaint for name in (*CATALOG, *SHIPPED)) and complaint.count("\n") == 1
 
 
 def test_an_unknown_family_is_named(tmp_path):

@@ -13,7 +13,7 @@ import click
 from nanokv.cli import compare
 from nanokv.cli.common import binary, emit_json, json_option, new_figure, plot_option, save_figure
 from nanokv.core.errors import ConfigError
-from nanokv.hub.catalog import CATALOG, CatalogEntry
+from nanokv.hub.catalog import CATALOG, SHIPPED, CatalogEntry
 from nanokv.hub.home import resolve_model
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _config(model: str) -> tuple[ModelConfig, CatalogEntry | None]:
         return ModelConfig.from_dict(read_json(path)), None
     if model in CATALOG and not path.is_dir():
         return ModelConfig.from_dict(CATALOG[model].config), CATALOG[model]
-    return ModelConfig.from_folder(resolve_model(model)), None
+    return ModelConfig.from_folder(resolve_model(model, known=(*CATALOG, *SHIPPED))), None
 
 
 def row(one: CacheSize, tokens: int, memory: int) -> dict[str, Any]:

