@@ -97,6 +97,7 @@ def test_the_article_in_one_command():
     assert (hybrid["attention_layers"], hybrid["recurrent_layers"]) == (8, 24)
     assert hybrid["state_bytes_per_sequence"] == 24 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
     assert hybrid["state_equals_kv_tokens"] == 1572
+    assert v3["state_equals_kv_tokens"] is llama["state_equals_kv_tokens"] is None
     assert hybrid["unverified_fields"] == ["mamba_ssm_dtype", "rope_type", "mrope_interleaved", "mlp_only_layers"]
     text = run("deepseek-v3", "qwen3.5-9b").stdout
     assert "128 heads x 128 = 16,384 scalars are K or V alone; K and V are 32,768" in text

@@ -6,7 +6,8 @@ Scalars are counted per token in one attention layer, so that neither dtype nor 
     GQA    a key and a value for each KV head: the model's own number of them, or 8 where it has another scheme
     own    what the model's layers keep, read off the same layout as the bytes
 
-A recurrent state is paid once a sequence. At `state_equals_kv_tokens` it weighs as much as all that is kept per token.
+A recurrent state is paid once a sequence. At `state_equals_kv_tokens` it weighs as much as all that is kept per token;
+None where a model has no such state, or keeps nothing per token.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def scalars(one: CacheSize) -> dict[str, Any]:
         "scalars_per_token_layer": own,
         "scalars_per_token_layer_mha": config.num_heads * each,
         "scalars_per_token_layer_gqa": kv_heads * each,
-        "state_equals_kv_tokens": -(-layout.state_payload // per_token) if per_token else None,
+        "state_equals_kv_tokens": -(-layout.state_payload // per_token) if per_token and layout.is_recurrent else None,
     }
 
 
