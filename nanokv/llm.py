@@ -102,7 +102,8 @@ class LLM:
         Raises    RequestError when any of them cannot be served; then none is.
         """
         batch = _as_list(prompts)
-        each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
+        several = isinstance(params, Sequence) and not isinstance(params, str)
+        each = list(params) if several else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"params: {len(each)} for {len(batch)} prompts; give one, or one for each prompt")
         ids: list[str] = []
@@ -128,7 +129,7 @@ class LLM:
         self, messages: list[dict[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
     ) -> RequestOutput:
         """The assistant's answer to `messages` ({"role", "content"}), through the model's chat template."""
-        if params is not None and params.n != 1:
+        if isinstance(params, SamplingParams) and params.n != 1:
             raise RequestError(f"n={params.n}: a chat has one answer; use generate() for more")
         return self.generate([self._render(messages, template_kwargs)], params)[0]
 

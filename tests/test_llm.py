@@ -1,5 +1,6 @@
 """The door for programs: prompts of every kind, streams, chats, stop texts, scoring. On a real model, for real text."""
 
+import re
 from threading import Thread
 
 import pytest
@@ -162,8 +163,16 @@ def test_what_is_no_prompt_is_refused(llm, prompts):
 
 @pytest.mark.parametrize("params", [{"max_tokens": 3}, "b", 5])
 def test_what_are_no_params_is_refused(llm, params):
-    with pytest.raises(RequestError, match="expected SamplingParams"):
-        llm.generate("a", [params])
+    calls = [
+        lambda: llm.generate("a", params),
+        lambda: llm.generate(["a", "b"], params),
+        lambda: llm.generate("a", [params]),
+        lambda: llm.stream("a", params),
+        lambda: llm.chat([{"role": "user", "content": "a"}], params),
+    ]
+    for call in calls:
+        with pytest.raises(RequestError, match=re.escape(f"params={params!r}: expected SamplingParams")):
+            call()
 
 
 def test_threads_share_the_steps_and_get_their_own_answers(llm):
