@@ -99,7 +99,8 @@ class LLM:
 
         prompts   a text, a list of token ids, or a list of either
         params    one for all, or one for each prompt
-        Raises    RequestError when any of them cannot be served; then none is.
+        Raises    RequestError when any of them cannot be served; then none is. What goes wrong later ends one sample
+                  and raises nothing: its finish_reason is "error", and its `error` says why
         """
         batch = _as_list(prompts)
         several = isinstance(params, Sequence) and not isinstance(params, str)

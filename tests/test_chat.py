@@ -3,14 +3,18 @@
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from chat_desk import Desk, ScriptedLLM, Tty
+import torch
+from chat_desk import VOCABULARY, Desk, ScriptedLLM, Tty
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 import nanokv.cli.repl.turn as turn_module
 from nanokv import EngineConfig, SamplingParams
@@ -19,6 +23,7 @@ from nanokv.cli.repl import reader
 from nanokv.cli.repl.commands import COMMANDS, completions
 from nanokv.cli.repl.terminal import Terminal
 
+ROOT = Path(__file__).resolve().parents[1]
 STATS = (
     r"(\d+ tok|\^C after \d+ tok)( · [\d.]+ tok/s)?( · TTFT [\d.]+ m?s)? · prompt \d+ \(cached \d+\)"
     r" · KV \d+ tok / \d+ pages? / [\d.]+ ([KMG]i)?B"
@@ -82,6 +87,13 @@ def test_colour_only_where_it_is_welcome(monkeypatch, name, value):
     assert err.getvalue() == "error: what\n"
 
 
+def test_a_model_whose_numbers_are_not_finite_is_one_error_line(desk):
+    desk.llm.model.forward = lambda batch, pool: torch.full((len(batch.logit_rows), VOCABULARY), float("nan"))
+    out, err = desk.enter("Hi")
+    assert out == "" and desk.said == []
+    assert err.startswith("error: ") and "logits are not finite" in err and err.count("\n") == 1
+
+
 def press_at(desk: Desk, *steps: int) -> None:
     """Ctrl-C in the middle of these steps."""
     desk.llm.model.before_step = lambda step: step in steps and signal.raise_signal(signal.SIGINT)
@@ -142,8 +154,8 @@ def test_a_step_that_fails_costs_one_answer_and_nothing_else(desk):
         raise ValueError("broken kernel")
 
     desk.llm.model.before_step = fail
-    _, err = desk.enter("Two", "2")
-    assert err == "error: the engine could not finish this answer: ValueError: broken kernel\n"
+    out, err = desk.enter("Two", "2")
+    assert out == "" and err == "error: the engine could not finish this answer: ValueError: broken kernel\n"
     desk.llm.model.before_step = lambda step: None
     assert desk.said == [("user", "One"), ("assistant", "1")]
     assert desk.enter("Three", "3")[0] == "3\n"
@@ -323,6 +335,19 @@ def test_ctrl_c_in_a_one_shot_answer_exits_130(command, no_grace):
     command.before_step = lambda step: step == 3 and signal.raise_signal(signal.SIGINT)
     result = command("-p", "Hi")
     assert result.exit_code == 130 and result.stdout == "An \n" and result.stderr.startswith("^C after 3 tok")
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_a_step_that_fails_shows_its_traceback_only_where_it_is_asked_for(tmp_path, debug):
+    shutil.copytree(ROOT / "weights" / "tiny-gqa", tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors")
+    call = [sys.executable, "-m", "nanokv.cli.main", "chat", str(tmp_path), "-p", "Hi", "--codec", "tq4", *debug]
+    result = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith("nanokv: the engine could not finish this answer: CodecError: ")
+    assert ("Traceback" in result.stderr) == bool(debug)
 
 
 def test_nothing_pulled_means_the_default_is_pulled(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -57,6 +58,7 @@ class Nanokv(click.Group):
         **extra: Any,
     ) -> Any:
         self.debug = False
+        logging.lastResort.addFilter(_is_wanted)
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         try:
@@ -85,6 +87,11 @@ class Nanokv(click.Group):
             traceback.print_exc()
         click.echo(" ".join(message.split()), err=True)
         return code
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Whether a log record is shown. The traceback of a failed step only with --debug: the command says what failed."""
+    return main.debug or record.exc_info is None
 
 
 def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:

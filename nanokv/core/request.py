@@ -149,6 +149,7 @@ class RequestOutput:
     finish_reason: str | None
     """"stop", "length", "abort", "error", or None while it runs."""
     error: str | None
+    """One line that says why, where finish_reason is "error": a step failed, or logits were not finite."""
     cached_tokens: int
     """Prompt tokens whose computation the prefix cache saved when the request was first admitted."""
     kv_matched_tokens: int

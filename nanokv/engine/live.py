@@ -96,7 +96,8 @@ class LiveRequests:
         """One more token, sampled at `now`; it may end the sample. None where the model's logits were not finite."""
         params = request.params
         if token is None:
-            self.finish(request, "error", "the model's logits are not finite; a wider dtype may help")
+            why = "the model's logits are not finite: its weights are damaged, or they need a wider dtype"
+            self.finish(request, "error", why)
             return
         request.tokens.append(token)
         request.metrics.token_times.append(now)

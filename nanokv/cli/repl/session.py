@@ -123,8 +123,9 @@ class ChatSession:
             fit = f"at most {engine.max_length - 1:,} fit"
             raise ContextFull(f"the context is full: {len(token_ids):,} tokens with this message, {fit}")
         turn = answer(self.llm, token_ids, self.params, self.terminal.say, self.stop, entered)
-        self.terminal.say("\n")
         output = turn.output
+        if output.text or output.finish_reason != "error":
+            self.terminal.say("\n")
         if output.finish_reason == "error":
             raise RequestError(f"the engine could not finish this answer: {output.error}")
         self.conversation.answer(output.token_ids, output.text)
