@@ -237,6 +237,12 @@ def test_points_beyond_the_pool_are_left_out_and_named(tiny_llama):
     assert "left out" in result.stderr
 
 
+def test_contexts_beyond_the_model_are_left_out_and_named(tiny_llama):
+    result = bench("decode", tiny_llama, "--batch", "1", "--context", "64,4096", "--steps", 2)
+    assert result.exit_code == 0, result.stderr
+    assert "the model's 512 tokens: 1 x 4,096" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -245,6 +251,7 @@ def test_points_beyond_the_pool_are_left_out_and_named(tiny_llama):
         (["request", "--prompt-tokens", "0"], 2, "at least 1"),
         (["request", "--plot", "figure.pdf"], 2, ".png or .svg"),
         (["request", "--prompt-tokens", "600"], 1, "at most 512"),
+        (["decode", "--context", "600"], 1, "at most 512"),
         (["request", "--device", "tpu"], 1, "device"),
     ],
 )

@@ -35,9 +35,9 @@ def measure_decode(
 ) -> list[dict[str, Any]]:
     """A row for each batch and context that fits in the pool and the model; medians of `repeat`.
 
-    Raises ConfigError when a context is too long for the model.
+    Raises ConfigError when even the shortest context is too long.
     """
-    check_length(llm, max(contexts), steps + 8)
+    check_length(llm, min(contexts), steps + 8)
     warm_up(llm, 64)
     limit = bandwidth(llm.device)
     rows = []
@@ -51,10 +51,10 @@ def measure_decode(
 
 
 def fits(llm: LLM, batch: int, context: int, steps: int) -> bool:
-    """Whether `batch` requests of this context can decode together."""
-    engine = llm.engine
-    pages = batch * engine.layout.pages_for(context + steps + 8)
-    return pages <= engine.store.num_pages and batch <= engine.config.max_requests
+    """Whether `batch` requests of this context can decode together, in the pool and in the model's length."""
+    engine, tokens = llm.engine, context + steps + 8
+    pages = batch * engine.layout.pages_for(tokens)
+    return tokens <= engine.max_length and pages <= engine.store.num_pages and batch <= engine.config.max_requests
 
 
 def _row(llm: LLM, batch: int, context: int, speed: float, limit: float) -> dict[str, Any]:
