@@ -18,7 +18,9 @@ CLOSE = {"rtol": 0, "atol": 1e-4}
 PROMPT = oracles.prompt(130)
 FAMILIES = list(oracles.FAMILIES)
 EXACT = [name for name in FAMILIES if name not in oracles.HYBRIDS]
-NEAR_TIE = 1e-3
+LENGTHS = (1, 2, 3, 4, 63, 64, 65, 130)
+"""Prompts that end at, before and behind the edges of convolutions, pages and chunks."""
+NEAR_TIE = 1e-4
 """Where the reference's two best logits are closer, either token is right: rounding decides."""
 
 
@@ -54,7 +56,7 @@ def test_logits_are_those_of_transformers(folders, references, family, chunk):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_that_end_at_the_edges_of_pages_chunks_and_convolutions(folders, references, family):
     decoder = load(folders(family))
-    for length in (1, 2, 3, 4, 63, 64, 65):
+    for length in LENGTHS:
         tokens = oracles.prompt(length, seed=length)
         expected = oracles.logits(references(family), tokens)
         torch.testing.assert_close(Rig(decoder).run(tokens, length), expected, **CLOSE)
@@ -62,19 +64,21 @@ def test_prompts_that_end_at_the_edges_of_pages_chunks_and_convolutions(folders,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_transformers(folders, references, family):
-    reference, rig = references(family), Rig(load(folders(family)))
-    for length in (4, 64):
-        tokens = oracles.prompt(length, seed=100 + length)
-        sequence = rig.sequence(tokens + [0] * 24)
-        scores = rig.step((sequence, length), last_only=True)[0]
-        expected = list(tokens)
-        for place in range(length, length + 24):
+    """Prompts in odd chunks, then token by token. The reference reads each answer once: row i is what it would say."""
+    rig, ties, answers = Rig(load(folders(family))), 0, 16
+    for length in LENGTHS:
+        sequence = rig.sequence(oracles.prompt(length, seed=100 + length) + [0] * answers)
+        while (left := length - sequence.num_computed) > 0:
+            scores = rig.step((sequence, min(left, 37)), last_only=True)[0]
+        for place in range(length, length + answers):
             sequence.tokens[place] = int(scores[-1].argmax())
-            truth = oracles.logits(reference, expected)[-1]
-            best, second = truth.topk(2).values.tolist()
-            assert sequence.tokens[place] == int(truth.argmax()) or best - second < NEAR_TIE
-            expected.append(sequence.tokens[place])
             scores = rig.step((sequence, 1))[0]
+        truth = oracles.logits(references(family), sequence.tokens)[length - 1 : -1]
+        gap = truth.amax(-1) - truth.gather(-1, torch.tensor(sequence.tokens[length:]).unsqueeze(-1)).squeeze(-1)
+        assert (gap < NEAR_TIE).all(), f"after {length} tokens"
+        ties += int((gap > 0).sum())
+    print(f"{family}: {ties} near ties in {len(LENGTHS) * answers} tokens")
+    assert 1000 * ties <= len(LENGTHS) * answers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
