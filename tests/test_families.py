@@ -227,6 +227,7 @@ def edit(folder, target, config, more):
         ("qwen3_5", {"linear_num_value_heads": 3}, {}, "linear_num_value_heads=3"),
         ("qwen3_5", {"layer_types": ["full_attention"]}, {}, "layer_types"),
         ("qwen3_5", {"linear_key_head_dim": 16}, {}, "misshapen"),
+        ("qwen3_5", {"attention_bias": True}, {}, "attention_bias=True"),
         ("qwen3", {"use_sliding_window": True}, {}, "use_sliding_window"),
         ("qwen3", {"layer_types": ["sliding_attention", "full_attention"]}, {}, "layer_types"),
     ],

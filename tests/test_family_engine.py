@@ -4,13 +4,17 @@ On a CPU Gated DeltaNet is under the law too: one recurrence serves prefill and 
 request's own tokens alone.
 """
 
+import json
+
 import oracles
 import pytest
 import torch
 
 from nanokv import SamplingParams
+from nanokv.cli import size
 from nanokv.core.errors import ConfigError, RequestError
 from nanokv.core.request import Request
+from nanokv.hub.catalog import CATALOG
 from nanokv.llm import LLM
 
 FAMILIES = ["qwen3", "qwen3_moe", "deepseek_v2_lite", "deepseek_v3", "qwen3_next", "qwen3_5", "qwen3_5_moe"]
@@ -190,3 +194,16 @@ def test_mla_keeps_one_latent_and_one_key_per_token_and_layer(tmp_path, family):
         assert llm.stats()["bytes_per_token"] == 3 * (32 + 8) * 4
         assert llm.engine.layout.page_payload == 16 * llm.stats()["bytes_per_token"]
         assert llm.engine.store.pool.shape == (8, llm.engine.layout.page_bytes)
+
+
+def test_the_cache_of_deepseek_v3_is_576_numbers_per_token_and_layer_and_what_size_says(tmp_path):
+    """Its own attention, with few heads and layers around it."""
+    small = {"num_hidden_layers": 2, "first_k_dense_replace": 2, "vocab_size": 256, "hidden_size": 64,
+             "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(CATALOG["deepseek-v3"].config | small))
+    said = size.row(size.measure(str(tmp_path), "auto", "raw", 16), 128, 1 << 30)
+    with LLM(tmp_path, load="dummy", num_pages=8, max_model_len=128) as llm:
+        assert llm.stats()["bytes_per_token"] == said["bytes_per_token"] == 2 * 576 * 2
+        assert llm.engine.layout.page_payload == said["page_payload_bytes"] == 16 * 2 * 576 * 2
+        assert llm.engine.store.pool.nbytes == said["padded_bytes"] == said["payload_bytes"]
+        assert llm.generate([5, 6, 7], SamplingParams(max_tokens=2, ignore_eos=True))[0].finish_reason == "length"

@@ -14,14 +14,14 @@ from nanokv.layers.deltanet import GatedDeltaNet
 from nanokv.layers.linear import Linear
 from nanokv.models import parts
 from nanokv.models.config import GATED_DELTA, ModelConfig
-from nanokv.models.decoder import Decoder
+from nanokv.models.decoder import Decoder, Mixer
 from nanokv.models.weights import Weights, join
 
 
 def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
     """The decoder, its weights taken out of `weights` one block after the other."""
 
-    def mixer(layer: int, cos_sin: torch.Tensor):
+    def mixer(layer: int, cos_sin: torch.Tensor) -> Mixer:
         at = f"model.layers.{layer}"
         if config.layer_types[layer] == GATED_DELTA:
             return _delta(weights, f"{at}.linear_attn", config, codec)

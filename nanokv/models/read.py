@@ -64,7 +64,7 @@ def read_config(data: dict[str, Any], where: str, more_eos: Any = None) -> Model
     rope = _rope(fields, mla.rope_dim if mla else head_dim, hybrid)
     bos = fields.token_ids("bos_token_id", vocab_size)
     attention_bias = fields.flag("attention_bias", default=False)
-    if attention_bias and mla:
+    if attention_bias and (mla or hybrid):
         raise fields.error("attention_bias", "only false is supported in this family")
     tied = outer if outer.get("tie_word_embeddings") is not None else fields  # both levels may exist; the top one holds
     return ModelConfig(
