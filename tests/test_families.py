@@ -224,6 +224,12 @@ def edit(folder, target, config, more):
         ("deepseek_v2", {"topk_method": "best"}, {}, "topk_method='best'"),
         ("deepseek_v3", {}, {"model.layers.1.mlp.experts.0.up_proj.weight_scale_inv": (1, 1)}, "weight_scale_inv"),
         ("deepseek_v3", {}, {"model.layers.3.eh_proj.weight": (64, 128)}, "unexpected: model.layers.3.eh_proj"),
+        (
+            "qwen3_moe",
+            {"num_local_experts": 12},
+            {},
+            r"missing: model.layers.\{0,2\}.mlp.experts.\{8-11\}.gate_proj.weight, ",
+        ),
         ("qwen3_5", {"linear_num_value_heads": 3}, {}, "linear_num_value_heads=3"),
         ("qwen3_5", {"layer_types": ["full_attention"]}, {}, "layer_types"),
         ("qwen3_5", {"linear_key_head_dim": 16}, {}, "misshapen"),

@@ -149,15 +149,19 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def _folded(names: Iterable[str]) -> str:
-    """All of the names; those that differ in their layer as one: model.layers.{3-5,7}.mlp.up_proj.weight"""
-    layers: dict[str, list[int]] = {}
+    """All of the names; those that differ in their layer or expert as one: model.layers.{3-5,7}.mlp.up_proj.weight"""
+    for axis in ("layers", "experts"):
+        names = _folded_along(axis, names)
+    return ", ".join(names)
+
+
+def _folded_along(axis: str, names: Iterable[str]) -> list[str]:
+    numbers: dict[str, list[int]] = {}
     for name in names:
-        layer = re.search(r"\.layers\.(\d+)\.", name)
-        pattern = name if layer is None else f"{name[: layer.start(1)]}{{}}{name[layer.end(1) :]}"
-        layers.setdefault(pattern, []).extend([int(layer[1])] if layer else [])
-    return ", ".join(
-        pattern if not found else pattern.replace("{}", _ranges(found), 1) for pattern, found in layers.items()
-    )
+        number = re.search(rf"\.{axis}\.(\d+)\.", name)
+        pattern = name if number is None else f"{name[: number.start(1)]}{{}}{name[number.end(1) :]}"
+        numbers.setdefault(pattern, []).extend([int(number[1])] if number else [])
+    return [pattern if not found else pattern.replace("{}", _ranges(found), 1) for pattern, found in numbers.items()]
 
 
 def _ranges(numbers: list[int]) -> str:
