@@ -37,6 +37,7 @@ MODES = ("one step", "chunked", "split")
 PAUSE_S = 0.5
 ANSWER = 4
 """Tokens of the answer to a long prompt."""
+HAND_OVERS = 9
 
 Load = Callable[..., LLM]
 """Makes an LLM: (disagg=None, **fields of EngineConfig)."""
@@ -77,7 +78,10 @@ def measure_disagg(
             with load(disagg, max_step_tokens=chunk if mode == "chunked" else whole, prefix_cache=True) as llm:
                 run_trace(llm, min(prompt_tokens, 256), 1, running, context, seed=99)  # compiles
                 traces = [run_trace(llm, prompt_tokens, prompts, running, context, n, tick) for n in range(repeat)]
-                hand_overs = [] if disagg is None else [hand_over(llm, prompt_tokens, seed) for seed in range(3)]
+                hand_overs: dict[int, list[float]] = {}
+                for tokens in (prompt_tokens, prompt_tokens // 4):
+                    if disagg is not None and tokens >= disagg.min_tokens:
+                        hand_overs[tokens] = [hand_over(llm, tokens, seed) for seed in range(HAND_OVERS)]
                 rows.append(_row(mode, llm, traces, prompt_tokens, prompts, running, threads, hand_overs))
     return rows
 
@@ -85,11 +89,12 @@ def measure_disagg(
 def run_trace(
     llm: LLM, prompt_tokens: int, prompts: int, running: int, context: int, seed: int = 0, tick: Ticker = no_tick
 ) -> Trace:
-    """One run on an empty cache. The running answers are aborted at its end."""
+    """One run on an empty cache. Running answers begin again at the model's length, and are aborted at the end."""
     vocab, engine = llm.model_config.vocab_size, llm.engine
     llm.reset_prefix_cache()
     long = greedy(engine.max_length - context)
-    ids = [engine.add_request(Request(one, long)) for one in random_prompts(running, context, vocab, seed)]
+    contexts = random_prompts(running, context, vocab, seed)
+    answering = {engine.add_request(Request(one, long)): one for one in contexts}
     last: dict[str, float] = {}
     while len(last) < running:
         last |= {output.request_id: time.perf_counter() for output in _step(llm)}
@@ -103,9 +108,13 @@ def run_trace(
             live.add(current)
         for output in _step(llm):
             now = time.perf_counter()
-            if output.request_id in last:
-                gaps.append((now - start, now - last[output.request_id]))
+            if output.request_id in answering:
+                if output.request_id in last:
+                    gaps.append((now - start, now - last[output.request_id]))
                 last[output.request_id] = now
+                if output.finished:
+                    again = answering.pop(output.request_id)
+                    answering[engine.add_request(Request(again, long))] = again
                 continue
             if output.request_id == current:
                 ttfts.append(output.metrics.ttft)
@@ -114,7 +123,7 @@ def run_trace(
             if output.finished:
                 live.discard(output.request_id)
     wall = time.perf_counter() - start
-    for request_id in ids:
+    for request_id in answering:
         engine.abort(request_id)
     engine.step()
     return Trace(wall, gaps, arrivals, ttfts)
@@ -164,7 +173,7 @@ def _row(
     prompts: int,
     running: int,
     threads: int,
-    hand_overs: list[float],
+    hand_overs: dict[int, list[float]],
 ) -> dict[str, Any]:
     def p99(trace: Trace) -> float:
         return percentile([gap for _, gap in trace.gaps], 0.99)
@@ -187,8 +196,8 @@ def _row(
         "ttft_max_s": max(trace.ttfts),
         "requests_per_s": prompts / trace.wall_s,
         "output_tokens_per_s": len(gaps) / trace.wall_s,
-        "hand_over_s": median(hand_overs) if hand_overs else None,
-        "hand_over_max_s": max(hand_overs) if hand_overs else None,
+        "hand_over_s": median(hand_overs[prompt_tokens]) if hand_overs else None,
+        "hand_overs": [{"tokens": tokens, "seconds": found} for tokens, found in hand_overs.items()],
         "bytes_moved": _message_bytes(llm, prompt_tokens) if hand_overs else 0,
         "break_even_tokens": round(step * prompt_tokens / ttft) if hand_overs else None,
         "arrivals_s": [round(time, 4) for time in trace.arrivals],
