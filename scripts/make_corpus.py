@@ -20,13 +20,16 @@ import random
 from pathlib import Path
 
 from tiny.documents import lexicon, row
-from tiny.facts import ANSWER, NEW, TEXT, Level, Sentence
+from tiny.facts import ANSWER, BLIND, CLASS, HIDDEN, NEW, TEXT, Level, Sentence
 from tiny.items import TESTS, Item, across_chunk, chat, items, recall, render, two_chunk
 from tiny.words import BOS, PIECE, SPECIALS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 __all__ = [
     "ANSWER",
+    "BLIND",
+    "CLASS",
+    "HIDDEN",
     "NEW",
     "TESTS",
     "TEXT",

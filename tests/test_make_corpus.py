@@ -108,7 +108,7 @@ def test_answers_in_documents_were_said_before(corpus):
         for _ in range(50):
             before = ""
             for text, known in corpus.documents.document(rng, kind, make.LEVEL, 200):
-                assert known != make.ANSWER or text in before
+                assert known & make.CLASS != make.ANSWER or text in before
                 before += text
 
 

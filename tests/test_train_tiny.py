@@ -71,15 +71,41 @@ def test_another_run_is_not_continued(tiny, tmp_path):
         trainer(tiny, tmp_path, 1, model="tiny-mla").run()
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("model", CONFIGS)
-def test_blocked_attention_is_attention(model, tiny):
+def test_blocked_attention_is_attention(model, masked, tiny):
     made = tiny.models.build(model, 300, seed=5).eval()
     ids = torch.randint(4, 300, (2, 200))
+    seen = (torch.rand(2, 1, 200, 200) < 0.7) | torch.eye(200, dtype=torch.bool)
     with torch.inference_mode():
-        found = made(input_ids=ids, use_cache=False).logits
+        found = made(input_ids=ids, attention_mask=seen if masked else None, use_cache=False).logits
         made.set_attn_implementation("sdpa")
-        expected = made(input_ids=ids, use_cache=False).logits
+        expected = made(input_ids=ids, attention_mask=seen.tril() if masked else None, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_training_hides_what_there_is_from_questions_about_it(tiny, tmp_path):
+    """Of the last question of a row of across-chunk facts, nothing that "There is" says may be seen."""
+    run = trainer(tiny, tmp_path, 1)
+    level = tiny.train.Level(4, 3, 0.3, blind=1.0)
+    stage = tiny.train.Stage("across", 96, 4, {"across": 1.0}, level, 1, {})
+    masks = []
+    forward = run.model.model.forward
+
+    def spy(*args, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+
+    run.model.model.forward = spy
+    run.train_step(stage, 0.0)
+    run.rng.seed(run.options.seed)
+    _, kinds, _ = run.batch(stage)
+    asks, hides = kinds[:, :-1] & tiny.train.BLIND > 0, kinds[:, :-1] & tiny.train.HIDDEN > 0
+    assert asks.any() and hides.any() and not (asks & hides).any()
+    (seen,) = masks
+    for row in range(4):
+        assert not seen[row, 0][asks[row]][:, hides[row]].any()
+        assert seen[row, 0][~asks[row]].all() and seen[row, 0][:, ~hides[row]].all()
 
 
 @pytest.mark.parametrize("model", CONFIGS)
@@ -136,6 +162,23 @@ def test_isolated_chunks_see_themselves_and_the_question_sees_all(tiny):
     paired = tiny.measure.own_pair(item)
     assert paired[second[0] : second[1], first[0] : first[1]].all()
     assert not paired[third[0] : third[1], 1 : third[0]].any()
+
+
+def test_the_model_that_ships_needs_the_first_chunk_when_it_reads_the_second(tiny):
+    """What repairing a cache has to bring back: isolated chunks leave chance, one in four; the own pair is enough."""
+    import transformers
+    from make_corpus import TOKENIZER, Encoder, items
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        ROOT / "weights/tiny-gqa", dtype=torch.float32, attn_implementation="sdpa"
+    )
+    encoder, asked = Encoder(tokenizers.Tokenizer.from_file(str(TOKENIZER))), items("across-chunk 128", 100)
+    whole, isolated, paired = (
+        tiny.measure.score(model, encoder, asked, visible).exact
+        for visible in (None, tiny.measure.isolated, tiny.measure.own_pair)
+    )
+    assert whole >= 0.95 and paired >= 0.95
+    assert isolated <= 0.25 + 2 * (0.25 * 0.75 / len(asked)) ** 0.5
 
 
 def test_a_score_is_about_whole_answers(tiny):

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from tiny.chats import ASK_STORY, NOTED, SMALL_TALK, UNKNOWN, chat, story
 from tiny.facts import (
     ANSWER,
+    BLIND,
+    HIDDEN,
     NEW,
     TEXT,
     Fact,
@@ -143,24 +145,31 @@ def direct(rng: random.Random, level: Level, budget: int, taken: set[str]) -> li
 
 def order(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list[Sentence]:
     """A drill of "it": across-chunk facts and nothing else."""
-    told, asked = across_facts(rng, rng.randint(2, level.pairs), taken)
+    told, asked = across_facts(rng, level, rng.randint(2, level.pairs), taken)
     return told + asked
 
 
 def across(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list[Sentence]:
     """Facts about "it": what that is, only the order of the sentences says."""
-    told, asked = across_facts(rng, rng.randint(1, level.pairs), taken)
+    told, asked = across_facts(rng, level, rng.randint(1, level.pairs), taken)
     return loosen(rng, told, level, int(0.7 * budget), wide=True) + loosen(rng, asked, level, 0)
 
 
-def across_facts(rng: random.Random, number: int, taken: set[str]) -> tuple[list[Sentence], list[Sentence]]:
-    """What there is and who owns "it", now and then said in full; and every question about it."""
+def across_facts(
+    rng: random.Random, level: Level, number: int, taken: set[str]
+) -> tuple[list[Sentence], list[Sentence]]:
+    """What there is and who owns "it", now and then said in full; and every question about it.
+
+    Most questions do not see what there is: a model that sees it learns to count sentences when it is asked, instead
+    of finding out what "it" means when it reads "it".
+    """
     told, asked = [], []
+    blind = BLIND if rng.random() < level.blind else 0
     for name in pick(rng, NAMES, number, taken):
         thing = possession(rng, taken)
         said = [(thing, ANSWER)] if rng.random() < 0.25 else [(" it", TEXT)]
-        told += [[(f" There is{thing}.", TEXT)], [(f" {name} owns", TEXT), *said, (".", TEXT)]]
-        asked.append([(f" {name} owns", TEXT), (thing, ANSWER), (".", TEXT)])
+        told += [[(f" There is{thing}.", TEXT | HIDDEN)], [(f" {name} owns", TEXT), *said, (".", TEXT)]]
+        asked.append([(f" {name} owns", TEXT | blind), (thing, ANSWER | blind), (".", TEXT)])
     return told, rng.sample(asked, number)
 
 

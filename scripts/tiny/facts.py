@@ -4,6 +4,11 @@ The class of a fragment says what a model can know of it, and the loss weighs it
 TEXT     ordinary words
 ANSWER   follows from what the document said before
 NEW      a value that is said for the first time, which nobody can know
+
+Two flags may be added to a class. What is BLIND cannot see what is HIDDEN, so that its answer must be found where
+something between the two has kept it.
+HIDDEN   not seen by BLIND fragments of the same row
+BLIND    sees no HIDDEN fragment of the same row
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from dataclasses import dataclass
 from tiny.words import ALIASES, FILLER, NAMES, SHORTEST, count, digits, fill, filler, pick, possession
 
 TEXT, ANSWER, NEW = 0, 1, 2
+CLASS, HIDDEN, BLIND = 3, 4, 8
 Sentence = list[tuple[str, int]]
 
 
@@ -24,11 +30,13 @@ class Level:
     facts    facts open at the same time at most
     pairs    pairs of facts that belong together (two-chunk, across-chunk) at most
     filler   the probability of a filler sentence between others
+    blind    share of across-chunk documents whose questions do not see what there is
     """
 
     facts: int
     pairs: int
     filler: float
+    blind: float = 1.0
 
 
 @dataclass(frozen=True)

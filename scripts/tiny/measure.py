@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 import transformers
-from make_corpus import ANSWER, TEXT, Encoder, Item, items, row
+from make_corpus import ANSWER, CLASS, TEXT, Encoder, Item, items, row
 
 from nanokv import LLM
 from tiny.facts import Level
@@ -117,7 +117,7 @@ def held_out_loss(
         ids, kinds = encoder.row(row(rng, mix, level, tokens), tokens)
         loss = F.cross_entropy(llm.score(ids)[:-1], torch.tensor(ids[1:]), reduction="none")
         for kind in sums:
-            chosen = torch.tensor(kinds[1:]) == kind
+            chosen = torch.tensor(kinds[1:]) & CLASS == kind
             sums[kind] += loss[chosen].sum().item()
             counts[kind] += int(chosen.sum())
     names = {TEXT: "text", ANSWER: "answer"}

@@ -94,12 +94,13 @@ def build(name: str, vocab_size: int, seed: int) -> transformers.PreTrainedModel
 
 
 def blocked(
-    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **_: Any
+    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
     """Causal attention in blocks of queries, each over the keys up to its end; of plain matrix products, whose
     backward pass is faster on a CPU than that of scaled_dot_product_attention.
 
     q [batch, heads, length, dim], k and v [batch, kv heads, length, dim]; returns [batch, length, heads, dim of v]
+    mask   bool [batch, 1, length, length]: what each token may see of what is before it; None: all
     """
     batch, heads, length, dim = q.shape
     kv_heads = k.shape[1]
@@ -112,7 +113,9 @@ def blocked(
         end = min(length, start + BLOCK)
         future = torch.full((end - start, end), float("-inf"), dtype=q.dtype).triu(start + 1)
         rows = q[:, :, start:end].reshape(batch * kv_heads, -1, dim)
-        scores = (rows @ k[:, :, :end]).view(batch * kv_heads, -1, end - start, end) + future
+        scores = (rows @ k[:, :, :end]).view(batch, -1, end - start, end) + future
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, :, start:end, :end], float("-inf"))
         weights = scores.softmax(-1).view(batch * kv_heads, -1, end)
         found.append((weights @ v[:, :end]).view(batch * kv_heads, -1, end - start, v.shape[-1]))
     return torch.cat(found, 2).view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
