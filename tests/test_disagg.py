@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
 from nanokv.core.errors import ConfigError
-from nanokv.core.request import Request
+from nanokv.core.request import Request, RequestOutput
 from nanokv.core.spec import PageLayout
 from nanokv.disagg import split
 from nanokv.disagg.channel import Channel
@@ -43,6 +43,7 @@ from nanokv.disagg.messages import (
 from nanokv.disagg.pages import FixedPages, Given
 from nanokv.disagg.prefiller import PrefillLoop
 from nanokv.disagg.worker import Job, Model, refusal, run
+from nanokv.engine.engine import Engine
 
 LENGTHS = (1, 3, 17, 64, 130)
 
@@ -139,6 +140,55 @@ def test_short_suffixes_are_computed_here(tiny_llama, monkeypatch):
         assert llm.stats()["remote_prefills"] == 1
         llm.score(text)
         assert llm.stats()["remote_prefills"] == 1
+
+
+@pytest.fixture
+def with_three_back(tiny_llama, monkeypatch):
+    """An engine, three greedy prompts that have come back to it and were not looked at, and the right answers."""
+    monkeypatch.setattr(split, "LocalWorker", Thread)
+    greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    texts = [oracles.prompt(100, seed=30 + i) for i in range(3)]
+    with LLM(tiny_llama, num_pages=64) as llm:
+        alone = [output.token_ids for output in llm.generate(texts, greedy)]
+    with LLM(tiny_llama, disagg=DisaggConfig(), num_pages=64, debug_checks=True) as llm:
+        ids, dispatcher = [llm.engine.add_request(Request(text, greedy)) for text in texts], llm.engine.prefiller
+        with monkeypatch.context() as deaf:
+            deaf.setattr(dispatcher, "_listen", lambda: None)
+            llm.engine.step()
+        while len(dispatcher._results) < 3:
+            dispatcher._select(0.05)
+            dispatcher._listen()
+        yield llm.engine, dict(zip(ids, alone, strict=True))
+
+
+def finished(engine: Engine) -> dict[str, RequestOutput]:
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    return {output.request_id: output for output in outputs if output.finish_reason is not None}
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_what_came_back_beside_a_result_that_fails_is_not_lost(with_three_back, monkeypatch, failure):
+    engine, alone = with_three_back
+    adopt, first = engine.cache.adopt, next(iter(alone))
+
+    def failing(request):
+        monkeypatch.setattr(engine.cache, "adopt", adopt)
+        adopt(request)
+        raise failure("as the test wished")
+
+    monkeypatch.setattr(engine.cache, "adopt", failing)
+    if failure is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    ends = finished(engine)
+    if failure is RuntimeError:
+        assert "as the test wished" in ends.pop(first).error
+        del alone[first]
+    assert {request_id: output.token_ids for request_id, output in ends.items()} == alone
+    engine.cache.check()
+    assert engine.stats()["pages_held"] == 0
 
 
 # ---- messages -----------------------------------------------------------------------------------------------------

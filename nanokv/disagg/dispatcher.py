@@ -15,6 +15,7 @@ import logging
 import secrets
 import select
 import time
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -62,7 +63,7 @@ class Dispatcher:
         self.last_finished = 0.0  # when the last kernel of the latest DONE had ended, time.monotonic() of its host
         self._config = config
         self._places: list[Place] = []
-        self._results: list[Prefilled] = []
+        self._results: deque[Prefilled] = deque()
         self._pool: SharedPool | None = None
         self._attempts = 0
         self._closed = False
@@ -143,14 +144,13 @@ class Dispatcher:
                     return True
         return False
 
-    def collect(self, wait: bool) -> list[Prefilled]:
-        """What has come back. `wait`: up to WAIT_S, if anything is out and nothing has come."""
+    def collect(self, wait: bool) -> deque[Prefilled]:
+        """What has come back and is not taken out yet. `wait`: up to WAIT_S, if anything is out and nothing is there."""
         self._listen()
         if wait and not self._results and any(place.grants for place in self._places):
             self._select(WAIT_S)
             self._listen()
-        results, self._results = self._results, []
-        return results
+        return self._results
 
     def close(self) -> None:
         """Kills every worker and waits until it is gone. Nothing in them needs tidying."""

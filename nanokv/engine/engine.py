@@ -33,7 +33,7 @@ from nanokv.engine.device import current
 from nanokv.engine.device_sampler import sample_on_device
 from nanokv.engine.live import LiveRequests
 from nanokv.engine.memory import memory_for_pages, pool_size
-from nanokv.engine.remote import Prefiller
+from nanokv.engine.remote import Prefilled, Prefiller
 from nanokv.engine.runner import Runner
 from nanokv.engine.sampler import Sampled, sample
 from nanokv.engine.scheduler import Scheduler, StepPlan
@@ -255,19 +255,34 @@ class Engine:
 
     def _collect(self, wait: bool) -> None:
         """What another process has computed joins the batch; what it has lost is computed again."""
-        for back in self.prefiller.collect(wait):
-            request = back.request
-            request.is_remote = False
-            if request.finish_reason is not None:  # aborted meanwhile: now its pages are free
-                self.scheduler.remove(request)
-            elif back.tokens is None:
-                self.scheduler.preempt(request)
-            else:
-                self.cache.adopt(request)
-                siblings, now = self.live.siblings(request), time.perf_counter()
-                self.live.fork(request, siblings)
-                for sample_, token, scores in zip([request, *siblings], back.tokens, back.logprobs, strict=True):
-                    self.live.append(sample_, token, scores, now)
+        arrived = self.prefiller.collect(wait)
+        while arrived:
+            request = arrived[0].request
+            try:
+                self._join(arrived[0])
+            except Exception as error:
+                self._fail([request], error)
+            except BaseException:  # Ctrl-C in the middle of it: computed again
+                for one in reversed(self.live.of([request])):
+                    if one in self.scheduler.running:
+                        self.scheduler.preempt(one)
+                raise
+            finally:
+                arrived.popleft()
+
+    def _join(self, back: Prefilled) -> None:
+        request = back.request
+        request.is_remote = False
+        if request.finish_reason is not None:  # aborted meanwhile: now its pages are free
+            self.scheduler.remove(request)
+        elif back.tokens is None:
+            self.scheduler.preempt(request)
+        else:
+            self.cache.adopt(request)
+            siblings, now = self.live.siblings(request), time.perf_counter()
+            self.live.fork(request, siblings)
+            for sample_, token, scores in zip([request, *siblings], back.tokens, back.logprobs, strict=True):
+                self.live.append(sample_, token, scores, now)
 
     def _record(self, plan: StepPlan) -> None:
         self.events.step = self.num_steps

@@ -11,6 +11,7 @@ until `collect` returns it, because until then somebody else may write into them
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,8 +48,9 @@ class Prefiller(Protocol):
     def abort(self, request: Request) -> bool:
         """Nobody waits for this request any more. Whether it is out of the house: `collect` returns it then."""
 
-    def collect(self, wait: bool) -> list[Prefilled]:
-        """What has come back; `wait`: for a moment, if anything is out."""
+    def collect(self, wait: bool) -> deque[Prefilled]:
+        """What has come back, oldest first; `wait`: for a moment, if anything is out. The caller takes out of it what
+        it has dealt with: what is left is there again next time."""
 
     def close(self) -> None:
         """Ends whoever writes; the next `collect` returns everything that is out."""
