@@ -191,6 +191,35 @@ def test_what_came_back_beside_a_result_that_fails_is_not_lost(with_three_back, 
     assert engine.stats()["pages_held"] == 0
 
 
+@pytest.mark.parametrize("what", ["copy", "start"])
+def test_a_hand_over_that_fails_ends_what_it_was_for_and_nothing_else(tiny_llama, monkeypatch, what):
+    """A step whose copies were not made is not run: its pages would hold other tokens than their request."""
+    monkeypatch.setattr(split, "LocalWorker", Thread)
+    greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    long, short = oracles.prompt(100, seed=1), oracles.prompt(9, seed=2)
+    with LLM(tiny_llama, disagg=DisaggConfig(), num_pages=64, debug_checks=True) as llm:
+        engine, launched = llm.engine, []
+        (alone,) = (output.token_ids for output in llm.generate([short], greedy))
+        run, owner = engine.runner.run, engine.runner if what == "copy" else engine.prefiller
+
+        def failing(*arguments):
+            monkeypatch.delattr(owner, what)
+            raise RuntimeError("as the test wished")
+
+        monkeypatch.setattr(owner, what, failing, raising=False)
+        monkeypatch.setattr(engine.runner, "run", lambda plan, late: launched.append(plan) or run(plan, late))
+        ids = [engine.add_request(Request(text, greedy)) for text in (long, short)]
+        outputs = engine.step()
+        ends = {output.request_id: output for output in outputs if output.finish_reason is not None} | finished(engine)
+        assert "as the test wished" in ends[ids[0]].error
+        if what == "copy":
+            assert not launched and "as the test wished" in ends[ids[1]].error
+        else:
+            assert ends[ids[1]].token_ids == alone
+        engine.cache.check()
+        assert engine.stats()["pages_held"] == 0
+
+
 # ---- messages -----------------------------------------------------------------------------------------------------
 
 SAMPLING = Sampling(

@@ -145,7 +145,7 @@ class Dispatcher:
         return False
 
     def collect(self, wait: bool) -> deque[Prefilled]:
-        """What has come back and is not taken out yet. `wait`: up to WAIT_S, if anything is out and nothing is there."""
+        """What has come back and was not taken out. `wait`: up to WAIT_S, if anything is out and nothing is there."""
         self._listen()
         if wait and not self._results and any(place.grants for place in self._places):
             self._select(WAIT_S)

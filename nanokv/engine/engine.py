@@ -242,16 +242,20 @@ class Engine:
             return
         try:
             self.runner.copy(plan)
-            while plan.remote:
-                request = plan.remote[0]
-                request.metrics.first_scheduled = request.metrics.first_scheduled or time.perf_counter()
-                self.prefiller.start(request, self.cache.lend(request))
-                plan.remote.pop(0)
-                if self.events.on:
-                    self.events.write("hand_over", request=request.request_id, pages=list(request.pages))
         except Exception as error:
-            self._fail(plan.remote, error)
+            self._fail([*plan.requests, *plan.remote], error)
             self._lose_states(plan)
+            plan.requests, plan.remote = [], []  # pages that were to be copied into are not what they should be
+        while plan.remote:
+            request = plan.remote[0]
+            request.metrics.first_scheduled = request.metrics.first_scheduled or time.perf_counter()
+            try:
+                self.prefiller.start(request, self.cache.lend(request))
+            except Exception as error:
+                self._fail([request], error)
+            plan.remote.pop(0)
+            if self.events.on and request.finish_reason is None:
+                self.events.write("hand_over", request=request.request_id, pages=list(request.pages))
 
     def _collect(self, wait: bool) -> None:
         """What another process has computed joins the batch; what it has lost is computed again."""
