@@ -6,14 +6,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import oracles
 import pytest
 
-from nanokv import LLM, DisaggConfig, SamplingParams
+from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
 from nanokv.core.errors import ConfigError
+from nanokv.disagg import server
+from nanokv.disagg.config import split_address
+from nanokv.disagg.worker import Model
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}"}
@@ -80,6 +84,28 @@ def test_a_wrong_address_and_a_wrong_model_are_refused(tiny_llama, tmp_path):
         LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM)
     with Server(tiny_llama, address), pytest.raises(ConfigError, match="another model"):
         LLM(oracles.llama(tmp_path, seed=1), disagg=DisaggConfig(connect=address), **ROOM)
+
+
+def test_the_memory_for_pages_is_taken_once_and_not_for_each_that_comes(tiny_llama, monkeypatch):
+    """Memory that is short later ends no server and keeps nobody out."""
+    address, taken = free_address(), server.memory_for_pages
+
+    def once(*arguments):
+        monkeypatch.setattr(server, "memory_for_pages", short)
+        return taken(*arguments)
+
+    def short(*arguments):
+        raise ConfigError("kv_memory='8MiB': but only 0 bytes are free")
+
+    monkeypatch.setattr(server, "memory_for_pages", once)
+    model = Model(tiny_llama, EngineConfig(page_size=8, kv_memory="8MiB"), "cpu", "float32")
+    threading.Thread(target=server.listen, args=(model, split_address(address), 3.0), daemon=True).start()
+    with LLM(tiny_llama, **ROOM) as llm:
+        alone = answers(llm)
+    for _ in range(2):
+        with LLM(tiny_llama, disagg=DisaggConfig(connect=address, min_tokens=8, heartbeat_s=3.0), **ROOM) as llm:
+            assert answers(llm) == alone
+            assert llm.stats()["remote_prefills"] == 3 and llm.stats()["remote_lost"] == 0
 
 
 # ---- two namespaces ----------------------------------------------------------------------------------------------

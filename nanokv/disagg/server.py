@@ -173,8 +173,11 @@ def _failed(message: Prefill, reason: str) -> Failed:
     return Failed(generation=message.generation, request=message.request, attempt=message.attempt, reason=reason)
 
 
-def serve_one(model: Model, sock: socket.socket, heartbeat_s: float) -> None:
-    """Serves one decode process until it hangs up. Raises ProtocolError, EOFError, RuntimeError (torch.distributed)."""
+def serve_one(model: Model, store: CacheStore, sock: socket.socket, heartbeat_s: float) -> None:
+    """Serves one decode process until it hangs up. Raises ProtocolError, EOFError, RuntimeError (torch.distributed).
+
+    store   for the prompts in work; what was written for another decode process is never read
+    """
     here = sock.getsockname()[0]
     channel = Channel(sock)
     try:
@@ -185,9 +188,6 @@ def serve_one(model: Model, sock: socket.socket, heartbeat_s: float) -> None:
         if reason is not None:
             channel.send(Failed(generation=hello.generation, reason=reason))
             raise ProtocolError(reason)
-        memory = memory_for_pages(model.config, model.decoder, model.layout, model.device)
-        num_pages, num_states = pool_size(model.config, model.layout, memory)
-        store = CacheStore(model.layout, num_pages, model.device, num_states=num_states)
         rendezvous = open_store(here, heartbeat_s)
         session: SendingSession
         loop = PrefillLoop(
@@ -208,14 +208,18 @@ def serve_one(model: Model, sock: socket.socket, heartbeat_s: float) -> None:
 
 
 def listen(model: Model, address: tuple[str, int], heartbeat_s: float) -> None:
-    """Serves one decode process after the other, for ever. Raises OSError where the address cannot be had."""
+    """Serves one decode process after the other, for ever. Raises OSError where the address cannot be had, ConfigError
+    where the pages do not fit in memory: that shows here, and never when a decode process comes."""
+    memory = memory_for_pages(model.config, model.decoder, model.layout, model.device)
+    num_pages, num_states = pool_size(model.config, model.layout, memory)
+    store = CacheStore(model.layout, num_pages, model.device, num_states=num_states)
     with socket.create_server(address) as server:
         logger.warning("listening on %s:%d", *server.getsockname()[:2])
         while True:
             sock, (peer, port, *_) = server.accept()
             logger.warning("%s:%d is here", peer, port)
             try:
-                serve_one(model, sock, heartbeat_s)
+                serve_one(model, store, sock, heartbeat_s)
                 logger.warning("%s:%d has left", peer, port)
             except (ProtocolError, EOFError, RuntimeError, OSError) as error:
                 logger.warning("%s:%d: %s", peer, port, " ".join(str(error).split())[:200])
