@@ -30,9 +30,9 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 class Server:
     """`nanokv disagg prefill` as a user starts it."""
 
-    def __init__(self, folder: Path, address: str, prefix: list[str] | None = None) -> None:
+    def __init__(self, folder: Path, address: str, prefix: list[str] | None = None, *more: str) -> None:
         command = [sys.executable, "-m", "nanokv.cli.main", "disagg", "prefill", str(folder), "--listen", address]
-        options = ["--page-size", "8", "--kv-memory", "8MiB", "--heartbeat", "3"]
+        options = ["--page-size", "8", "--kv-memory", "8MiB", "--heartbeat", "3", *more]
         self.process = subprocess.Popen(
             [*(prefix or []), *command, *options], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
         )
@@ -84,6 +84,18 @@ def test_a_wrong_address_and_a_wrong_model_are_refused(tiny_llama, tmp_path):
         LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM)
     with Server(tiny_llama, address), pytest.raises(ConfigError, match="another model"):
         LLM(oracles.llama(tmp_path, seed=1), disagg=DisaggConfig(connect=address), **ROOM)
+
+
+def test_codes_travel_where_both_hosts_name_the_same_codec_layers_and_prefill(tmp_path):
+    folder, address = oracles.llama(tmp_path, head_dim=32), free_address()
+    chosen = {"codec": "tq4", "native_layers": "first1", "prefill": "fast"}
+    with LLM(folder, **ROOM, **chosen) as llm:
+        alone = answers(llm)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
+    there = DisaggConfig(connect=address, min_tokens=8)
+    with Server(folder, address, None, *options), LLM(folder, disagg=there, **ROOM, **chosen) as llm:
+        assert answers(llm) == alone
+        assert llm.stats()["remote_prefills"] == 3 and llm.stats()["remote_lost"] == 0
 
 
 def test_the_memory_for_pages_is_taken_once_and_not_for_each_that_comes(tiny_llama, monkeypatch):

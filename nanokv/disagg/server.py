@@ -1,7 +1,8 @@
 """A prefill process for other hosts: `nanokv disagg prefill --listen HOST:PORT`. One decode process at a time.
 
 It computes into pages of its own and sends them (transport.py). What the decode process has cached is not here, so a
-prompt is computed from its first token, and only the pages that are missing there are sent.
+prompt is computed from its first token, and only the pages that are missing there are sent. It keeps no prefix cache of
+its own: that would be a second tree, for the one case of a long new text behind a long cached one.
 """
 
 from __future__ import annotations
