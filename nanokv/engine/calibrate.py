@@ -1,13 +1,10 @@
-"""What the engine measures before its first request: the means of keys, and with them what the bytes of a page mean."""
+"""What the engine measures before its first request: the means of keys."""
 
 from __future__ import annotations
-
-import hashlib
 
 import torch
 
 from nanokv.cache.store import CacheStore
-from nanokv.codecs.pages import Centre
 from nanokv.core.batch import Batch
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError
@@ -50,13 +47,3 @@ def first_pages(tokens: torch.Tensor, page_size: int, store: CacheStore) -> Batc
         state_ids=torch.zeros(min(1, store.states.shape[0]), dtype=torch.int32, device=device),
         page_size=page_size,
     )
-
-
-def namespace(model: Decoder, config: EngineConfig) -> str:
-    """A name for what the bytes of a page mean: equal for engines that can read each other's pages of one model."""
-    digest = hashlib.sha256(repr(model.specs).encode())
-    digest.update(f"{config.codec} {config.native_layers} {config.prefill}".encode())
-    means: list[Centre] = [centre for centre in model.centres() if centre.mean is not None]
-    for centre in means:
-        digest.update(centre.mean.cpu().numpy().tobytes())
-    return digest.hexdigest()
