@@ -157,7 +157,7 @@ class LLM:
         try:
             while True:
                 if request.logit_blocks:
-                    yield request.logit_blocks.pop(0).clone()  # a plain tensor, where the engine's is for inference
+                    yield request.logit_blocks.pop(0)
                 elif not self._step_for([request_id]) and not request.logit_blocks:
                     break
             if request.finish_reason != "length":

@@ -77,7 +77,7 @@ def launch(plan: StepPlan, before: Step | None, runner: Runner, live: LiveReques
             sampled += share.samples
             rows += [first] * len(share.samples)
         elif request.wants_all_logits:
-            share.logits = logits[first : first + count].clone()  # a graph writes its own again
+            share.logits = logits[first : first + count].clone()  # a graph writes its own again; this is a plain tensor
         shares.append(share)
         first += count
     if not sampled:
