@@ -31,9 +31,10 @@ from nanokv.engine.admission import check_request
 from nanokv.engine.calibrate import centre_keys
 from nanokv.engine.device import current
 from nanokv.engine.device_sampler import sample_on_device
+from nanokv.engine.hand_over import hand_over, take_back
 from nanokv.engine.live import LiveRequests
 from nanokv.engine.memory import memory_for_pages, pool_size
-from nanokv.engine.remote import Prefilled, Prefiller
+from nanokv.engine.remote import Prefiller
 from nanokv.engine.runner import Runner
 from nanokv.engine.sampler import Sampled, sample
 from nanokv.engine.scheduler import Scheduler, StepPlan
@@ -245,47 +246,10 @@ class Engine:
             self._fail([*plan.requests, *plan.remote], error)
             self._lose_states(plan)
             plan.requests, plan.remote = [], []  # pages that were to be copied into are not what they should be
-        while plan.remote:
-            request = plan.remote[0]
-            request.metrics.first_scheduled = request.metrics.first_scheduled or time.perf_counter()
-            try:
-                self.prefiller.start(request, self.cache.lend(request))
-            except Exception as error:
-                self._fail([request], error)
-            plan.remote.pop(0)
-            if self.events.on and request.finish_reason is None:
-                self.events.write("hand_over", request=request.request_id, pages=list(request.pages))
+        hand_over(plan.remote, self.prefiller, self.cache, self.events, self._fail)
 
     def _collect(self, wait: bool) -> None:
-        """What another process has computed joins the batch; what it has lost is computed again."""
-        arrived = self.prefiller.collect(wait)
-        while arrived:
-            request = arrived[0].request
-            try:
-                self._join(arrived[0])
-            except Exception as error:
-                self._fail([request], error)
-            except BaseException:  # Ctrl-C in the middle of it: computed again
-                for one in reversed(self.live.of([request])):
-                    if one in self.scheduler.running:
-                        self.scheduler.preempt(one)
-                raise
-            finally:
-                arrived.popleft()
-
-    def _join(self, back: Prefilled) -> None:
-        request = back.request
-        request.is_remote = False
-        if request.finish_reason is not None:  # aborted meanwhile: now its pages are free
-            self.scheduler.remove(request)
-        elif back.tokens is None:
-            self.scheduler.preempt(request)
-        else:
-            self.cache.adopt(request)
-            siblings, now = self.live.siblings(request), time.perf_counter()
-            self.live.fork(request, siblings)
-            for sample_, token, scores in zip([request, *siblings], back.tokens, back.logprobs, strict=True):
-                self.live.append(sample_, token, scores, now)
+        take_back(self.prefiller.collect(wait), self.scheduler, self.cache, self.live, self._fail)
 
     def _record(self, plan: StepPlan) -> None:
         self.events.step = self.num_steps
