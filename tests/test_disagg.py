@@ -110,6 +110,19 @@ def test_every_family_answers_as_one_process_does(family, tmp_path, monkeypatch)
         llm.engine.cache.check()
 
 
+@pytest.mark.parametrize("codec", ["int8", "tq4", "kivi2"])
+def test_every_codec_answers_as_one_process_does(codec, tmp_path, monkeypatch):
+    monkeypatch.setattr(split, "LocalWorker", Thread)
+    folder = oracles.llama(tmp_path, head_dim=64)
+    room = {"num_pages": 64, "page_size": 32, "codec": codec, "debug_checks": True}
+    with LLM(folder, **room) as llm:
+        alone = [output.token_ids for output in llm.generate(prompts(), PARAMS)]
+    with LLM(folder, disagg=DisaggConfig(min_tokens=2), **room) as llm:
+        for _ in range(2):  # the second time with hits
+            assert [output.token_ids for output in llm.generate(prompts(), PARAMS)] == alone
+        assert llm.stats()["remote_prefills"] >= 6 and llm.stats()["remote_lost"] == 0
+
+
 def test_two_prefill_workers_share_the_work(tiny_llama, monkeypatch):
     monkeypatch.setattr(split, "LocalWorker", Thread)
     batch = [oracles.prompt(100, seed=20 + i) for i in range(6)]

@@ -78,6 +78,39 @@ def test_pages_and_states_that_travel_are_those_that_one_process_computes(family
             assert llm.stats()["pages_held"] == 0 and llm.stats()["worker_deaths"] >= 1
 
 
+DECODE = """
+import sys
+import test_disagg_hosts as t
+there = t.DisaggConfig(connect=sys.argv[2], min_tokens=8, heartbeat_s=3.0)
+with t.LLM(sys.argv[1], disagg=there, **t.ROOM) as llm:
+    while True:
+        assert len(t.answers(llm)) == 3 and llm.stats()["remote_prefills"]
+        print("answered", flush=True)
+        llm.reset_prefix_cache()
+"""
+
+
+def test_both_die_and_both_are_started_again(tiny_llama):
+    """In the middle of their work: nothing of the first two is in the way of the next two."""
+    address = free_address()
+    with LLM(tiny_llama, **ROOM) as llm:
+        alone = answers(llm)
+    with Server(tiny_llama, address):
+        command = [sys.executable, "-c", DECODE, str(tiny_llama), address]
+        decode = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        try:
+            assert decode.stdout.readline() == "answered\n"
+        finally:
+            decode.kill()
+            decode.wait()
+            decode.stdout.close()
+    there = DisaggConfig(connect=address, min_tokens=8, heartbeat_s=3.0)
+    with Server(tiny_llama, address), LLM(tiny_llama, disagg=there, **ROOM) as llm:
+        assert answers(llm) == alone
+        assert llm.stats()["remote_prefills"] == 3 and llm.stats()["remote_lost"] == 0
+        llm.engine.cache.check()
+
+
 def test_a_wrong_address_and_a_wrong_model_are_refused(tiny_llama, tmp_path):
     address = free_address()
     with pytest.raises(ConfigError, match=re.escape(f"connect='{address}'")):
