@@ -180,3 +180,15 @@ def test_ctrl_c_twice_leaves_with_130(smollm2, tmp_path):
     chat.process.sendintr()
     assert chat.ended() == 130
     assert list(tmp_path.iterdir()) == []  # no history file, as asked
+
+
+def test_two_turns_are_prefilled_in_another_process(smollm2, tmp_path):
+    log, question = tmp_path / "events.jsonl", "Which of these is a river: " + "the Rhine, the Alps, Berlin, " * 12
+    chat = Chat(smollm2, tmp_path, "--disagg", "--max-tokens", "6", "--event-log", str(log))
+    first = chat.ask(question)
+    second = chat.ask("And which is a city? " + question)
+    assert "prefilled in another process" in chat.transcript
+    assert int(second["cached"]) >= int(first["prompt"]) // 16 * 16 > 0
+    chat.process.sendline("/bye")
+    assert chat.ended() == 0
+    assert log.read_text().count('"hand_over"') == 2
