@@ -350,6 +350,11 @@ class CacheManager:
         return evicted
 
     def _copy_on_write(self, request: Request, index: int) -> None:
+        """A page of its own for `request` in the place of its shared page request.pages[index].
+
+        The copy (from, to) is listed for `take_copies`, counted as "copies" and logged. The request owns the shared
+        page no longer.
+        """
         shared = request.pages[index]
         (own,) = self._pool.allocate(1)
         self._pool.release([shared])

@@ -35,7 +35,7 @@ class PagePool:
         return self._counts[page]
 
     def allocate(self, num_pages: int) -> list[int]:
-        """`num_pages` free pages, each with one owner from now on. Raises CacheError when there are fewer."""
+        """`num_pages` free pages, the last freed first, each with one owner now. CacheError when there are fewer."""
         if num_pages > len(self._free):
             raise CacheError(f"{num_pages} pages wanted, {len(self._free)} free: the caller makes room first")
         pages = [self._free.pop() for _ in range(num_pages)]

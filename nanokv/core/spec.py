@@ -57,6 +57,7 @@ class LayerSpec:
 
     @property
     def bytes_per_token(self) -> int:
+        """Bytes of one token in this layer's paged planes; 0 where it keeps none."""
         return sum(plane.num_bytes for plane in self.paged) // self.page_size if self.paged else 0
 
     @property
@@ -94,6 +95,10 @@ class PageLayout:
 
     @staticmethod
     def _place(table: list[dict[str, PlaneSlot]], layers: list[tuple[Plane, ...]]) -> int:
+        """Places the planes of all layers one after the other, each at a multiple of ALIGNMENT bytes.
+
+        Appends the slots of each layer to `table`, by name; returns the bytes of them all, a multiple of ALIGNMENT too.
+        """
         end = 0
         for planes in layers:
             slots = {}

@@ -43,6 +43,7 @@ class FixedPages:
         return self._given[request]
 
     def match(self, request: Request) -> int:
+        """Hands the given pages and state to the request, computed and cached up to the given length; returns that."""
         given = self._given[request]
         request.pages, request.state_id = given.pages, given.state
         request.num_computed = request.num_cached = given.cached_length
@@ -54,6 +55,9 @@ class FixedPages:
         return True
 
     def commit(self, request: Request, in_flight: int = 0) -> None:
+        """Lists a copy (from, to) of the request's state where a checkpoint is due at the tokens that have arrived:
+        those computed, without the `in_flight` last ones.
+        """
         checkpoint = self._given[request].checkpoints.get(request.num_computed - in_flight)
         if checkpoint is not None:
             self._copies.append((request.state_id, checkpoint))

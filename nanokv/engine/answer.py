@@ -32,6 +32,9 @@ class Answer:
         self._hold = 0
 
     def _take(self, new: str, may_stop: bool) -> None:
+        """Appends `new` to the text. With `may_stop`, cuts it off where the earliest stop text begins, never before
+        what was shown; then `stopped` is true and nothing is held back any longer.
+        """
         start = max(0, len(self._text) - self._hold)
         self._text += new
         if may_stop:

@@ -6,6 +6,7 @@ would take most of its time to import torch.
 
 from __future__ import annotations
 
+import ast
 import re
 import signal
 import sys
@@ -62,6 +63,8 @@ def resolved(course: Course) -> Iterator[str]:
                 continue
             if found is not None and found.is_gap:
                 yield f"{exercise.id}: {target} is a gap in this tree"
+            if found is not None and ast.get_docstring(found.node) is None:
+                yield f"{exercise.id}: {target} has no docstring, so nobody can know what to write"
         for path in (course.public_tests(exercise), course.hidden_tests(exercise)):
             if not path.is_file() or not tests_of(exercise, load_file(path, "course_tests")):
                 yield f"{exercise.id}: {path} has no test that begins with {exercise.test_prefix}"
