@@ -130,9 +130,19 @@ def test_in_an_exported_tree_other_gaps_are_named_and_the_students_own_functions
     (tree / "my" / "02_5.py").write_text(solution_file(course.exercise("02.5")))
     assert "needs exercise 02.2 first" in in_tree(tree, "check", "02.5").stdout
     (tree / "my" / "02_2.py").write_text(solution_file(course.exercise("02.2")))
-    assert "public checks passed" in in_tree(tree, "check", "02.5").stdout
+    passed = in_tree(tree, "check", "02.5").stdout
+    assert "public checks passed" in passed and "nanokv learn solution" not in passed  # there is none to compare with
     shown = in_tree(tree, "solution", "02.5", "--give-up")
     assert shown.returncode == 1 and "holds no solutions" in shown.stderr
+
+
+def test_a_lesson_is_to_be_read_first_where_its_engine_has_gaps(tree):
+    (tree / "empty").mkdir()
+    said = subprocess.run(
+        [sys.executable, "-m", "nanokv.cli.main", "learn"],
+        cwd=tree / "empty", env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert "next lesson: read lessons/02_pages.py" in said
 
 
 def test_an_exported_tree_says_what_it_cannot_do(tree):

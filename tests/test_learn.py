@@ -51,6 +51,24 @@ def solve(exercise_id: str) -> None:
     Path("my", exercise.file).write_text(solution_file(exercise))
 
 
+def test_what_comes_next_follows_the_last_that_passed_and_skipped_ones_come_at_the_end(desk):
+    course, progress = load_course(), Progress(Path("my"))
+    first, *_, last = course.exercises
+
+    def passes(exercise):
+        solve(exercise.id)
+        progress.note(exercise, passed=True)
+
+    assert progress.current(course) is first
+    passes(course.exercise("02.2"))
+    assert progress.current(course).id == "02.3"
+    write("01.2", "return 1")
+    assert progress.current(course).id == "01.2"  # what is begun comes first
+    Path("my/01_2.py").unlink()
+    passes(last)
+    assert progress.current(course) is first
+
+
 def test_a_newcomer_is_told_where_to_start(desk):
     code, said = learn()
     assert code == 0

@@ -8,9 +8,9 @@ import click
 
 from nanokv.core.errors import CourseError
 from nanokv.learn.checking import Outcome, check, student_path
-from nanokv.learn.course import Course, Exercise, load_course
+from nanokv.learn.course import Course, Exercise, Lesson, load_course
 from nanokv.learn.progress import Progress
-from nanokv.learn.source import solution, student_file
+from nanokv.learn.source import find, solution, student_file
 
 MY = Path("my")
 MARKS = {"passed": "x", "changed": "~", "started": ".", "new": " "}
@@ -153,7 +153,8 @@ def check_and_tell(course: Course, exercise: Exercise) -> bool:
         click.echo("your file printed:\n" + "\n".join(f"  {line}" for line in lines[:10]) + more)
     if passed:
         click.echo(f"{exercise.id} {exercise.title}: public checks passed ({outcome.seconds:.1f} s)")
-        click.echo(f"ours, to compare: nanokv learn solution {exercise.id}")
+        if not find(exercise.target).is_gap:
+            click.echo(f"ours, to compare: nanokv learn solution {exercise.id}")
         _print_next(course, progress)
     else:
         _tell_failure(exercise, outcome)
@@ -187,10 +188,16 @@ def _print_next(course: Course, progress: Progress) -> None:
     (lesson,) = (lesson for lesson in course.lessons if lesson.number == one.lesson)
     if progress.status(one) == "new":
         if one is course.of_lesson(one.lesson)[0]:
-            click.echo(f"next lesson: python lessons/{lesson.name}.py   {lesson.title}")
+            click.echo(f"next lesson: {_how_to_take(lesson, one)}   {lesson.title}")
         click.echo(f"next: nanokv learn start {one.id}   {one.title}, about {one.minutes} minutes")
     else:
         click.echo(f"next: nanokv learn check {one.id}   {one.title}, in {MY / one.file}")
+
+
+def _how_to_take(lesson: Lesson, first: Exercise) -> str:
+    """A lesson runs where the engine is whole. In one with gaps it is read first, and run when they are filled."""
+    file = f"lessons/{lesson.name}.py"
+    return f"read {file}" if find(first.target).is_gap else f"python {file}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -137,7 +137,8 @@ def _cut_short(stage: str, ended: int | None, cpu_limit: int) -> Failure:
     kind, _, test = stage.partition(": ")
     where = {"start": "before your file was run", "load": "while your file was being loaded"}.get(kind, "")
     if ended == -signal.SIGXCPU:
-        return Failure("timeout", f"stopped after {cpu_limit} s {where}".rstrip() + ": an endless loop?", test)
+        spent = f"stopped after {cpu_limit} s of processor time {where}".rstrip()
+        return Failure("timeout", f"{spent}: an endless loop?", test)
     if ended is None:
         return Failure("timeout", f"stopped after {WALL_LIMIT:g} s of waiting {where}".rstrip(), test)
     return Failure("error", f"the process ended with exit code {ended} {where}".rstrip(), test)

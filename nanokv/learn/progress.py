@@ -53,13 +53,16 @@ class Progress:
         os.replace(scratch, self._path)
 
     def current(self, course: Course) -> Exercise | None:
-        """The exercise to work on: the first that is started and not passed, else the first new one."""
-        statuses = [(exercise, self.status(exercise)) for exercise in course.exercises]
-        for wanted in (("started", "changed"), ("new",)):
-            for exercise, status in statuses:
-                if status in wanted:
-                    return exercise
-        return None
+        """The exercise to work on: the first that is started and not passed, else the next new one.
+
+        Next is what follows the last that has passed, so one that was skipped is offered again only at the end.
+        """
+        statuses = [self.status(exercise) for exercise in course.exercises]
+        begun = [place for place, status in enumerate(statuses) if status in ("started", "changed")]
+        new = [place for place, status in enumerate(statuses) if status == "new"]
+        last = max((place for place, status in enumerate(statuses) if status == "passed"), default=-1)
+        places = begun + [place for place in new if place > last] + new
+        return course.exercises[places[0]] if places else None
 
     def foreign(self, course: Course) -> list[Path]:
         """Files of exercises that this course does not have: an older or a newer one had them."""

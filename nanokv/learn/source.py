@@ -143,8 +143,9 @@ def student_file(exercise: Exercise, body: str | None = None) -> str:
     kind = {"property": "a property", "cached_property": "a cached property", "staticmethod": "a static method"}
     what = kind.get(found.wrapper, "a method" if found.owner else "a function")
     me = f"; self is a {found.owner}" if found.owner and found.parameters[:1] == ["self"] else ""
+    points = "1 point" if exercise.points == 1 else f"{exercise.points} points"
     header = (
-        f'"""Exercise {exercise.id}: {exercise.title} ({exercise.points} points, about {exercise.minutes} minutes).\n\n'
+        f'"""Exercise {exercise.id}: {exercise.title} ({points}, about {exercise.minutes} minutes).\n\n'
         f"Write {exercise.function}, {what} of {found.module}{me}. Then:\n\n"
         f"    nanokv learn check {exercise.id}\n"
         '"""\n'
