@@ -166,6 +166,17 @@ def test_an_export_never_writes_over_a_folder(tmp_path):
         choose(load_course(), 0, "one")
 
 
+def test_a_grade_runs_this_engine_even_inside_a_tree_with_an_engine_of_its_own(tmp_path):
+    course = load_course()
+    for name in ("nanokv", "my"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "nanokv" / "__init__.py").write_text("raise RuntimeError('not this one')")
+    (tmp_path / "my" / "01_2.py").write_text(solution_file(course.exercise("01.2")))
+    command = [sys.executable, str(ROOT / "scripts" / "lessons.py"), "grade", ".", "--lessons", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
+    assert "01.2  passed" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_grade_tells_passed_from_hidden_from_broken_from_missing(tmp_path):
     course, folder = load_course(), tmp_path / "mia" / "my"
     folder.mkdir(parents=True)

@@ -69,6 +69,14 @@ def test_what_comes_next_follows_the_last_that_passed_and_skipped_ones_come_at_t
     assert progress.current(course) is first
 
 
+def test_a_check_that_cannot_begin_says_what_is_not_installed(desk, monkeypatch):
+    Path("torch.py").write_text("raise ModuleNotFoundError('No module named torch')")
+    monkeypatch.setenv("PYTHONPATH", str(desk))
+    solve(ALLOCATE)
+    code, said = learn("check", ALLOCATE)
+    assert code == 1 and "before your file was run: ModuleNotFoundError: No module named torch" in said
+
+
 def test_a_newcomer_is_told_where_to_start(desk):
     code, said = learn()
     assert code == 0

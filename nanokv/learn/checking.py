@@ -106,7 +106,7 @@ def check(
     if state["stage"] == "done":
         failure = Failure(**state["failure"]) if state["failure"] else None
     else:
-        failure = _cut_short(state["stage"], ended, cpu_limit)
+        failure = _cut_short(state["stage"], ended, cpu_limit, said)
     return Outcome(tuple(state["passed"]), failure, said, time.monotonic() - start)
 
 
@@ -117,7 +117,8 @@ def _run(job: Job, printed: Path) -> int | None:
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "nanokv.learn.worker", json.dumps(asdict(job))]
+    # -P: not from the current folder, which may be a student's tree with another nanokv in it.
+    command = [sys.executable, "-P", "-m", "nanokv.learn.worker", json.dumps(asdict(job))]
     with open(printed, "wb") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
@@ -133,7 +134,7 @@ def _run(job: Job, printed: Path) -> int | None:
                 process.wait()
 
 
-def _cut_short(stage: str, ended: int | None, cpu_limit: int) -> Failure:
+def _cut_short(stage: str, ended: int | None, cpu_limit: int, said: str) -> Failure:
     kind, _, test = stage.partition(": ")
     where = {"start": "before your file was run", "load": "while your file was being loaded"}.get(kind, "")
     if ended == -signal.SIGXCPU:
@@ -141,4 +142,5 @@ def _cut_short(stage: str, ended: int | None, cpu_limit: int) -> Failure:
         return Failure("timeout", f"{spent}: an endless loop?", test)
     if ended is None:
         return Failure("timeout", f"stopped after {WALL_LIMIT:g} s of waiting {where}".rstrip(), test)
-    return Failure("error", f"the process ended with exit code {ended} {where}".rstrip(), test)
+    reason = said.strip().splitlines()[-1:] if kind == "start" else []  # of ours: something is not installed
+    return Failure("error", ": ".join([f"the process ended with exit code {ended} {where}".rstrip(), *reason]), test)
