@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pexpect
@@ -14,10 +15,11 @@ from click.testing import CliRunner
 
 from nanokv.cli.main import main
 from nanokv.learn import checking
+from nanokv.learn.binding import raw
 from nanokv.learn.cards import load_cards
 from nanokv.learn.course import PACKAGE, load_course
 from nanokv.learn.progress import Progress
-from nanokv.learn.source import solution, solution_file, student_file
+from nanokv.learn.source import solution, solution_file, split_name, student_file
 
 ALLOCATE = "02.3"
 
@@ -75,6 +77,17 @@ def test_a_check_that_cannot_begin_says_what_is_not_installed(desk, monkeypatch)
     solve(ALLOCATE)
     code, said = learn("check", ALLOCATE)
     assert code == 1 and "before your file was run: ModuleNotFoundError: No module named torch" in said
+
+
+def test_a_function_put_into_the_engine_takes_no_other_ones_place():
+    for exercise in load_course().exercises:
+        names = [split_name(target) for target in (exercise.target, *exercise.also)]
+        for module, _, qualname in names:
+            if "." not in qualname:
+                known = [
+                    name for name, value in vars(import_module(module)).items() if value is raw(f"{module}.{qualname}")
+                ]
+                assert known == [qualname], f"{exercise.id}: one function under the names {known}"
 
 
 def test_a_newcomer_is_told_where_to_start(desk):

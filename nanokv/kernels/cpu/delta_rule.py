@@ -197,5 +197,14 @@ def delta_rule_chunk(
     return out
 
 
-# A row computes the same either way: what a decode needs is what the recurrence does with one token.
-delta_rule_step = delta_rule_chunk
+def delta_rule_step(
+    qkv: torch.Tensor,
+    gates: torch.Tensor,
+    a_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    states: torch.Tensor,
+    planes: StatePlanes,
+    batch: Batch,
+) -> torch.Tensor:
+    """As reference.delta_rule_step. A row computes the same either way: the recurrence with one token."""
+    return delta_rule_chunk(qkv, gates, a_log, dt_bias, states, planes, batch)
