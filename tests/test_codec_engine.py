@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from nanokv import SamplingParams
-from nanokv.core.errors import ConfigError
+from nanokv.codecs.latents import LatentPages
+from nanokv.codecs.pages import AttentionPages
+from nanokv.core.errors import CodecError, ConfigError
 from nanokv.core.request import Request
 from nanokv.llm import LLM
 
@@ -227,24 +229,77 @@ def test_latents_take_one_codec_that_is_good_for_values(tmp_path):
             LLM(folder, codec=codec, num_pages=16)
 
 
-@pytest.mark.parametrize("codec", ["tq4", "raw/fp8", "kivi4"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_numbers_that_no_scale_holds_end_a_request_and_not_the_engine(wide, codec, value):
-    text = oracles.prompt(40, seed=4)
-    with LLM(wide, codec=codec, page_size=32, num_pages=16) as llm:
-        truth = llm.generate([text], GREEDY)[0].token_ids
+def poison(llm: LLM, monkeypatch, position: int, value: float) -> None:
+    """The last layer's last value of whoever stands at `position` becomes `value`."""
+    mixer, forward = llm.engine.model.layers[1].mixer, llm.engine.model.forward
+    project, rows = mixer.qkv, []
+
+    def noticing(batch, store):
+        rows[:] = (batch.positions == position).nonzero()[:, 0].tolist()
+        return forward(batch, store)
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        qkv = project(x)
+        qkv[rows, -1] = value
+        return qkv
+
+    monkeypatch.setattr(llm.engine.model, "forward", noticing)
+    monkeypatch.setattr(mixer, "qkv", broken)
+
+
+@pytest.mark.parametrize(
+    ("codec", "value", "position", "loop"),
+    [  # position 40 is in a chunk of the prompt that asks for no logits; 72 is decoded
+        ("tq4", float("nan"), 40, {}),
+        ("tq4", float("inf"), 72, {"overlap": True, "graphs": True}),
+        ("raw/fp8", float("inf"), 40, {"overlap": True}),
+        ("tqp3", 1e6, 72, {}),
+        ("kivi4", float("nan"), 40, {"overlap": True}),
+        ("kivi4", 1e6, 72, {"graphs": True}),
+    ],
+)
+def test_numbers_that_no_scale_holds_end_their_request_only(wide, codec, value, position, loop, monkeypatch):
+    texts = [oracles.prompt(length, seed=length) for length in (5, 70, 20)]
+    with LLM(wide, codec=codec, page_size=32, num_pages=16, max_step_tokens=32, **loop) as llm:
+        truth = answers(llm, texts)
         llm.reset_prefix_cache()
-        mixer = llm.engine.model.layers[1].mixer
-        project = mixer.qkv
-
-        def broken(x: torch.Tensor) -> torch.Tensor:
-            qkv = project(x)
-            qkv[3, -1] = value
-            return qkv
-
-        mixer.qkv = broken
-        (output,) = llm.generate([text], GREEDY)
-        assert output.finish_reason == "error" and f"codec='{codec}': keys or values reach" in output.error
-        mixer.qkv = project
-        assert llm.generate([text], GREEDY)[0].token_ids == truth
+        poison(llm, monkeypatch, position, value)
+        well, ill, fine = llm.generate(texts, GREEDY)
+        assert [well.token_ids, fine.token_ids] == [truth[0][0], truth[2][0]]
+        assert ill.finish_reason == "error" and f"codec='{codec}': keys or values are not finite" in ill.error
+        assert ill.token_ids == truth[1][0][: max(0, position - 69)]
+        assert llm.stats()["pages_held"] == llm.stats().get("states_held", 0) == 0
         llm.engine.cache.check()
+        monkeypatch.undo()
+        (again,) = llm.generate([texts[1]], GREEDY)  # the chunk that brought the number was not published
+        assert again.cached_tokens == (64 if position > 70 else 0) and again.token_ids == truth[1][0]
+
+
+@pytest.mark.parametrize("at", ["latent", "rotated key"])
+def test_latents_that_no_scale_holds_end_their_request_only(at, tmp_path, monkeypatch):
+    folder, texts = oracles.checkpoint("deepseek_v3", tmp_path), [oracles.prompt(5), oracles.prompt(20, seed=1)]
+    with LLM(folder, codec="tq4", num_pages=16, prefix_cache=False) as llm:
+        truth = answers(llm, texts)
+        mixer, compute = llm.engine.model.layers[0].mixer, LatentPages._compute
+
+        def broken(*arguments):
+            latents, keys = compute(*arguments)
+            (latents if at == "latent" else keys)[arguments[-1].positions == 19, ..., 0] = float("nan")
+            return latents, keys
+
+        monkeypatch.setattr(LatentPages, "_compute", broken)
+        assert isinstance(mixer.pages, LatentPages)
+        well, ill = llm.generate(texts, GREEDY)
+        assert (well.token_ids, ill.finish_reason) == (truth[0][0], "error")
+
+
+def test_means_of_keys_that_are_not_numbers_are_refused_at_the_start(wide, monkeypatch):
+    attend = AttentionPages.attend
+
+    def broken(self, qkv, *rest):
+        qkv[3] = float("nan")
+        return attend(self, qkv, *rest)
+
+    monkeypatch.setattr(AttentionPages, "attend", broken)
+    with pytest.raises(CodecError, match="center_keys=True: codec='tq4': keys or values are not finite"):
+        LLM(wide, codec="tq4", center_keys=True, num_pages=16)

@@ -266,11 +266,11 @@ def test_logits_that_are_not_finite_end_their_request_only(llm, monkeypatch):
     original = llm.engine.runner.run
 
     def poisoned(*arguments):
-        logits, last = original(*arguments)
+        logits, last, refused = original(*arguments)
         logits = logits.clone()
         if len(logits) == 2:
             logits[1] = float("nan")
-        return logits, last
+        return logits, last, refused
 
     monkeypatch.setattr(llm.engine.runner, "run", poisoned)
     llm.engine.add_request(Request(prompt(5), GREEDY, "well"))

@@ -8,7 +8,7 @@ from nanokv import EngineConfig
 from nanokv.codecs import resolve_codec
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import PageLayout
-from nanokv.engine.memory import Memory, gpu_memory, memory_for_pages, pool_size, run_largest_step
+from nanokv.engine.memory import Memory, gpu_memory, memory_for_pages, pool_size, run_largest_step, run_reading_step
 from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
 
@@ -17,6 +17,25 @@ GIB = 2**30
 
 def test_a_gpu_gives_its_fraction_less_what_is_used_and_what_a_step_needs():
     assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5) == Memory(25 * GIB, 25 * GIB)
+
+
+def test_a_gpu_keeps_room_to_decode_the_pages_that_it_gives():
+    assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5, scratch=0.25) == Memory(20 * GIB, 20 * GIB)
+
+
+@pytest.mark.parametrize(("codec", "family"), [("tqp3", "llama"), ("kivi4", "qwen3_5"), ("tq4", "deepseek_v3")])
+def test_a_step_that_reads_pages_reads_as_many_as_it_is_told(codec, family, tmp_path):
+    folder, config = oracles.checkpoint(family, tmp_path), EngineConfig(page_size=32)
+    own = resolve_codec(codec, torch.float32)
+    cpu = torch.device("cpu")
+    model = load_model(folder, ModelConfig.from_folder(folder), torch.float32, cpu, own, 32)
+    layout = PageLayout(model.specs, 32)
+    model.bind(layout)
+    original, read = model.forward, []
+    model.forward = lambda batch, store: read.append(batch.page_tables) or original(batch, store)
+    for count in (1, 64):
+        run_reading_step(count, config, model, layout, cpu)
+        assert sorted(read[-1].flatten().tolist()) == list(range(count))
 
 
 def test_a_gpu_without_room_for_pages_is_an_error_that_names_the_field():

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanokv.codecs.pages import Centre, Heads, expect_finite
+from nanokv.codecs.pages import Centre, Heads, refuse_unwritable
 from nanokv.codecs.side import array_of, plane
 from nanokv.core.batch import Batch
 from nanokv.core.errors import ConfigError
@@ -91,7 +91,7 @@ class KiviCodec:
 
     def pages(self, layout: PageLayout, layer: int, heads: Heads) -> KiviPages:
         """The pages of an attention layer."""
-        return KiviPages(self.name, self._bits, self.dtype, layout, layer, heads, self._exact)
+        return KiviPages(self._bits, self.dtype, layout, layer, heads, self._exact)
 
     def latent_spec(self, rank: int, page_size: int) -> LayerSpec:
         """Raises ConfigError: a latent is key and value at once."""
@@ -105,9 +105,8 @@ class KiviPages:
     """Keys and values of one layer."""
 
     def __init__(
-        self, name: str, bits: int, dtype: torch.dtype, layout: PageLayout, layer: int, heads: Heads, exact: bool
+        self, bits: int, dtype: torch.dtype, layout: PageLayout, layer: int, heads: Heads, exact: bool
     ) -> None:
-        self._name = name
         self._bits = bits
         self._dtype = dtype
         self._heads = heads
@@ -127,7 +126,7 @@ class KiviPages:
         ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
         x = qkv.unflatten(1, (-1, heads.head_dim)).float()
         q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
-        expect_finite(x[:, heads.num_heads :], self._name, "keys or values")
+        refuse_unwritable(x[:, heads.num_heads :], batch)
         pieces = Pieces(batch, self._page_size)
         native = [
             self._native(x, tail, states, batch, pieces)

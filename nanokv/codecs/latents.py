@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanokv.codecs.pages import decoded, expect_finite, prefilling
+from nanokv.codecs.pages import decoded, prefilling, refuse_unwritable
 from nanokv.codecs.side import Side, SidePages, array_of
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
@@ -34,8 +34,7 @@ class Latent:
 class LatentPages:
     """The latents of one layer, keys and values at once, in one side."""
 
-    def __init__(self, name: str, side: Side, layout: PageLayout, layer: int, latent: Latent, exact: bool) -> None:
-        self._name = name
+    def __init__(self, side: Side, layout: PageLayout, layer: int, latent: Latent, exact: bool) -> None:
         self._latent = latent
         self._exact = exact
         self._side = SidePages(side, "latent", layout, layer, 1, latent.rank, latent.cos_sin.device)
@@ -48,10 +47,11 @@ class LatentPages:
 
         q           [rows, heads, rank]: queries that stand in the space of latents
         q_rope, kv  as store_latent takes them, changed in place
-        Raises      CodecError for NaN, infinity and numbers beyond float16
+        batch       rows with NaN, infinity or numbers beyond float16 are marked in batch.unwritable
         """
         latents, keys = self._compute(q_rope, kv, batch)
-        expect_finite(latents, self._name, "latents")
+        for numbers in (latents, keys[:, None]):
+            refuse_unwritable(numbers, batch)
         pages, slots = batch.write_pages.long(), batch.write_slots.long()
         self._side.write(latents, pool, pages, slots)
         rope = array_of(pool, self._rope)

@@ -19,7 +19,6 @@ import torch
 
 from nanokv.codecs.side import Side, SidePages, TableCoder
 from nanokv.core.batch import Batch
-from nanokv.core.errors import CodecError
 from nanokv.core.spec import PageLayout
 from nanokv.kernels import ops
 
@@ -70,25 +69,35 @@ class Centre:
         return keys if self.mean is None else keys + self.mean[:, None]
 
 
-def expect_finite(x: torch.Tensor, codec: str, what: str) -> None:
-    """Raises CodecError, before anything is written, for numbers that no scale can hold."""
-    largest = float(x.abs().amax())
-    if not largest <= LARGEST:
-        raise CodecError(
-            f"codec={codec!r}: {what} reach {largest}; allowed are {LARGEST:g} at most, codec raw has no limit"
-        )
+def refuse_unwritable(x: torch.Tensor, batch: Batch) -> None:
+    """Marks the rows with numbers that no scale can hold in batch.unwritable, and puts zeros in their place.
+
+    x   float32 [rows, heads, dim], about to be written; changed in place
+
+    So no page ever holds what stands for no number, other requests of the step see nothing of it, and the host need not
+    wait: it reads the marks with the tokens.
+    """
+    is_bad = ~(x.abs().amax((1, 2)) <= LARGEST)  # NaN is not smaller either
+    batch.unwritable.logical_or_(is_bad)
+    x.masked_fill_(is_bad[:, None, None], 0.0)
+
+
+def why_refused(codec: str) -> str:
+    """What the request of such a row is told."""
+    return (
+        f"codec={codec!r}: keys or values are not finite, or beyond the {LARGEST:g} that a scale can hold; "
+        "codec raw has no such limit"
+    )
 
 
 class AttentionPages:
     """Keys and values of one layer.
 
-    name    of the codec, for errors
     k, v    Side of keys and of values
     exact   prefill reads its own chunk through the codes
     """
 
-    def __init__(self, name: str, k: Side, v: Side, layout: PageLayout, layer: int, heads: Heads, exact: bool) -> None:
-        self._name = name
+    def __init__(self, k: Side, v: Side, layout: PageLayout, layer: int, heads: Heads, exact: bool) -> None:
         self._heads = heads
         self._exact = exact
         self._layout = layout
@@ -109,13 +118,13 @@ class AttentionPages:
         qkv     [rows, (num_heads + 2 * kv_heads) * head_dim], as `rope_and_store` takes it; changed in place
         pool    uint8 [num_pages, page_bytes]
         states  uint8 [num_states, state_bytes]
-        Raises  CodecError for NaN, infinity and numbers beyond float16
+        batch   rows with NaN, infinity or numbers beyond float16 are marked in batch.unwritable
         """
         heads = self._heads
         ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
         x = qkv.unflatten(1, (-1, heads.head_dim)).float()
         q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
-        expect_finite(x[:, heads.num_heads :], self._name, "keys or values")
+        refuse_unwritable(x[:, heads.num_heads :], batch)
         k = self.centre(k)
         raw_rows = None if self._exact else prefilling(batch)
         attend = self._attend_codes if self._planes is not None and raw_rows is None else self._attend_decoded

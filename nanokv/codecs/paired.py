@@ -40,7 +40,7 @@ class PairedCodec:
 
     def pages(self, layout: PageLayout, layer: int, heads: Heads) -> AttentionPages:
         """The pages of an attention layer."""
-        return AttentionPages(self.name, self._k, self._v, layout, layer, heads, self._exact)
+        return AttentionPages(self._k, self._v, layout, layer, heads, self._exact)
 
     def latent_spec(self, rank: int, page_size: int) -> LayerSpec:
         """What a layer of multi-head latent attention keeps of its latents: they take the side of keys.
@@ -57,7 +57,7 @@ class PairedCodec:
 
     def latent_pages(self, layout: PageLayout, layer: int, latent: Latent) -> LatentPages:
         """The pages of a layer of multi-head latent attention."""
-        return LatentPages(self.name, self._k, layout, layer, latent, self._exact)
+        return LatentPages(self._k, layout, layer, latent, self._exact)
 
     def _check(self, dim: int, what: str) -> None:
         multiple = max(self._k.multiple, self._v.multiple)

@@ -21,6 +21,8 @@ class Batch:
     logit_rows      int64 [wanted]          rows whose logits are asked for, ascending
     state_ids       int32 [requests]        states of request r (recurrent layers), empty where no layer has a state
     page_size       tokens in a page
+    unwritable      bool [rows]             the one thing that layers write: rows whose keys or values a codec cannot
+                                            hold. What comes of such a row is dropped. All False where not given
     """
 
     token_ids: torch.Tensor
@@ -32,6 +34,11 @@ class Batch:
     logit_rows: torch.Tensor
     state_ids: torch.Tensor
     page_size: int
+    unwritable: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.unwritable is None:
+            object.__setattr__(self, "unwritable", torch.zeros_like(self.token_ids, dtype=torch.bool))
 
     @property
     def num_rows(self) -> int:
@@ -59,4 +66,5 @@ class Batch:
             page_tables=self.page_tables[picked],
             logit_rows=self.logit_rows[:0],
             state_ids=self.state_ids[picked] if len(self.state_ids) else self.state_ids,
+            unwritable=self.unwritable[rows],
         )

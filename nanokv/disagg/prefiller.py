@@ -10,6 +10,7 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 
 import torch
 
@@ -72,7 +73,7 @@ class PrefillLoop:
         self.running: list[Request] = []  # the requests of the step that runs right now
         self._model = model
         self._page_size = config.page_size
-        self._runner = Runner(runs, store, config.page_size)
+        self._runner = Runner(runs, store, config.page_size, config.codec)
         # Every attempt runs at once as far as the scheduler is concerned; the budget of a step orders them.
         ours = replace(config, max_step_tokens=STEP_TOKENS, max_requests=1 << 20, prefix_cache=False, schedule="fcfs")
         self._scheduler = Scheduler(ours, self.cache, EventLog(None))
@@ -127,16 +128,26 @@ class PrefillLoop:
 
     def _run(self, plan: StepPlan) -> list[Message]:
         wanted = [num_logit_rows(request) for request in plan.requests]
-        logits, last = self._runner.run(plan, None)
+        logits, last, unwritable = self._runner.run(plan, None)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)  # what DONE promises has been written
         finished = time.monotonic()
+        refused = iter(unwritable.fetch() if unwritable is not None else [])
+        ill: list[Request] = []
         for request in plan.requests:
+            if any(list(islice(refused, request.num_scheduled))):
+                ill.append(request)
             request.advance()
             self.cache.commit(request)
         ends = [request for request, count in zip(plan.requests, wanted, strict=True) if count]
         messages: list[Message] = []
+        for request in ill:
+            key = next(key for key, one in self._open.items() if one is request)
+            self._close(key)
+            messages.append(self._failed(key, unwritable.why))
         for row, request in enumerate(ends):
+            if request in ill:
+                continue
             prompt = self._messages[request]
             first = prompt.sampling.index
             samples = [_sample_of(request, index) for index in range(first, first + prompt.sampling.samples)]

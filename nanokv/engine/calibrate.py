@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from nanokv.cache.store import CacheStore
+from nanokv.codecs.pages import why_refused
 from nanokv.core.batch import Batch
 from nanokv.core.config import EngineConfig
-from nanokv.core.errors import ConfigError
+from nanokv.core.errors import CodecError, ConfigError
 from nanokv.models.decoder import Decoder
 
 TOKENS = 256
@@ -19,7 +20,7 @@ def centre_keys(model: Decoder, store: CacheStore, config: EngineConfig, longest
     """Sets the mean of each layer whose codec takes one off, in one step over pages that nobody holds yet.
 
     Each layer uses its mean in this very step, so the next one already sees what requests will see.
-    Raises ConfigError where no layer could use it.
+    Raises ConfigError where no layer could use it, CodecError where the model's keys are not numbers.
     """
     centres = model.centres()
     if not centres:
@@ -28,7 +29,10 @@ def centre_keys(model: Decoder, store: CacheStore, config: EngineConfig, longest
     tokens = torch.randint(model.config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
     for centre in centres:
         centre.start()
-    model.forward(first_pages(tokens, config.page_size, store), store)
+    batch = first_pages(tokens, config.page_size, store)
+    model.forward(batch, store)
+    if batch.unwritable.any():
+        raise CodecError(f"center_keys=True: {why_refused(config.codec)}")
 
 
 def first_pages(tokens: torch.Tensor, page_size: int, store: CacheStore) -> Batch:

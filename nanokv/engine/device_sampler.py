@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from nanokv.core.request import Request
+from nanokv.engine.arrival import Arrival
 from nanokv.engine.inputs import on_device
 from nanokv.engine.sampler import Reports, is_drawn, noise, reshape
 
@@ -25,17 +26,10 @@ class DeviceSampled:
     def __init__(self, token_ids: torch.Tensor, parts: dict[str, torch.Tensor], wanted: list[int | None]) -> None:
         self.token_ids = token_ids
         self._wanted = wanted  # SamplingParams.logprobs of each row
-        self._parts = {name: _to_host(tensor) for name, tensor in parts.items()}
-        self._arrived = None
-        if token_ids.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+        self._arrival = Arrival(parts)
 
     def fetch(self) -> tuple[list[int | None], Reports]:
-        """Waits for the step, the only time in it that the host does."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        parts = {name: tensor.tolist() for name, tensor in self._parts.items()}
+        parts = self._arrival.fetch()
         tokens = [token if sound else None for token, sound in zip(parts["tokens"], parts["is_sound"], strict=True)]
         reports: Reports = [None] * len(tokens)
         for row, (token, wanted) in enumerate(zip(tokens, self._wanted, strict=True)):
@@ -43,12 +37,6 @@ class DeviceSampled:
                 best = zip(parts["best_ids"][row][:wanted], parts["best_scores"][row][:wanted], strict=True)
                 reports[row] = {token: parts["scores"][row], **dict(best)}
         return tokens, reports
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 @torch.inference_mode()

@@ -100,7 +100,7 @@ class Engine:
         # A request alone must fit in the pool; the last token sampled is never written.
         self._pool_tokens = num_pages * config.page_size
         self.max_length = min(config.max_model_len or longest, self._pool_tokens + 1)
-        self.runner = Runner(model, self.store, config.page_size)
+        self.runner = Runner(model, self.store, config.page_size, config.codec)
         if spare:
             with current(device):
                 self.runner.pad_decodes(config.max_requests, self.cache.pages_for(self.max_length))

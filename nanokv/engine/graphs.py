@@ -71,8 +71,11 @@ class DecodeGraphs:
         is_decode = len(arrays["token_ids"]) == len(arrays["logit_rows"]) == num_rows
         return is_decode and num_rows <= self._rows[-1] and width <= self._pages[-1]
 
-    def run(self, arrays: Arrays, late_token_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits float32 [rows, vocab] and the token of each row, int64 [rows]; both are valid until the next step."""
+    def run(
+        self, arrays: Arrays, late_token_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits float32 [rows, vocab], the token of each row, int64 [rows], and their Batch.unwritable; all are valid
+        until the next step."""
         num_rows, width = arrays["page_tables"].shape
         size = next(n for n in self._rows if n >= num_rows), next(n for n in self._pages if n >= width)
         filled = padded(arrays, *size, **self._spare)
@@ -83,7 +86,7 @@ class DecodeGraphs:
         if late_token_ids is not None:
             take_late(block.views, late_token_ids)
         forward()
-        return self._logits[:num_rows], block.views["token_ids"][:num_rows]
+        return self._logits[:num_rows], block.views["token_ids"][:num_rows], block.views["unwritable"][:num_rows]
 
     def _record(self, like: Arrays) -> tuple[Block, Forward]:
         """A block for inputs like these, and what computes the logits of what it holds."""

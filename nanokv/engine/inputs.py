@@ -64,6 +64,7 @@ def arrays_of(requests: list[Request], page_size: int) -> Arrays:
         "page_tables": tables,
         "state_ids": np.array([r.state_id for r in requests if r.state_id is not None], np.int32),
         "is_late": is_late,
+        "unwritable": np.zeros(starts[-1], np.bool_),
     }
 
 
@@ -83,7 +84,10 @@ def padded(arrays: Arrays, num_rows: int, width: int, page: int, state: int | No
     tables[: len(own), : own.shape[1]] = own
     tables[len(own) :, 0] = page
     return {
-        **{name: fill(name, 0) for name in ("token_ids", "late_slots", "positions", "write_slots", "is_late")},
+        **{
+            name: fill(name, 0)
+            for name in ("token_ids", "late_slots", "positions", "write_slots", "is_late", "unwritable")
+        },
         "write_pages": fill("write_pages", page),
         "state_ids": fill("state_ids", state) if state is not None else arrays["state_ids"],
         "logit_rows": np.arange(num_rows, dtype=np.int64),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from nanokv.engine.scheduler import SCORE_ROWS
 from nanokv.models.decoder import Decoder
 
 CPU_SHARE, CPU_MOST = 0.25, 4 * 2**30
+PROBED_PAGES = 256
+"""Pages over which a step is run to see what reading a page takes: so many that what a row takes is lost in it."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Memory:
 
 
 def memory_for_pages(config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device) -> Memory:
-    """What the device can give. On a GPU the largest step is run once, to see what it needs beside the pages.
+    """What the device can give. On a GPU steps are run, to see what they need beside the pages.
 
     model    bound to the layout
     Raises   ConfigError when gpu_memory_fraction leaves nothing
@@ -38,25 +41,34 @@ def memory_for_pages(config: EngineConfig, model: Decoder, layout: PageLayout, d
     if device.type == "cpu":
         free = free_memory()
         return Memory(free, int(min(free * CPU_SHARE, CPU_MOST)))
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run_largest_step(config, model, layout, device)
-    torch.cuda.synchronize(device)
-    step_bytes = torch.cuda.max_memory_allocated(device) - before
+
+    def peak(run: Callable[[], None]) -> int:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    step_bytes = peak(lambda: run_largest_step(config, model, layout, device))
+    few, many = (peak(lambda n=n: run_reading_step(n, config, model, layout, device)) for n in (1, PROBED_PAGES))
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return gpu_memory(total, free, step_bytes, config.gpu_memory_fraction)
+    own = layout.page_bytes * (PROBED_PAGES - 1)  # the pages
+    scratch = max(0, many - few - own) / own if own else 0.0
+    return gpu_memory(total, free, step_bytes, config.gpu_memory_fraction, scratch)
 
 
-def gpu_memory(total: int, free: int, step_bytes: int, fraction: float) -> Memory:
+def gpu_memory(total: int, free: int, step_bytes: int, fraction: float, scratch: float = 0.0) -> Memory:
     """Bytes for pages on a GPU of `total` bytes, `free` of them free with the weights loaded.
 
-        |---- in use: weights, others ----|---- pages ----|-- largest step --|----- left alone -----|
-                                                                             ^ fraction * total
+        |-- in use: weights, others --|---- pages ----|- scratch of pages -|- largest step -|--- left alone ---|
+                                                                                            ^ fraction * total
 
-    Raises   ConfigError when nothing is left for pages
+    scratch   bytes that a step needs for each byte of the pages it reads: codecs without kernels decode into float32,
+              and a step may read all pages
+    Raises    ConfigError when nothing is left for pages
     """
-    left = int(total * fraction) - (total - free) - step_bytes
+    left = int((int(total * fraction) - (total - free) - step_bytes) / (1 + scratch))
     if left <= 0:
         raise ConfigError(
             f"gpu_memory_fraction={fraction}: of {total:,} bytes {total - free:,} are in use and a step needs "
@@ -65,30 +77,49 @@ def gpu_memory(total: int, free: int, step_bytes: int, fraction: float) -> Memor
     return Memory(left, left)
 
 
-@torch.inference_mode()
 def run_largest_step(config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device) -> None:
     """A prompt of max_step_tokens and the sampling of max_requests rows, over a store of one page and one state.
 
     Every token is written to that page: what it computes means nothing, what it allocates is what a real step does.
     """
     num_rows = min(config.max_step_tokens, model.config.max_positions)
-    positions = np.arange(num_rows, dtype=np.int32)
     wanted = min(num_rows, max(config.max_requests, SCORE_ROWS))
-    arrays = {
-        "token_ids": np.zeros(num_rows, np.int64),
-        "positions": positions,
-        "write_pages": np.zeros(num_rows, np.int32),
-        "write_slots": positions % config.page_size,
-        "request_starts": np.array([0, num_rows], np.int32),
-        "page_tables": np.zeros((1, layout.pages_for(num_rows)), np.int32),
-        "logit_rows": np.arange(wanted, dtype=np.int64),
-        "state_ids": np.zeros(1 if layout.state_bytes else 0, np.int32),
-    }
-    store = CacheStore(layout, 1, device, num_states=len(arrays["state_ids"]))
-    logits = model.forward(batch_of(on_device(arrays, device), config.page_size), store)
+    tables = np.zeros((1, layout.pages_for(num_rows)), np.int32)
+    logits = _run(np.arange(num_rows, dtype=np.int32), tables, wanted, model, layout, device)
     requests = [Request([0], SamplingParams(top_p=0.9)) for _ in range(min(config.max_requests, wanted))]
     last = torch.zeros(len(requests), dtype=torch.int64, device=device)
     sample_on_device(logits[: len(requests)], requests, last, ()).fetch()
+
+
+def run_reading_step(
+    num_pages: int, config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device
+) -> None:
+    """Single rows that together read `num_pages` pages, a power of two, over a store of as many."""
+    longest = model.config.max_positions
+    each = min(num_pages, 1 << max(1, longest // config.page_size).bit_length() - 1)  # so that nothing is left over
+    tables = np.arange(num_pages, dtype=np.int32).reshape(-1, each)
+    last = np.full(len(tables), min(each * config.page_size, longest) - 1, np.int32)
+    _run(last, tables, 1, model, layout, device)
+
+
+@torch.inference_mode()
+def _run(
+    positions: np.ndarray, tables: np.ndarray, wanted: int, model: Decoder, layout: PageLayout, device: torch.device
+) -> torch.Tensor:
+    """Logits of the first `wanted` rows of a step over a new store: one request a row of `tables`, of as many rows."""
+    rows, requests = len(positions), len(tables)
+    arrays = {
+        "token_ids": np.zeros(rows, np.int64),
+        "positions": positions,
+        "write_pages": np.repeat(tables[:, -1], rows // requests),
+        "write_slots": positions % layout.page_size,
+        "request_starts": np.arange(requests + 1, dtype=np.int32) * (rows // requests),
+        "page_tables": tables,
+        "logit_rows": np.arange(wanted, dtype=np.int64),
+        "state_ids": np.zeros(requests if layout.state_bytes else 0, np.int32),
+    }
+    store = CacheStore(layout, int(tables.max()) + 1, device, num_states=min(1, len(arrays["state_ids"])))
+    return model.forward(batch_of(on_device(arrays, device), layout.page_size), store)
 
 
 def pool_size(config: EngineConfig, layout: PageLayout, free: Memory) -> tuple[int, int]:

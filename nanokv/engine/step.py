@@ -22,6 +22,7 @@ import torch
 
 from nanokv.cache.manager import CacheManager
 from nanokv.core.request import Request
+from nanokv.engine.arrival import Unwritable
 from nanokv.engine.inputs import num_logit_rows
 from nanokv.engine.live import LiveRequests
 from nanokv.engine.runner import Runner
@@ -37,22 +38,25 @@ class Share:
     """What one request has in a step.
 
     end      num_computed after it
+    rows     its rows of the step
     samples  who gets a token out of it: the request, and siblings that begin after its prompt; empty in mid-prompt
     logits   float32 [rows, vocab] of its last rows, where it wants them instead of samples
     """
 
     request: Request
     end: int
+    rows: slice
     samples: list[Request] = field(default_factory=list)
     logits: torch.Tensor | None = None
 
 
 @dataclass
 class Step:
-    """A step on its way. `sampled` is None where nobody gets a token."""
+    """A step on its way. `sampled` is None where nobody gets a token, `unwritable` where pages can hold all numbers."""
 
     shares: list[Share]
     sampled: Sampled | None
+    unwritable: Unwritable | None
 
     @property
     def requests(self) -> list[Request]:
@@ -63,15 +67,16 @@ def launch(plan: StepPlan, before: Step | None, runner: Runner, live: LiveReques
     """Dispatches a planned step; `before` is the step on its way, whose tokens this one may go on from."""
     counts = [num_logit_rows(request) for request in plan.requests]
     late = before.sampled.token_ids if before is not None and before.sampled is not None else None
-    logits, last = runner.run(plan, late)
+    logits, last, unwritable = runner.run(plan, late)
     shares: list[Share] = []
     sampled: list[Request] = []
     rows: list[int] = []
-    first = 0
+    first = row = 0
     for request, count in zip(plan.requests, counts, strict=True):
         is_sampled = count > 0 and not request.wants_all_logits
+        num_rows = request.num_scheduled
         request.advance(len(sampled) if is_sampled else None)
-        share = Share(request, request.num_computed)
+        share = Share(request, request.num_computed, slice(row, row + num_rows))
         if is_sampled:
             share.samples = [request, *live.siblings(request)]
             sampled += share.samples
@@ -79,17 +84,18 @@ def launch(plan: StepPlan, before: Step | None, runner: Runner, live: LiveReques
         elif request.wants_all_logits:
             share.logits = logits[first : first + count].clone()  # a graph writes its own again; this is a plain tensor
         shares.append(share)
-        first += count
+        first, row = first + count, row + num_rows
     if not sampled:
-        return Step(shares, None)
+        return Step(shares, None, unwritable)
     if rows != list(range(first)):
         logits, last = logits[rows], last[rows]
-    return Step(shares, sample(logits, sampled, last))
+    return Step(shares, sample(logits, sampled, last), unwritable)
 
 
 def resolve(step: Step, after: Step | None, cache: CacheManager, live: LiveRequests) -> None:
     """A step has come back; `after` is the one dispatched since."""
     tokens, reports = step.sampled.fetch() if step.sampled is not None else ([], [])
+    refused = step.unwritable.fetch() if step.unwritable is not None else []
     now = time.perf_counter()
     results = iter(zip(tokens, reports, strict=True))
     again = set(after.requests) if after is not None else ()
@@ -101,6 +107,9 @@ def resolve(step: Step, after: Step | None, cache: CacheManager, live: LiveReque
         own = [next(results) for _ in share.samples]
         request = share.request
         if request.finish_reason is not None:
+            continue
+        if any(refused[share.rows]):  # before its pages could be seen by others
+            live.finish(request, "error", step.unwritable.why)
             continue
         is_preempted = request.num_computed < share.end
         if not is_preempted:
