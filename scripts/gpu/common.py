@@ -60,14 +60,17 @@ def seconds(call: Callable[[], Any], run: Run, calls: int = 20) -> float:
 
 
 def small(config: dict) -> dict:
-    """The same family with two to four layers, few experts and few tokens."""
+    """The same family with two to four narrow layers, few heads, experts and tokens; heads are as wide as they were."""
     if "text_config" in config:
         return {**config, "text_config": small(config["text_config"])}
     tiny = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "intermediate_size": 256}
     layers = 4 if "full_attention_interval" in config or "layer_types" in config else 2
-    for name, value in (("n_routed_experts", 4), ("num_experts_per_tok", 2), ("moe_intermediate_size", 64)):
-        if config.get(name):
-            tiny[name] = value
+    kv_heads = 4 if config.get("kv_lora_rank") else 2
+    fewer = {
+        "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": kv_heads, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+    }  # fmt: skip
+    tiny |= {name: value for name, value in fewer.items() if config.get(name)}
     if "layer_types" in config:
         tiny["layer_types"] = config["layer_types"][:layers]
     return {**config, **tiny, "num_hidden_layers": layers}
