@@ -14,16 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from nanokv.kernels.cuda.launch import NUMBERS, dot, launch, num_tiles, power_of_two, tile_of
+from nanokv.kernels.cuda.launch import NUMBERS, dot, launch, num_tiles, power_of_two
+from nanokv.kernels.cuda.split import merge, room_for_parts, rows_of, span_of, splits_for
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
     from nanokv.kernels.ops import KVPlanes
 
-PROGRAMS = 264
-"""Programs that fill a large GPU: two on each of an H100's 132 multiprocessors. Decodes split up to so many."""
-LEAST_SPLIT = 256
-"""Tokens below which splitting costs more than it gains."""
 TILE_BYTES = 40 << 10
 """The largest tile of keys and values; a program has several in shared memory."""
 MOST_HEADS = 32
@@ -147,15 +144,9 @@ def attention_kernel(
     """
     blocks: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     kv_head, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
-    if IS_DECODE:
-        request = tl.program_id(0)
-        row0, end = tl.load(starts + request), tl.load(starts + request + 1)
-        if end - row0 != 1:
-            return
-    else:
-        request, row0, end = tile_of(starts, requests, tl.program_id(0), BLOCK_Q)
-        if (row0 >= end) | (end - tl.load(starts + request) == 1):
-            return
+    request, row0, end = rows_of(starts, requests, tl.program_id(0), BLOCK_Q, IS_DECODE)
+    if row0 >= end:
+        return
     m = tl.arange(0, BLOCK_M)
     rows, heads = row0 + m // BLOCK_H, block * BLOCK_H + m % BLOCK_H
     is_used = (m < BLOCK_Q * BLOCK_H) & (rows < end) & (heads < GROUP)
@@ -163,7 +154,7 @@ def attention_kernel(
     length = tl.max(row_positions, 0) + 1
     first, last = 0, length
     if IS_SPLIT:
-        span = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
+        span = span_of(length, splits, BLOCK_N)
         first = tl.program_id(2) * span
         last = tl.minimum(first + span, length)
         if first >= length:
@@ -193,39 +184,6 @@ def attention_kernel(
     else:
         result = rows.to(tl.int64) * (KV_HEADS * GROUP) + place
         tl.store(out + result[:, None] * VALUE_DIM + value_dims[None, :], acc.to(out.dtype.element_ty), mask=is_result)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def merge_kernel(
-    parts,
-    part_scores,
-    positions,
-    starts,
-    out,
-    splits,
-    HEADS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Program (request, head): the parts of its context, each weighted by the sum of its exponents (log-sum-exp)."""
-    request, head = tl.program_id(0), tl.program_id(1)
-    row = tl.load(starts + request)
-    if tl.load(starts + request + 1) - row != 1:
-        return
-    length = tl.load(positions + row) + 1
-    span = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
-    first = (request.to(tl.int64) * HEADS + head) * splits
-    dims = tl.arange(0, BLOCK_V)
-    best, total, acc = float("-inf"), 0.0, tl.zeros([BLOCK_V], tl.float32)
-    for part in range(0, tl.cdiv(length, span)):
-        score = tl.load(part_scores + first + part)
-        values = tl.load(parts + (first + part) * VALUE_DIM + dims, mask=dims < VALUE_DIM, other=0.0)
-        highest = tl.maximum(best, score)
-        fade, weight = tl.exp2(best - highest), tl.exp2(score - highest)
-        acc, total, best = acc * fade + values * weight, total * fade + weight, highest
-    place = out + (row.to(tl.int64) * HEADS + head) * VALUE_DIM
-    tl.store(place + dims, (acc / total).to(out.dtype.element_ty), mask=dims < VALUE_DIM)
 
 
 @dataclass(frozen=True)
@@ -271,11 +229,7 @@ def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch
         cut = tiling(planes, group, q.element_size(), is_decode)
         programs = planes.kv_heads * -(-group // cut.blocks["BLOCK_H"])
         splits = splits_for(requests * programs, batch.page_tables.shape[1] * planes.page_size) if is_decode else 1
-        if splits > 1:
-            parts = torch.empty(requests * heads * splits * planes.value_dim, dtype=torch.float32, device=q.device)
-            part_scores = torch.empty(requests * heads * splits, dtype=torch.float32, device=q.device)
-        else:
-            parts, part_scores = out, out  # never touched
+        parts, part_scores = room_for_parts(out, requests * heads * splits, planes.value_dim, splits)
         tiles = requests if is_decode else num_tiles(rows, requests, cut.blocks["BLOCK_Q"])
         launch(
             attention_kernel, (tiles, programs, splits), num_warps=cut.num_warps, num_stages=cut.num_stages,
@@ -289,14 +243,5 @@ def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch
             FORMAT=NUMBERS[planes.dtype], IS_DECODE=is_decode, IS_SPLIT=splits > 1, **cut.blocks,
         )  # fmt: skip
         if splits > 1:
-            launch(
-                merge_kernel, (requests, heads), num_warps=1 if planes.value_dim <= 128 else 4, parts=parts,
-                part_scores=part_scores, positions=batch.positions, starts=batch.request_starts, out=out, splits=splits,
-                HEADS=heads, VALUE_DIM=planes.value_dim, BLOCK_V=cut.blocks["BLOCK_V"], BLOCK_N=cut.blocks["BLOCK_N"],
-            )  # fmt: skip
+            merge(parts, part_scores, out, batch, splits, heads, planes.value_dim, cut.blocks["BLOCK_N"])
     return out
-
-
-def splits_for(programs: int, longest: int) -> int:
-    """Parts of a context, from what the host knows: how many programs there are anyway, and how long it may be."""
-    return max(1, min(PROGRAMS // programs, longest // LEAST_SPLIT))

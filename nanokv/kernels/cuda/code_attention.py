@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from nanokv.kernels.cuda.attention import MOST_HEADS, merge_kernel, splits_for
+from nanokv.kernels.cuda.attention import MOST_HEADS
 from nanokv.kernels.cuda.codes import load_codes, side_args
-from nanokv.kernels.cuda.launch import dot, launch, num_tiles, power_of_two, tile_of
+from nanokv.kernels.cuda.launch import dot, launch, num_tiles, power_of_two
+from nanokv.kernels.cuda.split import merge, room_for_parts, rows_of, span_of, splits_for
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
@@ -45,15 +46,9 @@ def code_attention_kernel(
     blocks: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     number: tl.constexpr = q.dtype.element_ty
     kv_head, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
-    if IS_DECODE:
-        request = tl.program_id(0)
-        row0, end = tl.load(starts + request), tl.load(starts + request + 1)
-        if end - row0 != 1:
-            return
-    else:
-        request, row0, end = tile_of(starts, requests, tl.program_id(0), BLOCK_Q)
-        if (row0 >= end) | (end - tl.load(starts + request) == 1):
-            return
+    request, row0, end = rows_of(starts, requests, tl.program_id(0), BLOCK_Q, IS_DECODE)
+    if row0 >= end:
+        return
     m = tl.arange(0, BLOCK_M)
     rows, heads = row0 + m // BLOCK_H, block * BLOCK_H + m % BLOCK_H
     is_used = (m < BLOCK_Q * BLOCK_H) & (rows < end) & (heads < GROUP)
@@ -61,7 +56,7 @@ def code_attention_kernel(
     length = tl.max(row_positions, 0) + 1
     first, last = 0, length
     if IS_SPLIT:
-        span = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
+        span = span_of(length, splits, BLOCK_N)
         first = tl.program_id(2) * span
         last = tl.minimum(first + span, length)
         if first >= length:
@@ -118,10 +113,7 @@ def code_attention(q: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batc
     block_n = 64 if block_v <= 64 else 32
     for is_decode in (True, False) if rows != requests else (True,):
         splits = splits_for(requests * programs, batch.page_tables.shape[1] * planes.page_size) if is_decode else 1
-        parts = part_scores = out  # not touched unless the context is split
-        if splits > 1:
-            parts = torch.empty(requests * heads * splits * value_dim, dtype=torch.float32, device=q.device)
-            part_scores = torch.empty(requests * heads * splits, dtype=torch.float32, device=q.device)
+        parts, part_scores = room_for_parts(out, requests * heads * splits, value_dim, splits)
         block_m = power_of_two(block_h, 16 if is_decode else 64)
         block_q = 1 if is_decode else block_m // block_h
         tiles = requests if is_decode else num_tiles(rows, requests, block_q)
@@ -135,9 +127,5 @@ def code_attention(q: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batc
             **side_args(planes.k, "k_"), **side_args(planes.v, "v_"),
         )  # fmt: skip
         if splits > 1:
-            launch(
-                merge_kernel, (requests, heads), num_warps=1 if value_dim <= 128 else 4, parts=parts,
-                part_scores=part_scores, positions=batch.positions, starts=batch.request_starts, out=out, splits=splits,
-                HEADS=heads, VALUE_DIM=value_dim, BLOCK_V=block_v, BLOCK_N=block_n,
-            )  # fmt: skip
+            merge(parts, part_scores, out, batch, splits, heads, value_dim, block_n)
     return out

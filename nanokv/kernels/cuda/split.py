@@ -1,0 +1,101 @@
+"""How attention is cut into programs: rows into tiles, a decode's context into parts, and how the parts come together.
+
+Source   Dao 2023 (flash-decoding: parts merged by log-sum-exp)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from nanokv.kernels.cuda.launch import launch, power_of_two, tile_of
+
+if TYPE_CHECKING:
+    from nanokv.core.batch import Batch
+
+PROGRAMS = 264
+"""Programs that fill a large GPU: two on each of an H100's 132 multiprocessors. Decodes split up to so many."""
+LEAST_SPLIT = 256
+"""Tokens below which splitting costs more than it gains."""
+
+
+@triton.jit
+def rows_of(starts, requests, tile, BLOCK_Q: tl.constexpr, IS_DECODE: tl.constexpr):
+    """The request of a tile, its first row and the request's end; no rows where they are the other kernel's.
+
+    A decode's tile is its one row. The prefill kernel's tiles are BLOCK_Q rows, and it leaves single rows alone.
+    """
+    if IS_DECODE:
+        request = tile
+        row0, end = tl.load(starts + request), tl.load(starts + request + 1)
+        end = tl.where(end - row0 == 1, end, row0)
+    else:
+        request, row0, end = tile_of(starts, requests, tile, BLOCK_Q)
+        end = tl.where(end - tl.load(starts + request) == 1, row0, end)
+    return request, row0, end
+
+
+@triton.jit
+def span_of(length, splits, BLOCK_N: tl.constexpr):
+    """Tokens of each part but the last of a context of `length`."""
+    return tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_kernel(
+    parts,
+    part_scores,
+    positions,
+    starts,
+    out,
+    splits,
+    HEADS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program (request, head): the parts of its context, each weighted by the sum of its exponents (log-sum-exp)."""
+    request, head = tl.program_id(0), tl.program_id(1)
+    row = tl.load(starts + request)
+    if tl.load(starts + request + 1) - row != 1:
+        return
+    length = tl.load(positions + row) + 1
+    span = span_of(length, splits, BLOCK_N)
+    first = (request.to(tl.int64) * HEADS + head) * splits
+    dims = tl.arange(0, BLOCK_V)
+    best, total, acc = float("-inf"), 0.0, tl.zeros([BLOCK_V], tl.float32)
+    for part in range(0, tl.cdiv(length, span)):
+        score = tl.load(part_scores + first + part)
+        values = tl.load(parts + (first + part) * VALUE_DIM + dims, mask=dims < VALUE_DIM, other=0.0)
+        highest = tl.maximum(best, score)
+        fade, weight = tl.exp2(best - highest), tl.exp2(score - highest)
+        acc, total, best = acc * fade + values * weight, total * fade + weight, highest
+    place = out + (row.to(tl.int64) * HEADS + head) * VALUE_DIM
+    tl.store(place + dims, (acc / total).to(out.dtype.element_ty), mask=dims < VALUE_DIM)
+
+
+def splits_for(programs: int, longest: int) -> int:
+    """Parts of a context, from what the host knows: how many programs there are anyway, and how long it may be."""
+    return max(1, min(PROGRAMS // programs, longest // LEAST_SPLIT))
+
+
+def room_for_parts(out: torch.Tensor, count: int, value_dim: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 for `count` partial results and their scores; where nothing is split `out`, which is not touched then."""
+    if splits == 1:
+        return out, out
+    return out.new_empty(count * value_dim, dtype=torch.float32), out.new_empty(count, dtype=torch.float32)
+
+
+def merge(
+    parts: torch.Tensor, part_scores: torch.Tensor, out: torch.Tensor, batch: Batch, splits: int, heads: int,
+    value_dim: int, block_n: int,
+) -> None:  # fmt: skip
+    """Parts of every decode's context into out [rows, heads * value_dim]; block_n as the parts were cut with."""
+    launch(
+        merge_kernel, (batch.num_requests, heads), num_warps=1 if value_dim <= 128 else 4, parts=parts,
+        part_scores=part_scores, positions=batch.positions, starts=batch.request_starts, out=out, splits=splits,
+        HEADS=heads, VALUE_DIM=value_dim, BLOCK_V=power_of_two(value_dim, 16), BLOCK_N=block_n,
+    )  # fmt: skip
