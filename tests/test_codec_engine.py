@@ -202,6 +202,7 @@ def test_tails_take_half_of_the_memory_at_most(wide):
         ({"codec": "tq4/qjl"}, "codec='tq4/qjl': qjl keeps products with keys only"),
         ({"codec": "kivi4"}, "page_size=16: codec kivi4 makes a group of a page; allowed are 32 and 64"),
         ({"codec": "tq4", "native_layers": "some"}, "native_layers='some': expected such as 'first2,last2'"),
+        ({"codec": "tq4", "native_layers": "last3"}, "native_layers='last3': this model has 2 layers with attention"),
         ({"codec": "tq4", "prefill": "slow"}, "prefill='slow': allowed are exact, fast"),
         ({"center_keys": True}, "center_keys=True: no layer of this model writes keys in codes"),
     ],

@@ -27,6 +27,7 @@ from nanokv.disagg.messages import (
     VERSION,
     Abort,
     AbortAck,
+    Done,
     Failed,
     Hello,
     Memory,
@@ -325,6 +326,26 @@ def test_a_prefill_is_computed_once_however_often_it_comes(loop):
     assert loop.accept(PREFILL) is None
     assert loop.abort(Abort(generation=7, request="r", attempt=1)) == AbortAck(generation=7, request="r", attempt=1)
     assert not loop.has_work
+
+
+def test_numbers_that_no_codec_holds_fail_their_attempt_and_no_other(tiny_llama, monkeypatch):
+    with LLM(tiny_llama, num_pages=8, page_size=8, codec="tq4") as llm:
+        loop = PrefillLoop(llm.engine.model, llm.engine.store, llm.config, generation=7)
+        mixer = llm.engine.model.layers[0].mixer
+        project = mixer.qkv
+
+        def broken(x: torch.Tensor) -> torch.Tensor:
+            qkv = project(x)
+            qkv[2, -1] = float("inf")  # a row of the first request
+            return qkv
+
+        monkeypatch.setattr(mixer, "qkv", broken)
+        assert loop.accept(PREFILL) is None
+        assert loop.accept(msgspec.structs.replace(PREFILL, request="s", pages=pack_ints([4, 0, 2]))) is None
+        answers = {answer.request: answer for answer in loop.step()}
+        assert isinstance(answers["r"], Failed) and "codec='tq4': keys or values" in answers["r"].reason
+        assert isinstance(answers["s"], Done) and answers["s"].tokens[0] is not None
+        assert not loop.has_work
 
 
 def test_another_version_or_digest_is_refused():

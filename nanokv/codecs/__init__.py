@@ -104,6 +104,8 @@ def parse_native_layers(text: str, layers: list[int]) -> frozenset[int]:
         if match is None:
             raise ConfigError(f"native_layers={text!r}: expected such as 'first2,last2'")
         count = int(match[2])
+        if count > len(layers):
+            raise ConfigError(f"native_layers={text!r}: this model has {len(layers)} layers with attention")
         native.update(layers[:count] if match[1] == "first" else layers[-count:])
     return frozenset(native)
 
