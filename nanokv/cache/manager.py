@@ -21,10 +21,10 @@ between it and the end of the pages found, into private pages that fall as dupli
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol
 
+from nanokv.cache.audit import check_pages
 from nanokv.cache.pool import PagePool
 from nanokv.cache.radix import RadixTree
 from nanokv.cache.states import States
@@ -292,20 +292,7 @@ class CacheManager:
 
     def check(self) -> None:
         """Recounts every page and every lock from the live requests. Raises CacheError where the books disagree."""
-        self._pool.check()
-        self._tree.check(request.node for request in self._live)
-        owners = Counter(page for node in self._tree.nodes() for page in node.pages)
-        if owners and max(owners.values()) > 1:
-            raise CacheError("a page stands in the tree twice")
-        held = Counter(page for request in self._live for page in request.pages[request.num_published :])
-        if held.keys() & owners.keys():
-            raise CacheError(f"pages {sorted(held.keys() & owners.keys())[:8]} are private and in the tree")
-        owners.update(held)
-        for page in range(self._pool.num_pages):
-            if self._pool.count(page) != owners[page]:
-                raise CacheError(f"page {page} counts {self._pool.count(page)} owners and has {owners[page]}")
-        for request in self._live:
-            self._check_request(request)
+        check_pages(self._pool, self._tree, self._live, self.page_size)
         if self._states is not None:
             self._states.check(self._live)
 
@@ -377,22 +364,6 @@ class CacheManager:
         duplicates = [page for page, kept in zip(own, standing, strict=True) if page != kept]
         if duplicates:
             self._log("free", request, self._pool.release(duplicates))
-
-    def _check_request(self, request: Request) -> None:
-        path, node = [], request.node
-        while node is not None:
-            path.append(node)
-            root, node = node, node.parent
-        path.reverse()
-        published = request.num_published * self.page_size
-        if root.salt != request.params.cache_salt:
-            raise CacheError(f"{request} stands in namespace {root.salt!r}")
-        if [page for node in path for page in node.pages] != list(request.pages[: request.num_published]):
-            raise CacheError(f"{request} and its node disagree about the published pages")
-        if b"".join(node.run for node in path) != request.tokens[:published].tobytes():
-            raise CacheError(f"{request} stands on other tokens than its own")
-        if not published <= request.num_computed <= len(request.pages) * self.page_size:
-            raise CacheError(f"{request} has computed tokens without a page, or published pages it has not computed")
 
     def _log(self, event: str, request: Request | None, pages: Iterable[int]) -> None:
         if self._events.on:
