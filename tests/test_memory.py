@@ -8,7 +8,8 @@ from nanokv import EngineConfig
 from nanokv.codecs import resolve_codec
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import PageLayout
-from nanokv.engine.memory import Memory, gpu_memory, memory_for_pages, pool_size, run_largest_step, run_reading_step
+from nanokv.engine.memory import Memory, gpu_memory, memory_for_pages, pool_size
+from nanokv.engine.probe import run_largest_step, run_reading_step
 from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
 

@@ -29,6 +29,7 @@ from nanokv.disagg.digest import digest_of
 from nanokv.disagg.memory import map_pool
 from nanokv.disagg.messages import VERSION, Abort, Failed, Hello, Message, Ping, Prefill, ProtocolError
 from nanokv.disagg.prefiller import PrefillLoop
+from nanokv.engine.probe import run_small_step
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Decoder
 from nanokv.models.loader import load_model
@@ -49,7 +50,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Model:
-    """A model and the digest that another process must share."""
+    """A model, its kernels compiled (seconds, on the first run), and the digest that another process must share."""
 
     def __init__(self, folder: Path, config: EngineConfig, device: str, dtype: str) -> None:
         self.config = config
@@ -62,6 +63,7 @@ class Model:
         )  # fmt: skip
         self.layout = PageLayout(self.decoder.specs, config.page_size)
         self.decoder.bind(self.layout)
+        run_small_step(self.decoder, self.layout, self.device)
         self.digest = digest_of(folder, described, config, dtype, self.layout)
 
 

@@ -1,0 +1,69 @@
+"""Steps whose results nobody wants, over stores of their own: to see what they allocate, or to compile kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from nanokv.cache.store import CacheStore
+from nanokv.core.config import EngineConfig
+from nanokv.core.request import Request, SamplingParams
+from nanokv.core.spec import PageLayout
+from nanokv.engine.device_sampler import sample_on_device
+from nanokv.engine.inputs import batch_of, on_device
+from nanokv.engine.scheduler import SCORE_ROWS
+from nanokv.models.decoder import Decoder
+
+SMALL = 64
+
+
+def run_largest_step(config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device) -> None:
+    """A prompt of max_step_tokens and the sampling of max_requests rows, over a store of one page and one state.
+
+    Every token is written to that page: what it computes means nothing, what it allocates is what a real step does.
+    """
+    num_rows = min(config.max_step_tokens, model.config.max_positions)
+    wanted = min(num_rows, max(config.max_requests, SCORE_ROWS))
+    tables = np.zeros((1, layout.pages_for(num_rows)), np.int32)
+    logits = _run(np.arange(num_rows, dtype=np.int32), tables, wanted, model, layout, device)
+    requests = [Request([0], SamplingParams(top_p=0.9)) for _ in range(min(config.max_requests, wanted))]
+    last = torch.zeros(len(requests), dtype=torch.int64, device=device)
+    sample_on_device(logits[: len(requests)], requests, last, ()).fetch()
+
+
+def run_reading_step(
+    num_pages: int, config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device
+) -> None:
+    """Single rows that together read `num_pages` pages, a power of two, over a store of as many."""
+    longest = model.config.max_positions
+    each = min(num_pages, 1 << max(1, longest // config.page_size).bit_length() - 1)  # so that nothing is left over
+    tables = np.arange(num_pages, dtype=np.int32).reshape(-1, each)
+    last = np.full(len(tables), min(each * config.page_size, longest) - 1, np.int32)
+    _run(last, tables, 1, model, layout, device)
+
+
+def run_small_step(model: Decoder, layout: PageLayout, device: torch.device) -> None:
+    """A short prompt: what a prefill needs is compiled, and loaded, before somebody waits for one."""
+    num_rows = min(SMALL, model.config.max_positions)
+    tables = np.arange(layout.pages_for(num_rows), dtype=np.int32)[None]
+    _run(np.arange(num_rows, dtype=np.int32), tables, 1, model, layout, device)
+
+
+@torch.inference_mode()
+def _run(
+    positions: np.ndarray, tables: np.ndarray, wanted: int, model: Decoder, layout: PageLayout, device: torch.device
+) -> torch.Tensor:
+    """Logits of the first `wanted` rows of a step over a new store: one request a row of `tables`, of as many rows."""
+    rows, requests = len(positions), len(tables)
+    arrays = {
+        "token_ids": np.zeros(rows, np.int64),
+        "positions": positions,
+        "write_pages": np.repeat(tables[:, -1], rows // requests),
+        "write_slots": positions % layout.page_size,
+        "request_starts": np.arange(requests + 1, dtype=np.int32) * (rows // requests),
+        "page_tables": tables,
+        "logit_rows": np.arange(wanted, dtype=np.int64),
+        "state_ids": np.zeros(requests if layout.state_bytes else 0, np.int32),
+    }
+    store = CacheStore(layout, int(tables.max()) + 1, device, num_states=min(1, len(arrays["state_ids"])))
+    return model.forward(batch_of(on_device(arrays, device), layout.page_size), store)
