@@ -2,11 +2,11 @@
 
     python scripts/bench_codecs.py                   measure what is missing, then draw codecs.svg
     python scripts/bench_codecs.py --fresh           forget what was measured
-    python scripts/bench_codecs.py --quick --output /tmp/codecs.json
+    python scripts/bench_codecs.py --quick --output build/codecs.json
 
-In this order: every codec of `nanokv bench codecs` on the model; each on keys alone and on values alone; then on the
-tiny shipped checkpoints the quality on held-out text of their corpus, and recall: a key told once and asked for later,
-with so many tokens between (scripts/make_corpus.py), answered greedily through the cache.
+In this order: every codec of `nanokv bench codecs` on the model; each on keys alone and on values alone; prefill both
+ways of some; then on the tiny shipped checkpoints the quality on held-out text of their corpus, and recall: a key told
+once and asked for later, with so many tokens between (scripts/make_corpus.py), answered greedily through the cache.
 
 Each row is written when it is measured. What fails is named in the JSON and on stderr, is tried again by the next run,
 and makes the exit code 1; a codec that cannot serve a model is left out and named, which is no failure.
@@ -29,6 +29,7 @@ import torch
 from matplotlib import rc_context
 
 from nanokv import LLM, SamplingParams
+from nanokv.bench.codec_speed import prefill_in_turns
 from nanokv.bench.codecs import ALL, FULL, QUICK, CodecBench, Plan, page_size_of, swept
 from nanokv.bench.codecs import key as key_of
 from nanokv.bench.report import draw_codecs
@@ -38,6 +39,9 @@ from nanokv.core.errors import NanokvError
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "docs/benchmarks/codecs.json"
 TINY = ("tiny-gqa", "tiny-mla", "tiny-hybrid")
+PREFILLED = ("int8", "rot4", "tq4", "kivi4")
+"""Codecs whose prefill is timed in both modes."""
+PREFILL_TOKENS = 1024
 DISTANCES = ((64, 40), (256, 40), (1024, 20))
 """Tokens between the key and the question, and how many are asked."""
 
@@ -128,6 +132,17 @@ def on_model(result: Result, name: str, plan: Plan) -> None:
             result.measure(name, codec, lambda codec=codec: bench.rows(codec, known=seen))
         for codec in swept(ALL):
             result.measure(name, codec, lambda codec=codec: bench.rows(codec, with_speed=False, known=seen))
+        for codec in PREFILLED:
+            if ("prefill", codec, None, None) not in seen:
+                result.measure(name, codec, lambda codec=codec: prefill(open_llm, raw, codec, plan.turns))
+
+
+def prefill(open_llm: Callable[..., LLM], raw: LLM, codec: str, turns: int) -> Iterator[Row]:
+    """What it costs that a prompt reads its own keys and values through the codec."""
+    fields = {"codec": codec, "page_size": page_size_of(codec)}
+    with open_llm(prefill="exact", **fields) as exact, open_llm(prefill="fast", **fields) as fast:
+        found = prefill_in_turns({"raw": raw, "exact": exact, "fast": fast}, PREFILL_TOKENS, turns)
+    yield {"part": "prefill", "codec": codec, **found}
 
 
 def on_tiny(result: Result, name: str, plan: Plan, share: float) -> None:

@@ -125,6 +125,15 @@ def codecs_tiny(_: dict) -> str:
     return markdown(header, rows) + ("\n\n" + "\n".join(f"- {note}" for note in notes) if notes else "")
 
 
+def codecs_prefill(_: dict) -> str:
+    """Prefill in both modes beside the raw codec."""
+    rows = []
+    for row in _rows(_result(), "prefill"):
+        cells = [f"{row[f'{name}_s']:.2f} s ({row['raw_s'] / row[f'{name}_s']:.2f} x)" for name in ("exact", "fast")]
+        rows.append([row["codec"], f"{row['prompt_tokens']:,}", f"{row['raw_s']:.2f} s", *cells])
+    return markdown(["codec", "prompt tokens", "raw", "exact", "fast"], rows)
+
+
 def codecs_targets(_: dict) -> str:
     """The numbers to reach that this bench measures."""
     rows = {row["codec"]: row for row in _rows(_result(), "codec")}
@@ -146,5 +155,5 @@ def _verdict(is_reached: bool) -> str:
 
 BLOCKS: dict[str, Callable[[dict], str]] = {
     make.__name__: make
-    for make in (codecs_bytes, codecs_quality, codecs_targets, codecs_speed, codecs_sides, codecs_tiny)
+    for make in (codecs_bytes, codecs_quality, codecs_targets, codecs_speed, codecs_prefill, codecs_sides, codecs_tiny)
 }
