@@ -1,17 +1,20 @@
 """Times decode attention on codes on this CPU, against raw bfloat16, in turns: SmolLM2-135M's heads, 30 layers.
 
-python scripts/bench_codes.py [REQUESTS [TOKENS]]
+    python scripts/bench_codes.py [--requests 1] [--tokens 2048] [--json docs/benchmarks/codes.json]
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import json
 import time
+from pathlib import Path
 from statistics import median
 
 import torch
 from bench_attention import LAYERS, PAGE_SIZE, REPEATS, batch_of, smollm2
 
+from nanokv.cli.common import hardware
 from nanokv.codecs import tables
 from nanokv.kernels import ops
 from nanokv.kernels.planes import CodePlane, CodePlanes
@@ -40,7 +43,8 @@ def planes_of(table: torch.Tensor) -> list[CodePlanes]:
     return [CodePlanes(k, v, end, PAGE_SIZE, KV_HEADS) for k, v in zip(layers[::2], layers[1::2], strict=True)]
 
 
-def main(requests: int, length: int) -> None:
+def measure(requests: int, length: int) -> list[dict]:
+    """A row for raw and for each table: milliseconds of all layers, and the ratio to raw in the same turn."""
     torch.manual_seed(0)
     layout, raw, heads = smollm2(torch.bfloat16)
     batch, pages = batch_of(requests, length, 1)
@@ -52,18 +56,40 @@ def main(requests: int, length: int) -> None:
         pool = torch.full((pages, planes[0].page_bytes), 0x35, dtype=torch.uint8)  # as a float16 about a third
         runs[name] = ops.code_attention, pool, planes
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(REPEATS + 1):
+    for _ in range(REPEATS + 1):  # the first one compiles
         for name, (attend, pool, planes) in runs.items():
             begin = time.perf_counter()
             for layer in planes:
                 attend(q, pool, layer, batch, DIM**-0.5)
             times[name].append((time.perf_counter() - begin) * 1e3)
-    print(f"{requests} x {length} tokens, {torch.get_num_threads()} threads: ms, median and range of {REPEATS}; to raw")
-    for name, own in times.items():
-        own = sorted(own[1:])
-        ratio = median(a / b for a, b in zip(times[name][1:], times["raw"][1:], strict=True))
-        print(f"{name:6} {median(own):8.2f} {own[0]:8.2f} {own[-1]:8.2f}   x {ratio:.2f}")
+    ratios = {name: [a / b for a, b in zip(own[1:], times["raw"][1:], strict=True)] for name, own in times.items()}
+    return [
+        {"codec": name, "ms": own[1:], "ratio": median(ratios[name]), "ratios": ratios[name]}
+        for name, own in times.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--tokens", type=int, default=2048, help="of context (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there")
+    options = parser.parse_args()
+    runs = []
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        rows = measure(options.requests, options.tokens)
+        runs.append({"requests": options.requests, "tokens": options.tokens, "threads": threads, "rows": rows})
+        print(f"{options.requests} x {options.tokens} tokens, {threads} threads: ms, median and range; to raw")
+        for row in rows:
+            print(
+                f"{row['codec']:6} {median(row['ms']):8.2f} {min(row['ms']):8.2f} {max(row['ms']):8.2f}   "
+                f"x {row['ratio']:.2f}"
+            )
+    if options.json is not None:
+        found = {"command": "scripts/bench_codes.py", "date": time.strftime("%Y-%m-%d"), "hardware": hardware()}
+        options.json.write_text(json.dumps(found | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*([int(number) for number in sys.argv[1:]] + [1, 2048][len(sys.argv) - 1 :]))
+    main()

@@ -1,5 +1,5 @@
-"""Tables of docs/benchmarks.md and the README's figure, from what bench_peers.py, bench_families.py and
-bench_codecs.py wrote.
+"""Tables of docs/benchmarks.md and the README's figure, from what bench_peers.py, bench_families.py, bench_codecs.py
+and `nanokv bench disagg` wrote.
 
     python scripts/bench_report.py            rewrites the generated blocks of docs/benchmarks.md, draws cpu.svg
     python scripts/bench_report.py --check    exit code 1 when the blocks are not those of the JSON
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import codecs_report
+import disagg_report
 from peers.figure import NAMES, UNITS, draw, is_less_better, markdown, number
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,6 +234,7 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     "prefix": prefix,
     "families": families,
     **codecs_report.BLOCKS,
+    **disagg_report.BLOCKS,
 }
 
 

@@ -1,4 +1,5 @@
-"""Blocks of docs/benchmarks.md about codecs, from docs/benchmarks/codecs.json (scripts/bench_codecs.py)."""
+"""Blocks of docs/benchmarks.md about codecs, from docs/benchmarks/codecs.json (scripts/bench_codecs.py)
+and codes.json (scripts/bench_codes.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,11 @@ from pathlib import Path
 
 from peers.figure import markdown, number
 
-JSON = Path(__file__).resolve().parents[1] / "docs/benchmarks/codecs.json"
+BENCHMARKS = Path(__file__).resolve().parents[1] / "docs/benchmarks"
+JSON = BENCHMARKS / "codecs.json"
+CODES = BENCHMARKS / "codes.json"
+MOST = {"tq4": 1.5, "rot4": 1.0}
+"""Of the time of raw bfloat16, for decode attention on codes."""
 
 
 def _result() -> dict:
@@ -146,6 +151,15 @@ def codecs_targets(_: dict) -> str:
     found.append([name, goal, f"{bits['tq4']:.3g}", _verdict(bits["tq4"] <= bits["int4"])])
     ratio = rows["tq4"]["tokens_in_1gib"] / rows["raw"]["tokens_in_1gib"]
     found.append(["tokens in 1 GiB with tq4", "at least 3.7 x raw", f"{ratio:.2f} x", _verdict(ratio >= 3.7)])
+    for run in json.loads(CODES.read_text(encoding="utf-8"))["runs"]:
+        for row in run["rows"]:
+            if row["codec"] in MOST:
+                most, low, high = MOST[row["codec"]], min(row["ratios"]), max(row["ratios"])
+                found.append([
+                    f"decode attention, {row['codec']}, {run['tokens']:,} tokens, threads: {run['threads']}",
+                    f"at most {most:g} x the time of raw", f"{row['ratio']:.2f} x ({low:.2f} to {high:.2f})",
+                    _verdict(row["ratio"] <= most),
+                ])  # fmt: skip
     return markdown(["measure", "to reach", "found", "reached"], found)
 
 
