@@ -1,7 +1,7 @@
 """A prefill process on another host, as the decode process sees it: a thread that relays messages and receives pages.
 
     engine thread <-- Channel over a socket pair --> link thread <-- TCP: messages --> prefill process
-                                                     writes pages <-- gloo / NCCL: layers --
+                   (a PING for each LAYERS)          writes pages <-- gloo / NCCL: layers --
 
 To the Dispatcher it looks like a process of this host. It is gone when its thread has ended: then nothing arrives in
 the pool any more. What is received for an attempt goes only into pages and states that were granted to it.
@@ -28,6 +28,7 @@ from nanokv.disagg.messages import (
     Hello,
     Layers,
     Message,
+    Ping,
     Prefill,
     ProtocolError,
     unpack_ints,
@@ -139,6 +140,7 @@ class HostLink:
             pages, states = self._granted.get(message.attempt, (set(), set()))
             if not set(unpack_ints(message.places)) <= (states if message.states else pages):
                 raise ProtocolError("LAYERS for places that were not given to that attempt")
+            self._engine.send(Ping(generation=message.generation))  # a sign of life, as any other message is
             self._receiver.post(message)
             return
         if self._receiver is not None:
