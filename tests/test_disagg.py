@@ -324,7 +324,10 @@ def test_a_prefill_is_computed_once_however_often_it_comes(loop):
     assert (done.request, done.attempt, len(done.tokens)) == ("r", 1, 1)
     assert not loop.has_work and loop.step() == []
     assert loop.accept(PREFILL) is None
-    assert loop.abort(Abort(generation=7, request="r", attempt=1)) == AbortAck(generation=7, request="r", attempt=1)
+    assert not loop.has_work  # its pages are somebody else's
+    assert loop.abort(Abort(generation=7, request="r", attempt=3)) == AbortAck(generation=7, request="r", attempt=3)
+    for attempt in (2, 3):
+        assert loop.accept(msgspec.structs.replace(PREFILL, attempt=attempt)) is None
     assert not loop.has_work
 
 
@@ -341,7 +344,8 @@ def test_numbers_that_no_codec_holds_fail_their_attempt_and_no_other(tiny_llama,
 
         monkeypatch.setattr(mixer, "qkv", broken)
         assert loop.accept(PREFILL) is None
-        assert loop.accept(msgspec.structs.replace(PREFILL, request="s", pages=pack_ints([4, 0, 2]))) is None
+        other = msgspec.structs.replace(PREFILL, request="s", attempt=2, pages=pack_ints([4, 0, 2]))
+        assert loop.accept(other) is None
         answers = {answer.request: answer for answer in loop.step()}
         assert isinstance(answers["r"], Failed) and "codec='tq4': keys or values" in answers["r"].reason
         assert isinstance(answers["s"], Done) and answers["s"].tokens[0] is not None

@@ -1,16 +1,23 @@
 """Both ends of a connection between hosts, as threads of one process: what each does about the other's faults."""
 
+import socket
 import threading
 import time
+from types import SimpleNamespace
 
+import msgspec
 import oracles
 import pytest
+from test_disagg import PREFILL
+from test_disagg_hosts import ROOM, free_address
 
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
 from nanokv.disagg import prefiller, server
+from nanokv.disagg.channel import Channel
 from nanokv.disagg.config import split_address
+from nanokv.disagg.messages import Abort, AbortAck, Done, Prefill
+from nanokv.disagg.prefiller import PrefillLoop
 from nanokv.disagg.worker import Model
-from test_disagg_hosts import ROOM, free_address
 
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 
@@ -40,3 +47,55 @@ def test_a_prompt_whose_layers_flow_for_longer_than_the_heartbeat_kills_nobody(a
         output = llm.generate([prompt], GREEDY)[0]
         assert output.token_ids == alone and output.metrics.ttft > 1.5
         assert llm.stats()["worker_deaths"] == llm.stats()["remote_lost"] == 0
+
+
+@pytest.fixture
+def session(tiny_llama):
+    """Of a server with pages for two prompts of PREFILL's length, and the other end of its connection."""
+    near, far = socket.socketpair()
+    with LLM(tiny_llama, num_pages=6, page_size=8) as llm:
+        loop = PrefillLoop(llm.engine.model, llm.engine.store, llm.config, generation=7)
+        session = server.SendingSession(Channel(near), loop, 3.0)
+        session.sender = SimpleNamespace(send=lambda layers, pages: None, drain=lambda: None)
+        heard = Channel(far)
+        yield session, heard
+        session.channel.close()
+        heard.close()
+
+
+def prefill(attempt: int) -> Prefill:
+    return msgspec.structs.replace(PREFILL, request=f"r{attempt}", attempt=attempt)
+
+
+def abort(attempt: int) -> Abort:
+    return Abort(generation=7, request=f"r{attempt}", attempt=attempt)
+
+
+def step(session: server.SendingSession) -> None:
+    for message in session.loop.step():
+        session.send(message)
+
+
+def test_a_late_or_doubled_prompt_is_not_computed_by_a_server(session):
+    session, heard = session
+    for attempt in (1, 1):
+        session.hear(prefill(attempt))
+    step(session)
+    session.hear(prefill(1))
+    session.hear(abort(3))
+    session.hear(prefill(2))
+    session.hear(prefill(3))
+    assert not session.loop.has_work and session._pages.num_free == 6
+    assert [type(message) for message in heard.receive()] == [Done, AbortAck]
+
+
+def test_an_abort_of_the_last_that_waits_leaves_those_before_it_waiting(session):
+    session, heard = session
+    for attempt in (1, 2, 3, 4):
+        session.hear(prefill(attempt))
+    session.hear(abort(4))
+    session.hear(abort(2))
+    while session.loop.has_work:
+        step(session)
+    done = [message.attempt for message in heard.receive() if isinstance(message, Done)]
+    assert done == [1, 3] and session._pages.num_free == 6

@@ -14,7 +14,8 @@ whose other keys are the fields below. Unknown keys are ignored, missing or mist
     prefill -> decode    PING     still at work, between two layers
 
 Every message after HELLO carries the generation of the pool; those about a request also its attempt, a number that is
-never used twice in a generation. What names another generation, or an attempt that is no longer open, is dropped.
+never used twice in a generation and ascends at each prefill process. What names another generation, or an attempt that
+is no longer open, is dropped; so is a PREFILL that is late: at or below an attempt that came or was aborted before.
 Source: the wire content of vLLM's NIXL connector and of SGLang's disaggregation, without their tensors.
 """
 

@@ -79,20 +79,22 @@ class PrefillLoop:
         self._scheduler = Scheduler(ours, self.cache, EventLog(None))
         self._open: dict[Key, Request] = {}
         self._messages: dict[Request, Prefill] = {}
+        self._highest = 0  # attempt that was accepted or aborted; a PREFILL at or below it is late, its pages are gone
 
     @property
     def has_work(self) -> bool:
         return bool(self._open)
 
     def accept(self, message: Prefill) -> Failed | None:
-        """Takes an attempt on; or says why not. A doubled message is dropped."""
+        """Takes an attempt on; or says why not. Attempts ascend: a doubled or late message is dropped."""
         key = (message.request, message.attempt)
-        if key in self._open:
+        if message.attempt <= self._highest:
             return None
         try:
             request, given = self._checked(message)
         except ProtocolError as error:
             return self._failed(key, str(error))
+        self._highest = message.attempt
         self.cache.give(request, given)
         self._open[key], self._messages[request] = request, message
         self._scheduler.add(request)
@@ -101,6 +103,7 @@ class PrefillLoop:
     def abort(self, message: Abort) -> AbortAck:
         """Forgets an attempt; nothing is written for it from here on. What is not open is acknowledged all the same."""
         key = (message.request, message.attempt)
+        self._highest = max(self._highest, message.attempt)
         if key in self._open:
             self._close(key)
         return AbortAck(generation=self.generation, request=message.request, attempt=message.attempt)

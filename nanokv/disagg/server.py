@@ -22,6 +22,7 @@ from nanokv.disagg.channel import Channel
 from nanokv.disagg.messages import (
     VERSION,
     Abort,
+    AbortAck,
     Done,
     Failed,
     Hello,
@@ -65,6 +66,7 @@ class SendingSession(Session):
         self._pages, self._states = PagePool(store.num_pages), StatePool(store.states.shape[0])
         self._waiting: deque[Prefill] = deque()
         self._jobs: dict[int, Job] = {}
+        self._highest = 0  # attempt that came or was aborted, as in PrefillLoop, which hears of it later
         per_layer = max(1, layout.page_bytes // layout.num_layers)
         self._first, self._last, self._per_layer = 0, layout.num_layers - 1, per_layer
 
@@ -72,12 +74,17 @@ class SendingSession(Session):
         if message.generation != self.loop.generation:
             return
         if isinstance(message, Prefill):
-            self._waiting.append(message)
+            if message.attempt > self._highest:
+                self._highest = message.attempt
+                self._waiting.append(message)
         elif isinstance(message, Abort):
-            waiting = [one for one in self._waiting if one.attempt != message.attempt]
-            self._waiting = deque(waiting)
-            self.send(self.loop.abort(message))
-            self._free(message.attempt)
+            self._highest = max(self._highest, message.attempt)
+            self._waiting = deque(one for one in self._waiting if one.attempt != message.attempt)
+            if message.attempt in self._jobs:
+                self.send(self.loop.abort(message))
+                self._free(message.attempt)
+            else:  # the loop must not hear of it: it would take those that wait before it for late ones
+                self.send(AbortAck(generation=message.generation, request=message.request, attempt=message.attempt))
         else:
             super().hear(message)
         self._admit()
@@ -146,8 +153,6 @@ class SendingSession(Session):
             if num_pages > self._pages.num_free or num_states > self._states.num_free:
                 return
             self._waiting.popleft()
-            if message.attempt in self._jobs:
-                continue  # doubled
             job = Job(message, self._pages.allocate(num_pages), [self._states.allocate() for _ in range(num_states)])
             self._jobs[message.attempt] = job
             refused = self.loop.accept(self._translated(job))
