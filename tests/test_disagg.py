@@ -19,7 +19,7 @@ from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
 from nanokv.core.errors import ConfigError
 from nanokv.core.request import Request, RequestOutput
 from nanokv.core.spec import PageLayout
-from nanokv.disagg import split
+from nanokv.disagg import prefiller, split
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.dispatcher import Dispatcher
 from nanokv.disagg.memory import SharedPool, map_pool
@@ -350,6 +350,24 @@ def test_numbers_that_no_codec_holds_fail_their_attempt_and_no_other(tiny_llama,
         assert isinstance(answers["r"], Failed) and "codec='tq4': keys or values" in answers["r"].reason
         assert isinstance(answers["s"], Done) and answers["s"].tokens[0] is not None
         assert not loop.has_work
+
+
+def test_what_a_step_has_done_before_it_fails_is_told_and_the_rest_fails(tiny_llama, monkeypatch):
+    with LLM(tiny_llama, num_pages=12, page_size=8) as llm:
+        loop, sample = PrefillLoop(llm.engine.model, llm.engine.store, llm.config, generation=7), prefiller.sample
+
+        def failing(logits, requests, *arguments):
+            if requests[0].request_id == "2":
+                raise RuntimeError("as the test wished")
+            return sample(logits, requests, *arguments)
+
+        monkeypatch.setattr(prefiller, "sample", failing)
+        for number in (1, 2, 3):
+            pages = pack_ints(range(3 * number, 3 * number + 3))
+            loop.accept(msgspec.structs.replace(PREFILL, request=str(number), attempt=number, pages=pages))
+        answers = {answer.request: answer for answer in loop.step()}
+        assert {request: type(answer) for request, answer in answers.items()} == {"1": Done, "2": Failed, "3": Failed}
+        assert "as the test wished" in answers["2"].reason and not loop.has_work
 
 
 def test_another_version_or_digest_is_refused():

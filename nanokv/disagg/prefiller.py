@@ -110,26 +110,29 @@ class PrefillLoop:
 
     def step(self) -> list[Message]:
         """One step; DONE or FAILED of each request that it ends."""
-        plan = StepPlan()
+        plan, messages = StepPlan(), []
         try:
             plan = self._scheduler.plan()
             self.running = list(plan.requests)
-            return self._run(plan) if plan.requests else []
+            if plan.requests:
+                self._run(plan, messages)
         except Exception as error:
             logger.exception("a step failed; the decode process is told")
             failed = plan.requests or list(self._open.values())
             keys = [key for key, request in self._open.items() if request in failed]
             for key in keys:
                 self._close(key)
-            return [self._failed(key, f"{type(error).__name__}: {error}") for key in keys]
+            messages += [self._failed(key, f"{type(error).__name__}: {error}") for key in keys]
         finally:
             self.running = []
+        return messages
 
     def prompt(self, request: Request) -> Prefill:
         """The message that a request came with."""
         return self._messages[request]
 
-    def _run(self, plan: StepPlan) -> list[Message]:
+    def _run(self, plan: StepPlan, messages: list[Message]) -> None:
+        """Appends to `messages` as it goes: what ended before an error has ended all the same."""
         wanted = [num_logit_rows(request) for request in plan.requests]
         logits, last, unwritable = self._runner.run(plan, None)
         if logits.is_cuda:
@@ -143,7 +146,6 @@ class PrefillLoop:
             request.advance()
             self.cache.commit(request)
         ends = [request for request, count in zip(plan.requests, wanted, strict=True) if count]
-        messages: list[Message] = []
         for request in ill:
             key = next(key for key, one in self._open.items() if one is request)
             self._close(key)
@@ -165,7 +167,6 @@ class PrefillLoop:
                     logprobs=tuple(logprobs), finished=finished,
                 )
             )  # fmt: skip
-        return messages
 
     def _close(self, key: Key) -> None:
         request = self._open.pop(key)
