@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,6 @@ from hypothesis import strategies as st
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
 from nanokv.core.errors import ConfigError
 from nanokv.core.request import Request, RequestOutput
-from nanokv.core.spec import PageLayout
 from nanokv.disagg import prefiller, split
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.dispatcher import Dispatcher
@@ -173,6 +173,19 @@ def with_three_back(tiny_llama, monkeypatch):
             dispatcher._select(0.05)
             dispatcher._listen()
         yield llm.engine, dict(zip(ids, alone, strict=True))
+
+
+def test_pages_behind_logits_that_are_not_finite_are_published_to_nobody(with_three_back):
+    engine, alone = with_three_back
+    results = engine.prefiller._results
+    results[0] = replace(results[0], tokens=(None,))
+    first = results[0].request.request_id
+    ends = finished(engine)
+    ill = ends.pop(first)
+    assert ill.finish_reason == "error" and "not finite" in ill.error
+    assert all(ends[name].token_ids == alone[name] for name in ends)
+    engine.cache.check()
+    assert engine.cache.tree.length(array("i", ill.prompt_token_ids).tobytes(), None) == 0
 
 
 def finished(engine: Engine) -> dict[str, RequestOutput]:
@@ -427,13 +440,50 @@ def test_a_worker_that_does_not_fit_gets_no_prompts(answer, caplog):
     dispatcher.add(start)
     if isinstance(answer, Failed):
         with pytest.raises(ConfigError, match="another model there"):
-            dispatcher.open(PageLayout([], 16), 4, 0, "d")
+            dispatcher.open(256, 4, 0, "d")
     else:
-        dispatcher.open(PageLayout([], 16), 4, 0, "d")
+        dispatcher.open(256, 4, 0, "d")
         assert len(strangers) == 3  # tried again, then given up
     assert dispatcher.stats()["prefill_workers_ready"] == 0
     assert not dispatcher.wants(Request([5] * 100, SamplingParams()), 100)
     dispatcher.close()
+
+
+def answered(dispatcher: Dispatcher, stranger: Stranger, tokens: tuple[int | None, ...]) -> None:
+    """One request of 100 tokens is handed over and comes back as DONE with these tokens."""
+    request = Request([5] * 100, SamplingParams(), "r")
+    request.tokens, request.num_prompt = array("i", request.prompt_token_ids), 100
+    dispatcher.start(request, [])
+    done = Done(
+        generation=dispatcher.generation, request="r", attempt=1, tokens=tokens, logprobs=(None,) * len(tokens),
+        finished=0.0,
+    )  # fmt: skip
+    stranger.mouth.sendall(encode(done))
+
+
+@pytest.fixture
+def played():
+    """A dispatcher, and the one worker of it that the test plays."""
+    dispatcher, stranger = Dispatcher(DisaggConfig()), Stranger()
+    dispatcher.allocate(4096, torch.device("cpu"))
+    hello = Hello(generation=dispatcher.generation, version=VERSION, digest="d", num_pages=4, num_states=0)
+    stranger.mouth.sendall(encode(hello))
+    peers = [stranger]
+    dispatcher.add(lambda: peers.pop())
+    dispatcher.open(256, 4, 0, "d")
+    yield dispatcher, stranger
+    dispatcher.close()
+
+
+@pytest.mark.parametrize("token", [256, -1])
+def test_a_token_beyond_the_vocabulary_joins_nothing(played, token):
+    dispatcher, stranger = played
+    dispatcher._closed = True  # no other one is started
+    answered(dispatcher, stranger, (token,))
+    while dispatcher.stats()["requests_remote"]:
+        dispatcher._listen()
+    assert [back.tokens for back in dispatcher.collect(wait=False)] == [None]
+    assert dispatcher.stats()["worker_deaths"] == 1
 
 
 # ---- the pool ----------------------------------------------------------------------------------------------------

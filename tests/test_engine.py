@@ -280,6 +280,21 @@ def test_logits_that_are_not_finite_end_their_request_only(llm, monkeypatch):
     assert final["ill"].finish_reason == "error" and "not finite" in final["ill"].error
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_pages_of_a_step_whose_logits_are_not_finite_are_published_to_nobody(llm, monkeypatch, samples):
+    original = llm.engine.runner.run
+
+    def poisoned(*arguments):
+        logits, last, refused = original(*arguments)
+        return torch.full_like(logits, float("nan")), last, refused
+
+    monkeypatch.setattr(llm.engine.runner, "run", poisoned)
+    llm.engine.add_request(Request(prompt(14), SamplingParams(n=samples)))
+    outputs = run(llm)
+    assert [(output.index, output.finish_reason) for output in outputs] == [(i, "error") for i in range(samples)]
+    assert llm.stats()["pages_cached"] == llm.stats()["pages_held"] == 0
+
+
 @pytest.mark.parametrize("params", [{"min_tokens": 4}, {"repetition_penalty": 1.3}, {"temperature": 1e-46}])
 def test_parameters_that_reshape_logits_work_through_the_engine(llm, params):
     chosen = SamplingParams(**{"max_tokens": 6, "temperature": 0, **params})

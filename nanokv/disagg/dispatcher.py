@@ -22,7 +22,6 @@ import torch
 
 from nanokv.core.errors import ConfigError
 from nanokv.core.request import Request
-from nanokv.core.spec import PageLayout
 from nanokv.disagg.config import DisaggConfig
 from nanokv.disagg.grants import Grant, Peer, Place, prefill_message
 from nanokv.disagg.memory import SharedPool
@@ -68,6 +67,7 @@ class Dispatcher:
         self._attempts = 0
         self._closed = False
         self._hello: dict = {}
+        self._vocab_size = 0
         self._counters = dict.fromkeys(
             ("remote_prefills", "remote_tokens", "remote_lost", "stale_messages", "worker_deaths"), 0
         )
@@ -88,9 +88,13 @@ class Dispatcher:
         self._pool = SharedPool(num_bytes, device)
         return self._pool.tensor
 
-    def open(self, layout: PageLayout, num_pages: int, num_states: int, digest: str) -> None:
-        """Says HELLO to all and waits until each has answered or died. Raises ConfigError where one is refused."""
+    def open(self, vocab_size: int, num_pages: int, num_states: int, digest: str) -> None:
+        """Says HELLO to all and waits until each has answered or died. Raises ConfigError where one is refused.
+
+        vocab_size   of the model: no token of a DONE may lie beyond it
+        """
         assert self._pool is not None
+        self._vocab_size = vocab_size
         self._hello = {"digest": digest, "num_pages": num_pages, "num_states": num_states}
         for place in self._places:
             self._greet(place)
@@ -233,10 +237,11 @@ class Dispatcher:
             return
         request = grant.request
         if isinstance(message, Done):
-            num_samples, vocabulary_end = 1 + request.num_forks, 1 << 31
-            sound = all(token is None or 0 <= token < vocabulary_end for token in message.tokens)
-            if not len(message.tokens) == len(message.logprobs) == num_samples or not sound:
+            num_samples = 1 + request.num_forks
+            if not len(message.tokens) == len(message.logprobs) == num_samples:
                 raise ProtocolError(f"DONE with {len(message.tokens)} tokens for {num_samples} samples")
+            if not all(token is None or 0 <= token < self._vocab_size for token in message.tokens):
+                raise ProtocolError(f"DONE with tokens {message.tokens} of a vocabulary of {self._vocab_size}")
             place.deaths = 0
             self.last_finished = message.finished
         elif isinstance(message, Failed):

@@ -64,7 +64,7 @@ class Split:
         """Shakes hands with every worker. Raises ConfigError where one is refused or none comes up."""
         self._store = engine.store
         digest = digest_of(self._folder, model, self._config, self._dtype, engine.layout)
-        self.dispatcher.open(engine.layout, engine.store.num_pages, engine.store.states.shape[0], digest)
+        self.dispatcher.open(model.vocab_size, engine.store.num_pages, engine.store.states.shape[0], digest)
 
     def close(self) -> None:
         self.dispatcher.close()

@@ -58,6 +58,8 @@ def _join(back: Prefilled, scheduler: Scheduler, cache: CacheManager, live: Live
         scheduler.remove(request)
     elif back.tokens is None:
         scheduler.preempt(request)
+    elif None in back.tokens:  # and its pages are published to nobody
+        live.append(request, None, None, time.perf_counter())
     else:
         cache.adopt(request)
         siblings, now = live.siblings(request), time.perf_counter()

@@ -112,11 +112,17 @@ def resolve(step: Step, after: Step | None, cache: CacheManager, live: LiveReque
             live.finish(request, "error", step.unwritable.why)
             continue
         is_preempted = request.num_computed < share.end
+        gets_tokens = (
+            bool(share.samples) and request.num_tokens == share.end and not (is_preempted and request.num_forks)
+        )
+        if gets_tokens and any(token is None for token, _ in own):  # as above: nobody is to find such pages
+            live.append(request, None, None, now)
+            continue
         if not is_preempted:
             cache.commit(request, in_flight=request.num_computed - share.end)
         if share.logits is not None:
             _deliver(request, share)
-        elif share.samples and request.num_tokens == share.end and not (is_preempted and request.num_forks):
+        elif gets_tokens:
             if len(share.samples) > 1:
                 live.fork(request, share.samples[1:])
             arrived += zip(share.samples, own, strict=True)
