@@ -1,5 +1,6 @@
 """Both ends of a connection between hosts, as threads of one process: what each does about the other's faults."""
 
+import re
 import socket
 import threading
 import time
@@ -8,15 +9,18 @@ from types import SimpleNamespace
 import msgspec
 import oracles
 import pytest
-from test_disagg import PREFILL
+import torch
+from test_disagg import PREFILL, Stranger
 from test_disagg_hosts import ROOM, free_address
 
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
-from nanokv.disagg import prefiller, server
+from nanokv.core.errors import ConfigError
+from nanokv.disagg import prefiller, server, split
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.config import split_address
 from nanokv.disagg.messages import Abort, AbortAck, Done, Prefill
 from nanokv.disagg.prefiller import PrefillLoop
+from nanokv.disagg.split import Split
 from nanokv.disagg.worker import Model
 
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
@@ -99,3 +103,28 @@ def test_an_abort_of_the_last_that_waits_leaves_those_before_it_waiting(session)
         step(session)
     done = [message.attempt for message in heard.receive() if isinstance(message, Done)]
     assert done == [1, 3] and session._pages.num_free == 6
+
+
+def split_of(folder, **fields) -> Split:
+    return Split(DisaggConfig(**fields), folder, EngineConfig(page_size=8), torch.device("cpu"), torch.float32)
+
+
+def test_a_wrong_address_beside_a_right_one_lets_the_right_one_go_and_starts_nothing(tiny_llama, monkeypatch):
+    started = []
+    monkeypatch.setattr(split, "LocalWorker", started.append)
+    with socket.create_server(("127.0.0.1", 0)) as right:
+        addresses = f"127.0.0.1:{right.getsockname()[1]}", free_address()
+        with pytest.raises(ConfigError, match=re.escape(f"connect='{addresses[1]}'")):
+            split_of(tiny_llama, connect=addresses, prefill_workers=2)
+        sock, _ = right.accept()
+        with sock:
+            sock.settimeout(5.0)
+            assert sock.recv(1) == b"" and not started
+
+
+def test_a_worker_that_cannot_be_started_ends_those_before_it(tiny_llama, monkeypatch):
+    strangers = [Stranger()]
+    monkeypatch.setattr(split, "LocalWorker", lambda job: strangers[int(job.name[-1])])
+    with pytest.raises(IndexError):
+        split_of(tiny_llama, prefill_workers=2)
+    assert strangers[0].gone

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -41,19 +43,24 @@ class Split:
         self._store: CacheStore | None = None
         self._dtype = str(dtype).removeprefix("torch.")
         fields = asdict(replace(config, event_log=None))
-        for number in range(disagg.prefill_workers):
-            job = Job(
-                name=f"prefill {number}", folder=str(folder.resolve()), device=str(device), dtype=self._dtype,
-                config=fields, heartbeat_s=disagg.heartbeat_s, cores=disagg.worker_cores,
-            )  # fmt: skip
-            self.dispatcher.add(partial(LocalWorker, job))
-        for address in disagg.connect:
-            self._reach(address, disagg.heartbeat_s)
         self._folder, self._config = folder, config
+        with ExitStack() as stack:
+            # First, so that a wrong address shows before anything is started.
+            socks = [stack.enter_context(connect(address, disagg.heartbeat_s)) for address in disagg.connect]
+            stack.callback(self.close)
+            for number in range(disagg.prefill_workers):
+                job = Job(
+                    name=f"prefill {number}", folder=str(folder.resolve()), device=str(device), dtype=self._dtype,
+                    config=fields, heartbeat_s=disagg.heartbeat_s, cores=disagg.worker_cores,
+                )  # fmt: skip
+                self.dispatcher.add(partial(LocalWorker, job))
+            for address, sock in zip(disagg.connect, socks, strict=True):
+                self._reach(address, disagg.heartbeat_s, sock)
+            stack.pop_all()
 
-    def _reach(self, address: str, seconds: float) -> None:
-        """A prefill process on another host. The first connection is made here, so that a wrong address shows."""
-        first = [connect(address, seconds)]
+    def _reach(self, address: str, seconds: float, sock: socket.socket) -> None:
+        """A prefill process on another host, over a connection that was made already, and over others after it."""
+        first = [sock]
 
         def start() -> HostLink:
             return HostLink(address, lambda: self._store, seconds, first.pop() if first else None)
