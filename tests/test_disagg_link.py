@@ -1,5 +1,6 @@
 """Both ends of a connection between hosts, as threads of one process: what each does about the other's faults."""
 
+import contextlib
 import re
 import socket
 import threading
@@ -14,11 +15,12 @@ from test_disagg import PREFILL, Stranger
 from test_disagg_hosts import ROOM, free_address
 
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
+from nanokv import llm as llm_module
 from nanokv.core.errors import ConfigError
-from nanokv.disagg import prefiller, server, split
+from nanokv.disagg import dispatcher, link, prefiller, server, split
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.config import split_address
-from nanokv.disagg.messages import Abort, AbortAck, Done, Prefill
+from nanokv.disagg.messages import VERSION, Abort, AbortAck, Done, Hello, Prefill, encode
 from nanokv.disagg.prefiller import PrefillLoop
 from nanokv.disagg.split import Split
 from nanokv.disagg.worker import Model
@@ -32,7 +34,10 @@ def address(tiny_llama) -> str:
     address = free_address()
     model = Model(tiny_llama, EngineConfig(page_size=8, kv_memory="8MiB"), "cpu", "float32")
     threading.Thread(target=server.listen, args=(model, split_address(address), 1.0), daemon=True).start()
-    return address
+    while True:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(split_address(address)):
+            return address
+        time.sleep(0.01)
 
 
 def test_a_prompt_whose_layers_flow_for_longer_than_the_heartbeat_kills_nobody(address, tiny_llama, monkeypatch):
@@ -128,3 +133,52 @@ def test_a_worker_that_cannot_be_started_ends_those_before_it(tiny_llama, monkey
     with pytest.raises(IndexError):
         split_of(tiny_llama, prefill_workers=2)
     assert strangers[0].gone
+
+
+def test_a_connection_that_says_nothing_does_not_keep_others_out(address, tiny_llama, monkeypatch):
+    monkeypatch.setattr(server, "HELLO_S", 0.5)
+    with socket.create_connection(split_address(address)) as silent:
+        silent.sendall(b"\0")  # no message yet
+        with LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM) as llm:
+            assert llm.stats()["prefill_workers_ready"] == 1
+
+
+def test_a_decode_process_that_loads_for_long_is_waited_for(address, tiny_llama, monkeypatch):
+    monkeypatch.setattr(server, "HELLO_S", 0.6)
+    monkeypatch.setattr(link, "PING_S", 0.1)
+    load = llm_module.load_model
+    monkeypatch.setattr(llm_module, "load_model", lambda *args, **kwargs: time.sleep(1.5) or load(*args, **kwargs))
+    with LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM) as llm:
+        assert llm.stats()["prefill_workers_ready"] == 1 and llm.stats()["worker_deaths"] == 0
+
+
+def test_who_is_waited_for_is_told_once(address, tiny_llama, monkeypatch, caplog):
+    monkeypatch.setattr(dispatcher, "TELL_S", 0.1)
+    monkeypatch.setattr(server, "HELLO_S", 1.0)
+    with socket.create_connection(split_address(address)):
+        LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM).close()
+    waits = [record.message for record in caplog.records if record.message.startswith("waiting for")]
+    assert waits == [f"waiting for prefill {address}: it loads its model, or serves another decode process"]
+
+
+def test_a_worker_that_is_started_again_and_never_ready_is_killed(monkeypatch):
+    monkeypatch.setattr(dispatcher, "START_S", 0.05)
+    strangers, ours = [], dispatcher.Dispatcher(DisaggConfig())
+    ours.allocate(4096, torch.device("cpu"))
+
+    def start() -> Stranger:
+        strangers.append(Stranger())
+        if len(strangers) == 1:
+            hello = Hello(generation=ours.generation, version=VERSION, digest="d", num_pages=4, num_states=0)
+            strangers[0].mouth.sendall(encode(hello))
+        return strangers[-1]
+
+    ours.add(start)
+    ours.open(256, 4, 0, "d")
+    strangers[0].gone = True
+    deadline = time.monotonic() + 10
+    while len(strangers) < 3:
+        assert time.monotonic() < deadline
+        ours.collect(wait=False)
+    assert strangers[1].gone
+    ours.close()

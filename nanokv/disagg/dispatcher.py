@@ -48,7 +48,9 @@ MAX_DEATHS = 3
 WAIT_S = 0.05
 """How long `collect` waits at most, so that whoever steps the engine can do other things in between."""
 START_S = 600.0
-"""How long the first workers may take to load their model."""
+"""How long a worker may take to load its model."""
+TELL_S = 5.0
+"""How long the first workers may take before the user is told who is waited for."""
 
 
 class Dispatcher:
@@ -98,18 +100,25 @@ class Dispatcher:
         self._hello = {"digest": digest, "num_pages": num_pages, "num_states": num_states}
         for place in self._places:
             self._greet(place)
-        deadline = time.monotonic() + START_S
-        while any(place.peer is not None and place.state != "ready" for place in self._places):
+        begin, is_told = time.monotonic(), False
+        while missing := [place for place in self._places if place.peer is not None and place.state != "ready"]:
             self._select(WAIT_S)
             self._listen()
             refusals = [place.refusal for place in self._places if place.refusal is not None]
-            if refusals or time.monotonic() > deadline:
+            waited = time.monotonic() - begin
+            if refusals or waited > START_S:
                 raise ConfigError(f"disagg: {refusals[0] if refusals else f'no worker is ready after {START_S:g} s'}")
+            if waited > TELL_S and not is_told:
+                is_told = True
+                logger.warning(
+                    "waiting for %s: it loads its model, or serves another decode process",
+                    ", ".join(place.peer.name for place in missing if place.peer is not None),
+                )
 
     def _greet(self, place: Place) -> None:
         memory = place.memory or self._pool.export()
         hello = Hello(generation=self.generation, version=VERSION, memory=memory, **self._hello)
-        place.state = "starting"
+        place.state, place.since = "starting", time.monotonic()
         place.peer.channel.send(hello, self._pool.descriptor if memory.kind == "memfd" else None)
 
     # -- what the engine asks for
@@ -262,6 +271,9 @@ class Dispatcher:
                 raise ProtocolError(f"HELLO with {name}={getattr(hello, name)!r}, {value!r} here")
 
     def _check_heartbeat(self, place: Place) -> None:
+        # A host that cannot be reached is tried for ever; a process of this host loads, or something is wrong with it.
+        if place.state == "starting" and place.memory is None and time.monotonic() - place.since > START_S:
+            self._kill(place, f"is not ready after {START_S:g} s")
         if place.state == "ready" and place.grants:
             since = max(place.heard, min(grant.since for grant in place.grants.values()))
             if time.monotonic() - since > self._config.heartbeat_s:

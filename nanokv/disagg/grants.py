@@ -41,6 +41,7 @@ class Place:
 
     memory  what HELLO tells it of the pool; None: it maps this one
     state   "starting" (HELLO not answered yet), "ready", or "dying" (killed, not gone yet)
+    since   when it was started, time.monotonic()
     """
 
     start: Callable[[], Peer]
@@ -48,6 +49,7 @@ class Place:
     peer: Peer | None = None
     state: str = "starting"
     grants: dict[int, Grant] = field(default_factory=dict)
+    since: float = 0.0
     heard: float = 0.0
     deaths: int = 0
     refusal: str | None = None

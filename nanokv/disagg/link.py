@@ -39,6 +39,8 @@ logger = logging.getLogger("nanokv")
 
 RETRY_S = 1.0
 """Between two attempts to reach a host that was lost."""
+PING_S = 2.0
+"""Between two signs of life while the decode process loads its model and HELLO is still to come."""
 
 
 def connect(address: str, seconds: float) -> socket.socket:
@@ -120,10 +122,14 @@ class HostLink:
             os.close(self._end)
 
     def _relay(self, far: Channel) -> None:
+        is_greeted = False
         while not (far.closed or self._engine.closed or self._closing.is_set()):
             writing = [channel for channel in (far, self._engine) if channel.is_backed_up]
-            select.select([far, self._engine], writing, [])
+            spoke = select.select([far, self._engine], writing, [], None if is_greeted else PING_S)
+            if not any(spoke):
+                far.send(Ping(generation=0))
             for message in self._engine.receive():
+                is_greeted = is_greeted or isinstance(message, Hello)
                 if isinstance(message, Prefill):
                     cached = message.cached_length // self._store().layout.page_size
                     given = set(unpack_ints(message.pages)[cached:])

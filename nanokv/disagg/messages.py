@@ -3,6 +3,7 @@
 A frame is a length (4 bytes, big-endian) and as many bytes of msgpack: one map, whose key "type" names the message and
 whose other keys are the fields below. Unknown keys are ignored, missing or mistyped ones are an error.
 
+    decode -> prefill    PING     (between hosts only) HELLO comes when the model is loaded
     decode -> prefill    HELLO    who I am, where the pool is (on one host its descriptor rides along, SCM_RIGHTS)
     prefill -> decode    HELLO    the same digest and generation, mapped: ready for prompts
     decode -> prefill    PREFILL  these pages are yours until you say DONE, FAILED or ABORT_ACK

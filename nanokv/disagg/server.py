@@ -41,6 +41,10 @@ from nanokv.engine.memory import memory_for_pages, pool_size
 
 logger = logging.getLogger("nanokv")
 
+HELLO_S = 30.0
+"""Silence of one that has come and not said HELLO, after which the next one has its turn. A decode process that still
+loads its model says PING (link.py)."""
+
 
 @dataclass
 class Job:
@@ -187,7 +191,7 @@ def serve_one(model: Model, store: CacheStore, sock: socket.socket, heartbeat_s:
     here = sock.getsockname()[0]
     channel = Channel(sock)
     try:
-        hello = receive_hello(channel)
+        hello = receive_hello(channel, HELLO_S)
         reason = refusal(hello, model.digest)
         if reason is None and hello.memory.kind != "sent":
             reason = "over TCP pages are sent, not mapped"

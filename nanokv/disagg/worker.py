@@ -76,11 +76,20 @@ def refusal(hello: Hello, digest: str) -> str | None:
     return None
 
 
-def receive_hello(channel: Channel) -> Hello:
-    """Waits for the first message. Raises ProtocolError where it is another, EOFError where none comes."""
+def receive_hello(channel: Channel, seconds: float | None = None) -> Hello:
+    """Waits for HELLO. Raises ProtocolError where another message comes, EOFError where the other side hangs up.
+
+    seconds   of silence at most, else ProtocolError too: PING says that HELLO is still to come
+    """
+    heard = time.monotonic()
     while not channel.closed:
-        select.select([channel], [], [])
+        left = None if seconds is None else max(0.0, heard + seconds - time.monotonic())
+        if not select.select([channel], [], [], left)[0]:
+            raise ProtocolError(f"said nothing for {seconds:g} s")
         for message in channel.receive():
+            heard = time.monotonic()
+            if isinstance(message, Ping):
+                continue
             if not isinstance(message, Hello) or message.memory is None:
                 raise ProtocolError(f"{type(message).__name__} came before HELLO")
             return message
