@@ -218,6 +218,65 @@ def test_what_came_back_beside_a_result_that_fails_is_not_lost(with_three_back, 
     assert engine.stats()["pages_held"] == 0
 
 
+@pytest.mark.parametrize("where", ["before the scheduler", "behind the scheduler"])
+def test_pages_of_an_aborted_request_come_back_though_ctrl_c_comes_with_them(with_three_back, monkeypatch, where):
+    engine, alone = with_three_back
+    first = engine.prefiller._results[0].request.request_id
+    engine.abort(first)
+    owner, name = (engine.scheduler, "remove") if where == "before the scheduler" else (engine.cache, "release")
+
+    def failing(request):
+        monkeypatch.delattr(owner, name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, failing, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    ends = finished(engine)
+    ends.pop(first, None)
+    assert all(output.token_ids == alone[name] for name, output in ends.items()) and len(ends) == 2
+    engine.cache.check()
+    assert engine.stats()["pages_held"] == 0 and not engine.scheduler.running
+
+
+class Interrupted(dict):
+    """Grants that are interrupted by Ctrl-C where one of them ends."""
+
+    def pop(self, *arguments):
+        raise KeyboardInterrupt
+
+    __delitem__ = pop
+
+
+def test_a_result_that_ctrl_c_parts_from_its_grant_comes_back_once(played):
+    dispatcher, stranger = played
+    (place,) = dispatcher._places
+    place.grants = Interrupted()
+    answered(dispatcher, stranger, (5,))
+    with pytest.raises(KeyboardInterrupt):
+        dispatcher.collect(wait=True)
+    back = dispatcher.collect(wait=False)
+    assert [one.tokens for one in back] == [(5,)]
+    assert dispatcher.stats()["requests_remote"] == 0
+
+
+def test_a_start_that_ctrl_c_interrupts_is_made_up_for(played, monkeypatch):
+    dispatcher, stranger = played
+    (place,) = dispatcher._places
+    starts = iter([KeyboardInterrupt(), None])
+
+    def start() -> Stranger:
+        if next(starts):
+            raise KeyboardInterrupt
+        return Stranger()
+
+    place.start, stranger.gone = start, True
+    with pytest.raises(KeyboardInterrupt):
+        dispatcher.collect(wait=False)
+    dispatcher.collect(wait=False)
+    assert place.peer is not None and place.peer is not stranger and place.state == "starting"
+
+
 @pytest.mark.parametrize("what", ["copy", "start"])
 def test_a_hand_over_that_fails_ends_what_it_was_for_and_nothing_else(tiny_llama, monkeypatch, what):
     """A step whose copies were not made is not run: its pages would hold other tokens than their request."""

@@ -147,7 +147,7 @@ class Dispatcher:
         self._counters["remote_tokens"] += grant.tokens
 
     def abort(self, request: Request) -> bool:
-        """Whether the request is out; its worker is asked to stop then."""
+        """Whether the request is out, or what came of it is not collected yet; its worker is asked to stop."""
         for place in self._places:
             for grant in place.grants.values():
                 if grant.request is request:
@@ -155,7 +155,7 @@ class Dispatcher:
                         place.peer.channel.send(self._about(Abort, grant))
                     grant.aborted = True
                     return True
-        return False
+        return any(one.request is request for one in self._results)
 
     def collect(self, wait: bool) -> deque[Prefilled]:
         """What has come back and was not taken out. `wait`: up to WAIT_S, if anything is out and nothing is there."""
@@ -197,8 +197,10 @@ class Dispatcher:
 
     def _listen(self) -> None:
         """Hears every worker out, kills those that are silent or broken, buries those that are gone."""
+        self._close_grants()
         for place in self._places:
             if place.peer is None:
+                self._start_again(place)
                 continue
             is_gone = place.peer.gone  # asked first: what it said before its end is read below
             try:
@@ -211,6 +213,16 @@ class Dispatcher:
                 self._kill(place, f"said what it must not ({error})")
             if is_gone:
                 self._bury(place)
+
+    def _close_grants(self) -> None:
+        """Those whose results are there: Ctrl-C may have come between the two."""
+        back = [one.request for one in self._results]
+        for place in self._places if back else ():
+            place.grants = {
+                attempt: grant
+                for attempt, grant in place.grants.items()
+                if not any(grant.request is request for request in back)
+            }
 
     def _hear_all(self, place: Place) -> None:
         messages = place.peer.channel.receive()
@@ -258,11 +270,10 @@ class Dispatcher:
             self._counters["remote_lost"] += 1
         elif not grant.aborted:
             raise ProtocolError("ABORT_ACK of what was not aborted")
-        del place.grants[message.attempt]
-        if isinstance(message, Done) and not grant.aborted:
-            self._results.append(Prefilled(request, message.tokens, message.logprobs))
-        else:
-            self._results.append(Prefilled(request))
+        is_good = isinstance(message, Done) and not grant.aborted
+        back = Prefilled(request, message.tokens, message.logprobs) if is_good else Prefilled(request)
+        self._results.append(back)  # first: Ctrl-C between the two loses nothing
+        place.grants.pop(message.attempt, None)
 
     def _check_hello(self, hello: Hello) -> None:
         ours = {**self._hello, "version": VERSION}
@@ -300,12 +311,18 @@ class Dispatcher:
         """It is gone: what it held comes back, and a new one starts unless they keep dying."""
         if place.state != "dying":
             self._kill(place, "has died")
-        lost, place.grants = list(place.grants.values()), {}
+        lost = list(place.grants.values())
         self._counters["remote_lost"] += sum(not grant.aborted for grant in lost)
-        self._results += [Prefilled(grant.request) for grant in lost]
-        place.peer.close()
-        place.peer = None
+        self._results += [Prefilled(grant.request) for grant in lost]  # first, as in `_settle`
+        place.grants = {}
+        peer, place.peer = place.peer, None
+        peer.close()
+        self._start_again(place)
+
+    def _start_again(self, place: Place) -> None:
+        """Where there is none, and one may come. `_listen` asks again, should Ctrl-C come in the middle of it."""
         if not self._closed and place.deaths < MAX_DEATHS:
+            place.state = "starting"
             place.peer = place.start()
             self._greet(place)
 

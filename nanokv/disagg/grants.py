@@ -37,7 +37,7 @@ class Grant:
 
 @dataclass
 class Place:
-    """A place for a worker. `peer` is None while there is none and no new one will come.
+    """A place for a worker. `peer` is None while there is none.
 
     memory  what HELLO tells it of the pool; None: it maps this one
     state   "starting" (HELLO not answered yet), "ready", or "dying" (killed, not gone yet)

@@ -42,7 +42,11 @@ def take_back(
             _join(arrived[0], scheduler, cache, live)
         except Exception as error:
             fail([request], error)
-        except BaseException:  # Ctrl-C in the middle of it: computed again
+        except BaseException:  # Ctrl-C in the middle of it: computed again, or let go where nobody waits for it
+            if request.finish_reason is not None:
+                if request in scheduler.running:
+                    scheduler.remove(request)
+                cache.release(request)
             for one in reversed(live.of([request])):
                 if one in scheduler.running:
                     scheduler.preempt(one)
