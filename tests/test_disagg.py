@@ -443,10 +443,11 @@ def test_what_a_step_has_done_before_it_fails_is_told_and_the_rest_fails(tiny_ll
 
 
 def test_another_version_or_digest_is_refused():
-    hello = Hello(generation=1, version=VERSION, digest="d", num_pages=1, num_states=0, memory=None)
+    hello = Hello(generation=1, version=VERSION, digest="d", num_pages=1, num_states=0, heartbeat_s=10.0)
     assert refusal(hello, "d") is None
     assert "version 99" in refusal(msgspec.structs.replace(hello, version=99), "d")
     assert "another model" in refusal(hello, "e")
+    assert "heartbeat_s=inf" in refusal(msgspec.structs.replace(hello, heartbeat_s=float("inf")), "d")
 
 
 class Stranger:
@@ -474,8 +475,8 @@ class Stranger:
 @pytest.mark.parametrize(
     "answer",
     [
-        Hello(generation=0, version=99, digest="d", num_pages=4, num_states=0),
-        Hello(generation=0, version=VERSION, digest="other", num_pages=4, num_states=0),
+        Hello(generation=0, version=99, digest="d", num_pages=4, num_states=0, heartbeat_s=10.0),
+        Hello(generation=0, version=VERSION, digest="other", num_pages=4, num_states=0, heartbeat_s=10.0),
         Failed(generation=0, reason="another model there"),
         Prefill(**{**msgspec.structs.asdict(PREFILL), "generation": 0}),
         b"\xff\xff\xff\xff",
@@ -508,6 +509,13 @@ def test_a_worker_that_does_not_fit_gets_no_prompts(answer, caplog):
     dispatcher.close()
 
 
+def hello_of(dispatcher: Dispatcher) -> Hello:
+    """What a worker that fits answers."""
+    return Hello(
+        generation=dispatcher.generation, version=VERSION, digest="d", num_pages=4, num_states=0, heartbeat_s=10.0
+    )
+
+
 def answered(dispatcher: Dispatcher, stranger: Stranger, tokens: tuple[int | None, ...]) -> None:
     """One request of 100 tokens is handed over and comes back as DONE with these tokens."""
     request = Request([5] * 100, SamplingParams(), "r")
@@ -525,8 +533,7 @@ def played():
     """A dispatcher, and the one worker of it that the test plays."""
     dispatcher, stranger = Dispatcher(DisaggConfig()), Stranger()
     dispatcher.allocate(4096, torch.device("cpu"))
-    hello = Hello(generation=dispatcher.generation, version=VERSION, digest="d", num_pages=4, num_states=0)
-    stranger.mouth.sendall(encode(hello))
+    stranger.mouth.sendall(encode(hello_of(dispatcher)))
     peers = [stranger]
     dispatcher.add(lambda: peers.pop())
     dispatcher.open(256, 4, 0, "d")
@@ -576,6 +583,8 @@ def test_a_pool_of_another_size_is_refused():
         ({"prefill_workers": True}, "prefill_workers=True"),
         ({"min_tokens": 0}, "min_tokens=0"),
         ({"heartbeat_s": 0}, "heartbeat_s=0"),
+        ({"heartbeat_s": float("nan")}, "heartbeat_s=nan"),
+        ({"heartbeat_s": float("inf")}, "heartbeat_s=inf"),
         ({"connect": "host"}, "address 'host'"),
         ({"connect": ("a:1", "b:99999")}, "address 'b:99999'"),
         ({"worker_cores": ()}, "worker_cores=()"),

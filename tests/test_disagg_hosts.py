@@ -32,7 +32,7 @@ class Server:
 
     def __init__(self, folder: Path, address: str, prefix: list[str] | None = None, *more: str) -> None:
         command = [sys.executable, "-m", "nanokv.cli.main", "disagg", "prefill", str(folder), "--listen", address]
-        options = ["--page-size", "8", "--kv-memory", "8MiB", "--heartbeat", "3", *more]
+        options = ["--page-size", "8", "--kv-memory", "8MiB", *more]
         self.process = subprocess.Popen(
             [*(prefix or []), *command, *options], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
         )
@@ -144,7 +144,7 @@ def test_the_memory_for_pages_is_taken_once_and_not_for_each_that_comes(tiny_lla
 
     monkeypatch.setattr(server, "memory_for_pages", once)
     model = Model(tiny_llama, EngineConfig(page_size=8, kv_memory="8MiB"), "cpu", "float32")
-    threading.Thread(target=server.listen, args=(model, split_address(address), 3.0), daemon=True).start()
+    threading.Thread(target=server.listen, args=(model, split_address(address)), daemon=True).start()
     with LLM(tiny_llama, **ROOM) as llm:
         alone = answers(llm)
     for _ in range(2):

@@ -11,7 +11,7 @@ import msgspec
 import oracles
 import pytest
 import torch
-from test_disagg import PREFILL, Stranger
+from test_disagg import PREFILL, Stranger, hello_of
 from test_disagg_hosts import ROOM, free_address
 
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
@@ -20,7 +20,7 @@ from nanokv.core.errors import ConfigError
 from nanokv.disagg import dispatcher, link, prefiller, server, split
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.config import split_address
-from nanokv.disagg.messages import VERSION, Abort, AbortAck, Done, Hello, Prefill, encode
+from nanokv.disagg.messages import Abort, AbortAck, Done, Prefill, encode
 from nanokv.disagg.prefiller import PrefillLoop
 from nanokv.disagg.split import Split
 from nanokv.disagg.worker import Model
@@ -33,7 +33,7 @@ def address(tiny_llama) -> str:
     """Of a prefill process that is a thread."""
     address = free_address()
     model = Model(tiny_llama, EngineConfig(page_size=8, kv_memory="8MiB"), "cpu", "float32")
-    threading.Thread(target=server.listen, args=(model, split_address(address), 1.0), daemon=True).start()
+    threading.Thread(target=server.listen, args=(model, split_address(address)), daemon=True).start()
     while True:
         with contextlib.suppress(ConnectionRefusedError), socket.create_connection(split_address(address)):
             return address
@@ -169,8 +169,7 @@ def test_a_worker_that_is_started_again_and_never_ready_is_killed(monkeypatch):
     def start() -> Stranger:
         strangers.append(Stranger())
         if len(strangers) == 1:
-            hello = Hello(generation=ours.generation, version=VERSION, digest="d", num_pages=4, num_states=0)
-            strangers[0].mouth.sendall(encode(hello))
+            strangers[0].mouth.sendall(encode(hello_of(ours)))
         return strangers[-1]
 
     ours.add(start)
@@ -182,3 +181,15 @@ def test_a_worker_that_is_started_again_and_never_ready_is_killed(monkeypatch):
         ours.collect(wait=False)
     assert strangers[1].gone
     ours.close()
+
+
+def test_a_server_keeps_to_the_heartbeat_of_the_decode_process(address, tiny_llama, monkeypatch):
+    told, begin = [], server.SendingSession.__init__
+
+    def recorded(session, channel, loop, heartbeat_s):
+        told.append(heartbeat_s)
+        begin(session, channel, loop, heartbeat_s)
+
+    monkeypatch.setattr(server.SendingSession, "__init__", recorded)
+    LLM(tiny_llama, disagg=DisaggConfig(connect=address, heartbeat_s=2), **ROOM).close()
+    assert told == [2.0]

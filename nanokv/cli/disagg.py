@@ -31,8 +31,7 @@ def disagg() -> None:
 @click.option("--prefill", default="exact", show_default=True, help="As on the other host: exact or fast.")
 @click.option("--page-size", type=int, default=16, show_default=True, help="As on the other host.")
 @click.option("--kv-memory", metavar="SIZE", help="Memory for the pages of prompts in work, such as 512MiB.")
-@click.option("--heartbeat", type=float, default=10.0, show_default=True, help="Seconds until a stuck transfer fails.")
-def prefill(model: str | None, listen: str, heartbeat: float, **options: Any) -> None:
+def prefill(model: str | None, listen: str, **options: Any) -> None:
     """Compute prompts for one engine at a time, until Ctrl-C. Pages travel unencrypted: trusted networks only."""
     try:
         address = split_address(listen)
@@ -49,4 +48,4 @@ def prefill(model: str | None, listen: str, heartbeat: float, **options: Any) ->
     logging.basicConfig(format="[prefill] %(message)s")
     device = choose_device(config.device).device
     dtype = resolve_dtype(config.dtype, ModelConfig.from_folder(folder))
-    serve(Model(folder, config, str(device), str(dtype).removeprefix("torch.")), address, heartbeat)
+    serve(Model(folder, config, str(device), str(dtype).removeprefix("torch.")), address)

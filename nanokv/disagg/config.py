@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from nanokv.core.errors import ConfigError
 
+LONGEST_S = 86400.0
+"""Seconds of a heartbeat at most: a day."""
+
 
 @dataclass(frozen=True)
 class DisaggConfig:
@@ -21,7 +24,8 @@ class DisaggConfig:
     many tokens lengthen one decode step to twice its time, and handing them over would cost about a step as well;
     `nanokv bench disagg` measures it (`break_even_tokens`)."""
     heartbeat_s: float = 10.0
-    """A worker that holds pages and says nothing for so long is killed. It speaks between any two layers."""
+    """A worker that holds pages and says nothing for so long is killed. It speaks between any two layers. HELLO tells
+    it, so it is said here only; between hosts a transfer that makes no progress for so long fails, too."""
     worker_cores: tuple[int, ...] | None = None
     """CPU cores that the prefill processes of this host run on; None: all that this process may use."""
 
@@ -38,12 +42,9 @@ class DisaggConfig:
             raise ConfigError("prefill_workers=0: expected at least 1, or addresses in connect")
         for address in addresses:
             split_address(address)
-        if (
-            isinstance(self.heartbeat_s, bool)
-            or not isinstance(self.heartbeat_s, (int, float))
-            or self.heartbeat_s <= 0
-        ):
-            raise ConfigError(f"heartbeat_s={self.heartbeat_s!r}: expected seconds, more than 0")
+        seconds = self.heartbeat_s
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= LONGEST_S:
+            raise ConfigError(f"heartbeat_s={seconds!r}: expected seconds, more than 0, at most {LONGEST_S:g}")
         if self.worker_cores is not None and not self.worker_cores:
             raise ConfigError("worker_cores=(): expected at least one core, or None")
 

@@ -97,7 +97,10 @@ class Dispatcher:
         """
         assert self._pool is not None
         self._vocab_size = vocab_size
-        self._hello = {"digest": digest, "num_pages": num_pages, "num_states": num_states}
+        self._hello = {
+            "digest": digest, "num_pages": num_pages, "num_states": num_states,
+            "heartbeat_s": float(self._config.heartbeat_s),
+        }  # fmt: skip
         for place in self._places:
             self._greet(place)
         begin, is_told = time.monotonic(), False

@@ -30,7 +30,7 @@ import msgspec
 
 from nanokv.core.errors import NanokvError
 
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct(">I")
 MAX_FRAME = 16 << 20
 """Bytes of a frame at most: a prompt of a million tokens takes 4 MiB, and a length beyond this is no length."""
@@ -63,13 +63,15 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
 class Hello(Message, tag="HELLO", frozen=True, kw_only=True):
     """version, digest   must be equal on both sides; digest covers weights, config, codec, page size and layout
-    memory           None in the answer of a prefill process
+    heartbeat_s      silence after which the decode process kills; the answer repeats it (0: version 1 knew none)
+    memory           None in the answer of a prefill process of the same host
     """
 
     version: int
     digest: str
     num_pages: int
     num_states: int
+    heartbeat_s: float = 0.0
     memory: Memory | None = None
 
 

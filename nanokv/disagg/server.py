@@ -20,12 +20,10 @@ from nanokv.core.batch import Batch
 from nanokv.core.request import Request
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.messages import (
-    VERSION,
     Abort,
     AbortAck,
     Done,
     Failed,
-    Hello,
     Layers,
     Memory,
     Message,
@@ -183,7 +181,7 @@ def _failed(message: Prefill, reason: str) -> Failed:
     return Failed(generation=message.generation, request=message.request, attempt=message.attempt, reason=reason)
 
 
-def serve_one(model: Model, store: CacheStore, sock: socket.socket, heartbeat_s: float) -> None:
+def serve_one(model: Model, store: CacheStore, sock: socket.socket) -> None:
     """Serves one decode process until it hangs up. Raises ProtocolError, EOFError, RuntimeError (torch.distributed).
 
     store   for the prompts in work; what was written for another decode process is never read
@@ -198,26 +196,22 @@ def serve_one(model: Model, store: CacheStore, sock: socket.socket, heartbeat_s:
         if reason is not None:
             channel.send(Failed(generation=hello.generation, reason=reason))
             raise ProtocolError(reason)
-        rendezvous = open_store(here, heartbeat_s)
+        rendezvous = open_store(here, hello.heartbeat_s)
         session: SendingSession
         loop = PrefillLoop(
             model.decoder, store, model.config, hello.generation, lambda layer, batch: session.after_layer(layer, batch)
         )
-        session = SendingSession(channel, loop, heartbeat_s)
-        session.send(
-            Hello(
-                generation=hello.generation, version=VERSION, digest=model.digest, num_pages=hello.num_pages,
-                num_states=hello.num_states, memory=Memory(kind="sent", num_bytes=0, port=rendezvous.port),
-            )
-        )  # fmt: skip
-        group = join_group(rendezvous, 0, model.device, here, heartbeat_s)
+        session = SendingSession(channel, loop, hello.heartbeat_s)
+        answer = Memory(kind="sent", num_bytes=0, port=rendezvous.port)
+        session.send(msgspec.structs.replace(hello, memory=answer))
+        group = join_group(rendezvous, 0, model.device, here, hello.heartbeat_s)
         session.sender = PageSender(group, store, session.say)
         session.serve()
     finally:
         channel.close()
 
 
-def listen(model: Model, address: tuple[str, int], heartbeat_s: float) -> None:
+def listen(model: Model, address: tuple[str, int]) -> None:
     """Serves one decode process after the other, for ever. Raises OSError where the address cannot be had, ConfigError
     where the pages do not fit in memory: that shows here, and never when a decode process comes."""
     memory = memory_for_pages(model.config, model.decoder, model.layout, model.device)
@@ -229,7 +223,7 @@ def listen(model: Model, address: tuple[str, int], heartbeat_s: float) -> None:
             sock, (peer, port, *_) = server.accept()
             logger.warning("%s:%d is here", peer, port)
             try:
-                serve_one(model, store, sock, heartbeat_s)
+                serve_one(model, store, sock)
                 logger.warning("%s:%d has left", peer, port)
             except (ProtocolError, EOFError, RuntimeError, OSError) as error:
                 logger.warning("%s:%d: %s", peer, port, " ".join(str(error).split())[:200])

@@ -51,7 +51,7 @@ class Split:
             for number in range(disagg.prefill_workers):
                 job = Job(
                     name=f"prefill {number}", folder=str(folder.resolve()), device=str(device), dtype=self._dtype,
-                    config=fields, heartbeat_s=disagg.heartbeat_s, cores=disagg.worker_cores,
+                    config=fields, cores=disagg.worker_cores,
                 )  # fmt: skip
                 self.dispatcher.add(partial(LocalWorker, job))
             for address, sock in zip(disagg.connect, socks, strict=True):

@@ -25,6 +25,7 @@ from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import PageLayout
 from nanokv.disagg.channel import Channel
+from nanokv.disagg.config import LONGEST_S
 from nanokv.disagg.digest import digest_of
 from nanokv.disagg.memory import map_pool
 from nanokv.disagg.messages import VERSION, Abort, Failed, Hello, Message, Ping, Prefill, ProtocolError
@@ -45,7 +46,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     config: dict
-    heartbeat_s: float
     cores: tuple[int, ...] | None = None
 
 
@@ -73,6 +73,8 @@ def refusal(hello: Hello, digest: str) -> str | None:
         return f"protocol version {hello.version} there, {VERSION} here"
     if hello.digest != digest:
         return "another model, dtype, codec or page size there than here"
+    if not 0 < hello.heartbeat_s <= LONGEST_S:
+        return f"heartbeat_s={hello.heartbeat_s!r} there"
     return None
 
 
@@ -167,13 +169,8 @@ def run(job: Job, channel: Channel, make_session: Callable[..., Session] = Sessi
         session.beat()
 
     loop = PrefillLoop(model.decoder, store, model.config, hello.generation, after_layer)
-    session = make_session(channel, loop, job.heartbeat_s)
-    session.send(
-        Hello(
-            generation=hello.generation, version=VERSION, digest=model.digest, num_pages=hello.num_pages,
-            num_states=hello.num_states,
-        )
-    )  # fmt: skip
+    session = make_session(channel, loop, hello.heartbeat_s)
+    session.send(msgspec.structs.replace(hello, memory=None))
     session.serve()
 
 
