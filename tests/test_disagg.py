@@ -587,12 +587,32 @@ def test_a_pool_of_another_size_is_refused():
         ({"heartbeat_s": float("inf")}, "heartbeat_s=inf"),
         ({"connect": "host"}, "address 'host'"),
         ({"connect": ("a:1", "b:99999")}, "address 'b:99999'"),
+        ({"connect": 5}, "connect=5"),
+        ({"connect": (5,)}, "address 5"),
         ({"worker_cores": ()}, "worker_cores=()"),
+        ({"worker_cores": 3}, "worker_cores=3"),
+        ({"worker_cores": (1 << 20,)}, f"worker_cores=({1 << 20},)"),
+        ({"worker_cores": (-1,)}, "worker_cores=(-1,)"),
+        ({"worker_cores": ("0",)}, "worker_cores=('0',)"),
+        ({"worker_cores": (True,)}, "worker_cores=(True,)"),
     ],
 )
 def test_choices_that_cannot_be_are_named(fields, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         DisaggConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "workers"), [({}, 1), ({"connect": "a:1"}, 0), ({"connect": "a:1", "prefill_workers": 1}, 1)]
+)
+def test_workers_of_this_host_are_as_many_as_were_said(fields, workers):
+    assert DisaggConfig(**fields).prefill_workers == workers
+
+
+def test_another_system_is_refused_in_one_line(tiny_llama, monkeypatch):
+    monkeypatch.setattr(split.sys, "platform", "darwin")
+    with pytest.raises(ConfigError, match="disagg: processes that share pages need Linux"):
+        split.Split(DisaggConfig(), tiny_llama, EngineConfig(), torch.device("cpu"), torch.float32)
 
 
 def test_the_digest_tells_models_and_layouts_apart(tiny_llama, tmp_path):

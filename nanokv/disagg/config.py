@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from nanokv.core.errors import ConfigError
@@ -14,11 +15,10 @@ LONGEST_S = 86400.0
 class DisaggConfig:
     """What a user chooses. Raises ConfigError naming the field, its value and what is allowed."""
 
-    prefill_workers: int = 1
-    """Prefill processes to start on this host; 0 where all of them are reached by `connect`."""
+    prefill_workers: int | None = None
+    """Prefill processes to start on this host. None: one, or none beside `connect`."""
     connect: str | tuple[str, ...] = ()
-    """HOST:PORT of prefill processes on other hosts (`nanokv disagg prefill --listen HOST:PORT`). An address alone
-    starts none here."""
+    """HOST:PORT of prefill processes on other hosts (`nanokv disagg prefill --listen HOST:PORT`)."""
     min_tokens: int = 64
     """Prompts with fewer uncached tokens are computed here. The formula: decode step seconds x prefill tokens/s. That
     many tokens lengthen one decode step to twice its time, and handing them over would cost about a step as well;
@@ -30,10 +30,12 @@ class DisaggConfig:
     """CPU cores that the prefill processes of this host run on; None: all that this process may use."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.connect, (str, tuple, list)):
+            raise ConfigError(f"connect={self.connect!r}: expected HOST:PORT, or a tuple of them")
         addresses = (self.connect,) if isinstance(self.connect, str) else tuple(self.connect)
         object.__setattr__(self, "connect", addresses)
-        if addresses and self.prefill_workers == 1:
-            object.__setattr__(self, "prefill_workers", 0)
+        if self.prefill_workers is None:
+            object.__setattr__(self, "prefill_workers", 0 if addresses else 1)
         for name, least in (("prefill_workers", 0), ("min_tokens", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -45,8 +47,12 @@ class DisaggConfig:
         seconds = self.heartbeat_s
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= LONGEST_S:
             raise ConfigError(f"heartbeat_s={seconds!r}: expected seconds, more than 0, at most {LONGEST_S:g}")
-        if self.worker_cores is not None and not self.worker_cores:
-            raise ConfigError("worker_cores=(): expected at least one core, or None")
+        if self.worker_cores is not None:
+            cores, count = self.worker_cores, os.cpu_count()
+            are_cores = isinstance(cores, (tuple, list)) and all(core in range(count) for core in cores)
+            if not are_cores or not cores or any(not isinstance(core, int) or isinstance(core, bool) for core in cores):
+                raise ConfigError(f"worker_cores={cores!r}: expected a tuple of cores from 0 to {count - 1}, or None")
+            object.__setattr__(self, "worker_cores", tuple(cores))
 
 
 def split_address(address: str) -> tuple[str, int]:

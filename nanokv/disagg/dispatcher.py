@@ -86,7 +86,7 @@ class Dispatcher:
         self._places.append(place)
 
     def allocate(self, num_bytes: int, device: torch.device) -> torch.Tensor:
-        """The pool, as memory that other processes can map: uint8 [num_bytes]. Raises ConfigError."""
+        """The pool, as memory that other processes can map: uint8 [num_bytes]."""
         self._pool = SharedPool(num_bytes, device)
         return self._pool.tensor
 

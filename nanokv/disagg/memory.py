@@ -15,7 +15,6 @@ import os
 import msgspec
 import torch
 
-from nanokv.core.errors import ConfigError
 from nanokv.disagg.messages import Memory, ProtocolError
 
 
@@ -28,8 +27,6 @@ class SharedPool:
         if device.type == "cuda":
             self.tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
             return
-        if not hasattr(os, "memfd_create"):
-            raise ConfigError("disagg: sharing pages between processes needs Linux (memfd)")
         self.descriptor = os.memfd_create("nanokv-pages", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.descriptor, max(num_bytes, 1))
         fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)

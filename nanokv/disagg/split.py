@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -37,6 +38,8 @@ class Split:
     def __init__(
         self, disagg: DisaggConfig, folder: Path, config: EngineConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
+        if not sys.platform.startswith("linux"):
+            raise ConfigError("disagg: processes that share pages need Linux (memfd, pidfd)")
         if config.center_keys:
             raise ConfigError("center_keys=True: the means are measured in one process; with disagg allowed is False")
         self.dispatcher = Dispatcher(disagg)
