@@ -3,6 +3,8 @@
 import contextlib
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import oracles
 import pytest
 import torch
 from test_disagg import PREFILL, Stranger, hello_of
-from test_disagg_hosts import ROOM, free_address
+from test_disagg_hosts import ENVIRONMENT, ROOM, free_address
 
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
 from nanokv import llm as llm_module
@@ -193,3 +195,40 @@ def test_a_server_keeps_to_the_heartbeat_of_the_decode_process(address, tiny_lla
     monkeypatch.setattr(server.SendingSession, "__init__", recorded)
     LLM(tiny_llama, disagg=DisaggConfig(connect=address, heartbeat_s=2), **ROOM).close()
     assert told == [2.0]
+
+
+def test_a_host_that_is_lost_is_told_once(address, tiny_llama, monkeypatch, caplog):
+    with LLM(tiny_llama, disagg=DisaggConfig(connect=address, min_tokens=8), **ROOM) as llm:
+        monkeypatch.setattr(link.PageReceiver, "post", raising(RuntimeError("Connection reset by peer")))
+        llm.generate([oracles.prompt(40, seed=1)], GREEDY)
+        assert llm.stats()["worker_deaths"] == 1
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    (line,) = [message for message in warnings if message.startswith(f"prefill {address}")]
+    assert line.endswith(": 1 prompts are computed here, a new one starts")
+
+
+def raising(error: Exception):
+    def fail(*arguments):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("level", ["WARNING", "DEBUG"])
+def test_a_worker_that_cannot_load_says_why_in_one_line(tmp_path, level):
+    """With its traceback where somebody debugs."""
+    job = msgspec.json.encode({"name": "prefill 0", "folder": str(tmp_path), "device": "cpu", "dtype": "float32",
+                               "config": {"nothing": 1}}).decode()  # fmt: skip
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        program = (
+            "import logging, sys; from nanokv.disagg import worker; "
+            f"logging.getLogger('nanokv').setLevel('{level}'); sys.exit(worker.main(sys.argv[1:]))"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-c", program, str(theirs.fileno()), job],
+            pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        )  # fmt: skip
+    first, *more = ended.stderr.splitlines()
+    assert ended.returncode == 1 and first.startswith("[prefill 0] TypeError: ") and "'nothing'" in first
+    assert bool(more) == (level == "DEBUG")

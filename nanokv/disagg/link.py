@@ -113,7 +113,8 @@ class HostLink:
                 far = Channel(self._sock)
                 self._relay(far)
         except (ProtocolError, RuntimeError, OSError) as error:  # RuntimeError: what torch.distributed raises
-            logger.warning("%s: %s", self.name, " ".join(str(error).split())[:200])
+            # The dispatcher warns that it is lost; this is why.
+            logger.info("%s: %s", self.name, " ".join(str(error).split())[:200])
         finally:
             self._receiver = None
             if far is not None:

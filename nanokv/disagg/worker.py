@@ -22,7 +22,7 @@ from nanokv.cache.store import CacheStore
 from nanokv.codecs import codec_of
 from nanokv.core.batch import Batch
 from nanokv.core.config import EngineConfig
-from nanokv.core.errors import ConfigError
+from nanokv.core.errors import NanokvError
 from nanokv.core.spec import PageLayout
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.config import LONGEST_S
@@ -186,8 +186,10 @@ def main(arguments: list[str], make_session: Callable[..., Session] = Session) -
         run(job, channel, make_session)
     except EOFError:
         return 0
-    except (ProtocolError, ConfigError) as error:
-        logger.error("%s", error)
+    except Exception as error:  # the decode process sees its end; what led to it is for whoever reads the log
+        known = isinstance(error, NanokvError)
+        what = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        logger.error("%s", what, exc_info=logger.isEnabledFor(logging.DEBUG))
         return 1
     return 0
 
