@@ -541,6 +541,15 @@ def played():
     dispatcher.close()
 
 
+def test_attempts_that_came_to_something_are_not_counted_against_a_request(played):
+    dispatcher, stranger = played
+    answered(dispatcher, stranger, (5,))
+    while not dispatcher.collect(wait=True):
+        pass
+    request = dispatcher.collect(wait=False)[0].request
+    assert request.num_handed_over == 0 and dispatcher.stats()["remote_prefills"] == 1
+
+
 @pytest.mark.parametrize("token", [256, -1])
 def test_a_token_beyond_the_vocabulary_joins_nothing(played, token):
     dispatcher, stranger = played

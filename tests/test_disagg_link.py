@@ -22,7 +22,7 @@ from nanokv.core.errors import ConfigError
 from nanokv.disagg import dispatcher, link, prefiller, server, split
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.config import split_address
-from nanokv.disagg.messages import Abort, AbortAck, Done, Prefill, encode
+from nanokv.disagg.messages import Abort, AbortAck, Done, Layers, Prefill, encode
 from nanokv.disagg.prefiller import PrefillLoop
 from nanokv.disagg.split import Split
 from nanokv.disagg.worker import Model
@@ -232,3 +232,17 @@ def test_a_worker_that_cannot_load_says_why_in_one_line(tmp_path, level):
     first, *more = ended.stderr.splitlines()
     assert ended.returncode == 1 and first.startswith("[prefill 0] TypeError: ") and "'nothing'" in first
     assert bool(more) == (level == "DEBUG")
+
+
+def test_layers_before_hello_end_the_connection_as_any_broken_message_does(caplog):
+    caplog.set_level("INFO", "nanokv")
+    layers = Layers(generation=7, request="r", attempt=1, places=b"", first=0, last=1)
+    with socket.create_server(("127.0.0.1", 0)) as host:
+        address = f"127.0.0.1:{host.getsockname()[1]}"
+        peer = link.HostLink(address, lambda: None, 1.0, link.connect(address, 1.0))
+        sock, _ = host.accept()
+        with sock:
+            sock.sendall(encode(layers))
+            peer._thread.join(10.0)
+    assert peer.gone and f"prefill {address}: LAYERS came before HELLO" in caplog.messages
+    peer.close()

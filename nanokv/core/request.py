@@ -194,7 +194,7 @@ class Request:
         self.num_kv_matched = 0
         self.admitted = False  # has had pages once: num_cached and num_kv_matched are settled
         self.is_remote = False  # prefilling remotely: another process writes into its pages, so they are quarantined
-        self.num_handed_over = 0  # attempts of other processes at it
+        self.num_handed_over = 0  # attempts of other processes at it since the last that came to something
 
         self.pages: array[int] = array("i")
         self.num_published = 0

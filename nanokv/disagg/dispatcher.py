@@ -42,7 +42,7 @@ from nanokv.engine.remote import Prefilled
 logger = logging.getLogger("nanokv")
 
 MAX_ATTEMPTS = 2
-"""Attempts of other processes at a request; then it is computed here."""
+"""Attempts of other processes at a request in a row, without a DONE between; then it is computed here."""
 MAX_DEATHS = 3
 """Deaths of a worker in a row, without one DONE between, after which no new one is started."""
 WAIT_S = 0.05
@@ -91,7 +91,8 @@ class Dispatcher:
         return self._pool.tensor
 
     def open(self, vocab_size: int, num_pages: int, num_states: int, digest: str) -> None:
-        """Says HELLO to all and waits until each has answered or died. Raises ConfigError where one is refused.
+        """Says HELLO to all and waits until each has answered or died. Raises ConfigError where one is refused, or
+        takes longer than START_S.
 
         vocab_size   of the model: no token of a DONE may lie beyond it
         """
@@ -266,7 +267,7 @@ class Dispatcher:
                 raise ProtocolError(f"DONE with {len(message.tokens)} tokens for {num_samples} samples")
             if not all(token is None or 0 <= token < self._vocab_size for token in message.tokens):
                 raise ProtocolError(f"DONE with tokens {message.tokens} of a vocabulary of {self._vocab_size}")
-            place.deaths = 0
+            place.deaths = request.num_handed_over = 0
             self.last_finished = message.finished
         elif isinstance(message, Failed):
             logger.warning("%s: %s failed there: %s", place.peer.name, message.request, message.reason)

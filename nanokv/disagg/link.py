@@ -144,6 +144,8 @@ class HostLink:
 
     def _hear(self, message: Message) -> None:
         if isinstance(message, Layers):
+            if self._receiver is None:
+                raise ProtocolError("LAYERS came before HELLO")
             pages, states = self._granted.get(message.attempt, (set(), set()))
             if not set(unpack_ints(message.places)) <= (states if message.states else pages):
                 raise ProtocolError("LAYERS for places that were not given to that attempt")

@@ -136,7 +136,8 @@ class Engine:
         return request.request_id
 
     def abort(self, request_id: str) -> None:
-        """End every sample of a request now; its pages are free at once. Unknown or finished ids raise RequestError."""
+        """End every sample of a request now; unknown or finished ids raise RequestError. Its pages are free at once,
+        but where another process writes into them: then when that one has acknowledged, or is gone."""
         if request_id not in self.live:
             raise RequestError(f"request_id={request_id!r}: no such live request")
         for request in self.live.of_id(request_id):

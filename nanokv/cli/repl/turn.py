@@ -70,7 +70,8 @@ def answer(
     """Stream one answer through `show`. Raises RequestError where the prompt cannot be served.
 
     Steps the engine itself: between two steps, prefill included, is where an answer can be stopped at once. A stopped
-    one is aborted, so its pages are free or cached when this returns.
+    one is aborted, so its pages are free or cached when this returns; where another process computes the prompt, when
+    that one has acknowledged.
     """
     engine = llm.engine
     request = Request(token_ids, params)
