@@ -145,6 +145,11 @@ class Failed(Message, tag="FAILED", frozen=True, kw_only=True):
     attempt: int = 0
 
 
+def failed(attempt: Attempt, reason: str) -> Failed:
+    """FAILED of the attempt that a message is about."""
+    return Failed(generation=attempt.generation, request=attempt.request, attempt=attempt.attempt, reason=reason)
+
+
 class Abort(Attempt, tag="ABORT", frozen=True, kw_only=True):
     pass
 

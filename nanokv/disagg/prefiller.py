@@ -19,7 +19,7 @@ from nanokv.core.batch import Batch
 from nanokv.core.config import EngineConfig
 from nanokv.core.events import EventLog
 from nanokv.core.request import Request, SamplingParams
-from nanokv.disagg.messages import Abort, AbortAck, Done, Failed, Message, Prefill, ProtocolError, unpack_ints
+from nanokv.disagg.messages import Abort, AbortAck, Done, Failed, Message, Prefill, ProtocolError, failed, unpack_ints
 from nanokv.disagg.pages import FixedPages, Given
 from nanokv.engine.inputs import num_logit_rows
 from nanokv.engine.runner import Runner
@@ -93,7 +93,7 @@ class PrefillLoop:
         try:
             request, given = self._checked(message)
         except ProtocolError as error:
-            return self._failed(key, str(error))
+            return failed(message, str(error))
         self._highest = message.attempt
         self.cache.give(request, given)
         self._open[key], self._messages[request] = request, message
@@ -118,11 +118,9 @@ class PrefillLoop:
                 self._run(plan, messages)
         except Exception as error:
             logger.exception("a step failed; the decode process is told")
-            failed = plan.requests or list(self._open.values())
-            keys = [key for key, request in self._open.items() if request in failed]
-            for key in keys:
-                self._close(key)
-            messages += [self._failed(key, f"{type(error).__name__}: {error}") for key in keys]
+            lost = plan.requests or list(self._open.values())
+            keys = [key for key, request in self._open.items() if request in lost]
+            messages += [self._give_up(key, f"{type(error).__name__}: {error}") for key in keys]
         finally:
             self.running = []
         return messages
@@ -148,8 +146,7 @@ class PrefillLoop:
         ends = [request for request, count in zip(plan.requests, wanted, strict=True) if count]
         for request in ill:
             key = next(key for key, one in self._open.items() if one is request)
-            self._close(key)
-            messages.append(self._failed(key, unwritable.why))
+            messages.append(self._give_up(key, unwritable.why))
         for row, request in enumerate(ends):
             if request in ill:
                 continue
@@ -174,8 +171,10 @@ class PrefillLoop:
         self._scheduler.remove(request)
         self.cache.release(request)
 
-    def _failed(self, key: Key, reason: str) -> Failed:
-        return Failed(generation=self.generation, request=key[0], attempt=key[1], reason=reason)
+    def _give_up(self, key: Key, reason: str) -> Failed:
+        message = self._messages[self._open[key]]
+        self._close(key)
+        return failed(message, reason)
 
     def _checked(self, message: Prefill) -> tuple[Request, Given]:
         """A request over what the message gives. Raises ProtocolError where any of it cannot be."""

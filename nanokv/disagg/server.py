@@ -29,12 +29,13 @@ from nanokv.disagg.messages import (
     Message,
     Prefill,
     ProtocolError,
+    failed,
     pack_ints,
     unpack_ints,
 )
 from nanokv.disagg.prefiller import PrefillLoop
 from nanokv.disagg.transport import GROUP_BYTES, PageSender, join_group, open_store
-from nanokv.disagg.worker import Model, Session, receive_hello, refusal
+from nanokv.disagg.worker import Model, Session, shake_hands
 from nanokv.engine.memory import memory_for_pages, pool_size
 
 logger = logging.getLogger("nanokv")
@@ -146,11 +147,11 @@ class SendingSession(Session):
             cached, size = message.cached_length, self.loop.store.layout.page_size
             if len(message.pages) != 4 * num_pages or cached % size or not 0 <= cached < len(message.tokens) // 4:
                 self._waiting.popleft()
-                self.send(_failed(message, "pages and cached_length do not fit the tokens"))
+                self.send(failed(message, "pages and cached_length do not fit the tokens"))
                 continue
             if num_pages > self._pages.num_pages or num_states > self._states.num_states:
                 self._waiting.popleft()
-                self.send(_failed(message, "the prompt is longer than the pool of this prefill process"))
+                self.send(failed(message, "the prompt is longer than the pool of this prefill process"))
                 continue
             if num_pages > self._pages.num_free or num_states > self._states.num_free:
                 return
@@ -177,10 +178,6 @@ class SendingSession(Session):
                 self._states.release(state)
 
 
-def _failed(message: Prefill, reason: str) -> Failed:
-    return Failed(generation=message.generation, request=message.request, attempt=message.attempt, reason=reason)
-
-
 def serve_one(model: Model, store: CacheStore, sock: socket.socket) -> None:
     """Serves one decode process until it hangs up. Raises ProtocolError, EOFError, RuntimeError (torch.distributed).
 
@@ -189,21 +186,14 @@ def serve_one(model: Model, store: CacheStore, sock: socket.socket) -> None:
     here = sock.getsockname()[0]
     channel = Channel(sock)
     try:
-        hello = receive_hello(channel, HELLO_S)
-        reason = refusal(hello, model.digest)
-        if reason is None and hello.memory.kind != "sent":
-            reason = "over TCP pages are sent, not mapped"
-        if reason is not None:
-            channel.send(Failed(generation=hello.generation, reason=reason))
-            raise ProtocolError(reason)
+        hello = shake_hands(channel, model.digest, ("sent",), HELLO_S)
         rendezvous = open_store(here, hello.heartbeat_s)
         session: SendingSession
         loop = PrefillLoop(
             model.decoder, store, model.config, hello.generation, lambda layer, batch: session.after_layer(layer, batch)
         )
         session = SendingSession(channel, loop, hello.heartbeat_s)
-        answer = Memory(kind="sent", num_bytes=0, port=rendezvous.port)
-        session.send(msgspec.structs.replace(hello, memory=answer))
+        session.send(msgspec.structs.replace(hello, memory=Memory(kind="sent", num_bytes=0, port=rendezvous.port)))
         group = join_group(rendezvous, 0, model.device, here, hello.heartbeat_s)
         session.sender = PageSender(group, store, session.say)
         session.serve()

@@ -57,7 +57,6 @@ class PageSender:
     """Prefill's side. `announce` sends LAYERS."""
 
     def __init__(self, group: dist.ProcessGroup, store: CacheStore, announce: Callable[[Layers], None]) -> None:
-        self.num_bytes = 0
         self._group = group
         self._store = store
         self._announce = announce
@@ -77,7 +76,6 @@ class PageSender:
             return
         self._announce(layers)
         self._pending.append((self._group.send([data], 1, 0), buffer))
-        self.num_bytes += data.numel()
 
     def drain(self, pending: int = 0) -> None:
         """Returns when all but `pending` sends are on their way. Raises RuntimeError where the other side is gone."""

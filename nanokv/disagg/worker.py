@@ -98,6 +98,23 @@ def receive_hello(channel: Channel, seconds: float | None = None) -> Hello:
     raise EOFError("the decode process hung up before HELLO")
 
 
+def shake_hands(channel: Channel, digest: str, kinds: tuple[str, ...], seconds: float | None = None) -> Hello:
+    """HELLO of a decode process that one with this digest can work with; its answer repeats it. Raises EOFError, and
+    ProtocolError where it is refused, which FAILED tells it first.
+
+    kinds     of memory that can be worked with here
+    seconds   as of `receive_hello`
+    """
+    hello = receive_hello(channel, seconds)
+    reason = refusal(hello, digest)
+    if reason is None and hello.memory.kind not in kinds:
+        reason = f"memory {hello.memory.kind!r} there; expected here is {' or '.join(kinds)}"
+    if reason is not None:
+        channel.send(Failed(generation=hello.generation, reason=reason))
+        raise ProtocolError(reason)
+    return hello
+
+
 class Session:
     """The talk with one decode process: answers its messages between steps.
 
@@ -154,11 +171,7 @@ class Session:
 def run(job: Job, channel: Channel, make_session: Callable[..., Session] = Session) -> None:
     """Loads, shakes hands, serves. Raises ProtocolError, EOFError; says FAILED first where it refuses."""
     model = Model(Path(job.folder), EngineConfig(**job.config), job.device, job.dtype)
-    hello = receive_hello(channel)
-    reason = refusal(hello, model.digest)
-    if reason is not None:
-        channel.send(Failed(generation=hello.generation, reason=reason))
-        raise ProtocolError(reason)
+    hello = shake_hands(channel, model.digest, ("memfd", "cuda"))
     layout = model.layout
     num_bytes = hello.num_pages * layout.page_bytes + hello.num_states * layout.state_bytes
     pool = map_pool(hello.memory, channel.take_descriptor(), num_bytes)
