@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from nanokv.learn.source import find, solution_file, strip, student_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
-from course import export, notebooks  # noqa: E402
+from course import dev_check, export, notebooks  # noqa: E402
 from course.choice import choose  # noqa: E402
 from course.mutants import mutants  # noqa: E402
 
@@ -229,3 +230,12 @@ def test_a_notebook_is_the_same_bytes_each_time_and_shows_the_figures(tmp_path):
     assert "".join(cells[0]["source"]) == "# Title\n\n![a](../img/01_a-1.svg)"
     assert "".join(cells[2]["source"]) == "x = 1\nprint(x)" and cells[2]["outputs"] == []
     assert len({cell["id"] for cell in cells}) == 3
+
+
+def test_a_twin_that_is_not_there_or_takes_other_things_is_a_fault_of_the_course():
+    exercise = load_course().exercise("08.2")
+    assert list(dev_check.target_faults(exercise)) == []
+    wrong = {"nothing": "there is no such function", "rms_norm": "takes (x, weight, eps), not (gate_up)"}
+    for twin, words in wrong.items():
+        (fault,) = dev_check.target_faults(replace(exercise, also=(f"nanokv.kernels.cpu.{twin}",)))
+        assert words in fault

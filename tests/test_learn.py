@@ -14,8 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from nanokv.cli.main import main
+from nanokv.core.errors import ExerciseTODO
 from nanokv.learn import checking
-from nanokv.learn.binding import raw
+from nanokv.learn.binding import bind_gap, ours, raw
 from nanokv.learn.cards import load_cards
 from nanokv.learn.course import PACKAGE, load_course
 from nanokv.learn.progress import Progress
@@ -177,13 +178,41 @@ def _body(exercise_id: str) -> str:
     return "\n".join(lines[2:]).strip()
 
 
-def test_ours_is_out_of_reach_of_a_check(desk):
+def test_a_call_of_ours_meets_a_gap_and_is_told_so_with_its_line(desk):
+    write(ALLOCATE, "return OURS(self, num_pages)")
+    path = Path("my/02_3.py")
+    path.write_text(path.read_text().replace("def allocate", "OURS = PagePool.allocate\n\n\ndef allocate"))
+    code, said = learn("check", ALLOCATE)
+    assert code == 1 and "calls the engine's own allocate, which is not there" in said
+    assert "<- return OURS(self, num_pages)" in said and "a first check fails" not in said
+
+
+def test_a_call_of_ours_by_its_name_comes_back_to_the_students_and_is_told_in_plain_words(desk):
     write(ALLOCATE, "return PagePool.allocate(self, num_pages)")
-    Path("my/02_3.py").write_text(
-        Path("my/02_3.py").read_text().replace("def allocate", "OURS = PagePool.allocate\n\n\ndef allocate")
-        .replace("return PagePool.allocate(self", "return OURS(self")
-    )  # fmt: skip
-    assert "still to do" in learn("check", ALLOCATE)[1] or "a first check fails" in learn("check", ALLOCATE)[1]
+    code, said = learn("check", ALLOCATE)
+    assert code == 1 and "allocate calls itself without end" in said and "RecursionError" not in said
+
+
+def test_a_faster_twin_of_ours_is_out_of_reach_as_well(desk):
+    write("08.2", "from nanokv.kernels import ops\n    return ops.silu_mul(gate_up)")
+    code, said = learn("check", "08.2")
+    assert code == 1 and "calls the engine's own silu_mul, which is not there" in said
+
+
+def test_while_an_exercise_is_checked_ours_and_its_twins_are_gaps_and_hidden_tests_still_reach_ours():
+    for exercise in load_course().exercises:
+        places = [exercise.target, *exercise.also]
+        before = [raw(target) for target in places]
+        undo = bind_gap(exercise)
+        try:
+            for target, function in zip(places, before, strict=True):
+                with pytest.raises(ExerciseTODO, match=exercise.id):
+                    raw(target)()
+                if "." not in split_name(target)[2]:
+                    assert ours(raw(target)) is function
+        finally:
+            undo()
+        assert [raw(target) for target in places] == before
 
 
 def test_start_never_writes_over_a_file_and_reset_keeps_it(desk):

@@ -81,12 +81,18 @@ def run_tests(
 
 def describe(error: BaseException, exercise: Exercise, mine: Path | None, test: str) -> Failure:
     """An exception as one line: what a test found, or where the student's file stopped."""
-    if isinstance(error, ExerciseTODO):
-        if error.exercise_id == exercise.id:
-            return Failure("todo", f"{exercise.function} is still to do", test)
-        return Failure("needs", f"needs exercise {error.exercise_id} first, which is still to do", test)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if mine is not None and frame.filename == str(mine)]
+    if isinstance(error, ExerciseTODO):
+        if error.exercise_id != exercise.id:
+            return Failure("needs", f"needs exercise {error.exercise_id} first, which is still to do", test)
+        if not own or own[-1] is frames[-1]:
+            return Failure("todo", f"{exercise.function} is still to do", test)
+        reason = f"calls the engine's own {exercise.function}, which is not there while yours is checked"
+        return Failure("error", f"line {own[-1].lineno}: {reason}   <- {own[-1].line}", test)
+    if isinstance(error, RecursionError) and len(own) > 2:
+        reason = "calls itself without end: where the engine's own stood, yours stands while it is checked"
+        return Failure("error", f"line {own[-1].lineno}: {exercise.function} {reason}   <- {own[-1].line}", test)
     text = " ".join(str(error).split())
     if isinstance(error, AssertionError) and not own:
         return Failure("wrong", text or f"this does not hold: {frames[-1].line}", test)

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,7 @@ def dev_check(without_lessons: bool) -> int:
 def resolved(course: Course) -> Iterator[str]:
     """Every target is there, with words for the student and tests of both kinds."""
     for exercise in course.exercises:
-        for target in (exercise.target, *exercise.also):
-            try:
-                found = find(target) if target == exercise.target else None
-            except CourseError as error:
-                yield f"{exercise.id}: {error}"
-                continue
-            if found is not None and found.is_gap:
-                yield f"{exercise.id}: {target} is a gap in this tree"
-            if found is not None and ast.get_docstring(found.node) is None:
-                yield f"{exercise.id}: {target} has no docstring, so nobody can know what to write"
+        yield from target_faults(exercise)
         for path in (course.public_tests(exercise), course.hidden_tests(exercise)):
             if not path.is_file() or not tests_of(exercise, load_file(path, "course_tests")):
                 yield f"{exercise.id}: {path} has no test that begins with {exercise.test_prefix}"
@@ -75,6 +67,27 @@ def resolved(course: Course) -> Iterator[str]:
                 yield f"{exercise.id}: {text.name} does not name {exercise.function}"
         if not 3 <= len(course.of_lesson(lesson.number)) <= 6:
             yield f"{lesson.name}: {len(course.of_lesson(lesson.number))} exercises; expected three to six"
+
+
+def target_faults(exercise: Exercise) -> Iterator[str]:
+    try:
+        found = find(exercise.target)
+    except CourseError as error:
+        yield f"{exercise.id}: {error}"
+        return
+    if found.is_gap:
+        yield f"{exercise.id}: {exercise.target} is a gap in this tree"
+    if ast.get_docstring(found.node) is None:
+        yield f"{exercise.id}: {exercise.target} has no docstring, so nobody can know what to write"
+    expected = list(signature(raw(exercise.target)).parameters)
+    for target in exercise.also:
+        try:
+            got = list(signature(raw(target)).parameters)
+        except (CourseError, AttributeError, KeyError) as error:
+            yield f"{exercise.id}: also={target!r}: there is no such function ({error})"
+            continue
+        if got != expected:
+            yield f"{exercise.id}: also={target!r} takes ({', '.join(got)}), not ({', '.join(expected)})"
 
 
 def ours_pass(course: Course) -> Iterator[str]:
