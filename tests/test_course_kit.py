@@ -127,7 +127,7 @@ def in_tree(tree: Path, *words: str) -> subprocess.CompletedProcess:
 
 def test_in_an_exported_tree_other_gaps_are_named_and_the_students_own_functions_fill_them(tree):
     course = load_course()
-    (tree / "my").mkdir()
+    (tree / "my").mkdir(exist_ok=True)
     (tree / "my" / "02_5.py").write_text(solution_file(course.exercise("02.5")))
     assert "needs exercise 02.2 first" in in_tree(tree, "check", "02.5").stdout
     (tree / "my" / "02_2.py").write_text(solution_file(course.exercise("02.2")))
@@ -135,6 +135,17 @@ def test_in_an_exported_tree_other_gaps_are_named_and_the_students_own_functions
     assert "public checks passed" in passed and "nanokv learn solution" not in passed  # there is none to compare with
     shown = in_tree(tree, "solution", "02.5", "--give-up")
     assert shown.returncode == 1 and "holds no solutions" in shown.stderr
+
+
+def test_in_an_exported_tree_a_file_that_fills_a_gap_and_is_broken_is_named(tree):
+    course = load_course()
+    path = tree / "my" / "04_1.py"
+    (tree / "my").mkdir(exist_ok=True)
+    (tree / "my" / "04_2.py").write_text(solution_file(course.exercise("04.2")))
+    path.write_text(solution_file(course.exercise("04.1")) + "\nbroken = nowhere\n")
+    said = in_tree(tree, "check", "04.2").stdout
+    path.unlink()
+    assert "04_1.py: line" in said and "NameError: name 'nowhere'" in said
 
 
 def test_a_lesson_is_to_be_read_first_where_its_engine_has_gaps(tree):

@@ -16,9 +16,10 @@ from click.testing import CliRunner
 from nanokv.cli.main import main
 from nanokv.core.errors import ExerciseTODO
 from nanokv.learn import checking
-from nanokv.learn.binding import bind_gap, ours, raw
+from nanokv.learn.binding import bind, bind_gap, ours, raw
 from nanokv.learn.cards import load_cards
 from nanokv.learn.course import PACKAGE, load_course
+from nanokv.learn.mine import bind_passed
 from nanokv.learn.progress import Progress
 from nanokv.learn.source import solution, solution_file, split_name, student_file
 
@@ -290,6 +291,29 @@ def test_chat_answers_with_the_students_functions_in_the_engine(desk, smollm2):
 def test_chat_with_nothing_passed_says_so(desk):
     result = CliRunner().invoke(main, ["chat", "--mine", "-p", "hello"])
     assert result.exit_code == 1 and "no exercise has passed" in result.output
+
+
+def test_chat_leaves_out_a_function_whose_shape_a_newer_course_has_changed(desk):
+    folder, course = Path("my"), load_course()
+    for exercise_id, text in (("02.1", None), (ALLOCATE, "def give(self, n):\n    return []\n")):
+        solve(exercise_id)
+        if text is not None:
+            Path("my", course.exercise(exercise_id).file).write_text(text)
+        Progress(folder).note(course.exercise(exercise_id), passed=True)
+    before = raw(course.exercise("02.1").target)
+    bound, waiting = bind_passed(folder)
+    bind(course.exercise("02.1").target, before)
+    assert [one.id for one in bound] == ["02.1"] and [one.id for one in waiting] == [ALLOCATE]
+
+
+def test_chat_names_the_file_that_a_newer_engine_cannot_load(desk):
+    solve("02.1")
+    path = Path("my/02_1.py")
+    path.write_text("from nanokv.core.spec import Sheet\n" + path.read_text().replace("from __future__", "# from"))
+    Progress(Path("my")).note(load_course().exercise("02.1"), passed=True)
+    result = CliRunner().invoke(main, ["chat", "--mine", "-p", "hello"])
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert "my/02_1.py: line 1: ImportError: cannot import name 'Sheet'" in result.output
 
 
 def test_watch_checks_what_is_saved_and_listens_to_keys(desk):

@@ -95,13 +95,13 @@ def chat(
 
 
 def _bind_mine() -> None:
-    """Puts the student's functions into the engine. Raises CourseError where none has passed its checks."""
+    """Puts the student's functions into the engine. Raises CourseError where none has passed, or one does not load."""
     from nanokv.cli.learn import MY
-    from nanokv.learn.mine import bind_passed, not_passed
+    from nanokv.learn.mine import bind_passed
 
-    bound = bind_passed(MY)
+    bound, waiting = bind_passed(MY)
     click.echo(f"with your {', '.join(f'{one.id} {one.function}' for one in bound)}", err=True)
-    if waiting := not_passed(MY):
+    if waiting:
         click.echo(f"without {', '.join(one.id for one in waiting)}: not passed yet (nanokv learn check)", err=True)
 
 

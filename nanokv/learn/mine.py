@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from nanokv.core.errors import CourseError
 from nanokv.learn.binding import bind
+from nanokv.learn.checking import look_at
 from nanokv.learn.course import Course, Exercise, load_course
 from nanokv.learn.progress import Progress
-from nanokv.learn.running import load_function
+from nanokv.learn.running import describe, load_function
 from nanokv.learn.source import find
 
 
-def bind_passed(folder: Path) -> list[Exercise]:
-    """Binds every function that passed its public checks, and its faster twins' places. Returns their exercises.
+def bind_passed(folder: Path) -> tuple[list[Exercise], list[Exercise]]:
+    """Binds every function that passed its public checks, and its faster twins' places.
 
-    Raises CourseError where none has passed: the engine would be ours alone.
+    Returns the exercises of these, and those that are begun and for which the engine's own functions stay: not passed,
+    changed since, or passed when the course's function had another name or other parameters.
+
+    Raises CourseError where none has passed, as the engine would be ours alone, and where a file does not load.
     """
     course, progress = load_course(), Progress(folder)
-    passed = [exercise for exercise in course.exercises if progress.status(exercise) == "passed"]
+    begun = [exercise for exercise in course.exercises if progress.status(exercise) != "new"]
+    passed = [
+        exercise
+        for exercise in begun
+        if progress.status(exercise) == "passed" and look_at(exercise, folder / exercise.file) is None
+    ]
     if not passed:
         raise CourseError(f"{folder}: no exercise has passed its checks yet; nanokv learn shows where to start")
-    functions = [load_function(exercise, folder / exercise.file) for exercise in passed]
+    functions = [_load(exercise, folder) for exercise in passed]
     for exercise, function in zip(passed, functions, strict=True):
         for target in (exercise.target, *exercise.also):
             bind(target, function)
-    return passed
-
-
-def not_passed(folder: Path) -> list[Exercise]:
-    """Exercises that are begun, for which the engine's own functions stay."""
-    course, progress = load_course(), Progress(folder)
-    return [one for one in course.exercises if progress.status(one) in ("started", "changed")]
+    return passed, [exercise for exercise in begun if exercise not in passed]
 
 
 def fill_gaps(course: Course, folder: Path, but: Exercise) -> None:
-    """In an exported tree, binds the student's other functions where the engine has gaps. Elsewhere does nothing."""
+    """In an exported tree, binds the student's other functions where the engine has gaps. Elsewhere does nothing.
+
+    Raises CourseError naming the file that cannot be used.
+    """
     for exercise in course.exercises:
-        path = folder / exercise.file
-        if exercise is not but and path.is_file() and find(exercise.target).is_gap:
-            bind(exercise.target, load_function(exercise, path))
+        if exercise is not but and (folder / exercise.file).is_file() and find(exercise.target).is_gap:
+            bind(exercise.target, _load(exercise, folder))
+
+
+def _load(exercise: Exercise, folder: Path) -> Callable:
+    path = (folder / exercise.file).absolute()  # as tracebacks name it
+    failure = look_at(exercise, path)
+    if failure is None:
+        try:
+            return load_function(exercise, path)
+        except Exception as error:
+            failure = describe(error, exercise, path, "")
+    raise CourseError(f"{folder / exercise.file}: {failure.message}")

@@ -80,10 +80,11 @@ def main(job: Job) -> None:
     import torch
 
     gc.enable()
+    from nanokv.core.errors import CourseError
     from nanokv.learn.binding import bind, bind_gap
     from nanokv.learn.course import load_course
     from nanokv.learn.mine import fill_gaps
-    from nanokv.learn.running import describe, load_function, run_tests
+    from nanokv.learn.running import Failure, describe, load_function, run_tests
 
     torch.set_num_threads(1)
     course = load_course()
@@ -95,6 +96,8 @@ def main(job: Job) -> None:
     try:
         fill_gaps(course, folder, exercise)
         bind(exercise.target, load_function(exercise, path))
+    except CourseError as error:  # another file of the student's, which fills a gap
+        failure = Failure("needs", str(error))
     except BaseException as error:
         failure = describe(error, exercise, path, "")
     else:
