@@ -316,6 +316,11 @@ def test_chat_names_the_file_that_a_newer_engine_cannot_load(desk):
     assert "my/02_1.py: line 1: ImportError: cannot import name 'Sheet'" in result.output
 
 
+def test_chat_with_the_students_functions_has_no_second_process_that_would_use_ours(desk):
+    result = CliRunner().invoke(main, ["chat", "--mine", "--disagg", "-p", "hello"])
+    assert result.exit_code == 2 and "--mine and --disagg: the prefill process computes with our" in result.output
+
+
 def test_watch_checks_what_is_saved_and_listens_to_keys(desk):
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "TERM": "dumb"}
     with pexpect.spawn(

@@ -65,6 +65,8 @@ def chat(
     Without MODEL: smollm2-135m-instruct, fetched the first time. /? in the chat lists what it can do. With -p, or a
     text on stdin, one answer is printed.
     """
+    if mine and disagg is not None:
+        raise click.UsageError("--mine and --disagg: the prefill process computes with our functions; give one of them")
     chosen = {name: options.pop(name) for name in SAMPLING if name in options} | {"seed": seed}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     try:
