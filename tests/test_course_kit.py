@@ -250,3 +250,17 @@ def test_a_twin_that_is_not_there_or_takes_other_things_is_a_fault_of_the_course
     for twin, words in wrong.items():
         (fault,) = dev_check.target_faults(replace(exercise, also=(f"nanokv.kernels.cpu.{twin}",)))
         assert words in fault
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("2,77", "77"), ("4-1,2", "4-1"), ("1-99999999999", "1-99999999999"), ("0-3", "0-3"), ("1,9-3", "9-3")],
+)
+def test_lessons_that_are_not_there_are_named(text, part):
+    with pytest.raises(CourseError, match=f": {part}: expected a lesson, .*there are the lessons 1, 2"):
+        choose(load_course(), 0, text)
+
+
+def test_lessons_are_chosen_by_numbers_and_ranges_each_once():
+    chosen = choose(load_course(), 0, "4,1-2,2")
+    assert [one.lesson for one in chosen] == [one.lesson for one in load_course().exercises if one.lesson in (1, 2, 4)]

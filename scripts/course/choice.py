@@ -31,12 +31,13 @@ def _range(course: Course, text: str | None) -> list[int]:
     known = [lesson.number for lesson in course.lessons]
     if text is None:
         return known
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+    if not re.fullmatch(r"\d{1,20}(-\d{1,20})?(,\d{1,20}(-\d{1,20})?)*", text):
         raise CourseError(f"lessons={text!r}: expected numbers and ranges, as 1-4 or 2,4-6")
     wanted: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        wanted |= set(range(int(first), int(last or first) + 1))
-    if not wanted & set(known):
-        raise CourseError(f"lessons={text!r}: there are the lessons {', '.join(map(str, known))}")
-    return sorted(wanted & set(known))
+        first, last = (int(end) for end in (part.split("-") if "-" in part else (part, part)))
+        if first not in known or last not in known or first > last:
+            there = f"there are the lessons {', '.join(map(str, known))}"
+            raise CourseError(f"lessons={text!r}: {part}: expected a lesson, or a first and a last one; {there}")
+        wanted |= {number for number in known if first <= number <= last}
+    return sorted(wanted)
