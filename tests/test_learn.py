@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -166,6 +167,28 @@ def test_an_endless_loop_is_stopped_and_its_prints_are_cut(desk):
     assert outcome.failure.kind == "timeout" and "an endless loop?" in outcome.failure.message
     assert outcome.failure.test == "the first pages are the lowest"
     assert 0 < len(outcome.printed) <= 5000
+
+
+def test_what_a_students_file_has_started_ends_with_the_check(desk):
+    path = write(ALLOCATE, "pass")
+    path.write_text(
+        solution_file(load_course().exercise(ALLOCATE))
+        + "\n\nimport subprocess\n\nprint(subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid)\n"
+    )
+    outcome = checking.check(load_course(), load_course().exercise(ALLOCATE), Path("my"))
+    assert outcome.failure is None
+    child, deadline = int(outcome.printed), time.monotonic() + 10
+    while _lives(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be buried does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_prints_are_shown_beside_the_result(desk):

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def check(
 
 
 def _run(job: Job, printed: Path) -> int | None:
-    """The worker's exit code, or None where it had to be ended, with all that it started."""
+    """The worker's exit code, or None where it had to be ended. What it started ends with it in any case."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -129,9 +130,9 @@ def _run(job: Job, printed: Path) -> int | None:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):  # ended by itself, and has left nobody behind
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
 
 
 def _cut_short(stage: str, ended: int | None, cpu_limit: int, said: str) -> Failure:
