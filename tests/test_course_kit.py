@@ -11,7 +11,7 @@ import pytest
 
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import load_course, read_course
-from nanokv.learn.source import find, solution_file, strip, student_file
+from nanokv.learn.source import find, solution, solution_file, strip, student_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
@@ -109,6 +109,20 @@ def test_an_exported_tree_has_the_gaps_of_its_lessons_and_no_others(tree):
     assert (tree / "nanokv/engine/runner.py").read_text() == (ROOT / "nanokv/engine/runner.py").read_text()
     assert [lesson.number for lesson in read_course(tree / "lessons").lessons] == [2, 4]
     assert list(export.leaks(load_course_of(tree), tree)) == []
+
+
+def test_a_solution_in_a_notebook_or_in_prose_is_a_leak(tree):
+    course = load_course_of(tree)
+    cell = {"cell_type": "code", "source": solution_file(course.exercise("02.3")).splitlines(keepends=True)}
+    notebook, page = tree / "lessons" / "ipynb" / "leak.ipynb", tree / "docs" / "leak.md"
+    notebook.write_text(json.dumps({"cells": [cell, {"cell_type": "code", "source": "%time x"}]}))
+    page.write_text(f"How:\n\n```python\n{solution(course.exercise('02.4'))}```\n\n```console\n$ nanokv learn\n```\n")
+    found = list(export.leaks(course, tree))
+    notebook.unlink()
+    page.unlink()
+    assert found == [
+        "docs/leak.md: release is the solution of 02.4", "lessons/ipynb/leak.ipynb: allocate is the solution of 02.3"
+    ]  # fmt: skip
 
 
 def load_course_of(tree: Path):

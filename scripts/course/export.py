@@ -10,8 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from course.choice import choose
@@ -118,8 +120,8 @@ def _essence(node: ast.FunctionDef) -> str:
 def leaks(course: Course, out: Path) -> Iterator[str]:
     """Solutions that stand somewhere in an exported tree, and files that have no business there."""
     solutions = {_essence(find(exercise.target).node): exercise.id for exercise in course.exercises}
-    for path in sorted(out.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for path in sorted(one for kind in ("*.py", "*.ipynb", "*.md") for one in out.rglob(kind)):
+        for node in (node for tree in _trees(path) for node in ast.walk(tree)):
             if isinstance(node, ast.FunctionDef) and (leaked := solutions.get(_essence(node))):
                 yield f"{path.relative_to(out)}: {node.name} is the solution of {leaked}"
     for name in ("lessons/tests_hidden", "tests", "COURSE.md"):
@@ -128,6 +130,23 @@ def leaks(course: Course, out: Path) -> Iterator[str]:
     log = subprocess.run(["git", "log", "--oneline"], cwd=out, capture_output=True, text=True, check=True).stdout
     if len(log.splitlines()) != 1:
         yield "an exported tree has more history than one commit"
+
+
+def _trees(path: Path) -> Iterator[ast.Module]:
+    """The Python of a file: all of it, a notebook's code cells, and the fenced blocks of Markdown that are Python."""
+    text = path.read_text("utf-8")
+    if path.suffix == ".py":
+        yield ast.parse(text)
+        return
+    codes, prose = [], text
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    codes += re.findall(r"(?ms)^ *```[^\n]*\n(.*?)^ *```", prose)
+    for code in codes:
+        with suppress(SyntaxError):  # a command, a tree of files, a line of IPython's own
+            yield ast.parse(textwrap.dedent(code))
 
 
 GAPS = """
