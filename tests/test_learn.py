@@ -366,6 +366,20 @@ def test_watch_checks_what_is_saved_and_listens_to_keys(desk):
     assert Path("my/02_4.py").exists()
 
 
+def test_watch_writes_the_same_first_file_as_start_and_ends_when_all_has_passed(desk, monkeypatch):
+    from nanokv.cli import learn_watch
+
+    exercise = load_course().exercise(ALLOCATE)
+    learn("start", ALLOCATE)
+    written = Path("my", exercise.file).read_bytes()
+    Path("my", exercise.file).unlink()
+    learn_watch._open(exercise)
+    assert Path("my", exercise.file).read_bytes() == written
+    monkeypatch.setattr(Progress, "current", lambda self, course: None)
+    assert learn("watch") == (0, "all public checks passed. Your engine: nanokv chat --mine\n")
+    assert learn()[1].endswith(learn("watch")[1])
+
+
 def test_watch_without_a_terminal_says_how_to_check_by_hand(desk):
     code, said = learn("watch", ALLOCATE)
     assert code == 1 and f"by hand: nanokv learn check {ALLOCATE}" in said

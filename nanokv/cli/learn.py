@@ -15,6 +15,7 @@ from nanokv.learn.source import find, solution, student_file
 MY = Path("my")
 MARKS = {"passed": "x", "changed": "~", "started": ".", "new": " "}
 FIRST_RUN = "not written yet: a first check fails, and should"
+ALL_PASSED = "all public checks passed. Your engine: nanokv chat --mine"
 
 
 def exercise_argument(required: bool = True):
@@ -56,7 +57,7 @@ def start(exercise_id: str) -> None:
     path = MY / exercise.file
     if path.exists():
         raise CourseError(f"{path}: there already; nanokv learn check {exercise.id} runs it")
-    _write(path, student_file(exercise))
+    write_fresh(exercise)
     click.echo(f"{path}: {exercise.title}, about {exercise.minutes} minutes")
     click.echo(f"write {exercise.function}, then: nanokv learn check {exercise.id}")
 
@@ -122,7 +123,7 @@ def reset(exercise_id: str) -> None:
     while (kept := path.with_suffix(f".py.{number}")).exists():
         number += 1
     path.rename(kept)
-    _write(path, student_file(exercise))
+    write_fresh(exercise)
     Progress(MY).note(exercise, passed=False)
     click.echo(f"{path}: as at the start; what you had is in {kept}")
 
@@ -183,7 +184,7 @@ def _print_totals(course: Course, progress: Progress) -> None:
 def _print_next(course: Course, progress: Progress) -> None:
     one = progress.current(course)
     if one is None:
-        click.echo("all public checks passed. Your engine: nanokv chat --mine")
+        click.echo(ALL_PASSED)
         return
     (lesson,) = (lesson for lesson in course.lessons if lesson.number == one.lesson)
     if progress.status(one) == "new":
@@ -200,6 +201,7 @@ def _how_to_take(lesson: Lesson, first: Exercise) -> str:
     return f"read {file}" if find(first.target).is_gap else f"python {file}"
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, "utf-8")
+def write_fresh(exercise: Exercise) -> None:
+    """Writes the exercise's file as it is at the start, over one that is there."""
+    MY.mkdir(exist_ok=True)
+    (MY / exercise.file).write_text(student_file(exercise), "utf-8")

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 
 import click
 
-from nanokv.cli.learn import MY, check_and_tell
+from nanokv.cli.learn import ALL_PASSED, MY, check_and_tell, write_fresh
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import Course, Exercise
 from nanokv.learn.progress import Progress
-from nanokv.learn.source import student_file
 
 POLL_S = 0.5
 KEYS = "keys: n next, h hint, l list, r run, q quit"
@@ -29,7 +28,7 @@ def watch(course: Course, exercise: Exercise | None) -> None:
     terminal, and says how to check by hand.
     """
     if exercise is None:
-        click.echo("all public checks passed. Your engine: nanokv chat --mine")
+        click.echo(ALL_PASSED)
         return
     if not sys.stdin.isatty():
         raise CourseError(f"watch needs a terminal; by hand: nanokv learn check {exercise.id}")
@@ -63,8 +62,7 @@ def _open(exercise: Exercise) -> int | None:
     """Starts an exercise that is new; says what is watched. When its file was saved last."""
     path = MY / exercise.file
     if not path.exists():
-        MY.mkdir(exist_ok=True)
-        path.write_text(student_file(exercise), "utf-8")
+        write_fresh(exercise)
     click.echo(f"watching {path}   {exercise.title}\n{KEYS}")
     return _saved_at(exercise)
 
