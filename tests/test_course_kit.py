@@ -11,6 +11,7 @@ import pytest
 
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import load_course, read_course
+from nanokv.learn.progress import Progress
 from nanokv.learn.source import find, solution, solution_file, strip, student_file
 
 ROOT = Path(__file__).parents[1]
@@ -174,6 +175,23 @@ def test_a_lesson_is_to_be_read_first_where_its_engine_has_gaps(tree):
 def test_an_exported_tree_says_what_it_cannot_do(tree):
     done = subprocess.run([sys.executable, "scripts/lessons.py", "dev-check"], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 1 and "was made for a class" in done.stderr
+
+
+def test_a_lesson_has_the_students_functions_in_its_own_process_and_in_the_prefill_process(tmp_path):
+    exercise, folder = load_course().exercise("02.1"), tmp_path / "my"
+    folder.mkdir()
+    (folder / exercise.file).write_text(solution_file(exercise) + "\nprint('mine is in')\n")
+    Progress(folder).note(exercise, passed=True)
+    (tmp_path / "lesson.py").write_text(
+        "import subprocess, sys\nfrom nanokv.disagg import process\n"
+        "subprocess.run([sys.executable, '-m', process.ENTRY])  # without a job: ends after it has bound them\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "course.with_mine", "lesson.py"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.count("mine is in") == 2, done.stderr
+    assert "nanokv/disagg/worker.py" in done.stderr
 
 
 def test_a_variant_draws_three_exercises_a_lesson_and_another_one_draws_others():

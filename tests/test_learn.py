@@ -344,6 +344,17 @@ def test_chat_with_the_students_functions_has_no_second_process_that_would_use_o
     assert result.exit_code == 2 and "--mine and --disagg: the prefill process computes with our" in result.output
 
 
+def test_in_a_lesson_the_faster_twin_stays_ours_so_that_the_two_can_be_compared(desk):
+    exercise = load_course().exercise("08.2")
+    solve(exercise.id)
+    Progress(Path("my")).note(exercise, passed=True)
+    ours_, twin = raw(exercise.target), raw(exercise.also[0])
+    bind_passed(Path("my"), twins=False)
+    mine = raw(exercise.target)
+    bind(exercise.target, ours_)
+    assert mine is not ours_ and raw(exercise.also[0]) is twin
+
+
 def test_watch_checks_what_is_saved_and_listens_to_keys(desk):
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "TERM": "dumb"}
     with pexpect.spawn(

@@ -14,8 +14,10 @@ from nanokv.learn.running import describe, load_function
 from nanokv.learn.source import find
 
 
-def bind_passed(folder: Path) -> tuple[list[Exercise], list[Exercise]]:
-    """Binds every function that passed its public checks, and its faster twins' places.
+def bind_passed(folder: Path, twins: bool = True) -> tuple[list[Exercise], list[Exercise]]:
+    """Binds every function that passed its public checks.
+
+    twins   whether they take their faster twins' places too: the engine runs those. A lesson compares the two
 
     Returns the exercises of these, and those that are begun and for which the engine's own functions stay: not passed,
     changed since, or passed when the course's function had another name or other parameters.
@@ -33,7 +35,7 @@ def bind_passed(folder: Path) -> tuple[list[Exercise], list[Exercise]]:
         raise CourseError(f"{folder}: no exercise has passed its checks yet; nanokv learn shows where to start")
     functions = [_load(exercise, folder) for exercise in passed]
     for exercise, function in zip(passed, functions, strict=True):
-        for target in (exercise.target, *exercise.also):
+        for target in (exercise.target, *(exercise.also if twins else ())):
             bind(target, function)
     return passed, [exercise for exercise in begun if exercise not in passed]
 

@@ -26,10 +26,8 @@ LEFT_OUT = (
     ".ci/", "tests/", "docs/benchmarks", "lessons/tests_hidden/", "lessons/STUDENT.md", "COURSE.md", "README.md",
     "lessons/exercises.toml",
 )  # fmt: skip
-SCRIPTS = (
-    "scripts/lessons.py",
-    *(f"scripts/course/{name}.py" for name in ("__init__", "choice", "grade", "notebooks")),
-)
+FOR_STUDENTS = ("__init__", "choice", "grade", "notebooks", "prefill_with_mine", "with_mine")
+SCRIPTS = ("scripts/lessons.py", *(f"scripts/course/{name}.py" for name in FOR_STUDENTS))
 GIT_USER = ("-c", "user.name=nanokv course", "-c", "user.email=course@example.invalid")
 
 

@@ -19,10 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LESSONS = ROOT / "lessons"
 IMAGES, NOTEBOOKS = LESSONS / "img", LESSONS / "ipynb"
 FIRST_CELL = 'import sys\n\nsys.path.insert(0, "..")  # where the lessons\' own helpers lie'
-WITH_MINE = (
-    "import runpy, sys; from pathlib import Path; from nanokv.learn.mine import bind_passed; "
-    "bind_passed(Path('my')); sys.path.insert(0, 'lessons'); runpy.run_path(sys.argv[1], run_name='__main__')"
-)
 
 
 def lessons(names: Sequence[str] = ()) -> list[Path]:
@@ -41,8 +37,8 @@ def run(path: Path, mine: bool = False, images: Path | None = None, quiet: bool 
     images   where its figures go, instead of lessons/img
     quiet    collect what it prints, instead of showing it
     """
-    command = [sys.executable, *(["-c", WITH_MINE] if mine else []), str(path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *(["-m", "course.with_mine"] if mine else []), str(path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
     if images is not None:
         environment["NANOKV_LESSONS_IMG"] = str(images)
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if quiet else {}
