@@ -114,8 +114,10 @@ def test_a_solved_exercise_passes_its_public_checks_within_seconds(desk):
     code, said = learn("check", ALLOCATE)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert code == 0 and "public checks passed" in said and "all tests" not in said
-    # Two where nobody else computes; processor time, because tests run beside each other.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+    # The number to reach is 3 s on the clock of a quiet machine. Measured: 1.7, as much as torch takes to be imported.
+    # Tests run beside each other, so this is processor time, which grows to 2.4 where two programs share a core. Four
+    # lets that pass, and nothing that costs as much as torch once more.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4
     assert Progress(Path("my")).status(load_course().exercise(ALLOCATE)) == "passed"
 
 
@@ -173,10 +175,11 @@ def test_what_a_students_file_has_started_ends_with_the_check(desk):
     path = write(ALLOCATE, "pass")
     path.write_text(
         solution_file(load_course().exercise(ALLOCATE))
-        + "\n\nimport subprocess\n\nprint(subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid)\n"
+        + "\n\nimport subprocess, threading, time\n\nthreading.Thread(target=time.sleep, args=(600,)).start()\n"
+        + "print(subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid)\n"
     )
     outcome = checking.check(load_course(), load_course().exercise(ALLOCATE), Path("my"))
-    assert outcome.failure is None
+    assert outcome.failure is None and outcome.seconds < 60
     child, deadline = int(outcome.printed), time.monotonic() + 10
     while _lives(child):
         assert time.monotonic() < deadline

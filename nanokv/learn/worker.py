@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import resource
 import signal
 import sys
@@ -79,6 +80,7 @@ def main(job: Job) -> None:
     gc.disable()  # nothing that an import makes is garbage: a fifth of its time goes into looking
     import torch
 
+    gc.freeze()  # nor is it later
     gc.enable()
     from nanokv.core.errors import CourseError
     from nanokv.learn.binding import bind, bind_gap
@@ -117,3 +119,4 @@ def main(job: Job) -> None:
 
 if __name__ == "__main__":
     main(Job(**json.loads(sys.argv[1])))
+    os._exit(0)  # the result is written: nobody waits for the modules to be taken down, or for threads left behind
