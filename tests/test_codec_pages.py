@@ -212,6 +212,20 @@ def test_a_rotation_saves_keys_with_large_channels_and_centring_those_with_a_bia
     assert loss("tq4", biased, is_centred=True) == pytest.approx(loss("tq4", keys_of("normal")), rel=0.5)
 
 
+@pytest.mark.parametrize("name", ["tq4", "qjl", "raw/int8", "kivi4"])
+def test_keys_are_checked_as_they_are_written_without_their_mean(name):
+    layer = Layer(name)
+    layer.pages.centre.mean = torch.full((3, 64), -4e4)
+    qkv = heads_of(4)
+    qkv[1, 6 * 64] = 6e4  # a float16 holds it, but not when it is 1e5 from the mean
+    qkv[2, 6 * 64] = -1e5  # and this only there
+    batch = replace(step_of({0: [0, 1, 2, 3]}, TABLES, 32, TABLES[0, torch.zeros(4).long()], torch.arange(4)),
+                    state_ids=torch.zeros(1).int())  # fmt: skip
+    found = layer.pages.attend(qkv, layer.pool, layer.states, batch)
+    assert batch.unwritable.tolist() == [False, True, False, False]
+    assert found.isfinite().all()
+
+
 def test_table_codecs_are_read_by_kernels_and_the_others_decoded():
     fast = [name for name in NAMES if name != "raw" and not isinstance(resolve_codec(name, torch.float32), KiviCodec)]
     for name in fast:

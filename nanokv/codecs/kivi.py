@@ -126,11 +126,12 @@ class KiviPages:
         ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
         x = qkv.unflatten(1, (-1, heads.head_dim)).float()
         q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
+        self.centre(k)
         refuse_unwritable(x[:, heads.num_heads :], batch)
         pieces = Pieces(batch, self._page_size)
         native = [
             self._native(x, tail, states, batch, pieces)
-            for x, tail in zip((self.centre(k), v), self._tails, strict=True)
+            for x, tail in zip((k, v), self._tails, strict=True)
         ]
         self._seal(native, pool, batch.write_pages[pieces.last_rows[pieces.are_full]].long(), pieces)
         tables, sealed = pieces.tables(batch, self._exact)

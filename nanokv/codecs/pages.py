@@ -58,11 +58,13 @@ class Centre:
     def start(self) -> None:
         self._is_wanted = True
 
-    def __call__(self, keys: torch.Tensor) -> torch.Tensor:
-        """keys float32 [rows, heads, dim], less their mean."""
+    def __call__(self, keys: torch.Tensor) -> None:
+        """Takes the mean off keys, float32 [rows, heads, dim], IN PLACE: before they are checked, because what is left
+        may be larger than they were."""
         if self._is_wanted:
             self.mean, self._is_wanted = keys.mean(0), False
-        return keys if self.mean is None else keys - self.mean
+        if self.mean is not None:
+            keys.sub_(self.mean)
 
     def back(self, keys: torch.Tensor) -> torch.Tensor:
         """The mean on keys again: float32 [pages, heads, page_size, dim]."""
@@ -124,8 +126,8 @@ class AttentionPages:
         ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
         x = qkv.unflatten(1, (-1, heads.head_dim)).float()
         q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
+        self.centre(k)
         refuse_unwritable(x[:, heads.num_heads :], batch)
-        k = self.centre(k)
         raw_rows = None if self._exact else prefilling(batch)
         attend = self._attend_codes if self._planes is not None and raw_rows is None else self._attend_decoded
         out = attend(q, k, v, pool, batch, raw_rows)
