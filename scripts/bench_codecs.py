@@ -9,7 +9,8 @@ ways of some; then on the tiny shipped checkpoints the quality on held-out text 
 once and asked for later, with so many tokens between (scripts/make_corpus.py), answered greedily through the cache.
 
 Each row is written when it is measured. What fails is named in the JSON and on stderr, is tried again by the next run,
-and makes the exit code 1; a codec that cannot serve a model is left out and named, which is no failure.
+and makes the exit code 1; a codec that cannot serve a model (ConfigError) is left out and named, which is no failure.
+Both are named anew by each run, which tries whatever has no rows.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from nanokv.bench.codecs import ALL, FULL, QUICK, CodecBench, Plan, page_size_of
 from nanokv.bench.codecs import key as key_of
 from nanokv.bench.report import draw_codecs
 from nanokv.cli.common import hardware, new_figure
-from nanokv.core.errors import NanokvError
+from nanokv.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "docs/benchmarks/codecs.json"
@@ -68,7 +69,7 @@ class Result:
             differing = [name for name in same if old[name] != json.loads(json.dumps(self.data[name]))]
             if differing:
                 sys.exit(f"{path} was measured with another {', '.join(differing)}: --fresh, or another --output")
-            self.data |= {"rows": old["rows"], "left_out": old["left_out"], "date": old["date"]}
+            self.data |= {"rows": old["rows"], "date": old["date"]}
 
     @property
     def rows(self) -> list[Row]:
@@ -94,7 +95,7 @@ class Result:
             for row in rows():
                 self.add(model, row)
                 _say(f"{time.perf_counter() - start:6.0f} s  {model}  {codec}  {row['part']}")
-        except NanokvError as error:
+        except ConfigError as error:
             entry = {"model": model, "codec": codec, "reason": str(error)}
             if entry not in self.data["left_out"]:
                 self.data["left_out"].append(entry)

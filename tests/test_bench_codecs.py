@@ -20,7 +20,7 @@ from nanokv.bench.codecs import ALL, CodecBench, Plan, key, page_size_of, sizes,
 from nanokv.cli.main import main
 from nanokv.codecs import resolve_codec
 from nanokv.codecs.tables import distortion
-from nanokv.core.errors import ConfigError
+from nanokv.core.errors import CacheError, CodecError, ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = Plan(texts=2, text_tokens=64, points=((1, 32), (2, 64), (1, 4096)), steps=2, turns=2, requests=3, context=64)
@@ -204,19 +204,22 @@ def test_it_prints_tables_for_people(tiny_llama):
     assert "…" not in result.stdout
 
 
-def test_an_unexpected_failure_of_one_codec_keeps_the_others(tiny_llama, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("broken"), CodecError("broken")])
+def test_a_failure_of_one_codec_keeps_the_others_and_is_no_choice_left_out(error, tiny_llama, monkeypatch):
     measured = CodecBench.rows
 
     def rows(self, codec, **options):
         if codec == "int8":
-            raise RuntimeError("broken")
+            raise error
         yield from measured(self, codec, **options)
 
     monkeypatch.setattr(CodecBench, "rows", rows)
     result = run(tiny_llama, "--quick", "--codecs", "int8,fp8", "--kv-memory", "4MiB", "--json")
     assert result.exit_code == 1
-    assert "int8: RuntimeError" in result.stderr
-    assert {row["codec"] for row in json.loads(result.stdout)["rows"]} == {"fp8"}
+    assert f"int8: {type(error).__name__}: broken" in result.stderr
+    found = json.loads(result.stdout)
+    assert {row["codec"] for row in found["rows"]} == {"fp8"}
+    assert found["settings"]["left_out"] == [] and [one["codec"] for one in found["settings"]["failures"]] == ["int8"]
 
 
 @pytest.mark.parametrize("name", ["tq5", "qjl/qjl", "", "kivi4/tq4"])
@@ -251,12 +254,31 @@ def test_a_run_that_was_broken_off_goes_on_and_failures_are_named(tiny_llama, tm
     assert path.with_suffix(".svg").exists()
 
     kept = found["rows"][:2]
-    path.write_text(json.dumps(found | {"rows": kept}))
+    refused = {"model": str(tiny_llama), "codec": "tq4", "reason": "a choice that could not be honoured then"}
+    path.write_text(json.dumps(found | {"rows": kept, "left_out": [refused]}))
     call(*arguments)
+    assert json.loads(path.read_text())["left_out"] == []
     again = json.loads(path.read_text())["rows"]
     assert again[:2] == kept
     assert len(again) == len(found["rows"])
     assert "another settings" in call("--model", str(tiny_llama), "--tiny", "")
+
+
+def test_only_a_choice_that_cannot_be_honoured_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench_codecs
+
+    def refusing(error):
+        yield {"part": "codec", "codec": "tq4"}
+        raise error
+
+    result = bench_codecs.Result(tmp_path / "codecs.json", "model", {}, fresh=False)
+    for error in (ConfigError("no"), CodecError("not finite"), CacheError("books")):
+        result.measure("model", "tq4", lambda error=error: refusing(error))
+    found = json.loads(result.path.read_text())
+    assert [one["reason"] for one in found["left_out"]] == ["no"]
+    assert [one["error"] for one in found["failures"]] == ["CodecError: not finite", "CacheError: books"]
+    assert len(found["rows"]) == 3
 
 
 def test_the_answer_of_a_recall_is_counted_to_the_last_token(monkeypatch):

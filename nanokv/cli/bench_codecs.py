@@ -51,7 +51,7 @@ def codecs(names: list[str] | None, sweep: bool, quick: bool, **options: Any) ->
     names = list(measured.ALL) if names is None else names
     settings: dict[str, Any] = {"codecs": names, "sweep": sweep, "quick": quick, **asdict(plan)}
     left_out: list[dict[str, str]] = []
-    unexpected = []
+    failures: list[dict[str, str]] = []
     with Bench("codecs", settings, options, max_requests=max(batch for batch, _ in plan.points)) as at:
         settings["prefill"] = at.llm.config.prefill
         bench = measured.CodecBench(at.open, at.llm, plan)
@@ -62,14 +62,15 @@ def codecs(names: list[str] | None, sweep: bool, quick: bool, **options: Any) ->
             try:
                 for row in bench.rows(name, with_speed=name not in pairs, tick=tick):
                     at.rows.append(row)
-            except Exception as error:  # hours may lie behind: the others are still measured, and all of it is shown
+            except ConfigError as error:
                 left_out.append({"codec": name, "reason": str(error)})
                 click.echo(f"left out: {name}: {error}", err=True)
-                if not isinstance(error, NanokvError):
-                    unexpected.append(f"{name}: {type(error).__name__}")
-    settings["left_out"] = left_out
+            except Exception as error:  # hours may lie behind: the others are still measured, and all of it is shown
+                failures.append({"codec": name, "error": f"{type(error).__name__}: {error}"})
+                click.echo(f"failed: {name}: {failures[-1]['error']}", err=True)
+    settings |= {"left_out": left_out, "failures": failures}
     if not at.rows:
         raise NanokvError("no codec could be measured")
     at.show(report.codec_tables(at.rows), report.draw_codecs, (13, 5.5))
-    if unexpected:
-        raise NanokvError(f"failed: {', '.join(unexpected)}")
+    if failures:
+        raise NanokvError(f"failed: {', '.join(one['codec'] for one in failures)}")
