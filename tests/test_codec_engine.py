@@ -80,6 +80,30 @@ def test_every_family_keeps_the_law_in_codes(family, codec):
         llm.engine.cache.check()
 
 
+@pytest.mark.parametrize(
+    ("fields", "are_padded"),
+    [
+        ({}, True),
+        ({"codec": "fp8/tq3"}, True),
+        ({"codec": "tq4", "prefill": "fast", "native_layers": "first1"}, True),
+        ({"codec": "tqp3"}, False),
+        ({"codec": "kivi4", "native_layers": "first1"}, False),
+    ],
+)
+def test_decode_steps_are_padded_where_every_layer_can_be_recorded(wide, fields, are_padded):
+    with LLM(wide, page_size=32, num_pages=16, graphs=True, **fields) as llm:
+        assert (llm.engine.runner._graphs is not None) == are_padded
+        assert llm.engine.store.num_pages == 16 + are_padded  # the page of padding
+        assert llm.stats()["pages_total"] == 16
+
+
+def test_latents_in_codes_are_not_recorded_but_raw_ones_and_states_are(tmp_path):
+    for family, codec, are_padded in (("deepseek_v3", "tq4", False), ("deepseek_v3", "raw", True), ("qwen3_5", "tq4", True)):
+        folder = oracles.checkpoint(family, tmp_path / f"{family} {codec}")
+        with LLM(folder, codec=codec, num_pages=16, num_states=8, graphs=True) as llm:
+            assert (llm.engine.runner._graphs is not None) == are_padded
+
+
 @pytest.mark.parametrize("codec", ["tq3", "tqp4", "kivi4"])
 def test_samples_of_one_prompt_share_pages_until_they_part(wide, codec):
     params = SamplingParams(max_tokens=40, n=3, seed=5, ignore_eos=True)

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from harness import step_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nanokv.codecs import _SIDES, NAMES, resolve_codec
-from nanokv.codecs.kivi import KiviCodec
 from nanokv.codecs.pages import Heads
 from nanokv.codecs.side import TableSide
 from nanokv.core.errors import ConfigError
@@ -226,8 +227,31 @@ def test_keys_are_checked_as_they_are_written_without_their_mean(name):
     assert found.isfinite().all()
 
 
-def test_table_codecs_are_read_by_kernels_and_the_others_decoded():
-    fast = [name for name in NAMES if name != "raw" and not isinstance(resolve_codec(name, torch.float32), KiviCodec)]
-    for name in fast:
-        has_tables = isinstance(_SIDES[name], TableSide)
-        assert (Layer(name).pages._planes is not None) == has_tables
+class SizesFromNumbers(TorchDispatchMode):
+    """Notes operations whose result is as large as the numbers say, or that hand a number to the host: a device would
+    have to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_number = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        if name.strip("_").startswith("index"):  # by places or, of another size, by a mask
+            by_number = any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1:2]))
+        if by_number:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("name", [*NAMES, "fp8/tq4", "raw/tq4"])
+def test_a_decode_step_is_recordable_where_no_size_depends_on_numbers(name, exact):
+    layer = Layer(name, exact=exact)
+    layer.attend(heads_of(37), {0: range(32), 1: range(5)}, TABLES)
+    with SizesFromNumbers() as sizes:
+        layer.attend(heads_of(2), {0: range(32, 33), 1: range(5, 6)}, TABLES)
+    assert layer.pages.is_recordable == (not sizes.seen), sizes.seen
+    has_kernels = all(side == "raw" or isinstance(_SIDES.get(side), TableSide) for side in name.split("/"))
+    assert layer.pages.is_recordable == (has_kernels and name != "raw/tq4")

@@ -104,6 +104,9 @@ class KiviCodec:
 class KiviPages:
     """Keys and values of one layer."""
 
+    is_recordable = False
+    """Only the device knows which pages become full, and pages are decoded: see AttentionPages."""
+
     def __init__(
         self, bits: int, dtype: torch.dtype, layout: PageLayout, layer: int, heads: Heads, exact: bool
     ) -> None:

@@ -34,6 +34,9 @@ class Latent:
 class LatentPages:
     """The latents of one layer, keys and values at once, in one side."""
 
+    is_recordable = False
+    """Pages are decoded: see AttentionPages."""
+
     def __init__(self, side: Side, layout: PageLayout, layer: int, latent: Latent, exact: bool) -> None:
         self._latent = latent
         self._exact = exact

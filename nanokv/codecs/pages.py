@@ -114,6 +114,12 @@ class AttentionPages:
             self._planes = ops.CodePlanes(k_plane, v_plane, layout.page_bytes, layout.page_size, heads.kv_heads)
         self.centre = Centre()
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether a decode step may stand in a CUDA graph. What is decoded has sizes that only the device knows (how
+        many pages there are, each counted once), so the host waits to learn them."""
+        return self._planes is not None
+
     def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Writes k and v of each row to its slot, then attends: [rows, num_heads * head_dim], dtype of qkv.
 

@@ -62,6 +62,7 @@ class RawPages:
     """Keys and values of one layer, read where they stand."""
 
     centre = None
+    is_recordable = True
 
     def __init__(self, planes: KVPlanes, heads: Heads) -> None:
         self.planes = planes

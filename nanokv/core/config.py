@@ -76,7 +76,7 @@ class EngineConfig:
     is told."""
     graphs: bool | None = None
     """Run decode steps from static buffers, on a GPU as CUDA graphs. Default: yes on a GPU, no on a CPU, where it saves
-    nothing."""
+    nothing. Codecs that are decoded into pages made for one step cannot be recorded, and run without."""
     schedule: str = "fcfs"
     """Order of waiting requests: "fcfs", or "longest-prefix" (cached prefixes first, with ageing)."""
     seed: int = 0

@@ -59,6 +59,11 @@ class Attention:
         """What takes the mean off the keys that a codec writes; None where numbers are raw."""
         return self.pages.centre
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether a decode step of this layer may stand in a CUDA graph."""
+        return self.pages.is_recordable
+
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         qkv = self.qkv(x)
         qkv, gate = qkv[:, : self.qkv_width], qkv[:, self.qkv_width :]

@@ -49,6 +49,7 @@ class GatedDeltaNet:
     """
 
     planes: ops.StatePlanes
+    is_recordable = True
 
     def __init__(
         self,

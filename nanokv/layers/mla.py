@@ -112,6 +112,11 @@ class MLA:
             head_dim=rank, value_dim=rank, tail_dim=rope_dim, dtype=latent.plane.dtype,
         )  # fmt: skip
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether a decode step of this layer may stand in a CUDA graph."""
+        return self.codec.is_raw or self.pages.is_recordable
+
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         heads, shape = self.num_heads, self.shape
         down = self.down(x)

@@ -48,6 +48,9 @@ def layer_specs(config: ModelConfig, codec: Codec, page_size: int) -> list[Layer
 class Mixer(Protocol):
     """The half of a block that looks at other tokens, and so the half that keeps something."""
 
+    @property
+    def is_recordable(self) -> bool: ...
+
     def bind(self, layout: PageLayout, layer: int) -> None: ...
 
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor: ...
@@ -105,6 +108,11 @@ class Decoder:
             raise CacheError("the page layout is that of another model, codec or page size than the decoder's")
         for index, layer in enumerate(self.layers):
             layer.mixer.bind(layout, index)
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether a decode step may stand in a CUDA graph; once the decoder is bound."""
+        return all(layer.mixer.is_recordable for layer in self.layers)
 
     def centres(self) -> list[Centre]:
         """Of the layers whose codec can take a mean off keys; once the decoder is bound."""
