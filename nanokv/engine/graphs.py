@@ -100,23 +100,31 @@ class DecodeGraphs:
             logits.copy_(self._model.forward(batch, self._store))
 
         if self._memory is not None:
+            _warm_up(forward)  # what fails here fails without a graph too
             try:
                 return block, _captured(forward, self._memory)
+            except torch.OutOfMemoryError:
+                raise  # it says nothing about the kernels
             except RuntimeError as error:
                 logger.warning("decode steps run without CUDA graphs, a kernel cannot be recorded: %s", error)
                 self._memory = None
         return block, forward
 
 
-def _captured(forward: Forward, memory: tuple[int, int]) -> Forward:
-    """`forward` as a CUDA graph. Raises RuntimeError where it does what a graph cannot hold, such as to wait."""
+def _warm_up(forward: Forward) -> None:
+    """Runs `forward` on another stream, as a capture asks for: kernels compile, libraries allocate."""
     main, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(main)
-    with torch.cuda.stream(side):  # warm up elsewhere: kernels compile, libraries allocate
+    with torch.cuda.stream(side):
         for _ in range(2):
             forward()
     main.wait_stream(side)
+
+
+def _captured(forward: Forward, memory: tuple[int, int]) -> Forward:
+    """`forward` as a CUDA graph. Raises RuntimeError where it does what a graph cannot hold, such as to wait."""
     graph = torch.cuda.CUDAGraph()
+    main = torch.cuda.current_stream()
     with torch.cuda.stream(main), torch.cuda.graph(graph, pool=memory):  # back on `main` whatever happens inside
         forward()
     return graph.replay
