@@ -168,10 +168,10 @@ def _grouped(shape: Heads, dtype: torch.dtype, batch: Batch) -> None:
 
 
 def _codes(codec: str, dtype: torch.dtype, batch: Batch) -> None:
-    """8 KV heads of 128 dims, as Llama-3.1-8B and Qwen3 have them."""
+    """8 KV heads of 128 dims, as Llama-3.1-8B and Qwen3 have them. What is written comes in float32."""
     layout = PageLayout([resolve_codec(codec, dtype).spec(8, 128, 16)], 16)
     planes = resolve_codec(codec, dtype).pages(layout, 0, CodedHeads(32, 8, 128, 0.1, torch.empty(8, 128)))._planes
-    pool, kv = _empty(64, 1024, dtype=torch.uint8), _empty(batch.num_rows, 8, 128, dtype=dtype)
+    pool, kv = _empty(64, 1024, dtype=torch.uint8), _empty(batch.num_rows, 8, 128, dtype=torch.float32)
     cuda.store_codes(kv, kv, pool, planes, batch)
     cuda.code_attention(_empty(batch.num_rows, 32, 128, dtype=dtype), pool, planes, batch, 0.1)
 

@@ -9,7 +9,7 @@ from harness import step_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanokv.codecs import _SIDES, NAMES, resolve_codec
+from nanokv.codecs import _SIDES, NAMES, kivi, pages, resolve_codec
 from nanokv.codecs.pages import Heads
 from nanokv.codecs.side import TableSide
 from nanokv.core.errors import ConfigError
@@ -225,6 +225,22 @@ def test_keys_are_checked_as_they_are_written_without_their_mean(name):
     found = layer.pages.attend(qkv, layer.pool, layer.states, batch)
     assert batch.unwritable.tolist() == [False, True, False, False]
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["tq4", "fp8", "tqp3", "raw/tq4", "kivi4"])
+def test_a_gpu_attends_in_the_dtype_of_the_model(name, monkeypatch):
+    """Here on a CPU that is told to: the twins see bfloat16 queries, and pages decoded to it."""
+    seen, qkv = [], heads_of(40)
+    expected = Layer(name).attend(qkv, {0: range(40)}, TABLES)
+    for module in (pages, kivi):
+        monkeypatch.setattr(module, "attention_dtype", lambda _: torch.bfloat16)
+    for op in ("paged_attention", "code_attention"):
+        own = getattr(ops, op)
+        monkeypatch.setattr(ops, op, lambda q, *rest, own=own: seen.append((q, rest[1])) or own(q, *rest))
+    found = Layer(name).attend(qkv, {0: range(40)}, TABLES)
+    ((q, planes),) = seen
+    assert q.dtype == torch.bfloat16 and getattr(planes, "dtype", torch.bfloat16) == torch.bfloat16
+    assert found.dtype == torch.float32 and 0 < (found - expected).norm() < 0.01 * expected.norm()
 
 
 class SizesFromNumbers(TorchDispatchMode):

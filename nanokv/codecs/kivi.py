@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanokv.codecs.pages import Centre, Heads, refuse_unwritable
+from nanokv.codecs.pages import Centre, Heads, attention_dtype, over_decoded, refuse_unwritable
 from nanokv.codecs.side import array_of, plane
 from nanokv.core.batch import Batch
 from nanokv.core.errors import ConfigError
@@ -140,7 +140,7 @@ class KiviPages:
         tables, sealed = pieces.tables(batch, self._exact)
         k, v = (torch.cat((old, new.float())) for old, new in zip(self._decode(pool, sealed), native, strict=True))
         by_piece = replace(batch, request_starts=pieces.starts)
-        out = ops.paged_attention(q, *ops.decoded_batch(k, v, None, by_piece, tables), heads.scale)
+        out = over_decoded(q, (k, v, None), by_piece, tables, heads.scale, attention_dtype(qkv))
         return out.to(qkv.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanokv.codecs.pages import decoded, prefilling, refuse_unwritable
+from nanokv.codecs.pages import attention_dtype, decoded, over_decoded, prefilling, refuse_unwritable
 from nanokv.codecs.side import Side, SidePages, array_of
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
@@ -63,8 +63,8 @@ class LatentPages:
         raw_rows = None if self._exact else prefilling(batch)
         numbers = decoded(self._side, latents, pool, batch, used, raw_rows)
         queries = torch.cat((self._side.to(q.float()), q_rope.float()), dim=-1)
-        scratch = ops.decoded_batch(numbers, None, rope[used].float(), batch, places.int())
-        out = ops.paged_attention(queries, *scratch, self._latent.scale)
+        scratch, scale = (numbers, None, rope[used].float()), self._latent.scale
+        out = over_decoded(queries, scratch, batch, places.int(), scale, attention_dtype(q)).float()
         return self._side.back(out.unflatten(1, (q.shape[1], -1))).to(q.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor]:

@@ -4,7 +4,7 @@
     LatentPages       the latent of multi-head latent attention, in one side; the rotated key stays as it is
 
 Two ways to attend. Where both sides are tables and scales, kernels read the codes themselves. Everything else is
-decoded into float32 pages made for one step, each page once, however many requests share it.
+decoded into pages made for one step, each page once, however many requests share it.
 
 Prefill, `exact`: a row reads its own chunk through the codes, so what it computes does not depend on how a prompt was
 cut or what was found in the prefix cache. `fast`: the rows of a request that brings more than one to a step see each
@@ -136,7 +136,7 @@ class AttentionPages:
         refuse_unwritable(x[:, heads.num_heads :], batch)
         raw_rows = None if self._exact else prefilling(batch)
         attend = self._attend_codes if self._planes is not None and raw_rows is None else self._attend_decoded
-        out = attend(q, k, v, pool, batch, raw_rows)
+        out = attend(q, k, v, pool, batch, raw_rows, attention_dtype(qkv)).float()
         return self._v.back(out.unflatten(1, (heads.num_heads, -1))).flatten(1).to(qkv.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,23 +144,43 @@ class AttentionPages:
         k, v = (side.back(side.read(pool, pages)) for side in (self._k, self._v))
         return self.centre.back(k), v
 
-    def _attend_codes(self, q, k, v, pool, batch, _raw_rows) -> torch.Tensor:
+    def _attend_codes(self, q, k, v, pool, batch, _raw_rows, dtype) -> torch.Tensor:
         basis = self._k.coder.basis
         if basis is not None and basis is self._v.coder.basis:  # one product for the three
             q, k, v = basis.to(torch.cat((q, k, v), dim=1)).split((q.shape[1], k.shape[1], v.shape[1]), dim=1)
         else:
             q, k, v = self._k.to(q), self._k.to(k), self._v.to(v)
         ops.store_codes(k, v, pool, self._planes, batch)
-        return ops.code_attention(q, pool, self._planes, batch, self._heads.scale)
+        return ops.code_attention(q.to(dtype), pool, self._planes, batch, self._heads.scale)
 
-    def _attend_decoded(self, q, k, v, pool, batch, raw_rows) -> torch.Tensor:
+    def _attend_decoded(self, q, k, v, pool, batch, raw_rows, dtype) -> torch.Tensor:
         for side, x in ((self._k, k), (self._v, v)):
             side.write(x, pool, batch.write_pages.long(), batch.write_slots.long())
         pages, places = batch.page_tables.long().unique(return_inverse=True)
         keys, values = (decoded(side, x, pool, batch, pages, raw_rows) for side, x in ((self._k, k), (self._v, v)))
-        return ops.paged_attention(
-            self._k.to(q), *ops.decoded_batch(keys, values, None, batch, places.int()), self._heads.scale
-        )
+        return over_decoded(self._k.to(q), (keys, values, None), batch, places.int(), self._heads.scale, dtype)
+
+
+def attention_dtype(activations: torch.Tensor) -> torch.dtype:
+    """What turned queries are rounded to, and what pages are decoded to for attention: on a GPU the dtype of activations,
+    whose products are fast there; on a CPU float32."""
+    return activations.dtype if activations.is_cuda else torch.float32
+
+
+def over_decoded(
+    q: torch.Tensor,
+    decoded: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    batch: Batch,
+    tables: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Attention over pages decoded for this step: [rows, heads * value_dim], `dtype`.
+
+    decoded   k, v and tail, as decoded_batch takes them with `tables`
+    """
+    k, v, tail = (None if x is None else x.to(dtype) for x in decoded)
+    return ops.paged_attention(q.to(dtype), *ops.decoded_batch(k, v, tail, batch, tables), scale)
 
 
 def prefilling(batch: Batch) -> torch.Tensor | None:

@@ -136,23 +136,24 @@ def decode_pages(pool: torch.Tensor, planes: CodePlanes, side: CodePlane, pages:
 def decoded_batch(
     k: torch.Tensor, v: torch.Tensor | None, tail: torch.Tensor | None, batch: Batch, tables: torch.Tensor
 ) -> tuple[torch.Tensor, KVPlanes, Batch]:
-    """A pool of float32 pages that holds decoded keys and values, and how to attend over it.
+    """A pool of pages that holds decoded keys and values, and how to attend over it.
 
-    k, v      float32 [pages, kv_heads, page_size, dim]; v None: values are the keys
-    tail      float32 [pages, page_size, tail_dim] or None
+    k, v      [pages, kv_heads, page_size, dim], all of one dtype that pages may have; v None: values are the keys
+    tail      [pages, page_size, tail_dim] or None
     tables    int32 [requests, widest]: the pages of each request, as places in k and v
     Returns   pool, KVPlanes, and the batch over these tables
     """
     (_, kv_heads, page_size, dim), own = k.shape, v is not None
     value_dim = v.shape[-1] if own else dim
     heads = torch.cat((k, v), dim=-1) if own else k
-    width, heads = heads.shape[-1], heads.flatten(1)
+    width, size, heads = heads.shape[-1], k.element_size(), heads.flatten(1)
     pool = heads if tail is None else torch.cat((heads, tail.flatten(1)), dim=1)
     planes = KVPlanes(
-        k_offset=0, v_offset=4 * dim if own else 0, tail_offset=4 * heads.shape[1], page_bytes=4 * pool.shape[1],
-        page_size=page_size, token_stride=4 * width, head_stride=4 * page_size * width,
-        tail_stride=0 if tail is None else 4 * tail.shape[-1], kv_heads=kv_heads, head_dim=dim, value_dim=value_dim,
-        tail_dim=0 if tail is None else tail.shape[-1], dtype=torch.float32,
+        k_offset=0, v_offset=size * dim if own else 0, tail_offset=size * heads.shape[1],
+        page_bytes=size * pool.shape[1], page_size=page_size, token_stride=size * width,
+        head_stride=size * page_size * width, tail_stride=0 if tail is None else size * tail.shape[-1],
+        kv_heads=kv_heads, head_dim=dim, value_dim=value_dim, tail_dim=0 if tail is None else tail.shape[-1],
+        dtype=k.dtype,
     )  # fmt: skip
     return pool.view(torch.uint8), planes, replace(batch, page_tables=tables)
 
