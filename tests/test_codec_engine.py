@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nanokv import SamplingParams
+from nanokv.codecs import kivi, latents, pages
 from nanokv.codecs.latents import LatentPages
 from nanokv.codecs.pages import AttentionPages
 from nanokv.core.errors import CodecError, ConfigError
@@ -120,6 +121,19 @@ def test_samples_of_one_prompt_share_pages_until_they_part(wide, codec):
             llm.engine.abort(request_id)
             llm.engine.cache.check()
         assert llm.stats()["pages_held"] == llm.stats().get("states_held", 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "codec", "module", "name"),
+    [("llama", "tqp3", pages, "used_pages"), ("llama", "kivi4", kivi, "Pieces"), ("deepseek_v3", "tq4", latents, "used_pages")],
+)
+def test_what_is_the_same_for_all_layers_of_a_step_is_worked_out_once(family, codec, module, name, tmp_path, monkeypatch):
+    own, calls = getattr(module, name), []
+    monkeypatch.setattr(module, name, lambda batch: calls.append(batch) or own(batch))
+    folder = oracles.checkpoint(family, tmp_path)
+    with LLM(folder, codec=codec, page_size=32, num_pages=16, max_step_tokens=32) as llm:
+        llm.generate([oracles.prompt(50)], GREEDY)
+        assert len(calls) == llm.engine.num_steps == 7 and len(set(map(id, calls))) == 7
 
 
 # ---- quality and modes --------------------------------------------------------------------------------------------

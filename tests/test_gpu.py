@@ -1,6 +1,7 @@
 """What only a card can show: kernels and engine on CUDA against the CPU, graphs and overlap on and off, no waiting."""
 
 import math
+from dataclasses import replace
 
 import oracles
 import pytest
@@ -127,7 +128,7 @@ def test_attention_on_the_card_is_the_references(card, dtype, heads, kv_heads, d
     generator = torch.Generator().manual_seed(0)
     tables = torch.randperm(6 * 256, generator=generator).view(6, 256).int()
     batch = step_of({request: list(own) for request, own in rows.items()}, tables, 16)
-    batch = type(batch)(**{k: v.to(card) if torch.is_tensor(v) else v for k, v in vars(batch).items()})
+    batch = replace(batch, **{k: v.to(card) for k, v in vars(batch).items() if torch.is_tensor(v)})
     size = 16 * dim * dtype.itemsize * kv_heads
     planes = ops.KVPlanes(
         0, size, 0, 2 * size, 16, dim * dtype.itemsize, 16 * dim * dtype.itemsize, 0, kv_heads, dim, dim, 0, dtype

@@ -114,7 +114,6 @@ class KiviPages:
         self._dtype = dtype
         self._heads = heads
         self._exact = exact
-        self._page_size = layout.page_size
         self._group = min(layout.page_size, heads.head_dim)
         self._keys, self._values = Groups(bits, -2), Groups(bits, -1)
         self._k, self._v = (
@@ -131,13 +130,12 @@ class KiviPages:
         q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
         self.centre(k)
         refuse_unwritable(x[:, heads.num_heads :], batch)
-        pieces = Pieces(batch, self._page_size)
+        pieces = batch.once(Pieces)
         native = [
-            self._native(x, tail, states, batch, pieces)
-            for x, tail in zip((k, v), self._tails, strict=True)
+            self._native(x, tail, states, batch, pieces) for x, tail in zip((k, v), self._tails, strict=True)
         ]
-        self._seal(native, pool, batch.write_pages[pieces.last_rows[pieces.are_full]].long(), pieces)
-        tables, sealed = pieces.tables(batch, self._exact)
+        self._seal(native, pool, batch.write_pages[pieces.last_rows[pieces.full]].long(), pieces)
+        tables, sealed = batch.once(piece_tables, self._exact)
         k, v = (torch.cat((old, new.float())) for old, new in zip(self._decode(pool, sealed), native, strict=True))
         by_piece = replace(batch, request_starts=pieces.starts)
         out = over_decoded(q, (k, v, None), by_piece, tables, heads.scale, attention_dtype(qkv))
@@ -155,12 +153,11 @@ class KiviPages:
         pages = tails.new_zeros(len(own), *tails.shape[1:])
         pages[pieces.go_on] = tails[own[pieces.go_on]]
         pages[pieces.of_rows, :, batch.write_slots.long()] = x.to(self._dtype)
-        is_open = ~pieces.are_full
-        tails[own[is_open]] = pages[is_open]
+        tails[own[pieces.open]] = pages[pieces.open]
         return pages
 
     def _seal(self, native: list[torch.Tensor], pool: torch.Tensor, pages: torch.Tensor, pieces: Pieces) -> None:
-        k, v = (x[pieces.are_full].float() for x in native)
+        k, v = (x[pieces.full].float() for x in native)
         codes, step, low = self._keys.encode(k)
         parts = [ops.split_codes(codes, self._bits)[0], step.squeeze(-2), low.squeeze(-2)]
         codes, step, low = self._values.encode(v.unflatten(-1, (-1, self._group)))
@@ -185,14 +182,14 @@ class Pieces:
     requests    the request of each piece
     places      which page of its request a piece is
     last_rows   the last row of each piece
-    are_full    bool: whether the last row fills the page
-    go_on       bool: whether the page was begun in an earlier step
+    full, open  the pieces whose last row fills the page, and the others
+    go_on       the pieces whose page was begun in an earlier step
     """
 
-    def __init__(self, batch: Batch, page_size: int) -> None:
+    def __init__(self, batch: Batch) -> None:
         counts = batch.request_starts.diff().long()
         request = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-        place = batch.positions.long() // page_size
+        place = batch.positions.long() // batch.page_size
         is_first = torch.ones_like(request, dtype=torch.bool)
         is_first[1:] = (request[1:] != request[:-1]) | (place[1:] != place[:-1])
         first_rows = is_first.nonzero()[:, 0]
@@ -200,21 +197,24 @@ class Pieces:
         self.starts = torch.cat((first_rows, first_rows.new_tensor([len(request)]))).int()
         self.requests, self.places = request[first_rows], place[first_rows]
         self.last_rows = self.starts[1:].long() - 1
-        self.are_full = batch.write_slots[self.last_rows] == page_size - 1
-        self.go_on = batch.write_slots[first_rows] > 0
+        are_full = batch.write_slots[self.last_rows] == batch.page_size - 1
+        self.full, self.open = are_full.nonzero()[:, 0], (~are_full).nonzero()[:, 0]
+        self.go_on = (batch.write_slots[first_rows] > 0).nonzero()[:, 0]
 
-    def tables(self, batch: Batch, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page tables int32 [pieces, widest] over [full pages to decode | this step's pages as they are]; full pages.
 
-        exact   a piece sees only its own page as it is; else all that its request brings to this step
-        """
-        pages = batch.page_tables[self.requests].long()
-        columns = torch.arange(pages.shape[1], device=pages.device)
-        # Pieces of a request follow each other: the first one's page, and where that piece stands.
-        lead = torch.searchsorted(self.requests, self.requests)
-        native_from = self.places if exact else self.places[lead]
-        is_sealed = columns < native_from[:, None]
-        sealed = pages[is_sealed].unique()
-        pieces = torch.arange(len(lead), device=pages.device)
-        native = (pieces - self.places)[:, None] + columns + len(sealed)
-        return torch.where(is_sealed, torch.searchsorted(sealed, pages), native).clamp(min=0).int(), sealed
+def piece_tables(batch: Batch, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page tables int32 [pieces, widest] over [full pages to decode | this step's pages as they are]; full pages.
+
+    exact   a piece sees only its own page as it is; else all that its request brings to this step
+    """
+    own = batch.once(Pieces)
+    pages = batch.page_tables[own.requests].long()
+    columns = torch.arange(pages.shape[1], device=pages.device)
+    # Pieces of a request follow each other: the first one's page, and where that piece stands.
+    lead = torch.searchsorted(own.requests, own.requests)
+    native_from = own.places if exact else own.places[lead]
+    is_sealed = columns < native_from[:, None]
+    sealed = pages[is_sealed].unique()
+    pieces = torch.arange(len(lead), device=pages.device)
+    native = (pieces - own.places)[:, None] + columns + len(sealed)
+    return torch.where(is_sealed, torch.searchsorted(sealed, pages), native).clamp(min=0).int(), sealed

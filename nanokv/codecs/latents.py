@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanokv.codecs.pages import attention_dtype, decoded, over_decoded, prefilling, refuse_unwritable
+from nanokv.codecs.pages import attention_dtype, decoded, over_decoded, prefilling, refuse_unwritable, used_pages
 from nanokv.codecs.side import Side, SidePages, array_of
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
@@ -59,12 +59,12 @@ class LatentPages:
         self._side.write(latents, pool, pages, slots)
         rope = array_of(pool, self._rope)
         rope[pages, slots] = keys.to(rope.dtype)
-        used, places = batch.page_tables.long().unique(return_inverse=True)
-        raw_rows = None if self._exact else prefilling(batch)
+        used, places = batch.once(used_pages)
+        raw_rows = None if self._exact else batch.once(prefilling)
         numbers = decoded(self._side, latents, pool, batch, used, raw_rows)
         queries = torch.cat((self._side.to(q.float()), q_rope.float()), dim=-1)
         scratch, scale = (numbers, None, rope[used].float()), self._latent.scale
-        out = over_decoded(queries, scratch, batch, places.int(), scale, attention_dtype(q)).float()
+        out = over_decoded(queries, scratch, batch, places, scale, attention_dtype(q)).float()
         return self._side.back(out.unflatten(1, (q.shape[1], -1))).to(q.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor]:

@@ -134,7 +134,7 @@ class AttentionPages:
         q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
         self.centre(k)
         refuse_unwritable(x[:, heads.num_heads :], batch)
-        raw_rows = None if self._exact else prefilling(batch)
+        raw_rows = None if self._exact else batch.once(prefilling)
         attend = self._attend_codes if self._planes is not None and raw_rows is None else self._attend_decoded
         out = attend(q, k, v, pool, batch, raw_rows, attention_dtype(qkv)).float()
         return self._v.back(out.unflatten(1, (heads.num_heads, -1))).flatten(1).to(qkv.dtype)
@@ -156,9 +156,9 @@ class AttentionPages:
     def _attend_decoded(self, q, k, v, pool, batch, raw_rows, dtype) -> torch.Tensor:
         for side, x in ((self._k, k), (self._v, v)):
             side.write(x, pool, batch.write_pages.long(), batch.write_slots.long())
-        pages, places = batch.page_tables.long().unique(return_inverse=True)
+        pages, places = batch.once(used_pages)
         keys, values = (decoded(side, x, pool, batch, pages, raw_rows) for side, x in ((self._k, k), (self._v, v)))
-        return over_decoded(self._k.to(q), (keys, values, None), batch, places.int(), self._heads.scale, dtype)
+        return over_decoded(self._k.to(q), (keys, values, None), batch, places, self._heads.scale, dtype)
 
 
 def attention_dtype(activations: torch.Tensor) -> torch.dtype:
@@ -181,6 +181,12 @@ def over_decoded(
     """
     k, v, tail = (None if x is None else x.to(dtype) for x in decoded)
     return ops.paged_attention(q.to(dtype), *ops.decoded_batch(k, v, tail, batch, tables), scale)
+
+
+def used_pages(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pages in the tables of a step, each once, ascending: int64; and the tables, as places among them: int32."""
+    pages, places = batch.page_tables.long().unique(return_inverse=True)
+    return pages, places.int()
 
 
 def prefilling(batch: Batch) -> torch.Tensor | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Batch:
     state_ids: torch.Tensor
     page_size: int
     unwritable: torch.Tensor | None = None
+    _shared: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.unwritable is None:
@@ -47,6 +52,14 @@ class Batch:
     @property
     def num_requests(self) -> int:
         return self.request_starts.shape[0] - 1
+
+    def once(self, make: Callable[..., T], *arguments: Any) -> T:
+        """make(self, *arguments), computed for the first layer that asks and kept for the others: what layers work out of
+        a step that is the same for all of them. Nobody may write into it."""
+        key = (make, *arguments)
+        if key not in self._shared:
+            self._shared[key] = make(self, *arguments)
+        return self._shared[key]
 
     def select(self, requests: list[int]) -> tuple[torch.Tensor, Batch]:
         """The rows of some requests (int64, ascending with `requests`), and a Batch of only these; no logits asked."""
