@@ -24,7 +24,7 @@ from nanokv.bench.codec_quality import Reference, Texts, summary, topics
 from nanokv.bench.codec_speed import in_turns, requests_at_once
 from nanokv.bench.decode import fits
 from nanokv.bench.measure import Ticker, no_tick, warm_up
-from nanokv.codecs import resolve_codec
+from nanokv.codecs import resolve_codec, value_side
 from nanokv.core.config import EngineConfig
 from nanokv.core.spec import PageLayout
 from nanokv.engine.memory import Memory, pool_size
@@ -210,7 +210,7 @@ def _random(llm: LLM, codec: str) -> Row:
     dim = config.head_dim if config.mla is None else config.mla.kv_rank
     resolved = resolve_codec(codec, llm.dtype, layers=config.attention_layers)
     k, _, v = codec.partition("/")
-    v = v or {"qjl": "int4"}.get(k, k.replace("tqp", "tq").removesuffix("-orth"))
+    v = v or value_side(k)
     return random_errors(resolved, dim, page_size_of(codec)) | {
         "theory_k_mse": theory(k, dim),
         "theory_v_mse": theory(v, dim),

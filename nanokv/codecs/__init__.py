@@ -52,8 +52,13 @@ _SIDES: dict[str, Side] = {
     )
 }
 _VALUES = {"qjl": "int4"} | {f"tqp{bits}{end}": f"tq{bits}" for bits in (2, 3, 4) for end in ("", "-orth")}
-"""The side of values where a name alone means another one than for keys."""
+"""Names that mean another side for values than for keys."""
 NAMES = ("raw", *_SIDES, "kivi2", "kivi4")
+
+
+def value_side(name: str) -> str:
+    """The side of values where this name stands alone for both."""
+    return _VALUES.get(name, name)
 
 
 def resolve_codec(
@@ -87,7 +92,7 @@ def codec_of(config: EngineConfig, dtype: torch.dtype, layers: list[int]) -> Cod
 
 def _paired(name: str, dtype: torch.dtype, exact: bool) -> PairedCodec:
     k, _, v = name.partition("/")
-    v = v or _VALUES.get(k, k)
+    v = v or value_side(k)
     sides = {"raw": RawSide(dtype), **_SIDES}
     if k not in sides or v not in sides:
         raise ConfigError(f"codec={name!r}: allowed are {', '.join(NAMES)}, or two of them as K/V (but kivi)")
@@ -110,4 +115,4 @@ def parse_native_layers(text: str, layers: list[int]) -> frozenset[int]:
     return frozenset(native)
 
 
-__all__ = ["NAMES", "Codec", "RawCodec", "codec_of", "parse_native_layers", "resolve_codec"]
+__all__ = ["NAMES", "Codec", "RawCodec", "codec_of", "parse_native_layers", "resolve_codec", "value_side"]

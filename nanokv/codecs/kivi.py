@@ -97,7 +97,7 @@ class KiviCodec:
         """Raises ConfigError: a latent is key and value at once."""
         raise ConfigError(
             f"codec={self.name!r}: it writes keys and values in two ways, and multi-head latent attention keeps one "
-            "latent for both; allowed are raw, fp8, int8, int4, rot4, tq2, tq3, tq4, tqp2, tqp3, tqp4, polar"
+            "latent for both; allowed is one name, other than qjl and kivi"
         )
 
 
