@@ -45,7 +45,7 @@ def is_in_registers(built: report.Built) -> bool:
 
 
 def multiplies(launch: Launch) -> bool:
-    return launch.kernel.__name__ in ("attention_kernel", "experts_kernel")
+    return launch.kernel.__name__ in ("attention_kernel", "code_attention_kernel", "experts_kernel")
 
 
 def test_decode_kernels_fit_and_use_no_memory_for_numbers_on_an_h100(decode_launches):
@@ -56,7 +56,8 @@ def test_decode_kernels_fit_and_use_no_memory_for_numbers_on_an_h100(decode_laun
         if multiplies(launch):
             assert BFLOAT_MMA.search(built.ptx), built.row
         names.add(built.row["kernel"])
-    assert {"attention_kernel", "merge_kernel", "rope_and_store_kernel", "delta_rule_step_kernel"} <= names
+    assert {"attention_kernel", "code_attention_kernel", "merge_kernel", "rope_and_store_kernel"} <= names
+    assert {"delta_rule_step_kernel", "experts_kernel"} <= names
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100"])
@@ -91,5 +92,5 @@ def test_every_kernel_of_every_model_builds_and_fits(target):
         built = report.build(launch, target)
         assert fits(built), built.row
         assert report.config_of(launch) not in decodes or is_in_registers(built), built.row
-        if multiplies(launch) and "FORMAT=bf16" in report.config_of(launch):
+        if multiplies(launch) and "bf16" in report.config_of(launch):
             assert BFLOAT_MMA.search(built.ptx), built.row
