@@ -99,7 +99,11 @@ def test_decode_steps_are_padded_where_every_layer_can_be_recorded(wide, fields,
 
 
 def test_latents_in_codes_are_not_recorded_but_raw_ones_and_states_are(tmp_path):
-    for family, codec, are_padded in (("deepseek_v3", "tq4", False), ("deepseek_v3", "raw", True), ("qwen3_5", "tq4", True)):
+    for family, codec, are_padded in (
+        ("deepseek_v3", "tq4", False),
+        ("deepseek_v3", "raw", True),
+        ("qwen3_5", "tq4", True),
+    ):
         folder = oracles.checkpoint(family, tmp_path / f"{family} {codec}")
         with LLM(folder, codec=codec, num_pages=16, num_states=8, graphs=True) as llm:
             assert (llm.engine.runner._graphs is not None) == are_padded
@@ -125,9 +129,15 @@ def test_samples_of_one_prompt_share_pages_until_they_part(wide, codec):
 
 @pytest.mark.parametrize(
     ("family", "codec", "module", "name"),
-    [("llama", "tqp3", pages, "used_pages"), ("llama", "kivi4", kivi, "Pieces"), ("deepseek_v3", "tq4", latents, "used_pages")],
+    [
+        ("llama", "tqp3", pages, "used_pages"),
+        ("llama", "kivi4", kivi, "Pieces"),
+        ("deepseek_v3", "tq4", latents, "used_pages"),
+    ],
 )
-def test_what_is_the_same_for_all_layers_of_a_step_is_worked_out_once(family, codec, module, name, tmp_path, monkeypatch):
+def test_what_is_the_same_for_all_layers_of_a_step_is_worked_out_once(
+    family, codec, module, name, tmp_path, monkeypatch
+):
     own, calls = getattr(module, name), []
     monkeypatch.setattr(module, name, lambda batch: calls.append(batch) or own(batch))
     folder = oracles.checkpoint(family, tmp_path)

@@ -131,9 +131,7 @@ class KiviPages:
         self.centre(k)
         refuse_unwritable(x[:, heads.num_heads :], batch)
         pieces = batch.once(Pieces)
-        native = [
-            self._native(x, tail, states, batch, pieces) for x, tail in zip((k, v), self._tails, strict=True)
-        ]
+        native = [self._native(x, tail, states, batch, pieces) for x, tail in zip((k, v), self._tails, strict=True)]
         self._seal(native, pool, batch.write_pages[pieces.last_rows[pieces.full]].long(), pieces)
         tables, sealed = batch.once(piece_tables, self._exact)
         k, v = (torch.cat((old, new.float())) for old, new in zip(self._decode(pool, sealed), native, strict=True))

@@ -162,8 +162,8 @@ class AttentionPages:
 
 
 def attention_dtype(activations: torch.Tensor) -> torch.dtype:
-    """What turned queries are rounded to, and what pages are decoded to for attention: on a GPU the dtype of activations,
-    whose products are fast there; on a CPU float32."""
+    """What turned queries and decoded pages are rounded to for attention: on a GPU the dtype of activations, whose
+    products are fast there; on a CPU float32."""
     return activations.dtype if activations.is_cuda else torch.float32
 
 

@@ -54,8 +54,8 @@ class Batch:
         return self.request_starts.shape[0] - 1
 
     def once(self, make: Callable[..., T], *arguments: Any) -> T:
-        """make(self, *arguments), computed for the first layer that asks and kept for the others: what layers work out of
-        a step that is the same for all of them. Nobody may write into it."""
+        """make(self, *arguments), computed for the first layer that asks and kept for the others: for what all layers
+        work out of a step alike. Nobody may write into it."""
         key = (make, *arguments)
         if key not in self._shared:
             self._shared[key] = make(self, *arguments)

@@ -1,8 +1,8 @@
 """Attention over pages, tiled for the GPU: decodes split over the context, prefills tiled over their rows.
 
 All query heads of a KV head share one program, up to MOST_HEADS, so K and V are read once for so many, and the
-products are matrix products even for a single row. A step that mixes prefills and decodes runs both kernels, each on the
-requests that are its own; nothing here waits for the host.
+products are matrix products even for a single row. A step that mixes prefills and decodes runs both kernels, each on
+the requests that are its own; nothing here waits for the host.
 """
 
 from __future__ import annotations
