@@ -33,6 +33,7 @@ from nanokv import LLM, SamplingParams
 from nanokv.bench.codec_speed import prefill_in_turns
 from nanokv.bench.codecs import ALL, FULL, QUICK, CodecBench, Plan, page_size_of, swept
 from nanokv.bench.codecs import key as key_of
+from nanokv.bench.measure import check_length
 from nanokv.bench.report import draw_codecs
 from nanokv.cli.common import hardware, new_figure
 from nanokv.core.errors import ConfigError
@@ -139,7 +140,9 @@ def on_model(result: Result, name: str, plan: Plan) -> None:
 
 
 def prefill(open_llm: Callable[..., LLM], raw: LLM, codec: str, turns: int) -> Iterator[Row]:
-    """What it costs that a prompt reads its own keys and values through the codec."""
+    """What it costs that a prompt reads its own keys and values through the codec. Raises ConfigError for a model that
+    is too short."""
+    check_length(raw, PREFILL_TOKENS, 1)
     fields = {"codec": codec, "page_size": page_size_of(codec)}
     with open_llm(prefill="exact", **fields) as exact, open_llm(prefill="fast", **fields) as fast:
         found = prefill_in_turns({"raw": raw, "exact": exact, "fast": fast}, PREFILL_TOKENS, turns)
