@@ -8,12 +8,14 @@ from nanokv import EngineConfig
 from nanokv.codecs import resolve_codec
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import PageLayout
-from nanokv.engine.memory import Memory, gpu_memory, memory_for_pages, pool_size
+from nanokv.engine.memory import Memory, gpu_memory, memory_for_pages, pool_size, reading_scratch
 from nanokv.engine.probe import run_largest_step, run_reading_step
+from nanokv.layers.mla import MLA
 from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
 
 GIB = 2**30
+CPU = torch.device("cpu")
 
 
 def test_a_gpu_gives_its_fraction_less_what_is_used_and_what_a_step_needs():
@@ -24,19 +26,62 @@ def test_a_gpu_keeps_room_to_decode_the_pages_that_it_gives():
     assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5, scratch=0.25) == Memory(20 * GIB, 20 * GIB)
 
 
+def bound(folder, codec: str, dtype: torch.dtype = torch.float32, page_size: int = 32, exact: bool = True):
+    own = resolve_codec(codec, dtype, exact)
+    model = load_model(folder, ModelConfig.from_folder(folder), dtype, CPU, own, page_size)
+    layout = PageLayout(model.specs, page_size)
+    model.bind(layout)
+    return model, layout
+
+
 @pytest.mark.parametrize(("codec", "family"), [("tqp3", "llama"), ("kivi4", "qwen3_5"), ("tq4", "deepseek_v3")])
 def test_a_step_that_reads_pages_reads_as_many_as_it_is_told(codec, family, tmp_path):
-    folder, config = oracles.checkpoint(family, tmp_path), EngineConfig(page_size=32)
-    own = resolve_codec(codec, torch.float32)
-    cpu = torch.device("cpu")
-    model = load_model(folder, ModelConfig.from_folder(folder), torch.float32, cpu, own, 32)
-    layout = PageLayout(model.specs, 32)
-    model.bind(layout)
+    model, layout = bound(oracles.checkpoint(family, tmp_path), codec)
     original, read = model.forward, []
-    model.forward = lambda batch, store: read.append(batch.page_tables) or original(batch, store)
-    for count in (1, 64):
-        run_reading_step(count, config, model, layout, cpu)
-        assert sorted(read[-1].flatten().tolist()) == list(range(count))
+    model.forward = lambda batch, store: read.append(batch) or original(batch, store)
+    for count, rows in ((1, 1), (1, 20), (64, 1), (64, 64)):
+        run_reading_step(count, rows, EngineConfig(page_size=32), model, layout, CPU)
+        batch = read[-1]
+        assert sorted(batch.page_tables.flatten().tolist()) == list(range(count))
+        assert batch.num_rows == max(rows, batch.num_requests)
+        assert (batch.positions[batch.request_starts[1:].long() - 1] == batch.page_tables.shape[1] * 32 - 1).all()
+
+
+@pytest.mark.parametrize("family", oracles.FAMILIES)
+def test_what_reading_takes_is_the_larger_of_decodes_and_a_prompt_over_cached_pages(family, tmp_path):
+    model, layout = bound(oracles.checkpoint(family, tmp_path), "tq4", page_size=16, exact=False)
+    original, read, own = model.forward, [], layout.page_bytes
+    model.forward = lambda batch, store: read.append(batch) or original(batch, store)
+
+    def scratch(*bytes_of_a_page: float) -> float:
+        """Found where a page of decodes, and then of prompts, takes so many bytes beside itself."""
+        read.clear()
+        each = iter(own * (1 + more) for more in bytes_of_a_page for _ in range(2))
+
+        def peak(run) -> int:
+            run()
+            return round(read[-1].page_tables.numel() * next(each)) + 1000
+
+        config = EngineConfig(max_step_tokens=96, codec="tq4", prefill="fast")
+        return reading_scratch(peak, config, model, layout, CPU)
+
+    assert scratch(0.25, 0.5) == pytest.approx(0.5, abs=0.01)
+    assert [batch.num_rows > batch.num_requests for batch in read] == [False, False, True, True]
+    assert read[2].num_rows == read[3].num_rows
+    assert scratch(0.25, 0.0) == pytest.approx(0.25, abs=0.01)
+
+
+def test_the_prompt_over_cached_pages_expands_latents(tmp_path, monkeypatch):
+    model, layout = bound(oracles.checkpoint("deepseek_v3", tmp_path), "raw", torch.bfloat16, page_size=16)
+    expanded, own = [], MLA._expanded
+    monkeypatch.setattr(MLA, "_expanded", lambda self, *rest: expanded.append(rest[-1]) or own(self, *rest))
+    reading_scratch(lambda run: run() or 0, EngineConfig(), model, layout, CPU)
+    assert max(int(batch.positions[-1]) for batch in expanded) == model.config.max_positions - 1
+
+
+def test_scratch_of_one_request_at_a_time_takes_no_more_than_the_longest_needs():
+    assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5, 0.25, at_once=4 * GIB) == Memory(24 * GIB, 24 * GIB)
+    assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5, 0.25, at_once=400 * GIB) == Memory(20 * GIB, 20 * GIB)
 
 
 def test_a_gpu_without_room_for_pages_is_an_error_that_names_the_field():

@@ -17,6 +17,8 @@ from nanokv.models.decoder import Decoder
 CPU_SHARE, CPU_MOST = 0.25, 4 * 2**30
 PROBED_PAGES = 256
 """Pages over which a step is run to see what reading a page takes: so many that what a row takes is lost in it."""
+PROBED_ROWS = 512
+"""Of a prompt over cached pages: so many that latents are expanded, where that is cheaper (layers/mla.py:expands)."""
 
 
 @dataclass(frozen=True)
@@ -45,25 +47,57 @@ def memory_for_pages(config: EngineConfig, model: Decoder, layout: PageLayout, d
         return torch.cuda.max_memory_allocated(device) - before
 
     step_bytes = peak(lambda: run_largest_step(config, model, layout, device))
-    few, many = (peak(lambda n=n: run_reading_step(n, config, model, layout, device)) for n in (1, PROBED_PAGES))
+    scratch = reading_scratch(peak, config, model, layout, device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    own = layout.page_bytes * (PROBED_PAGES - 1)  # the pages
-    scratch = max(0, many - few - own) / own if own else 0.0
-    return gpu_memory(total, free, step_bytes, config.gpu_memory_fraction, scratch)
+    at_once = None
+    if config.codec == "raw":  # what is expanded is one request after the other
+        at_once = layout.page_bytes * layout.pages_for(config.max_model_len or model.config.max_positions)
+    return gpu_memory(total, free, step_bytes, config.gpu_memory_fraction, scratch, at_once)
 
 
-def gpu_memory(total: int, free: int, step_bytes: int, fraction: float, scratch: float = 0.0) -> Memory:
+def reading_scratch(
+    peak: Callable[[Callable[[], None]], int],
+    config: EngineConfig,
+    model: Decoder,
+    layout: PageLayout,
+    device: torch.device,
+) -> float:
+    """Bytes that a step needs for each byte of the pages that it reads: the larger one of decodes and of a prompt over
+    cached pages, which the prefill mode "fast" decodes and latents are expanded for.
+
+    peak   runs a step and returns the bytes that it had at most
+    """
+
+    def scratch(few: int, num_rows: int) -> float:
+        less, more = (
+            peak(lambda n=n: run_reading_step(n, num_rows, config, model, layout, device)) for n in (few, PROBED_PAGES)
+        )
+        own = layout.page_bytes * (PROBED_PAGES - few)  # the pages
+        return max(0, more - less - own) / own if own else 0.0
+
+    num_rows = min(PROBED_ROWS, config.max_step_tokens, PROBED_PAGES // 4 * config.page_size)
+    own_pages = 1 << (layout.pages_for(num_rows) - 1).bit_length()  # as many rows in both: what they take cancels
+    return max(scratch(1, 1), scratch(own_pages, num_rows))
+
+
+def gpu_memory(
+    total: int, free: int, step_bytes: int, fraction: float, scratch: float = 0.0, at_once: int | None = None
+) -> Memory:
     """Bytes for pages on a GPU of `total` bytes, `free` of them free with the weights loaded.
 
         |-- in use: weights, others --|---- pages ----|- scratch of pages -|- largest step -|--- left alone ---|
                                                                                             ^ fraction * total
 
-    scratch   bytes that a step needs for each byte of the pages it reads: codecs without kernels decode into float32,
-              and a step may read all pages
+    scratch   bytes that a step needs for each byte of the pages it reads: codecs without kernels decode them; a step
+              may read all pages
+    at_once   bytes of pages that have scratch at the same time, at most; None: all
     Raises    ConfigError when nothing is left for pages
     """
-    left = int((int(total * fraction) - (total - free) - step_bytes) / (1 + scratch))
+    room = int(total * fraction) - (total - free) - step_bytes
+    left = int(room / (1 + scratch))
+    if at_once is not None:
+        left = max(left, int(room - scratch * at_once))
     if left <= 0:
         raise ConfigError(
             f"gpu_memory_fraction={fraction}: of {total:,} bytes {total - free:,} are in use and a step needs "

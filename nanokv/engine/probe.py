@@ -32,14 +32,19 @@ def run_largest_step(config: EngineConfig, model: Decoder, layout: PageLayout, d
 
 
 def run_reading_step(
-    num_pages: int, config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device
+    num_pages: int, num_rows: int, config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device
 ) -> None:
-    """Single rows that together read `num_pages` pages, a power of two, over a store of as many."""
+    """Requests that together read `num_pages` pages, a power of two, over a store of as many.
+
+    num_rows   of all requests together, the last ones of each; at least one each
+    """
     longest = model.config.max_positions
     each = min(num_pages, 1 << max(1, longest // config.page_size).bit_length() - 1)  # so that nothing is left over
     tables = np.arange(num_pages, dtype=np.int32).reshape(-1, each)
-    last = np.full(len(tables), min(each * config.page_size, longest) - 1, np.int32)
-    _run(last, tables, 1, model, layout, device)
+    end = min(each * config.page_size, longest)
+    count = min(max(1, num_rows // len(tables)), end)
+    positions = np.tile(np.arange(end - count, end, dtype=np.int32), len(tables))
+    _run(positions, tables, 1, model, layout, device)
 
 
 def run_small_step(model: Decoder, layout: PageLayout, device: torch.device) -> None:
@@ -55,10 +60,11 @@ def _run(
 ) -> torch.Tensor:
     """Logits of the first `wanted` rows of a step over a new store: one request a row of `tables`, of as many rows."""
     rows, requests = len(positions), len(tables)
+    owners = np.repeat(np.arange(requests), rows // requests)
     arrays = {
         "token_ids": np.zeros(rows, np.int64),
         "positions": positions,
-        "write_pages": np.repeat(tables[:, -1], rows // requests),
+        "write_pages": tables[owners, positions // layout.page_size],
         "write_slots": positions % layout.page_size,
         "request_starts": np.arange(requests + 1, dtype=np.int32) * (rows // requests),
         "page_tables": tables,
