@@ -17,14 +17,19 @@ def test_a_quick_run_on_a_cpu_writes_json_and_a_table(tmp_path):
     done = subprocess.run([*command, "kernels", "--json", path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(path.read_text())
-    limits, kernels = report["parts"]
-    assert "error" not in limits and "error" not in kernels
+    about, _, kernels = report["parts"]
+    assert not any("error" in part for part in report["parts"])
+    assert not any("error" in row for row in kernels["rows"])
     assert all(row["seconds"] > 0 for row in kernels["rows"])
-    assert {row["name"] for row in kernels["rows"]} >= {"attention decode", "MLA decode", "GDN step", "silu_mul"}
+    assert {row["name"] for row in kernels["rows"]} >= {
+        "attention decode", "attention prefill", "MLA decode", "code_attention", "store_codes", "store_latent",
+        "GDN step", "GDN chunk", "rms_norm", "silu_mul",
+    }  # fmt: skip
     assert all("bytes_share" in row for row in kernels["rows"])
     assert report["about"]["versions"]["torch"] and report["quick"]
+    assert about["rows"][0]["shape"] == "cpu" and about["rows"][0]["auto"].startswith(("cpu", "cuda"))
     table = path.with_suffix(".md").read_text()
-    assert table.count("\n") == 2 + len(limits["rows"]) + len(kernels["rows"])
+    assert table.count("\n") == 2 + sum(len(part["rows"]) for part in report["parts"])
 
 
 def test_a_part_that_fails_says_why_and_one_that_hangs_is_stopped():
@@ -32,6 +37,21 @@ def test_a_part_that_fails_says_why_and_one_that_hangs_is_stopped():
     assert "KeyError: 'nobody'" in failed["error"] and failed["rows"] == []
     stopped = gpu_report.run_part("kernels", "cpu", True, 0.2)
     assert stopped["error"] == "stopped after 0 s"
+
+
+def test_the_time_of_python_beside_the_device_is_that_of_a_step_without_waiting():
+    part = gpu_report.run_part("host", "cpu", True, 120)
+    assert "error" not in part
+    assert [row["shape"] for row in part["rows"]] == ["1 x 32", "2 x 32"]
+    assert all(0 < row["seconds"] < 2 * row["decode_step_s"] for row in part["rows"])
+
+
+def test_calls_over_copies_take_turns():
+    from gpu.common import Run, seconds
+
+    seen = []
+    seconds([lambda: seen.append("a"), lambda: seen.append("b")], Run("cpu", quick=True))
+    assert seen[-5:] == list("ababa")
 
 
 def test_the_time_that_is_left_is_the_limit_of_the_next_part(tmp_path, monkeypatch):

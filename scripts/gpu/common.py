@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -31,22 +33,33 @@ class Run:
     def dtype(self) -> torch.dtype:
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
+    def copies(self, num_bytes: float) -> int:
+        """Of the tensors of a call that moves so many bytes: together over 4 times the last-level cache (an H100's
+        holds 50 MB), so that a turn finds nothing of the last one in it. Of small tensors 64: in a model they stand in
+        that cache too."""
+        if self.device == "cpu":
+            return 2  # to see that turns are taken
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+        return min(64, max(1, math.ceil(4 * cache / num_bytes)))
 
-def seconds(call: Callable[[], Any], run: Run, calls: int = 20) -> float:
-    """Seconds of one call, median of 5: on a GPU from a graph of `calls` of them, so that launching costs nothing."""
-    for _ in range(3):
+
+def seconds(calls: Sequence[Callable[[], Any]], run: Run, count: int = 20) -> float:
+    """Seconds of one call, median of 5; calls over several copies of their tensors take turns. On a GPU from a graph of
+    at least `count` of them, so that launching costs nothing."""
+    for call in [*calls, *calls[:1] * 2]:
         call()
     if run.device == "cpu":
         times = []
-        for _ in range(5):
+        for call in islice(cycle(calls), 5):
             begin = time.perf_counter()
             call()
             times.append(time.perf_counter() - begin)
         return median(times)
     torch.cuda.synchronize()
+    rounds = -(-count // len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(calls):
+        for call in [*calls] * rounds:
             call()
     times = []
     for _ in range(6):
@@ -55,7 +68,7 @@ def seconds(call: Callable[[], Any], run: Run, calls: int = 20) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / calls)
+        times.append(begin.elapsed_time(end) / 1e3 / (rounds * len(calls)))
     return median(times[1:])
 
 

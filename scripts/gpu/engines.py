@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import product
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from gpu.common import Row, Run, config_of, dummy
@@ -12,6 +14,8 @@ from gpu.common import Row, Run, config_of, dummy
 from nanokv.bench.decode import measure_decode
 from nanokv.bench.measure import decode_speed, prefill_speed, warm_up
 from nanokv.bench.prefix import measure_prefix
+from nanokv.core.request import RequestOutput
+from nanokv.engine.arrival import Arrival
 
 
 def engine(run: Run, model: str) -> Iterator[Row]:
@@ -20,9 +24,41 @@ def engine(run: Run, model: str) -> Iterator[Row]:
     with dummy(model, run) as llm:
         warm_up(llm, prompt)
         yield {"name": f"{model} prefill", "shape": f"{prompt:,} tokens", "tokens_per_s": prefill_speed(llm, prompt)}
-        for row in measure_decode(llm, batches, contexts, steps=4 if run.quick else 30):
-            shape = f"{row['batch']} x {row['context_tokens']:,}"
-            yield {"name": f"{model} decode", "shape": shape, "tokens_per_s": row["output_tokens_per_s"], **row}
+        for batch, context in product(batches, contexts):  # one by one: what has been measured stands, whatever comes
+            for row in measure_decode(llm, [batch], [context], steps=4 if run.quick else 30):
+                shape = f"{row['batch']} x {row['context_tokens']:,}"
+                yield {"name": f"{model} decode", "shape": shape, "tokens_per_s": row["output_tokens_per_s"], **row}
+
+
+def host(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
+    """What Python does beside the device in a decode step: the time of a step in which it does not wait for tokens."""
+    steps, context = (4, 32) if run.quick else (60, 1024)
+    waited, beside = 0.0, []
+
+    with dummy(model, run) as llm:
+        fetch, step = Arrival.fetch, llm.engine.step
+
+        def timed_fetch(arrival: Arrival) -> dict[str, list]:
+            nonlocal waited
+            begin = time.perf_counter()
+            fetched = fetch(arrival)
+            waited += time.perf_counter() - begin
+            return fetched
+
+        def timed_step() -> list[RequestOutput]:
+            nonlocal waited
+            waited, begin = 0.0, time.perf_counter()
+            outputs = step()
+            beside.append(time.perf_counter() - begin - waited)
+            return outputs
+
+        warm_up(llm, context)
+        with patch.object(Arrival, "fetch", timed_fetch), patch.object(llm.engine, "step", timed_step):
+            for batch in (1, 2) if run.quick else (1, 16, 64):
+                speed = decode_speed(llm, batch, context, steps)
+                taken = median(beside[-steps - 1 : -1])  # the last step only hands out what was aborted
+                yield {"name": f"{model} Python beside the device", "shape": f"{batch} x {context:,}", "seconds": taken,
+                       "decode_step_s": batch / speed}  # fmt: skip
 
 
 def switches(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
