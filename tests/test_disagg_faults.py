@@ -188,7 +188,8 @@ def test_workers_that_keep_dying_leave_the_engine_to_itself(tiny_llama, right, m
 
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
 from nanokv import LLM, DisaggConfig, SamplingParams
 from nanokv.core.request import Request
 llm = LLM(sys.argv[1], disagg=DisaggConfig(min_tokens=8), num_pages=64, page_size=8)
