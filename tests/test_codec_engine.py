@@ -247,6 +247,7 @@ def test_tails_take_half_of_the_memory_at_most(wide):
         ({"codec": "zip"}, "codec='zip': allowed are raw, fp8"),
         ({"codec": "fp8/zip"}, "codec='fp8/zip': allowed are raw, fp8"),
         ({"codec": "tq4/kivi4"}, "allowed are raw, fp8"),
+        ({"codec": "tq4/"}, "codec='tq4/': allowed are raw, fp8"),
         ({"codec": "tq4/qjl"}, "codec='tq4/qjl': qjl keeps products with keys only"),
         ({"codec": "kivi4"}, "page_size=16: codec kivi4 makes a group of a page; allowed are 32 and 64"),
         ({"codec": "tq4", "native_layers": "some"}, "native_layers='some': expected such as 'first2,last2'"),

@@ -99,6 +99,9 @@ def test_llama3_scaling_is_read_from_old_and_new_keys(kind):
     assert ModelConfig.from_dict(without(rope_scaling=scaling, rope_theta=500000.0)).rope == expected
     new = without("rope_scaling", "rope_theta", rope_parameters={**scaling, "rope_theta": 500000.0})
     assert ModelConfig.from_dict(new).rope == expected
+    assert ModelConfig.from_dict(new | {"rope_scaling": scaling}).rope == expected
+    with pytest.raises(CheckpointError, match="rope_scaling.*rope_parameters beside it says otherwise"):
+        ModelConfig.from_dict(new | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}})
 
 
 def test_what_old_files_leave_out_has_its_old_meaning():

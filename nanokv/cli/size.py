@@ -190,7 +190,10 @@ def _print(one: CacheSize, contexts: list[int], memory: int) -> None:
     if layout.state_bytes:
         click.echo(f"  a state takes {layout.state_bytes:,} bytes, {layout.state_payload:,} of them payload")
     fits = one.tokens_in(memory)
-    halves = "; an engine gives half of it to checkpoints of states" if one.layout.is_recurrent else ""
+    halves = ""
+    if one.layout.state_bytes:
+        kept = "states and their checkpoints" if one.layout.is_recurrent else "tails of unfinished pages"
+        halves = f"; an engine gives up to half of it to {kept} of requests that run"
     found = "any number of" if fits is None else f"{fits:,}"
     click.echo(f"  {binary(memory)} hold {found} tokens of one sequence{halves}")
     table = [["context", "pages", "payload", "padded", ""]]

@@ -91,8 +91,8 @@ def codec_of(config: EngineConfig, dtype: torch.dtype, layers: list[int]) -> Cod
 
 
 def _paired(name: str, dtype: torch.dtype, exact: bool) -> PairedCodec:
-    k, _, v = name.partition("/")
-    v = v or value_side(k)
+    k, slash, v = name.partition("/")
+    v = v if slash else value_side(k)
     sides = {"raw": RawSide(dtype), **_SIDES}
     if k not in sides or v not in sides:
         raise ConfigError(f"codec={name!r}: allowed are {', '.join(NAMES)}, or two of them as K/V (but kivi)")

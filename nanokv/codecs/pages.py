@@ -87,8 +87,8 @@ def refuse_unwritable(x: torch.Tensor, batch: Batch) -> None:
 def why_refused(codec: str) -> str:
     """What the request of such a row is told."""
     return (
-        f"codec={codec!r}: keys or values are not finite, or beyond the {LARGEST:g} that a scale can hold; "
-        "codec raw has no such limit"
+        f"codec={codec!r}: keys or values are not finite (damaged weights), or beyond the {LARGEST:g} that a scale can "
+        "hold (codec raw has no such limit)"
     )
 
 

@@ -50,7 +50,7 @@ class PairedCodec:
         if "/" in self.name or self._k.is_sketch:
             raise ConfigError(
                 f"codec={self.name!r}: multi-head latent attention keeps one latent for keys and values; allowed is "
-                "one name, other than qjl"
+                "one name, other than qjl and kivi"
             )
         self._check(rank, "kv_rank")
         return LayerSpec(paged=self._k.planes("latent", 1, rank, page_size))

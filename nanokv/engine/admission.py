@@ -44,7 +44,10 @@ def check_request(request: Request, model: ModelConfig, config: EngineConfig, lo
             "(max_model_len, kv_memory, num_pages)"
         )
     if params.n > config.max_requests:
-        raise RequestError(f"n={params.n}: at most {config.max_requests} samples run at once (max_requests)")
+        raise RequestError(
+            f"n={params.n}: at most {config.max_requests} samples run at once here (max_requests, and num_states where "
+            "layers keep states)"
+        )
     for token in params.stop_token_ids:
         if not 0 <= token < vocab_size:
             raise RequestError(f"stop_token_ids: unknown token id {token}; allowed are 0 to {vocab_size - 1}")

@@ -218,6 +218,12 @@ def _delta(fields: Fields) -> DeltaConfig:
 def _rope_fields(fields: Fields) -> Fields:
     name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
     rope = fields.inside(name)
+    new, old = (
+        {"rope_type" if key == "type" else key: value for key, value in one.data.items()}
+        for one in (rope, fields.inside("rope_scaling"))
+    )
+    if name == "rope_parameters" and not old.items() <= new.items():
+        raise fields.error("rope_scaling", "rope_parameters beside it says otherwise; keep one of them")
     if any(isinstance(value, dict) for value in rope.data.values()):
         raise fields.error(name, "positions that differ from layer to layer are not supported")
     return rope
