@@ -35,6 +35,8 @@ def byte_tokenizer() -> Tokenizer:
 class ScriptedDecoder:
     """Says the tokens it was told to, one a step; `before_step` is called at each, with the number of the step."""
 
+    is_recordable = True
+
     def __init__(self, max_positions: int = 1024) -> None:
         plane = Plane("k", (16, 16), torch.uint8, token_axis=0)
         self.specs = [LayerSpec(paged=(plane,))]

@@ -85,7 +85,7 @@ class Engine:
         self.events = EventLog(config.event_log)
         on_gpu = device.type != "cpu"
         # Decode steps that are padded to a fixed size write what nobody reads to a page and a state that nobody owns.
-        spare = int(model.is_recordable and (on_gpu if config.graphs is None else config.graphs))
+        spare = int((on_gpu if config.graphs is None else config.graphs) and model.is_recordable)
         pages, states = num_pages + spare, num_states and num_states + spare
         num_bytes = pages * self.layout.page_bytes + states * self.layout.state_bytes
         buffer = None if prefiller is None else prefiller.allocate(num_bytes, device)
