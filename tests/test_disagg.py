@@ -1,8 +1,10 @@
 """Prefill there, decode here: the colocated engine's tokens for every family; the protocol, and who is refused."""
 
 import contextlib
+import fcntl
 import os
 import re
+import resource
 import socket
 import threading
 from array import array
@@ -20,7 +22,7 @@ from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams, codecs
 from nanokv.core.errors import ConfigError
 from nanokv.core.request import Request, RequestOutput
 from nanokv.disagg import prefiller, split
-from nanokv.disagg.channel import Channel
+from nanokv.disagg.channel import Channel, wait
 from nanokv.disagg.dispatcher import Dispatcher
 from nanokv.disagg.memory import SharedPool, map_pool
 from nanokv.disagg.messages import (
@@ -654,3 +656,19 @@ def test_a_request_that_is_aborted_leaves_no_copy_behind():
     pages.commit(request)
     pages.release(request)
     assert pages.take_state_copies() == []
+
+
+def test_descriptors_may_be_as_high_as_they_like():
+    """In a server of many files: select.select refuses those from 1,024 on."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        high = socket.socket(fileno=fcntl.fcntl(ours.fileno(), fcntl.F_DUPFD, 2000))
+        channel = Channel(high)
+        assert channel.fileno() >= 2000
+        assert not wait([channel], seconds=0) and wait([channel], [channel])
+        theirs.sendall(encode(Ping(generation=1)))
+        assert wait([channel]) and channel.receive() == [Ping(generation=1)]
+        channel.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)

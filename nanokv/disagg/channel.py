@@ -6,13 +6,23 @@ buffer that `flush` tries again, and `receive` returns what has come by now.
 
 from __future__ import annotations
 
+import math
 import os
+import select
 import socket
 import sys
+from collections.abc import Sequence
+from typing import Protocol
 
 from nanokv.disagg.messages import AnyMessage, Message, encode, take_frames
 
 _CHUNK = 1 << 18
+
+
+class Waitable(Protocol):
+    """What has a descriptor, as a peer has, which is readable when it is gone."""
+
+    def fileno(self) -> int: ...
 
 
 class Channel:
@@ -92,6 +102,15 @@ class Channel:
         self._descriptors = []
         self.closed = True
         self._sock.close()
+
+
+def wait(reading: Sequence[Waitable | int], writing: Sequence[Waitable] = (), seconds: float | None = None) -> bool:
+    """Whether one of `reading` can be read, or one of `writing`, which are among them, written, within `seconds` (None:
+    waits until it is so). By poll: select refuses descriptors from 1,024 on."""
+    poll = select.poll()
+    for one in reading:
+        poll.register(one, select.POLLIN | (select.POLLOUT if one in writing else 0))
+    return bool(poll.poll(None if seconds is None else math.ceil(1000 * seconds)))
 
 
 def keep_alive(sock: socket.socket, seconds: int = 10) -> None:

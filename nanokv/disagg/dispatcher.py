@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import select
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 
 from nanokv.core.errors import ConfigError
 from nanokv.core.request import Request
+from nanokv.disagg.channel import wait
 from nanokv.disagg.config import DisaggConfig
 from nanokv.disagg.grants import Grant, Peer, Place, prefill_message
 from nanokv.disagg.memory import SharedPool
@@ -197,7 +197,7 @@ class Dispatcher:
         peers = [place.peer for place in self._places if place.peer is not None]
         channels = [peer.channel for peer in peers if not peer.channel.closed]
         writing = [channel for channel in channels if channel.is_backed_up]
-        select.select([*peers, *channels], writing, [], seconds)
+        wait([*peers, *channels], writing, seconds)
 
     def _listen(self) -> None:
         """Hears every worker out, kills those that are silent or broken, buries those that are gone."""

@@ -12,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import socket
 import threading
 from collections.abc import Callable
 
 from nanokv.cache.store import CacheStore
 from nanokv.core.errors import ConfigError
-from nanokv.disagg.channel import Channel
+from nanokv.disagg.channel import Channel, wait
 from nanokv.disagg.config import split_address
 from nanokv.disagg.messages import (
     AbortAck,
@@ -126,8 +125,7 @@ class HostLink:
         is_greeted = False
         while not (far.closed or self._engine.closed or self._closing.is_set()):
             writing = [channel for channel in (far, self._engine) if channel.is_backed_up]
-            spoke = select.select([far, self._engine], writing, [], None if is_greeted else PING_S)
-            if not any(spoke):
+            if not wait([far, self._engine], writing, None if is_greeted else PING_S):
                 far.send(Ping(generation=0))
             for message in self._engine.receive():
                 is_greeted = is_greeted or isinstance(message, Hello)

@@ -7,7 +7,6 @@ ended, and its mappings have been taken down by then. Only then may its pages be
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -15,7 +14,7 @@ import sys
 
 import msgspec
 
-from nanokv.disagg.channel import Channel
+from nanokv.disagg.channel import Channel, wait
 from nanokv.disagg.worker import Job
 
 ENTRY = "nanokv.disagg.worker"
@@ -59,7 +58,7 @@ class LocalWorker:
     @property
     def gone(self) -> bool:
         """Whether it can no longer write anything, because it has ended."""
-        if not self._gone and select.select([self._pidfd], [], [], 0)[0]:
+        if not self._gone and wait([self._pidfd], seconds=0):
             self._process.wait()
             self._gone = True
         return self._gone

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import socket
 import sys
 import time
@@ -24,7 +23,7 @@ from nanokv.core.batch import Batch
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import NanokvError
 from nanokv.core.spec import PageLayout
-from nanokv.disagg.channel import Channel
+from nanokv.disagg.channel import Channel, wait
 from nanokv.disagg.config import LONGEST_S
 from nanokv.disagg.digest import digest_of
 from nanokv.disagg.memory import map_pool
@@ -86,7 +85,7 @@ def receive_hello(channel: Channel, seconds: float | None = None) -> Hello:
     heard = time.monotonic()
     while not channel.closed:
         left = None if seconds is None else max(0.0, heard + seconds - time.monotonic())
-        if not select.select([channel], [], [], left)[0]:
+        if not wait([channel], seconds=left):
             raise ProtocolError(f"said nothing for {seconds:g} s")
         for message in channel.receive():
             heard = time.monotonic()
@@ -165,7 +164,7 @@ class Session:
         """For a message; not at all while there is work."""
         self.channel.flush()
         writing = [self.channel] if self.channel.is_backed_up else []
-        select.select([self.channel], writing, [], 0 if self.loop.has_work else None)
+        wait([self.channel], writing, 0 if self.loop.has_work else None)
 
 
 def run(job: Job, channel: Channel, make_session: Callable[..., Session] = Session) -> None:
