@@ -22,7 +22,7 @@ from nanokv.core.errors import ConfigError
 from nanokv.disagg import dispatcher, link, prefiller, server, split
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.config import split_address
-from nanokv.disagg.messages import Abort, AbortAck, Done, Layers, Prefill, encode
+from nanokv.disagg.messages import Abort, AbortAck, Done, Failed, Layers, Prefill, encode
 from nanokv.disagg.prefiller import PrefillLoop
 from nanokv.disagg.split import Split
 from nanokv.disagg.worker import Model
@@ -110,6 +110,40 @@ def test_an_abort_of_the_last_that_waits_leaves_those_before_it_waiting(session)
         step(session)
     done = [message.attempt for message in heard.receive() if isinstance(message, Done)]
     assert done == [1, 3] and session._pages.num_free == 6
+
+
+def test_a_prompt_with_checkpoints_and_no_state_fails_alone(session):
+    session, heard = session
+    session.hear(msgspec.structs.replace(prefill(1), checkpoints=((8, 0),)))
+    session.hear(prefill(2))
+    step(session)
+    assert [(type(one), one.attempt) for one in heard.receive()] == [(Failed, 1), (Done, 2)]
+
+
+@pytest.mark.parametrize("attempt", [1, 3])
+def test_an_abort_of_another_request_leaves_an_attempt_alone(session, attempt):
+    """1 is at work, 3 waits for pages."""
+    session, heard = session
+    for one in (1, 2, 3):
+        session.hear(prefill(one))
+    session.hear(msgspec.structs.replace(abort(attempt), request="another"))
+    while session.loop.has_work:
+        step(session)
+    done = [message.attempt for message in heard.receive() if isinstance(message, Done)]
+    assert done == [1, 2, 3] and session._pages.num_free == 6
+
+
+def test_whatever_a_peer_brings_about_ends_its_session_in_one_line_and_never_the_server(
+    address, tiny_llama, monkeypatch, caplog
+):
+    serve = server.serve_one
+    first = iter([raising(ValueError("zip() arguments\nof any kind"))])
+    monkeypatch.setattr(server, "serve_one", lambda *arguments: next(first, serve)(*arguments))
+    socket.create_connection(split_address(address)).close()
+    with LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM) as llm:
+        assert llm.stats()["prefill_workers_ready"] == 1
+    (line,) = [message for message in caplog.messages if "ValueError" in message]
+    assert line.endswith(": ValueError: zip() arguments of any kind")
 
 
 def split_of(folder, **fields) -> Split:

@@ -17,6 +17,7 @@ import msgspec
 from nanokv.cache.pool import PagePool, StatePool
 from nanokv.cache.store import CacheStore
 from nanokv.core.batch import Batch
+from nanokv.core.errors import NanokvError
 from nanokv.core.request import Request
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.messages import (
@@ -28,7 +29,6 @@ from nanokv.disagg.messages import (
     Memory,
     Message,
     Prefill,
-    ProtocolError,
     failed,
     pack_ints,
     unpack_ints,
@@ -82,8 +82,10 @@ class SendingSession(Session):
                 self._waiting.append(message)
         elif isinstance(message, Abort):
             self._highest = max(self._highest, message.attempt)
-            self._waiting = deque(one for one in self._waiting if one.attempt != message.attempt)
-            if message.attempt in self._jobs:
+            about = (message.request, message.attempt)
+            self._waiting = deque(one for one in self._waiting if (one.request, one.attempt) != about)
+            job = self._jobs.get(message.attempt)
+            if job is not None and job.message.request == message.request:
                 self.send(self.loop.abort(message))
                 self._free(message.attempt)
             else:  # the loop must not hear of it: it would take those that wait before it for late ones
@@ -148,6 +150,10 @@ class SendingSession(Session):
             if len(message.pages) != 4 * num_pages or cached % size or not 0 <= cached < len(message.tokens) // 4:
                 self._waiting.popleft()
                 self.send(failed(message, "pages and cached_length do not fit the tokens"))
+                continue
+            if message.state is None and message.checkpoints:
+                self._waiting.popleft()
+                self.send(failed(message, "checkpoints of a state that is not there"))
                 continue
             if num_pages > self._pages.num_pages or num_states > self._states.num_states:
                 self._waiting.popleft()
@@ -215,5 +221,8 @@ def listen(model: Model, address: tuple[str, int]) -> None:
             try:
                 serve_one(model, store, sock)
                 logger.warning("%s:%d has left", peer, port)
-            except (ProtocolError, EOFError, RuntimeError, OSError) as error:
-                logger.warning("%s:%d: %s", peer, port, " ".join(str(error).split())[:200])
+            except Exception as error:  # whatever one peer brings about ends its session, and nothing for the next one
+                known = isinstance(error, (NanokvError, EOFError, OSError))
+                what = str(error) if known else f"{type(error).__name__}: {error}"
+                debug = logger.isEnabledFor(logging.DEBUG)
+                logger.warning("%s:%d: %s", peer, port, " ".join(what.split())[:200], exc_info=debug)
