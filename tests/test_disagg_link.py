@@ -22,11 +22,12 @@ from nanokv.core.errors import ConfigError
 from nanokv.disagg import dispatcher, link, prefiller, server, split
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.config import split_address
-from nanokv.disagg.messages import Abort, AbortAck, Done, Failed, Layers, Prefill, encode
+from nanokv.disagg.messages import Abort, AbortAck, Done, Failed, Layers, Memory, Prefill, encode
 from nanokv.disagg.prefiller import PrefillLoop
 from nanokv.disagg.split import Split
 from nanokv.disagg.worker import Model
 
+SENT = Memory(kind="sent", num_bytes=0)
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 
 
@@ -238,7 +239,32 @@ def test_a_host_that_is_lost_is_told_once(address, tiny_llama, monkeypatch, capl
         assert llm.stats()["worker_deaths"] == 1
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     (line,) = [message for message in warnings if message.startswith(f"prefill {address}")]
-    assert line.endswith(": 1 prompts are computed here, a new one starts")
+    assert line.endswith(": 1 prompts are computed here, tried again")
+
+
+@pytest.mark.parametrize(("memory", "lived_s", "starts"), [(SENT, 60.0, 7), (None, 60.0, 3), (None, -1.0, 7)])
+def test_deaths_in_a_row_end_where_a_host_is_back_or_a_worker_has_lived(memory, lived_s, starts, monkeypatch, caplog):
+    """Six disconnects without a prompt between."""
+    monkeypatch.setattr(dispatcher, "LIVED_S", lived_s)
+    strangers, ours = [], dispatcher.Dispatcher(DisaggConfig())
+    ours.allocate(4096, torch.device("cpu"))
+
+    def start() -> Stranger:
+        strangers.append(Stranger())
+        strangers[-1].mouth.sendall(encode(hello_of(ours)))
+        return strangers[-1]
+
+    ours.add(start, memory)
+    ours.open(256, 4, 0, "d")
+    for _ in range(6):
+        strangers[-1].gone = True
+        for _ in range(2):
+            ours.collect(wait=False)
+    assert len(strangers) == starts
+    assert (
+        caplog.messages[0] == f"stranger {'has died: a new one starts' if memory is None else 'is gone: tried again'}"
+    )
+    ours.close()
 
 
 def raising(error: Exception):

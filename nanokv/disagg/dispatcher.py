@@ -44,7 +44,10 @@ logger = logging.getLogger("nanokv")
 MAX_ATTEMPTS = 2
 """Attempts of other processes at a request in a row, without a DONE between; then it is computed here."""
 MAX_DEATHS = 3
-"""Deaths of a worker in a row, without one DONE between, after which no new one is started."""
+"""Deaths of a worker in a row, after which no new one is started. DONE ends the row; so does the HELLO of another host,
+where somebody else starts it again, and here a life of LIVED_S."""
+LIVED_S = 60.0
+"""How long a worker of this host is ready before its death says nothing of the next one's."""
 WAIT_S = 0.05
 """How long `collect` waits at most, so that whoever steps the engine can do other things in between."""
 START_S = 600.0
@@ -243,9 +246,11 @@ class Dispatcher:
             self._counters["stale_messages"] += 1
         elif isinstance(message, Hello):
             self._check_hello(message)
-            place.state = "ready"
+            place.state, place.since = "ready", time.monotonic()
             if place.deaths:
                 logger.warning("%s is back", place.peer.name)
+            if place.is_elsewhere:
+                place.deaths = 0
         elif isinstance(message, Failed) and message.request is None:
             place.refusal = f"{place.peer.name}: {message.reason}"
             place.deaths = MAX_DEATHS  # another one would refuse as well
@@ -287,7 +292,7 @@ class Dispatcher:
 
     def _check_heartbeat(self, place: Place) -> None:
         # A host that cannot be reached is tried for ever; a process of this host loads, or something is wrong with it.
-        if place.state == "starting" and place.memory is None and time.monotonic() - place.since > START_S:
+        if place.state == "starting" and not place.is_elsewhere and time.monotonic() - place.since > START_S:
             self._kill(place, f"is not ready after {START_S:g} s")
         if place.state == "ready" and place.grants:
             since = max(place.heard, min(grant.since for grant in place.grants.values()))
@@ -299,6 +304,8 @@ class Dispatcher:
     def _kill(self, place: Place, why: str) -> None:
         """It may still write until it is buried: its grants stay out."""
         if place.state != "dying":
+            if place.state == "ready" and place.refusal is None and time.monotonic() - place.since > LIVED_S:
+                place.deaths = 0
             place.state = "dying"
             place.deaths += 1
             self._counters["worker_deaths"] += 1
@@ -309,12 +316,14 @@ class Dispatcher:
         others = any(one.state == "ready" for one in self._places if one is not place)
         where = "by another worker" if others else "here"
         prompts = f"{len(place.grants)} prompts are computed {where}, " if place.grants else ""
+        if place.is_elsewhere:
+            return prompts + ("tried again" if place.deaths < MAX_DEATHS else "not tried again")
         return prompts + ("a new one starts" if place.deaths < MAX_DEATHS else "no new one is started")
 
     def _bury(self, place: Place) -> None:
         """It is gone: what it held comes back, and a new one starts unless they keep dying."""
         if place.state != "dying":
-            self._kill(place, "has died")
+            self._kill(place, "is gone" if place.is_elsewhere else "has died")
         lost = list(place.grants.values())
         self._counters["remote_lost"] += sum(not grant.aborted for grant in lost)
         self._results += [Prefilled(grant.request) for grant in lost]  # first, as in `_settle`

@@ -41,7 +41,7 @@ class Place:
 
     memory  what HELLO tells it of the pool; None: it maps this one
     state   "starting" (HELLO not answered yet), "ready", or "dying" (killed, not gone yet)
-    since   when it was started, time.monotonic()
+    since   when it was started, or became ready, time.monotonic()
     """
 
     start: Callable[[], Peer]
@@ -53,6 +53,11 @@ class Place:
     heard: float = 0.0
     deaths: int = 0
     refusal: str | None = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """On another host, where somebody else starts and ends it: from here it is only reached, or not."""
+        return self.memory is not None
 
 
 def prefill_message(request: Request, attempt: int, generation: int, checkpoints: list[tuple[int, int]]) -> Prefill:
