@@ -68,7 +68,7 @@ class Thread:
 
     def __init__(self, job: Job) -> None:
         ours, theirs = socket.socketpair()
-        self.name, self.channel = job.name, Channel(ours)
+        self.name, self.why, self.channel = job.name, None, Channel(ours)
         self._end, end = os.pipe()
         self._thread = threading.Thread(target=self._run, args=(job, Channel(theirs), end))
         self._thread.start()
@@ -465,6 +465,7 @@ class Stranger:
     """A peer that the test plays itself, over a socket pair."""
 
     name = "stranger"
+    why = None
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -513,7 +514,8 @@ def test_a_worker_that_does_not_fit_gets_no_prompts(answer, caplog):
         with pytest.raises(ConfigError, match="another model there"):
             dispatcher.open(256, 4, 0, "d")
     else:
-        dispatcher.open(256, 4, 0, "d")
+        with pytest.raises(ConfigError, match="disagg: stranger said what it must not .*, 3 times in a row"):
+            dispatcher.open(256, 4, 0, "d")
         assert len(strangers) == 3  # tried again, then given up
     assert dispatcher.stats()["prefill_workers_ready"] == 0
     assert not dispatcher.wants(Request([5] * 100, SamplingParams()), 100)

@@ -15,6 +15,7 @@ import oracles
 import pytest
 
 from nanokv import LLM, DisaggConfig, SamplingParams
+from nanokv.core.errors import ConfigError
 from nanokv.core.request import Request
 from nanokv.disagg import process
 
@@ -179,12 +180,22 @@ def test_a_pool_full_of_running_requests_preempts_none_that_is_out(llm):
 
 
 def test_workers_that_keep_dying_leave_the_engine_to_itself(tiny_llama, right, monkeypatch, tmp_path, caplog):
-    """An entry that does not exist: every process dies at once."""
-    monkeypatch.setattr(process, "ENTRY", "no_such_worker")
+    """From some day on the entry does not exist: every process dies at once."""
     with caplog.at_level(logging.WARNING, "nanokv"), LLM(tiny_llama, disagg=DisaggConfig(), **ROOM) as llm:
+        monkeypatch.setattr(process, "ENTRY", "no_such_worker")
+        os.kill(worker_pid(llm), signal.SIGKILL)
+        step_until(llm, lambda: llm.stats()["worker_deaths"] == 3)
         assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == right
         assert llm.stats()["prefill_workers_ready"] == 0
     assert sum("no new one is started" in record.message for record in caplog.records) == 1
+
+
+def test_workers_that_cannot_start_are_an_error_and_not_silence(tiny_llama, monkeypatch):
+    monkeypatch.setattr(process, "ENTRY", "no_such_worker")
+    with pytest.raises(
+        ConfigError, match="disagg: prefill 0 (has died|hung up), 3 times in a row: its lines above say more"
+    ):
+        LLM(tiny_llama, disagg=DisaggConfig(), **ROOM)
 
 
 SCRIPT = """

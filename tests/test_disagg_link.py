@@ -164,6 +164,24 @@ def test_a_wrong_address_beside_a_right_one_lets_the_right_one_go_and_starts_not
             assert sock.recv(1) == b"" and not started
 
 
+def test_a_port_of_another_service_is_named(tiny_llama):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def greet():
+            for _ in range(dispatcher.MAX_DEATHS):
+                sock, _ = other.accept()
+                greeted.append(sock)
+                sock.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        greeted: list[socket.socket] = []
+        threading.Thread(target=greet, daemon=True).start()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=re.escape(f"connect='{address}': no nanokv prefill process there")):
+            LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM)
+        for sock in greeted:
+            sock.close()
+
+
 def test_a_worker_that_cannot_be_started_ends_those_before_it(tiny_llama, monkeypatch):
     strangers = [Stranger()]
     monkeypatch.setattr(split, "LocalWorker", lambda job: strangers[int(job.name[-1])])

@@ -94,8 +94,8 @@ class Dispatcher:
         return self._pool.tensor
 
     def open(self, vocab_size: int, num_pages: int, num_states: int, digest: str) -> None:
-        """Says HELLO to all and waits until each has answered or died. Raises ConfigError where one is refused, or
-        takes longer than START_S.
+        """Says HELLO to all and waits until each has answered. Raises ConfigError where one is refused, is given up,
+        or takes longer than START_S.
 
         vocab_size   of the model: no token of a DONE may lie beyond it
         """
@@ -112,6 +112,7 @@ class Dispatcher:
             self._select(WAIT_S)
             self._listen()
             refusals = [place.refusal for place in self._places if place.refusal is not None]
+            refusals += [place.why for place in self._places if place.peer is None]
             waited = time.monotonic() - begin
             if refusals or waited > START_S:
                 raise ConfigError(f"disagg: {refusals[0] if refusals else f'no worker is ready after {START_S:g} s'}")
@@ -308,6 +309,7 @@ class Dispatcher:
                 place.deaths = 0
             place.state = "dying"
             place.deaths += 1
+            place.why = f"{place.peer.name} {why}, {place.deaths} times in a row: its lines above say more"
             self._counters["worker_deaths"] += 1
             logger.warning("%s %s: %s", place.peer.name, why, self._what_follows(place))
         place.peer.kill()
@@ -329,6 +331,7 @@ class Dispatcher:
         self._results += [Prefilled(grant.request) for grant in lost]  # first, as in `_settle`
         place.grants = {}
         peer, place.peer = place.peer, None
+        place.why = peer.why or place.why
         peer.close()
         self._start_again(place)
 

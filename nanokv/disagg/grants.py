@@ -12,10 +12,14 @@ from nanokv.disagg.messages import Memory, Prefill, Sampling, pack_ints
 
 
 class Peer(Protocol):
-    """A prefill process. `fileno` becomes readable when it is gone."""
+    """A prefill process. `fileno` becomes readable when it is gone.
+
+    why   it ended, where this side of it knows
+    """
 
     name: str
     channel: Channel
+    why: str | None
 
     def fileno(self) -> int: ...
     def kill(self) -> None: ...
@@ -42,6 +46,7 @@ class Place:
     memory  what HELLO tells it of the pool; None: it maps this one
     state   "starting" (HELLO not answered yet), "ready", or "dying" (killed, not gone yet)
     since   when it was started, or became ready, time.monotonic()
+    why     the last one ended
     """
 
     start: Callable[[], Peer]
@@ -53,6 +58,7 @@ class Place:
     heard: float = 0.0
     deaths: int = 0
     refusal: str | None = None
+    why: str = ""
 
     @property
     def is_elsewhere(self) -> bool:

@@ -66,6 +66,7 @@ class HostLink:
     ) -> None:
         ours, theirs = socket.socketpair()
         self.name = f"prefill {address}"
+        self.why: str | None = None  # read when it has ended
         self.channel = Channel(ours)
         self._address, self._store, self._seconds = address, store, seconds
         self._engine = Channel(theirs)
@@ -74,6 +75,7 @@ class HostLink:
         self._granted: dict[int, tuple[set[int], set[int]]] = {}
         self._receiver: PageReceiver | None = None
         self._sock = sock
+        self._is_known = False  # a message of the protocol has come
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
 
@@ -111,9 +113,13 @@ class HostLink:
                 self._here, self._there = self._sock.getsockname()[0], self._sock.getpeername()[0]
                 far = Channel(self._sock)
                 self._relay(far)
+                self.why = f"connect={self._address!r}: hung up before it was ready"
         except (ProtocolError, RuntimeError, OSError) as error:  # RuntimeError: what torch.distributed raises
             # The dispatcher warns that it is lost; this is why.
-            logger.info("%s: %s", self.name, " ".join(str(error).split())[:200])
+            what = " ".join(str(error).split())[:200]
+            logger.info("%s: %s", self.name, what)
+            is_stranger = isinstance(error, ProtocolError) and not self._is_known
+            self.why = f"connect={self._address!r}: {'no nanokv prefill process there' if is_stranger else what}"
         finally:
             self._receiver = None
             if far is not None:
@@ -136,6 +142,7 @@ class HostLink:
                     self._granted[message.attempt] = given, states
                 far.send(message)
             for message in far.receive():
+                self._is_known = True
                 self._hear(message)
             far.flush()
             self._engine.flush()

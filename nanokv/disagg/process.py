@@ -38,6 +38,7 @@ class LocalWorker:
                 process_group=0,
             )
         self.name = job.name
+        self.why: str | None = None  # it says so itself, on stderr
         self.channel = Channel(ours)
         self._pidfd = os.pidfd_open(self._process.pid)
         self._gone = False

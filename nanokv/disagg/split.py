@@ -71,8 +71,7 @@ class Split:
         self.dispatcher.add(start, Memory(kind="sent", num_bytes=0))
 
     def open(self, engine: Engine, model: ModelConfig) -> None:
-        """Shakes hands with every worker. Raises ConfigError where one is refused, or loads for too long; where all
-        have died, prompts are computed here."""
+        """Shakes hands with every worker. Raises ConfigError where one is refused, keeps dying, or is never ready."""
         self._store = engine.store
         digest = digest_of(self._folder, model, self._config, self._dtype, engine.layout)
         self.dispatcher.open(model.vocab_size, engine.store.num_pages, engine.store.states.shape[0], digest)
