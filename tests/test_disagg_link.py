@@ -1,12 +1,14 @@
 """Both ends of a connection between hosts, as threads of one process: what each does about the other's faults."""
 
 import contextlib
+import gc
 import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import msgspec
@@ -145,6 +147,31 @@ def test_whatever_a_peer_brings_about_ends_its_session_in_one_line_and_never_the
         assert llm.stats()["prefill_workers_ready"] == 1
     (line,) = [message for message in caplog.messages if "ValueError" in message]
     assert line.endswith(": ValueError: zip() arguments of any kind")
+
+
+def test_nothing_of_a_decode_process_stays_in_a_server_when_it_has_left(address, tiny_llama, monkeypatch, caplog):
+    """Nor does it wait for a garbage collection."""
+    senders, sessions = [], []
+    for made, name in ((senders, "PageSender"), (sessions, "SendingSession")):
+        kind = getattr(server, name)
+        monkeypatch.setattr(server, name, lambda *args, make=kind, made=made: referred(make(*args), made))
+    gc.collect()
+    gc.disable()
+    try:
+        LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM).close()
+        with socket.create_connection(split_address(address)):  # the next one is here: the last has left
+            deadline = time.monotonic() + 10
+            while any(made() is not None for made in (*senders, *sessions)):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert len(senders) == len(sessions) == 1
+    finally:
+        gc.enable()
+
+
+def referred(made, to: list):
+    to.append(weakref.ref(made))
+    return made
 
 
 def split_of(folder, **fields) -> Split:

@@ -191,10 +191,10 @@ def serve_one(model: Model, store: CacheStore, sock: socket.socket) -> None:
     """
     here = sock.getsockname()[0]
     channel = Channel(sock)
+    session: SendingSession | None = None
     try:
         hello = shake_hands(channel, model.digest, ("sent",), HELLO_S)
         rendezvous = open_store(here, hello.heartbeat_s)
-        session: SendingSession
         loop = PrefillLoop(
             model.decoder, store, model.config, hello.generation, lambda layer, batch: session.after_layer(layer, batch)
         )
@@ -205,6 +205,9 @@ def serve_one(model: Model, store: CacheStore, sock: socket.socket) -> None:
         session.serve()
     finally:
         channel.close()
+        if session is not None:  # session and loop hold each other: sockets and threads of the group must not wait
+            session.sender = None
+        session = None
 
 
 def listen(model: Model, address: tuple[str, int]) -> None:
