@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -83,6 +84,7 @@ class LLM:
             self.engine = Engine(decoder, self.config, self.tokenizer, self.device, prefiller)
             if split is not None:
                 split.open(self.engine, self.model_config)
+                weakref.finalize(self, split.abandon)  # for whoever forgets close()
             stack.pop_all()
         self._inbox: dict[str, deque[RequestOutput]] = {}
         self._lock = RLock()  # held while a request is queued, stepped or dropped, and its outputs handed out

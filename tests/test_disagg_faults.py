@@ -3,11 +3,14 @@
 Real processes. They fail at hooks behind every message and every layer (faulty_worker.py), never after a sleep.
 """
 
+import contextlib
+import gc
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -196,6 +199,36 @@ def test_workers_that_cannot_start_are_an_error_and_not_silence(tiny_llama, monk
         ConfigError, match="disagg: prefill 0 (has died|hung up), 3 times in a row: its lines above say more"
     ):
         LLM(tiny_llama, disagg=DisaggConfig(), **ROOM)
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_an_llm_that_is_forgotten_takes_its_worker_and_its_pool_with_it(tiny_llama, is_main):
+    """Whichever thread the garbage collection runs in."""
+    before = pools_and_processes()
+    llm = LLM(tiny_llama, disagg=DisaggConfig(), **ROOM)
+    assert len(pools_and_processes()) > len(before)
+    llm.itself = llm
+    del llm
+    if is_main:
+        gc.collect()
+    else:
+        thread = threading.Thread(target=gc.collect)
+        thread.start()
+        thread.join()
+    deadline = time.monotonic() + 10
+    while pools_and_processes() != before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def pools_and_processes() -> list[str]:
+    """Of this process: its descriptors of pools and of other processes, and its children, zombies too."""
+    descriptors = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of listdir itself
+            descriptors.append(os.readlink(f"/proc/self/fd/{number}"))
+    kinds = [one for one in descriptors if "nanokv-pages" in one or "pidfd" in one]
+    return sorted(kinds) + Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
 SCRIPT = """

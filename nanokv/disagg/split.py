@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -77,4 +78,12 @@ class Split:
         self.dispatcher.open(model.vocab_size, engine.store.num_pages, engine.store.states.shape[0], digest)
 
     def close(self) -> None:
+        """Ends the prefill processes. Safe to call twice."""
         self.dispatcher.close()
+
+    def abandon(self) -> None:
+        """close(), from whatever thread a garbage collection runs in: it waits for threads, which may be this one."""
+        if threading.current_thread() is threading.main_thread():
+            self.close()
+        else:
+            threading.Thread(target=self.close, name="close", daemon=True).start()
