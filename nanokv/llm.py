@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -89,6 +90,7 @@ class LLM:
         self._inbox: dict[str, deque[RequestOutput]] = {}
         self._lock = RLock()  # held while a request is queued, stepped or dropped, and its outputs handed out
         self._closed = False
+        self._pid = os.getpid()
 
     # ---- generating -----------------------------------------------------------------------------------------------
 
@@ -200,7 +202,9 @@ class LLM:
 
     def close(self) -> None:
         """Abort what runs, end other processes and close the event log; no request is taken after that. Safe to call
-        twice."""
+        twice. With disagg it does nothing in a forked child: the other processes work for the parent."""
+        if self.disagg is not None and os.getpid() != self._pid:
+            return
         with self._lock:
             self._closed = True
             self.engine.close()

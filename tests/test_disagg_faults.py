@@ -269,6 +269,48 @@ def test_a_worker_does_not_outlive_the_decode_process(tiny_llama, how, stopped):
         decode.stdout.close()
 
 
+FORKED = """
+import os, sys, time
+from nanokv import LLM, DisaggConfig, SamplingParams
+llm = LLM(sys.argv[1], disagg=DisaggConfig(min_tokens=8), num_pages=64, page_size=8)
+first = os.fork()
+if not first:
+    llm.close()
+    sys.exit()
+os.waitpid(first, 0)
+second = os.fork()
+if not second:
+    time.sleep(120)
+    os._exit(0)
+llm.generate([list(range(3, 103))], SamplingParams(max_tokens=4))
+stats = llm.stats()
+print(stats["remote_prefills"], stats["worker_deaths"], llm.engine.prefiller._places[0].peer.pid, second, flush=True)
+time.sleep(120)
+"""
+
+
+def test_a_forked_child_ends_no_worker_and_keeps_none(tiny_llama):
+    """The first child closes its copy of the LLM and ends; the second lives on when the decode process is killed."""
+    here = Path(__file__).parent.parent
+    decode = subprocess.Popen(
+        [sys.executable, "-c", FORKED, str(tiny_llama)],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(here)},
+    )  # fmt: skip
+    prefills, deaths, worker, child = map(int, decode.stdout.readline().split())
+    try:
+        assert (prefills, deaths) == (1, 0)
+        decode.kill()
+        decode.wait(timeout=120)
+        deadline = time.monotonic() + 30
+        while is_running(worker) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert is_running(child) and not is_running(worker)
+    finally:
+        decode.kill()
+        os.kill(child, signal.SIGKILL)
+        decode.stdout.close()
+
+
 def is_running(pid: int) -> bool:
     """Neither gone nor a zombie that nobody has buried."""
     try:

@@ -12,6 +12,7 @@ A missed heartbeat, a broken message and a closed socket all lead to the third: 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from collections import deque
@@ -71,6 +72,7 @@ class Dispatcher:
         self._pool: SharedPool | None = None
         self._attempts = 0
         self._closed = False
+        self._pid = os.getpid()
         self._hello: dict = {}
         self._vocab_size = 0
         self._counters = dict.fromkeys(
@@ -174,7 +176,10 @@ class Dispatcher:
         return self._results
 
     def close(self) -> None:
-        """Kills every worker and waits until it is gone. Nothing in them needs tidying."""
+        """Kills every worker and waits until it is gone. Nothing in them needs tidying. Does nothing in a forked child:
+        they work for the parent."""
+        if os.getpid() != self._pid:
+            return
         self._closed = True
         for place in self._places:
             if place.peer is not None:

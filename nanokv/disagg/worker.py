@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +188,22 @@ def run(job: Job, channel: Channel, make_session: Callable[..., Session] = Sessi
     session.serve()
 
 
+def end_with(pid: int) -> None:
+    """Ends this process when that one has ended. A hung up socket does not tell: if the decode process has forked, its
+    child holds the other end, too. (PR_SET_PDEATHSIG asks for the thread that started us, which may end earlier.)
+    Raises EOFError where it has ended already."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise EOFError("the decode process has ended") from None
+
+    def watch() -> None:
+        wait([pidfd])
+        os._exit(0)
+
+    threading.Thread(target=watch, name="watch", daemon=True).start()
+
+
 def main(arguments: list[str], make_session: Callable[..., Session] = Session) -> int:
     """argv: the number of an inherited socket, and a Job as JSON. Exit code 0 when the decode process hung up."""
     job = msgspec.json.decode(arguments[1], type=Job)
@@ -193,8 +211,11 @@ def main(arguments: list[str], make_session: Callable[..., Session] = Session) -
     if job.cores is not None:
         os.sched_setaffinity(0, job.cores)
         torch.set_num_threads(len(job.cores))
-    channel = Channel(socket.socket(fileno=int(arguments[0])))
+    sock = socket.socket(fileno=int(arguments[0]))
+    parent, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    channel = Channel(sock)
     try:
+        end_with(parent)  # who made the socket
         run(job, channel, make_session)
     except EOFError:
         return 0
