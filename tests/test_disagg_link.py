@@ -21,7 +21,7 @@ from test_disagg_hosts import ENVIRONMENT, ROOM, free_address
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
 from nanokv import llm as llm_module
 from nanokv.core.errors import ConfigError
-from nanokv.disagg import dispatcher, link, prefiller, server, split
+from nanokv.disagg import dispatcher, link, prefiller, server, split, transport
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.config import split_address
 from nanokv.disagg.messages import Abort, AbortAck, Done, Failed, Layers, Memory, Prefill, encode
@@ -172,6 +172,23 @@ def test_nothing_of_a_decode_process_stays_in_a_server_when_it_has_left(address,
 def referred(made, to: list):
     to.append(weakref.ref(made))
     return made
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_rendezvous_listens_where_the_server_does_and_nowhere_else(host):
+    needs(host)
+    rendezvous = transport.open_store(host, 1.0)
+    transport.join_store(host, rendezvous.port, 1.0).set("a", "b")
+    assert rendezvous.get("a") == b"b"
+    with pytest.raises(ConnectionRefusedError):  # another address of this host
+        socket.create_connection(("127.0.0.2", rendezvous.port), timeout=5.0)
+
+
+def needs(host: str) -> None:
+    try:
+        transport.bind((host, 0)).close()
+    except OSError:
+        pytest.skip(f"{host} is no address of this machine")
 
 
 def split_of(folder, **fields) -> Split:

@@ -10,6 +10,7 @@ receives of the right size. Layers travel in groups while later layers are still
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -26,9 +27,21 @@ MAX_PENDING = 8
 """Sends in the air before the sender waits for the oldest."""
 
 
+def bind(address: tuple[str, int]) -> socket.socket:
+    """Listens at an address of this host, IPv4 or IPv6. Raises OSError where it cannot be had."""
+    family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server(address, family=family)
+
+
 def open_store(host: str, seconds: float) -> dist.TCPStore:
-    """Rank 0's side of a rendezvous, on a port of its own choice (`.port`)."""
-    return dist.TCPStore(host, 0, 2, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=seconds))
+    """Rank 0's side of a rendezvous, at an address of this host, on a port of its own choice (`.port`)."""
+    # A TCPStore that binds by itself listens on every interface.
+    with bind((host, 0)) as server:
+        port = server.getsockname()[1]
+        return dist.TCPStore(
+            host, port, 2, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=seconds),
+            master_listen_fd=server.detach(),
+        )  # fmt: skip
 
 
 def join_store(host: str, port: int, seconds: float) -> dist.TCPStore:
