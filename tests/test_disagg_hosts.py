@@ -17,6 +17,7 @@ from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
 from nanokv.core.errors import ConfigError
 from nanokv.disagg import server
 from nanokv.disagg.config import split_address
+from nanokv.disagg.transport import bind
 from nanokv.disagg.worker import Model
 
 HERE = Path(__file__).parent
@@ -111,6 +112,23 @@ def test_both_die_and_both_are_started_again(tiny_llama):
         llm.engine.cache.check()
 
 
+def test_a_server_at_an_ipv6_address_is_reached_and_found_taken_by_the_next(tiny_llama):
+    """Before the next one loads a model."""
+    try:
+        with bind(("::1", 0)) as free:
+            address = f"[::1]:{free.getsockname()[1]}"
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with Server(tiny_llama, address):
+        with LLM(tiny_llama, disagg=DisaggConfig(connect=address, min_tokens=8), **ROOM) as llm:
+            answers(llm)
+            assert llm.stats()["remote_prefills"] == 3 and llm.stats()["remote_lost"] == 0
+        loaded = "import nanokv.models.loader as l; l.load_model = None; from nanokv.cli.main import main; main()"
+        command = [sys.executable, "-c", loaded, "disagg", "prefill", str(tiny_llama), "--listen", address]
+        taken = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+        assert taken.returncode == 1 and f"--listen {address}: Address already in use" in taken.stderr
+
+
 def test_a_wrong_address_and_a_wrong_model_are_refused(tiny_llama, tmp_path):
     address = free_address()
     with pytest.raises(ConfigError, match=re.escape(f"connect='{address}'")):
@@ -144,7 +162,7 @@ def test_the_memory_for_pages_is_taken_once_and_not_for_each_that_comes(tiny_lla
 
     monkeypatch.setattr(server, "memory_for_pages", once)
     model = Model(tiny_llama, EngineConfig(page_size=8, kv_memory="8MiB"), "cpu", "float32")
-    threading.Thread(target=server.listen, args=(model, split_address(address)), daemon=True).start()
+    threading.Thread(target=server.listen, args=(model, bind(split_address(address))), daemon=True).start()
     with LLM(tiny_llama, **ROOM) as llm:
         alone = answers(llm)
     for _ in range(2):

@@ -27,6 +27,7 @@ from nanokv.disagg.config import split_address
 from nanokv.disagg.messages import Abort, AbortAck, Done, Failed, Layers, Memory, Prefill, encode
 from nanokv.disagg.prefiller import PrefillLoop
 from nanokv.disagg.split import Split
+from nanokv.disagg.transport import bind
 from nanokv.disagg.worker import Model
 
 SENT = Memory(kind="sent", num_bytes=0)
@@ -38,7 +39,7 @@ def address(tiny_llama) -> str:
     """Of a prefill process that is a thread."""
     address = free_address()
     model = Model(tiny_llama, EngineConfig(page_size=8, kv_memory="8MiB"), "cpu", "float32")
-    threading.Thread(target=server.listen, args=(model, split_address(address)), daemon=True).start()
+    threading.Thread(target=server.listen, args=(model, bind(split_address(address))), daemon=True).start()
     while True:
         with contextlib.suppress(ConnectionRefusedError), socket.create_connection(split_address(address)):
             return address
@@ -186,7 +187,7 @@ def test_the_rendezvous_listens_where_the_server_does_and_nowhere_else(host):
 
 def needs(host: str) -> None:
     try:
-        transport.bind((host, 0)).close()
+        bind((host, 0)).close()
     except OSError:
         pytest.skip(f"{host} is no address of this machine")
 

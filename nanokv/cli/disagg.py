@@ -40,6 +40,7 @@ def prefill(model: str | None, listen: str, **options: Any) -> None:
         raise click.UsageError(str(error)) from None
     folder = model_folder(model)
     from nanokv.disagg.server import listen as serve
+    from nanokv.disagg.transport import bind
     from nanokv.disagg.worker import Model
     from nanokv.engine.device import choose_device
     from nanokv.llm import resolve_dtype
@@ -48,4 +49,9 @@ def prefill(model: str | None, listen: str, **options: Any) -> None:
     logging.basicConfig(format="[prefill] %(message)s")
     device = choose_device(config.device).device
     dtype = resolve_dtype(config.dtype, ModelConfig.from_folder(folder))
-    serve(Model(folder, config, str(device), str(dtype).removeprefix("torch.")), address)
+    try:
+        server = bind(address)  # before the model is loaded: a wrong address shows at once
+    except OSError as error:
+        raise ConfigError(f"--listen {listen}: {error.strerror or error}") from None
+    with server:
+        serve(Model(folder, config, str(device), str(dtype).removeprefix("torch.")), server)

@@ -61,3 +61,8 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"address {address!r}: expected HOST:PORT, such as 10.0.0.2:7000")
     return host.strip("[]"), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """The inverse: "HOST:PORT", "[HOST]:PORT" for IPv6."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

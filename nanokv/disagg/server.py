@@ -20,6 +20,7 @@ from nanokv.core.batch import Batch
 from nanokv.core.errors import NanokvError
 from nanokv.core.request import Request
 from nanokv.disagg.channel import Channel
+from nanokv.disagg.config import join_address
 from nanokv.disagg.messages import (
     Abort,
     AbortAck,
@@ -185,7 +186,7 @@ class SendingSession(Session):
 
 
 def serve_one(model: Model, store: CacheStore, sock: socket.socket) -> None:
-    """Serves one decode process until it hangs up. Raises ProtocolError, EOFError, RuntimeError (torch.distributed).
+    """Serves one decode process until it hangs up. Raises ProtocolError, EOFError, RuntimeError (no group).
 
     store   for the prompts in work; what was written for another decode process is never read
     """
@@ -210,22 +211,25 @@ def serve_one(model: Model, store: CacheStore, sock: socket.socket) -> None:
         session = None
 
 
-def listen(model: Model, address: tuple[str, int]) -> None:
-    """Serves one decode process after the other, for ever. Raises OSError where the address cannot be had, ConfigError
-    where the pages do not fit in memory: that shows here, and never when a decode process comes."""
+def listen(model: Model, server: socket.socket) -> None:
+    """Serves one decode process after the other, for ever. Raises ConfigError where the pages do not fit in memory:
+    that shows here, and never when a decode process comes.
+
+    server   from `bind`
+    """
     memory = memory_for_pages(model.config, model.decoder, model.layout, model.device)
     num_pages, num_states = pool_size(model.config, model.layout, memory)
     store = CacheStore(model.layout, num_pages, model.device, num_states=num_states)
-    with socket.create_server(address) as server:
-        logger.warning("listening on %s:%d", *server.getsockname()[:2])
-        while True:
-            sock, (peer, port, *_) = server.accept()
-            logger.warning("%s:%d is here", peer, port)
-            try:
-                serve_one(model, store, sock)
-                logger.warning("%s:%d has left", peer, port)
-            except Exception as error:  # whatever one peer brings about ends its session, and nothing for the next one
-                known = isinstance(error, (NanokvError, EOFError, OSError))
-                what = str(error) if known else f"{type(error).__name__}: {error}"
-                debug = logger.isEnabledFor(logging.DEBUG)
-                logger.warning("%s:%d: %s", peer, port, " ".join(what.split())[:200], exc_info=debug)
+    logger.warning("listening on %s", join_address(*server.getsockname()[:2]))
+    while True:
+        sock, (host, port, *_) = server.accept()
+        peer = join_address(host, port)
+        logger.warning("%s is here", peer)
+        try:
+            serve_one(model, store, sock)
+            logger.warning("%s has left", peer)
+        except Exception as error:  # whatever one peer brings about ends its session, and nothing for the next one
+            known = isinstance(error, (NanokvError, EOFError, OSError))
+            what = str(error) if known else f"{type(error).__name__}: {error}"
+            debug = logger.isEnabledFor(logging.DEBUG)
+            logger.warning("%s: %s", peer, " ".join(what.split())[:200], exc_info=debug)
