@@ -21,6 +21,7 @@ from test_disagg_hosts import ENVIRONMENT, ROOM, free_address
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
 from nanokv import llm as llm_module
 from nanokv.core.errors import ConfigError
+from nanokv.core.request import Request
 from nanokv.disagg import dispatcher, link, prefiller, server, split, transport
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.config import split_address
@@ -190,6 +191,27 @@ def needs(host: str) -> None:
         bind((host, 0)).close()
     except OSError:
         pytest.skip(f"{host} is no address of this machine")
+
+
+def test_a_decode_process_that_leaves_during_a_prompt_is_one_line_on_the_server(
+    address, tiny_llama, monkeypatch, caplog
+):
+    after_layer, left = server.SendingSession.after_layer, threading.Event()
+
+    def slow(session, layer, batch):
+        assert left.wait(30)
+        after_layer(session, layer, batch)
+
+    monkeypatch.setattr(server.SendingSession, "after_layer", slow)
+    with LLM(tiny_llama, disagg=DisaggConfig(connect=address, min_tokens=8, heartbeat_s=2.0), **ROOM) as llm:
+        llm.engine.add_request(Request(oracles.prompt(150, seed=1), GREEDY))
+        llm.engine.step()
+    left.set()
+    deadline = time.monotonic() + 30
+    while not (lines := [record for record in caplog.records if "the data connection broke" in record.message]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(lines) == 1 and not any(record.exc_info for record in caplog.records)
 
 
 def split_of(folder, **fields) -> Split:

@@ -109,13 +109,16 @@ class PrefillLoop:
         return AbortAck(generation=self.generation, request=message.request, attempt=message.attempt)
 
     def step(self) -> list[Message]:
-        """One step; DONE or FAILED of each request that it ends."""
+        """One step; DONE or FAILED of each request that it ends. Raises EOFError where `after_layer` does:
+        nobody is left to be told."""
         plan, messages = StepPlan(), []
         try:
             plan = self._scheduler.plan()
             self.running = list(plan.requests)
             if plan.requests:
                 self._run(plan, messages)
+        except EOFError:
+            raise
         except Exception as error:
             logger.exception("a step failed; the decode process is told")
             lost = plan.requests or list(self._open.values())

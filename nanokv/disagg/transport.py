@@ -10,9 +10,10 @@ receives of the right size. Layers travel in groups while later layers are still
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -66,6 +67,15 @@ def join_group(
     return dist.ProcessGroupGloo(store, rank, 2, options)
 
 
+@contextlib.contextmanager
+def _peer_may_be_gone() -> Iterator[None]:
+    """What a send raises, as the EOFError that it means: no step has failed."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EOFError(f"the data connection broke: {error}") from None
+
+
 class PageSender:
     """Prefill's side. `announce` sends LAYERS."""
 
@@ -77,7 +87,8 @@ class PageSender:
         self._buffers: list[torch.Tensor] = []  # used before and free: fresh memory costs a page fault every 4 KiB
 
     def send(self, layers: Layers, pages: Sequence[int]) -> None:
-        """Sends what LAYERS announces: pages (or states) of this pool to `layers.places` of the other."""
+        """Sends what LAYERS announces: pages (or states) of this pool to `layers.places` of the other. Raises EOFError,
+        as `drain` does."""
         if layers.states:
             data = self._store.states[torch.tensor(list(pages), device=self._store.states.device)]
             buffer = data.view(-1)
@@ -88,13 +99,15 @@ class PageSender:
         if not data.numel():
             return
         self._announce(layers)
-        self._pending.append((self._group.send([data], 1, 0), buffer))
+        with _peer_may_be_gone():
+            self._pending.append((self._group.send([data], 1, 0), buffer))
 
     def drain(self, pending: int = 0) -> None:
-        """Returns when all but `pending` sends are on their way. Raises RuntimeError where the other side is gone."""
+        """Returns when all but `pending` sends are on their way. Raises EOFError where the other side is gone."""
         while len(self._pending) > pending:
             work, buffer = self._pending.popleft()
-            work.wait()
+            with _peer_may_be_gone():
+                work.wait()
             self._buffers.append(buffer)
 
     def _buffer(self, size: int) -> torch.Tensor:
