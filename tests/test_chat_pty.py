@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import time
 
@@ -16,6 +17,11 @@ STATS = re.compile(
 )
 STOPPED = re.compile(r"\^C after (?P<tok>\d+) tok · ")
 LONG = "Tell me a long story about a dragon, a river and a king."
+
+
+def hear_ctrl_c() -> None:
+    """A shell that runs the tests in the background has them ignore it, and what they start inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Chat:
@@ -37,8 +43,9 @@ class Chat:
             *options,
         ]
         self.process = pexpect.spawn(
-            sys.executable, command, env=variables, encoding="utf-8", timeout=PATIENCE, dimensions=(40, 200)
-        )
+            sys.executable, command, env=variables, encoding="utf-8", timeout=PATIENCE, dimensions=(40, 200),
+            preexec_fn=hear_ctrl_c,
+        )  # fmt: skip
         self.transcript = ""
         self.prompt()
 
