@@ -49,7 +49,8 @@ def copied(value: Any, device: str) -> Any:
     if isinstance(value, list):
         return [copied(one, device) for one in value]
     if isinstance(value, (Batch, ops.HeadNorms, ops.Experts, ops.CodePlanes, ops.CodePlane, PackedLinear)):
-        return replace(value, **{field.name: copied(getattr(value, field.name), device) for field in fields(value)})
+        given = [field.name for field in fields(value) if field.init]
+        return replace(value, **{name: copied(getattr(value, name), device) for name in given})
     return value
 
 
