@@ -58,7 +58,7 @@ class ScriptedDecoder:
         self.script = [*text.encode(), END]
         self._step = 0
 
-    def forward(self, batch, pool):
+    def forward(self, batch, pool, between=None):
         self._step += 1
         self.before_step(self._step)
         logits = torch.full((len(batch.logit_rows), VOCABULARY), -100.0)

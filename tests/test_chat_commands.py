@@ -327,11 +327,11 @@ def test_drawing_fits_80_columns_whatever_the_tree():
         tokens = tokens[: len(tokens) // 2 * 2]
         sequences.append(tokens)
         blob = array("i", tokens).tobytes()
-        node, pages = tree.match(blob)
+        node, pages = tree.match_prefix(blob)
         tree.lock(node)
         fresh = array("i", range(page, page + len(tokens) // 2 - len(pages)))
         page += 10_000
-        node, _ = tree.extend(node, blob[len(pages) * 8 :], fresh)
+        node, _ = tree.insert(node, blob[len(pages) * 8 :], fresh)
         if random_.random() < 0.9:
             tree.unlock(node)
     for tokens in sequences:

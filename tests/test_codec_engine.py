@@ -94,7 +94,7 @@ def test_every_family_keeps_the_law_in_codes(family, codec):
 def test_decode_steps_are_padded_where_every_layer_can_be_recorded(wide, fields, are_padded):
     with LLM(wide, page_size=32, num_pages=16, graphs=True, **fields) as llm:
         assert (llm.engine.runner._graphs is not None) == are_padded
-        assert llm.engine.store.num_pages == 16 + are_padded  # the page of padding
+        assert len(llm.engine.store.pages) == 16 + are_padded  # the page of padding
         assert llm.stats()["pages_total"] == 16
 
 
@@ -338,7 +338,7 @@ def test_latents_that_no_scale_holds_end_their_request_only(at, tmp_path, monkey
             return latents, keys
 
         monkeypatch.setattr(LatentPages, "_compute", broken)
-        assert isinstance(mixer.pages, LatentPages)
+        assert isinstance(mixer.held.pages, LatentPages)
         well, ill = llm.generate(texts, GREEDY)
         assert (well.token_ids, ill.finish_reason) == (truth[0][0], "error")
 

@@ -216,13 +216,13 @@ def test_a_rotation_saves_keys_with_large_channels_and_centring_those_with_a_bia
 @pytest.mark.parametrize("name", ["tq4", "qjl", "raw/int8", "kivi4"])
 def test_keys_are_checked_as_they_are_written_without_their_mean(name):
     layer = Layer(name)
-    layer.pages.centre.mean = torch.full((3, 64), -4e4)
+    layer.held.pages.centre.mean = torch.full((3, 64), -4e4)
     qkv = heads_of(4)
     qkv[1, 6 * 64] = 6e4  # a float16 holds it, but not when it is 1e5 from the mean
     qkv[2, 6 * 64] = -1e5  # and this only there
     batch = replace(step_of({0: [0, 1, 2, 3]}, TABLES, 32, TABLES[0, torch.zeros(4).long()], torch.arange(4)),
                     state_ids=torch.zeros(1).int())  # fmt: skip
-    found = layer.pages.attend(qkv, layer.pool, layer.states, batch)
+    found = layer.held.pages.attend(qkv, layer.pool, layer.states, batch)
     assert batch.unwritable.tolist() == [False, True, False, False]
     assert found.isfinite().all()
 
@@ -269,6 +269,6 @@ def test_a_decode_step_is_recordable_where_no_size_depends_on_numbers(name, exac
     layer.attend(heads_of(2), {0: range(32, 33), 1: range(5, 6)}, TABLES)  # as before a capture: constants are made
     with SizesFromNumbers() as sizes:
         layer.attend(heads_of(2), {0: range(33, 34), 1: range(6, 7)}, TABLES)
-    assert layer.pages.is_recordable == (not sizes.seen), sizes.seen
+    assert layer.held.pages.is_recordable == (not sizes.seen), sizes.seen
     has_kernels = all(side == "raw" or isinstance(_SIDES.get(side), TableSide) for side in name.split("/"))
-    assert layer.pages.is_recordable == (has_kernels and name != "raw/tq4")
+    assert layer.held.pages.is_recordable == (has_kernels and name != "raw/tq4")

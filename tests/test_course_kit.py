@@ -81,7 +81,7 @@ def test_a_function_that_is_not_there_is_named():
 def test_a_students_file_has_signature_docstring_and_imports_but_not_the_body():
     exercise = load_course().exercise("04.6")
     text = student_file(exercise)
-    assert "def _common_prefix(request: Request, other: Request) -> int:" in text
+    assert "def common_prefix(request: Request, other: Request) -> int:" in text
     assert "Tokens that both begin with" in text and "import numpy as np" in text and "MIN_SHARED" in text
     assert "argmax" not in text and "argmax" in solution_file(exercise)
 

@@ -93,8 +93,8 @@ def replay(llm: LLM, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, Ve
     outputs = mixer(inputs.to(ops.activation_dtype(llm.device, llm.dtype), copy=True), store, batch).float()
     pages = batch.page_tables[0].long()
     if not mixer.codec.at(layer).is_raw:
-        return outputs, mixer.pages.vectors(store.pool, pages)
-    return outputs, _raw_vectors(llm.engine.layout, layer, store.pool, pages)
+        return outputs, mixer.pages.vectors(store.pages.data, pages)
+    return outputs, _raw_vectors(llm.engine.layout, layer, store.pages.data, pages)
 
 
 def _raw_vectors(layout: PageLayout, layer: int, pool: torch.Tensor, pages: torch.Tensor) -> Vectors:
@@ -136,9 +136,13 @@ def random_errors(codec: Codec, dim: int, page_size: int) -> dict[str, float]:
     batch = first_pages(torch.zeros(RANDOM_TOKENS, dtype=torch.int64), page_size, store)
     noise = torch.randn(RANDOM_TOKENS, 3 * RANDOM_HEADS, dim, generator=torch.Generator().manual_seed(0))
     x = noise / noise.norm(dim=-1, keepdim=True)
-    pages.attend(x.flatten(1).clone(), store.pool, store.states, batch)
+    pages.attend(x.flatten(1).clone(), store.pages.data, store.states.data, batch)
     order = batch.page_tables[0].long()
-    stored = _raw_vectors(layout, 0, store.pool, order) if codec.at(0).is_raw else pages.vectors(store.pool, order)
+    stored = (
+        _raw_vectors(layout, 0, store.pages.data, order)
+        if codec.at(0).is_raw
+        else pages.vectors(store.pages.data, order)
+    )
     k, v = (relative_mse(x, by_token(s)) for x, s in zip(x.chunk(3, dim=1)[1:], stored, strict=True))
     return {"random_k_mse": k, "random_v_mse": v}
 

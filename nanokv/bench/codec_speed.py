@@ -61,16 +61,15 @@ def requests_at_once(llm: LLM, context: int) -> int:
     Their contexts are declared, not computed (`declare_cached`).
     """
     engine, output_tokens = llm.engine, STEPS_TO_SETTLE + 1
-    fit = engine.store.num_pages // engine.layout.pages_for(context + output_tokens)
+    fit = len(engine.store.pages) // engine.layout.pages_for(context + output_tokens)
     prompts = random_prompts(fit + 1, context, llm.model_config.vocab_size, seed=-5)
     declare_cached(llm, prompts[:fit])
-    ids = [engine.add_request(Request(prompt, greedy(output_tokens))) for prompt in prompts]
+    tickets = [llm.loop.submit(Request(prompt, greedy(output_tokens))) for prompt in prompts]
     running = 0
     for _ in range(STEPS_TO_SETTLE):
-        running = len(engine.step())
-    for request_id in ids:
-        if request_id in engine:
-            engine.abort(request_id)
-    engine.step()  # hands out the last outputs of the aborted requests
+        llm.loop.step()
+        running = sum(len(ticket.take()) for ticket in tickets)
+    for ticket in tickets:
+        ticket.close()
     llm.reset_prefix_cache()
     return running

@@ -54,7 +54,7 @@ def fits(llm: LLM, batch: int, context: int, steps: int) -> bool:
     """Whether `batch` requests of this context can decode together, in the pool and in the model's length."""
     engine, tokens = llm.engine, context + steps + 8
     pages = batch * engine.layout.pages_for(tokens)
-    return tokens <= engine.max_length and pages <= engine.store.num_pages and batch <= engine.config.max_requests
+    return tokens <= engine.max_length and pages <= len(engine.store.pages) and batch <= engine.config.max_requests
 
 
 def _row(llm: LLM, batch: int, context: int, speed: float, limit: float) -> dict[str, Any]:

@@ -130,14 +130,23 @@ class PageLayout:
         """The slot of a plane of a state or tail. Raises KeyError where the layer keeps no such plane."""
         return self._state[layer][name]
 
-    def layer_range(self, first: int, last: int) -> tuple[int, int]:
+    def layer_range(self, first: int = 0, last: int | None = None) -> tuple[int, int]:
         """The bytes [start, end) of a page that hold the layers first..last-1: they lie side by side."""
-        starts = [min((slot.offset for slot in slots.values()), default=None) for slots in self._paged]
-        later = [start for start in starts[last:] if start is not None]
-        own = [start for start in starts[first:last] if start is not None]
-        end = later[0] if later else self.page_bytes
-        return (own[0] if own else end), end
+        return _layer_range(self._paged, self.page_bytes, first, last)
+
+    def state_layer_range(self, first: int = 0, last: int | None = None) -> tuple[int, int]:
+        """The same of a state."""
+        return _layer_range(self._state, self.state_bytes, first, last)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
+
+
+def _layer_range(table: list[dict[str, PlaneSlot]], size: int, first: int, last: int | None) -> tuple[int, int]:
+    """Where the layers first..last-1 of `table` lie in a block of `size` bytes; layers without planes take none."""
+    starts = [min((slot.offset for slot in slots.values()), default=None) for slots in table]
+    later = [] if last is None else [start for start in starts[last:] if start is not None]
+    own = [start for start in starts[first:last] if start is not None]
+    end = later[0] if later else size
+    return (own[0] if own else end), end

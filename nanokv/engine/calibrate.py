@@ -16,7 +16,7 @@ TOKENS = 256
 
 
 @torch.inference_mode()
-def centre_keys(model: Decoder, store: CacheStore, config: EngineConfig, longest: int) -> None:
+def measure_key_means(model: Decoder, store: CacheStore, config: EngineConfig, longest: int) -> None:
     """Sets the mean of each layer whose codec takes one off, in one step over pages that nobody holds yet.
 
     Each layer uses its mean in this very step, so the next one already sees what requests will see.
@@ -25,7 +25,7 @@ def centre_keys(model: Decoder, store: CacheStore, config: EngineConfig, longest
     centres = model.centres()
     if not centres:
         raise ConfigError("center_keys=True: no layer of this model writes keys in codes (codec raw, or latents)")
-    count = min(TOKENS, longest, store.num_pages * config.page_size)
+    count = min(TOKENS, longest, len(store.pages) * config.page_size)
     tokens = torch.randint(model.config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
     for centre in centres:
         centre.start()
@@ -37,7 +37,7 @@ def centre_keys(model: Decoder, store: CacheStore, config: EngineConfig, longest
 
 def first_pages(tokens: torch.Tensor, page_size: int, store: CacheStore) -> Batch:
     """One request of these tokens, in the first pages and the first state."""
-    device = store.pool.device
+    device = store.device
     positions = torch.arange(len(tokens), dtype=torch.int32, device=device)
     pages = positions // page_size
     return Batch(
@@ -48,6 +48,6 @@ def first_pages(tokens: torch.Tensor, page_size: int, store: CacheStore) -> Batc
         request_starts=torch.tensor([0, len(tokens)], dtype=torch.int32, device=device),
         page_tables=pages.unique()[None],
         logit_rows=torch.tensor([len(tokens) - 1], device=device),
-        state_ids=torch.zeros(min(1, store.states.shape[0]), dtype=torch.int32, device=device),
+        state_ids=torch.zeros(min(1, len(store.states)), dtype=torch.int32, device=device),
         page_size=page_size,
     )

@@ -67,5 +67,5 @@ class Attention:
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         qkv = self.qkv(x)
         qkv, gate = qkv[:, : self.qkv_width], qkv[:, self.qkv_width :]
-        attended = self.pages.attend(qkv, store.pool, store.states, batch)
+        attended = self.pages.attend(qkv, store.pages.data, store.states.data, batch)
         return self.out(ops.sigmoid_mul(attended, gate) if gate.shape[1] else attended)

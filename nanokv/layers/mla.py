@@ -127,9 +127,11 @@ class MLA:
         nope, rope = nope.unflatten(1, (heads, -1)), rope.unflatten(1, (heads, -1))
         if not self.codec.is_raw:
             absorbed = ops.head_linear(nope, self.w_uk)
-            latents = self.pages.attend(absorbed, rope, kv, store.pool, batch)
+            latents = self.pages.attend(absorbed, rope, kv, store.pages.data, batch)
             return self.out(ops.head_linear(latents, self.w_uv).flatten(1))
-        ops.store_latent(rope, kv, self.kv_norm.weight, self.kv_norm.eps, self.cos_sin, store.pool, self.planes, batch)
+        ops.store_latent(
+            rope, kv, self.kv_norm.weight, self.kv_norm.eps, self.cos_sin, store.pages.data, self.planes, batch
+        )
         expanding = self._expanding(batch)
         if not expanding:
             return self.out(self._absorbed(nope, rope, store, batch))
@@ -145,7 +147,7 @@ class MLA:
 
     def _absorbed(self, nope: torch.Tensor, rope: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         q = torch.cat((ops.head_linear(nope, self.w_uk), rope), dim=-1)
-        latents = ops.paged_attention(q, store.pool, self.planes, batch, self.scale)
+        latents = ops.paged_attention(q, store.pages.data, self.planes, batch, self.scale)
         return ops.head_linear(latents.unflatten(1, (self.num_heads, -1)), self.w_uv).flatten(1)
 
     def _expanded(self, nope: torch.Tensor, rope: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
@@ -156,7 +158,7 @@ class MLA:
         shape, planes, heads = self.shape, self.planes, self.num_heads
         length = int(batch.positions[-1]) + 1
         pages = batch.page_tables[0, : -(-length // planes.page_size)].long()
-        latent, k_rope = (part.to(nope.dtype) for part in ops.read_latents(store.pool, planes, pages, length))
+        latent, k_rope = (part.to(nope.dtype) for part in ops.read_latents(store.pages.data, planes, pages, length))
         scratch = torch.cat((self.expand(latent), k_rope), dim=1)
         size, each = scratch.element_size(), shape.nope_dim + shape.value_dim
         own = ops.KVPlanes(

@@ -56,6 +56,8 @@ class Mixer(Protocol):
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor: ...
 
 
+Between = Callable[[int, torch.Tensor, torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, Batch]]
+"""(layer, x, residual, batch) -> (x, residual, batch), called after each layer."""
 FeedForward = Callable[[torch.Tensor], torch.Tensor]
 """The half of a block that looks at one token at a time: MLP or MoE, [rows, width] -> [rows, width]."""
 
@@ -129,9 +131,11 @@ class Decoder:
         rows = batch.logit_rows
         return self.head(self.norm.add(x[rows], residual[rows])).float()
 
-    def forward(self, batch: Batch, store: CacheStore) -> torch.Tensor:
+    def forward(self, batch: Batch, store: CacheStore, between: Between | None = None) -> torch.Tensor:
         """One step: writes what every row adds into pages and states, returns float32 [wanted, vocab]."""
         x, residual = self.embed(batch)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             x = layer(x, residual, store, batch)
+            if between is not None:
+                x, residual, batch = between(index, x, residual, batch)
         return self.logits(x, residual, batch)

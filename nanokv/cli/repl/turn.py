@@ -11,6 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from nanokv.cli.common import binary
+from nanokv.core.errors import NanokvError
 from nanokv.core.request import Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -69,31 +70,28 @@ def answer(
 ) -> Turn:
     """Stream one answer through `show`. Raises RequestError where the prompt cannot be served.
 
-    Steps the engine itself: between two steps, prefill included, is where an answer can be stopped at once. A stopped
-    one is aborted, so its pages are free or cached when this returns; where another process computes the prompt, when
-    that one has acknowledged.
+    Advances the engine step by step: between two steps, prefill included, an answer can be stopped at once. A stopped
+    one is aborted, so its pages are free or cached when this returns; where a connector brings the pages, when it has
+    acknowledged.
     """
-    engine = llm.engine
     request = Request(token_ids, params)
-    request_id = engine.add_request(request)
+    ticket = llm.loop.submit(request)
     computed = 0
     try:
-        while True:
-            for output in engine.step():
-                if output.request_id == request_id:
-                    if output.delta:
-                        show(output.delta)
-                    if output.finished:
-                        generated = len(output.token_ids)
-                        kv_tokens = len(token_ids) + generated - 1 if generated else computed
-                        return Turn(output, kv_tokens, output.finish_reason == "abort", entered)
+        while ticket.advance():
+            for output in ticket.take():
+                if output.delta:
+                    show(output.delta)
+                if output.finished:
+                    generated = len(output.token_ids)
+                    kv_tokens = len(token_ids) + generated - 1 if generated else computed
+                    return Turn(output, kv_tokens, output.finish_reason == "abort", entered)
             computed = request.num_computed
             if stop.pressed:
-                engine.abort(request_id)
-    except Exception:  # the reader of the answer went away; a SystemExit leaves everything behind anyway
-        if request_id in engine:
-            engine.abort(request_id)
-        raise
+                ticket.cancel()
+    finally:  # also where the reader of the answer went away; a SystemExit leaves everything behind anyway
+        ticket.close()
+    raise NanokvError("the answer ended without a last output")
 
 
 def stats_line(turn: Turn, page_size: int, page_bytes: int, state_bytes: int = 0) -> str:
