@@ -98,8 +98,8 @@ def chat(
 
 def _bind_mine() -> None:
     """Puts the student's functions into the engine. Raises CourseError where none has passed, or one does not load."""
-    from nanokv.cli.learn import MY
     from nanokv.learn.mine import bind_passed
+    from nanokv.learn.progress import MY
 
     bound, waiting = bind_passed(MY)
     click.echo(f"with your {', '.join(f'{one.id} {one.function}' for one in bound)}", err=True)

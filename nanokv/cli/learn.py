@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
+from nanokv.cli.learn_report import check_and_report, print_next, print_totals, write_fresh
 from nanokv.core.errors import CourseError
-from nanokv.learn.checking import Outcome, check, student_path
-from nanokv.learn.course import Course, Exercise, Lesson, load_course
-from nanokv.learn.progress import Progress
-from nanokv.learn.source import find, solution, student_file
+from nanokv.learn.checking import student_path
+from nanokv.learn.course import load_course
+from nanokv.learn.progress import MY, Progress
+from nanokv.learn.source import solution
 
-MY = Path("my")
 MARKS = {"passed": "x", "changed": "~", "started": ".", "new": " "}
-FIRST_RUN = "not written yet: a first check fails, and should"
-ALL_PASSED = "all public checks passed. Your engine: nanokv chat --mine"
 
 
 def exercise_argument(required: bool = True):
@@ -31,8 +27,8 @@ def learn(context: click.Context) -> None:
     """Write parts of this engine yourself. Without a command: where you are, and what comes next."""
     if context.invoked_subcommand is None:
         course, progress = load_course(), Progress(MY)
-        _print_totals(course, progress)
-        _print_next(course, progress)
+        print_totals(course, progress)
+        print_next(course, progress)
 
 
 @learn.command("list", epilog="Example: nanokv learn list")
@@ -68,7 +64,7 @@ def start(exercise_id: str) -> None:
 def check_(context: click.Context, exercise_id: str) -> None:
     """Run the public checks of an exercise against my/ID.py. Exit code 1 when one fails."""
     course = load_course()
-    if not check_and_tell(course, course.exercise(exercise_id)):
+    if not check_and_report(course, course.exercise(exercise_id)):
         context.exit(1)
 
 
@@ -110,7 +106,7 @@ def progress_() -> None:
         bar = "#" * len(done) + "." * (len(mine) - len(done))
         points = f"{sum(one.points for one in done):3} of {sum(one.points for one in mine):3} points"
         click.echo(f"{lesson.name:24} {bar:8} {len(done)} of {len(mine)}   {points}")
-    _print_totals(course, progress)
+    print_totals(course, progress)
 
 
 @learn.command(epilog="Example: nanokv learn reset 02.1")
@@ -140,68 +136,3 @@ def quiz_(topic: str | None, count: int) -> None:
     if topic is None:
         click.echo(f"{len(cards)} cards; topics: {', '.join(topics())}")
     quiz(draw(cards, count))
-
-
-def check_and_tell(course: Course, exercise: Exercise) -> bool:
-    """Runs the public checks, prints what came of them, remembers it. Whether they passed."""
-    progress = Progress(MY)
-    outcome = check(course, exercise, MY)
-    passed = outcome.failure is None
-    progress.note(exercise, passed)
-    if outcome.printed.strip():
-        lines = outcome.printed.strip().splitlines()
-        more = f"\n  ... and {len(lines) - 10} lines more" if len(lines) > 10 else ""
-        click.echo("your file printed:\n" + "\n".join(f"  {line}" for line in lines[:10]) + more)
-    if passed:
-        click.echo(f"{exercise.id} {exercise.title}: public checks passed ({outcome.seconds:.1f} s)")
-        if not find(exercise.target).is_gap:
-            click.echo(f"ours, to compare: nanokv learn solution {exercise.id}")
-        _print_next(course, progress)
-    else:
-        _tell_failure(exercise, outcome)
-    return passed
-
-
-def _tell_failure(exercise: Exercise, outcome: Outcome) -> None:
-    failure = outcome.failure
-    if failure.kind == "todo":
-        click.echo(f"{exercise.id} {exercise.title}: {FIRST_RUN}")
-        click.echo(f"  your file: {MY / exercise.file}")
-    else:
-        click.echo(f"{exercise.id} {exercise.title}: not yet")
-        if failure.test:
-            click.echo(f"  check:  {failure.test}")
-        click.echo(f"  found:  {MY / exercise.file}: {failure.message}")
-    click.echo(f"  hint:   {exercise.hint}")
-
-
-def _print_totals(course: Course, progress: Progress) -> None:
-    done = [one for one in course.exercises if progress.status(one) == "passed"]
-    points = f"{sum(one.points for one in done)} of {sum(one.points for one in course.exercises)} points"
-    click.echo(f"{len(done)} of {len(course.exercises)} exercises passed, {points}")
-
-
-def _print_next(course: Course, progress: Progress) -> None:
-    one = progress.current(course)
-    if one is None:
-        click.echo(ALL_PASSED)
-        return
-    (lesson,) = (lesson for lesson in course.lessons if lesson.number == one.lesson)
-    if progress.status(one) == "new":
-        if one is course.of_lesson(one.lesson)[0]:
-            click.echo(f"next lesson: {_how_to_take(lesson, one)}   {lesson.title}")
-        click.echo(f"next: nanokv learn start {one.id}   {one.title}, about {one.minutes} minutes")
-    else:
-        click.echo(f"next: nanokv learn check {one.id}   {one.title}, in {MY / one.file}")
-
-
-def _how_to_take(lesson: Lesson, first: Exercise) -> str:
-    """A lesson runs where the engine is whole. In one with gaps it is read first, and run when they are filled."""
-    file = f"lessons/{lesson.name}.py"
-    return f"read {file}" if find(first.target).is_gap else f"python {file}"
-
-
-def write_fresh(exercise: Exercise) -> None:
-    """Writes the exercise's file as it is at the start, over one that is there."""
-    MY.mkdir(exist_ok=True)
-    (MY / exercise.file).write_text(student_file(exercise), "utf-8")

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 
 import click
 
-from nanokv.cli.learn import ALL_PASSED, MY, check_and_tell, write_fresh
+from nanokv.cli.learn_report import ALL_PASSED, check_and_report, write_fresh
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import Course, Exercise
-from nanokv.learn.progress import Progress
+from nanokv.learn.progress import MY, Progress
 
 POLL_S = 0.5
 KEYS = "keys: n next, h hint, l list, r run, q quit"
@@ -69,7 +69,7 @@ def _open(exercise: Exercise) -> int | None:
 
 def _check(course: Course, exercise: Exercise) -> None:
     try:
-        check_and_tell(course, exercise)
+        check_and_report(course, exercise)
     except CourseError as error:  # an editor may have taken the file away for a moment
         click.echo(str(error))
     click.echo(KEYS)

@@ -10,6 +10,8 @@ from pathlib import Path
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import Course, Exercise
 
+MY = Path("my")
+"""The student's folder, relative to the current one."""
 FILE = "progress.json"
 
 
