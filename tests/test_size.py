@@ -7,8 +7,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from nanokv.bench.size import CacheSize, measure
 from nanokv.cli.main import main
-from nanokv.cli.size import CacheSize, measure
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
 from nanokv.hub.catalog import CATALOG, SHIPPED
 
