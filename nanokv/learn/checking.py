@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import signal
@@ -17,9 +16,8 @@ from pathlib import Path
 
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import PACKAGE, Course, Exercise
-from nanokv.learn.running import Failure
-from nanokv.learn.source import find, parameters
-from nanokv.learn.worker import Job
+from nanokv.learn.job import CheckJob, Failure
+from nanokv.learn.source import look_at
 
 CPU_LIMIT = 10
 """Seconds of processor time that a check may take, imports included; a sound one takes two. What else the machine does
@@ -51,28 +49,6 @@ def student_path(exercise: Exercise, folder: Path) -> Path:
     return path
 
 
-def look_at(exercise: Exercise, path: Path) -> Failure | None:
-    """What is wrong with the file before any of it runs: its syntax, the function's name, its parameters."""
-    try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
-    except (SyntaxError, ValueError) as error:
-        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
-        return Failure("file", f"{line}no valid Python ({getattr(error, 'msg', error)})")
-    functions = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
-    node = functions.get(exercise.function)
-    if node is None:
-        others = f"; it has {', '.join(functions)}" if functions else ""
-        return Failure("file", f"there is no function {exercise.function}{others}")
-    got, expected = parameters(node), find(exercise.target).parameters
-    if got != expected:
-        return Failure(
-            "file",
-            f"{exercise.function} takes ({', '.join(got)}), the course has ({', '.join(expected)}): "
-            f"change the line, or start anew with nanokv learn reset {exercise.id}, which keeps your file",
-        )
-    return None
-
-
 def check(
     course: Course,
     exercise: Exercise,
@@ -97,7 +73,7 @@ def check(
     seeds = {"public": course.variant, "hidden": hidden_seed}
     with tempfile.TemporaryDirectory() as scratch:
         result, printed = Path(scratch, "result.json"), Path(scratch, "printed")
-        job = Job(
+        job = CheckJob(
             exercise.id, str(folder.resolve()), [[kind, str(files[kind])] for kind in kinds],
             [seeds[kind] for kind in kinds], offline, cpu_limit, str(result),
         )  # fmt: skip
@@ -111,7 +87,7 @@ def check(
     return Outcome(tuple(state["passed"]), failure, said, time.monotonic() - start)
 
 
-def _run(job: Job, printed: Path) -> int | None:
+def _run(job: CheckJob, printed: Path) -> int | None:
     """The worker's exit code, or None where it had to be ended. What it started ends with it in any case."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
@@ -119,7 +95,7 @@ def _run(job: Job, printed: Path) -> int | None:
         "OMP_NUM_THREADS": "1",
     }
     # -P: not from the current folder, which may be a student's tree with another nanokv in it.
-    command = [sys.executable, "-P", "-m", "nanokv.learn.worker", json.dumps(asdict(job))]
+    command = [sys.executable, "-P", "-m", "nanokv.learn.check_process", json.dumps(asdict(job))]
     with open(printed, "wb") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from nanokv.core.errors import CourseError
 from nanokv.learn.binding import bind
-from nanokv.learn.checking import look_at
 from nanokv.learn.course import Course, Exercise, load_course
 from nanokv.learn.progress import Progress
 from nanokv.learn.running import describe, load_function
-from nanokv.learn.source import find
+from nanokv.learn.source import find, look_at
 
 
 def bind_passed(folder: Path, twins: bool = True) -> tuple[list[Exercise], list[Exercise]]:

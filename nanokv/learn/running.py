@@ -6,7 +6,6 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,21 +13,7 @@ from typing import Any
 from nanokv.core.errors import ExerciseTODO
 from nanokv.learn import expect
 from nanokv.learn.course import Exercise
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why an exercise is not passed.
-
-    kind      "todo": nothing written yet; "needs": another exercise comes first; "wrong": a test disagrees; "error":
-              an exception; "file": the student's file cannot be used; "timeout"
-    message   one line
-    test      what was tested, in words; "" where no test had begun
-    """
-
-    kind: str
-    message: str
-    test: str = ""
+from nanokv.learn.job import Failure
 
 
 def load_file(path: Path, name: str) -> ModuleType:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import PACKAGE, Exercise
+from nanokv.learn.job import Failure
 
 WRAPPERS = ("property", "cached_property", "staticmethod", "classmethod")
 
@@ -103,6 +104,28 @@ def parameters(node: ast.FunctionDef) -> list[str]:
     names += [f"*{given.vararg.arg}"] if given.vararg else ["*"] if given.kwonlyargs else []
     names += [one.arg for one in given.kwonlyargs]
     return names + ([f"**{given.kwarg.arg}"] if given.kwarg else [])
+
+
+def look_at(exercise: Exercise, path: Path) -> Failure | None:
+    """What is wrong with the file before any of it runs: its syntax, the function's name, its parameters."""
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
+        return Failure("file", f"{line}no valid Python ({getattr(error, 'msg', error)})")
+    functions = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    node = functions.get(exercise.function)
+    if node is None:
+        others = f"; it has {', '.join(functions)}" if functions else ""
+        return Failure("file", f"there is no function {exercise.function}{others}")
+    got, expected = parameters(node), find(exercise.target).parameters
+    if got != expected:
+        return Failure(
+            "file",
+            f"{exercise.function} takes ({', '.join(got)}), the course has ({', '.join(expected)}): "
+            f"change the line, or start anew with nanokv learn reset {exercise.id}, which keeps your file",
+        )
+    return None
 
 
 def strip(source: str, gaps: Mapping[str, str]) -> str:

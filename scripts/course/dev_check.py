@@ -24,10 +24,10 @@ from course import export, notebooks
 from course.mutants import mutants
 from nanokv.core.errors import CourseError
 from nanokv.learn.binding import bind, bind_gap, raw
-from nanokv.learn.checking import look_at
 from nanokv.learn.course import Course, Exercise, load_course
-from nanokv.learn.running import Failure, load_file, load_function, run_tests, tests_of
-from nanokv.learn.source import find, solution_file, student_file
+from nanokv.learn.job import Failure
+from nanokv.learn.running import load_file, load_function, run_tests, tests_of
+from nanokv.learn.source import find, look_at, solution_file, student_file
 
 SEEDS = (0, 2026)
 """Hidden tests must hold for any seed: these are tried."""

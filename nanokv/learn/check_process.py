@@ -1,8 +1,8 @@
-"""The process of one check: binds the student's function over ours, runs tests, writes what came of it to a file.
+"""The process of one check: puts the student's function into the engine, runs the tests, writes the result to a file.
 
-Started by checking.py as `python -m nanokv.learn.worker JOB`, JOB being the fields of `Job` as JSON. What the student's
-file prints goes to stdout, up to a limit. Every state is written to the result file as it is reached, so whoever has to
-end this process knows how far it came.
+checking.py starts it as `python -m nanokv.learn.check_process JOB`; JOB holds the fields of `CheckJob` as JSON. Prints of
+the student's file go to stdout, up to a limit. Each stage is written to the result file as it begins, so a process that
+is killed has said how far it came.
 """
 
 from __future__ import annotations
@@ -13,34 +13,15 @@ import os
 import resource
 import signal
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from nanokv.core.errors import CourseError
+from nanokv.learn.job import CheckJob, Failure
+
 MOST_PRINTED = 4000
 """Characters of the student's prints that are kept."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to check.
-
-    exercise   its id
-    mine       the student's folder
-    tests      [kind, path] of each test file: kind is "public" or "hidden"
-    seeds      the seed of each of them
-    offline    whether the process may open no connection
-    cpu_limit  seconds of processor time after which the process ends
-    result     the file to write to
-    """
-
-    exercise: str
-    mine: str
-    tests: list[list[str]]
-    seeds: list[int]
-    offline: bool
-    cpu_limit: int
-    result: str
 
 
 class _Limited:
@@ -65,7 +46,7 @@ def _refuse_network(event: str, args: tuple[Any, ...]) -> None:
         raise PermissionError("a graded exercise opens no connection")
 
 
-def main(job: Job) -> None:
+def main(job: CheckJob) -> None:
     sys.stdout = sys.stderr = _Limited(sys.__stdout__)
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CPU, (job.cpu_limit, job.cpu_limit + 5))
@@ -82,11 +63,10 @@ def main(job: Job) -> None:
 
     gc.freeze()  # nor is it later
     gc.enable()
-    from nanokv.core.errors import CourseError
     from nanokv.learn.binding import bind, bind_gap
     from nanokv.learn.course import load_course
     from nanokv.learn.mine import fill_gaps
-    from nanokv.learn.running import Failure, describe, load_function, run_tests
+    from nanokv.learn.running import describe, load_function, run_tests
 
     torch.set_num_threads(1)
     course = load_course()
@@ -118,5 +98,5 @@ def main(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    main(Job(**json.loads(sys.argv[1])))
+    main(CheckJob(**json.loads(sys.argv[1])))
     os._exit(0)  # the result is written: nobody waits for the modules to be taken down, or for threads left behind
