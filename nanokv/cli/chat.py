@@ -66,7 +66,7 @@ def chat(
     text on stdin, one answer is printed.
     """
     if mine and disagg is not None:
-        raise click.UsageError("--mine and --disagg: the prefill process computes with our functions; give one of them")
+        raise click.UsageError("--mine and --disagg: prefill processes run the engine's own functions; give one")
     chosen = {name: options.pop(name) for name in SAMPLING if name in options} | {"seed": seed}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     try:
@@ -83,7 +83,7 @@ def chat(
     if prompt is not None or not _is_terminal(sys.stdin):
         question = _question(prompt)
     if mine:
-        _bind_mine()
+        _patch_mine()
     name = DEFAULT_MODEL if model is None else Path(model).resolve().name if Path(model).is_dir() else model
     session = _open(model_folder(model), name, system, chosen, config, split, stats)
     with session.llm:
@@ -96,13 +96,13 @@ def chat(
             sys.exit(130)
 
 
-def _bind_mine() -> None:
-    """Puts the student's functions into the engine. Raises CourseError where none has passed, or one does not load."""
-    from nanokv.learn.mine import bind_passed
+def _patch_mine() -> None:
+    """Patches the engine with the student's functions. Raises CourseError where none has passed or one does not load."""
+    from nanokv.learn.mine import patch_passed
     from nanokv.learn.progress import MY
 
-    bound, waiting = bind_passed(MY)
-    click.echo(f"with your {', '.join(f'{one.id} {one.function}' for one in bound)}", err=True)
+    patched, waiting = patch_passed(MY)
+    click.echo(f"with your {', '.join(f'{one.id} {one.function}' for one in patched)}", err=True)
     if waiting:
         click.echo(f"without {', '.join(one.id for one in waiting)}: not passed yet (nanokv learn check)", err=True)
 

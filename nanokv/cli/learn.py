@@ -1,4 +1,4 @@
-"""nanokv learn: exercises whose solution is the engine. Your functions stand in my/, one file each."""
+"""nanokv learn: exercises whose solution is the engine. Your functions are in my/, one file each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def exercise_argument(required: bool = True):
 )
 @click.pass_context
 def learn(context: click.Context) -> None:
-    """Write parts of this engine yourself. Without a command: where you are, and what comes next."""
+    """Write parts of this engine yourself. Without a command: your points and the next exercise."""
     if context.invoked_subcommand is None:
         course, progress = load_course(), Progress(MY)
         print_totals(course, progress)
@@ -42,17 +42,17 @@ def list_() -> None:
             may = "  may be skipped" if one.optional else ""
             click.echo(f"  [{mark}] {one.id}  {one.title:52} {'*' * one.difficulty:5} {one.minutes:3} min{may}")
     for path in progress.foreign(course):
-        click.echo(f"{path}: this course has no such exercise; the file is left as it is")
+        click.echo(f"{path}: this course has no such exercise; the file stays as it is")
 
 
 @learn.command(epilog="Example: nanokv learn start 02.1")
 @exercise_argument()
 def start(exercise_id: str) -> None:
-    """Write my/ID.py: the signature, what the function promises, and a TODO."""
+    """Write my/ID.py: signature, docstring and a TODO."""
     exercise = load_course().exercise(exercise_id)
     path = MY / exercise.file
     if path.exists():
-        raise CourseError(f"{path}: there already; nanokv learn check {exercise.id} runs it")
+        raise CourseError(f"{path}: exists already; nanokv learn check {exercise.id} runs it")
     write_fresh(exercise)
     click.echo(f"{path}: {exercise.title}, about {exercise.minutes} minutes")
     click.echo(f"write {exercise.function}, then: nanokv learn check {exercise.id}")
@@ -87,18 +87,18 @@ def hint(exercise_id: str) -> None:
 
 @learn.command("solution", epilog="Example: nanokv learn solution 02.1 --give-up")
 @exercise_argument()
-@click.option("--give-up", is_flag=True, help="Show it although yours has not passed.")
+@click.option("--give-up", is_flag=True, help="Print it although yours has not passed.")
 def solution_(exercise_id: str, give_up: bool) -> None:
-    """Print our function, once yours has passed."""
+    """Print the engine's function once yours has passed."""
     exercise = load_course().exercise(exercise_id)
     if not give_up and Progress(MY).status(exercise) != "passed":
-        raise CourseError(f"exercise {exercise.id}: not passed yet; --give-up shows the solution all the same")
+        raise CourseError(f"exercise {exercise.id}: not passed yet; --give-up prints the solution all the same")
     click.echo(f"# {exercise.target}\n{solution(exercise)}", nl=False)
 
 
 @learn.command("progress", epilog="Example: nanokv learn progress")
 def progress_() -> None:
-    """Show what has been passed, by lesson, in exercises and points."""
+    """Show the passed exercises and their points, by lesson."""
     course, progress = load_course(), Progress(MY)
     for lesson in course.lessons:
         mine = course.of_lesson(lesson.number)
@@ -112,7 +112,7 @@ def progress_() -> None:
 @learn.command(epilog="Example: nanokv learn reset 02.1")
 @exercise_argument()
 def reset(exercise_id: str) -> None:
-    """Begin an exercise again. Your file is kept beside the new one."""
+    """Begin an exercise again. Your file stays, under another name."""
     exercise = load_course().exercise(exercise_id)
     path = student_path(exercise, MY)
     number = 1
@@ -121,14 +121,14 @@ def reset(exercise_id: str) -> None:
     path.rename(kept)
     write_fresh(exercise)
     Progress(MY).note(exercise, passed=False)
-    click.echo(f"{path}: as at the start; what you had is in {kept}")
+    click.echo(f"{path}: as at the start; your file is now {kept}")
 
 
 @learn.command("quiz", epilog="Example: nanokv learn quiz --topic paging -n 3")
-@click.option("--topic", metavar="TOPIC", help="Ask about this only. Without it the topics are listed first.")
+@click.option("--topic", metavar="TOPIC", help="Only this topic. Default: all, and their names first.")
 @click.option("-n", "count", type=click.IntRange(min=1), default=5, show_default=True, help="Questions to ask.")
 def quiz_(topic: str | None, count: int) -> None:
-    """Ask interview questions: yours is the answer, then ours, what they ask next, and where to show it."""
+    """Ask interview questions. You answer; then come an answer, the next questions, a file and a command to show."""
     from nanokv.cli.learn_quiz import quiz
     from nanokv.learn.cards import draw, load_cards, topics
 

@@ -1,4 +1,4 @@
-"""What `nanokv learn` prints about a check, the totals and the next exercise; `learn` and `learn watch` share it."""
+"""Prints the result of a check, the totals and the next exercise, for `nanokv learn` and `nanokv learn watch`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALL_PASSED = "all public checks passed. Your engine: nanokv chat --mine"
 
 
 def check_and_report(course: Course, exercise: Exercise) -> bool:
-    """Runs the public checks, prints what came of them, remembers it. Whether they passed."""
+    """Runs the public checks, prints and records their result. Returns whether they passed."""
     progress = Progress(MY)
     outcome = check(course, exercise, MY)
     passed = outcome.failure is None
@@ -26,7 +26,7 @@ def check_and_report(course: Course, exercise: Exercise) -> bool:
     if passed:
         click.echo(f"{exercise.id} {exercise.title}: public checks passed ({outcome.seconds:.1f} s)")
         if not find(exercise.target).is_gap:
-            click.echo(f"ours, to compare: nanokv learn solution {exercise.id}")
+            click.echo(f"the engine's own, to compare: nanokv learn solution {exercise.id}")
         print_next(course, progress)
     else:
         _print_failure(exercise, outcome)
@@ -47,12 +47,14 @@ def _print_failure(exercise: Exercise, outcome: Outcome) -> None:
 
 
 def print_totals(course: Course, progress: Progress) -> None:
+    """Passed exercises and points of the whole course, as one line."""
     done = [one for one in course.exercises if progress.status(one) == "passed"]
     points = f"{sum(one.points for one in done)} of {sum(one.points for one in course.exercises)} points"
     click.echo(f"{len(done)} of {len(course.exercises)} exercises passed, {points}")
 
 
 def print_next(course: Course, progress: Progress) -> None:
+    """The next exercise and its command, after its lesson where that is new."""
     one = progress.current(course)
     if one is None:
         click.echo(ALL_PASSED)
@@ -67,12 +69,12 @@ def print_next(course: Course, progress: Progress) -> None:
 
 
 def _how_to_take(lesson: Lesson, first: Exercise) -> str:
-    """A lesson runs where the engine is whole. In one with gaps it is read first, and run when they are filled."""
+    """A lesson runs in a whole engine. In one with gaps it is read first, and runs once they are filled."""
     file = f"lessons/{lesson.name}.py"
     return f"read {file}" if find(first.target).is_gap else f"python {file}"
 
 
 def write_fresh(exercise: Exercise) -> None:
-    """Writes the exercise's file as it is at the start, over one that is there."""
+    """Writes the exercise's file as `nanokv learn start` does, over an existing one."""
     MY.mkdir(exist_ok=True)
     (MY / exercise.file).write_text(student_file(exercise), "utf-8")

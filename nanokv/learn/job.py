@@ -1,4 +1,4 @@
-"""What a check's process is given, and the failure it gives back. Both travel as JSON."""
+"""The job that a check's process receives, and the failure that it returns. Both travel as JSON."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class CheckJob:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an exercise is not passed.
+    """Why an exercise has not passed.
 
     kind      "todo": nothing written yet; "needs": another exercise comes first; "wrong": a test disagrees; "error":
               an exception; "file": the student's file cannot be used; "timeout"
     message   one line
-    test      what was tested, in words; "" where no test had begun
+    test      the test in words; "" where none had begun
     """
 
     kind: str

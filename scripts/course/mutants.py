@@ -1,4 +1,4 @@
-"""Mutants: plausible wrong solutions, each written as a change of ours, so that it follows. tests/mutants/."""
+"""Mutants: plausible wrong solutions in tests/mutants. Each is a change of the engine's function, so it follows it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Mutant:
 
 
 def mutants(course: Course, exercise: Exercise) -> list[Mutant]:
-    """All mutants of an exercise. Raises CourseError where one no longer fits our function."""
+    """All mutants of an exercise. Raises CourseError where one no longer fits the engine's function."""
     (lesson,) = (lesson for lesson in course.lessons if lesson.number == exercise.lesson)
     path = FOLDER / f"{lesson.name}.toml"
     entries = tomllib.loads(path.read_text("utf-8")).get(exercise.id, []) if path.is_file() else []
@@ -31,7 +31,7 @@ def mutants(course: Course, exercise: Exercise) -> list[Mutant]:
 
 
 def _mutant(exercise: Exercise, path: Path, why: str, old: str, new: str) -> Mutant:
-    ours = solution(exercise)
-    if ours.count(old) != 1:
-        raise CourseError(f"{path}: {exercise.id} ({why}): {old!r} stands {ours.count(old)} times in our function")
-    return Mutant(exercise, why, student_file(exercise, ours.replace(old, new)))
+    source, count = solution(exercise), solution(exercise).count(old)
+    if count != 1:
+        raise CourseError(f"{path}: {exercise.id} ({why}): {old!r} occurs {count} times in {exercise.function}")
+    return Mutant(exercise, why, student_file(exercise, source.replace(old, new)))
