@@ -116,7 +116,7 @@ def test_a_solved_exercise_passes_its_public_checks_within_seconds(workspace):
     code, said = learn("check", ALLOCATE)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert code == 0 and "public checks passed" in said and "all tests" not in said
-    # The goal is 3 s of wall-clock time on a quiet machine; measured are 1.7 s, about the time of importing torch. Tests
+    # The goal is 3 s of wall-clock time on a quiet machine; measured: 1.7 s, about the time of importing torch. Tests
     # run in parallel, so this is processor time, which grows to 2.4 s where two programs share a core. A limit of four
     # allows that, and no second import as large as torch.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4

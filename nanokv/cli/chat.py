@@ -97,7 +97,7 @@ def chat(
 
 
 def _patch_mine() -> None:
-    """Patches the engine with the student's functions. Raises CourseError where none has passed or one does not load."""
+    """Patches the engine with the student's functions. Raises CourseError: none has passed, or one does not load."""
     from nanokv.learn.mine import patch_passed
     from nanokv.learn.progress import MY
 

@@ -31,7 +31,8 @@ def mutants(course: Course, exercise: Exercise) -> list[Mutant]:
 
 
 def _mutant(exercise: Exercise, path: Path, why: str, old: str, new: str) -> Mutant:
-    source, count = solution(exercise), solution(exercise).count(old)
-    if count != 1:
-        raise CourseError(f"{path}: {exercise.id} ({why}): {old!r} occurs {count} times in {exercise.function}")
+    source = solution(exercise)
+    if source.count(old) != 1:
+        count = f"{source.count(old)} times in {exercise.function}"
+        raise CourseError(f"{path}: {exercise.id} ({why}): {old!r} occurs {count}, not once")
     return Mutant(exercise, why, student_file(exercise, source.replace(old, new)))

@@ -22,7 +22,7 @@ FIRST_CELL = 'import sys\n\nsys.path.insert(0, "..")  # where the lessons\' own 
 
 
 def lessons(names: Sequence[str] = ()) -> list[Path]:
-    """The lessons whose file names begin with one of `names`; all without names. Raises CourseError for unknown ones."""
+    """The lessons whose files' names begin with one of `names`; all without. Raises CourseError for an unknown one."""
     paths = sorted(LESSONS.glob("[0-9][0-9]_*.py"))
     for name in names:
         if not any(path.name.startswith(name) for path in paths):
