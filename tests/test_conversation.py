@@ -83,16 +83,6 @@ def test_undo_gives_back_the_ids_of_the_turn_before(tokenizer):
     assert (chat.token_ids, chat.messages, chat.undo()) == ([], [], False)
 
 
-def test_asking_again_gives_the_same_prompt(tokenizer):
-    chat = Conversation(tokenizer)
-    assert chat.ask_again() is None
-    prompt = chat.ask("One")
-    assert chat.ask_again() == prompt
-    chat.answer([100, 2], "x")
-    assert chat.ask_again() == prompt
-    assert len(chat.messages) == 1
-
-
 def test_a_new_system_message_applies_to_all_turns(tokenizer):
     chat = Conversation(tokenizer, system="Be brief.")
     chat.ask("One")
@@ -106,12 +96,14 @@ def test_a_new_system_message_applies_to_all_turns(tokenizer):
     assert chat.messages == []
 
 
-def test_asking_again_after_a_new_system_message_renders_anew(tokenizer):
+def test_a_question_asked_again_has_the_new_system_message(tokenizer):
     chat = Conversation(tokenizer)
     chat.ask("One")
     chat.answer([100, 2], "x")
     chat.set_system("Be long.")
-    assert chat.ask_again() == tokenizer.chat(chat.messages)
+    assert chat.undo()
+    assert chat.ask("One") == tokenizer.chat(chat.messages)
+    assert [message["role"] for message in chat.messages] == ["system", "user"]
 
 
 def test_a_loaded_chat_continues(tokenizer):

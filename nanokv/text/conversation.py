@@ -92,16 +92,6 @@ class Conversation:
         self._states.pop()
         return True
 
-    def ask_again(self) -> list[int] | None:
-        """Takes the last answer back. Returns the ids of its prompt, or None where nothing has been asked."""
-        if len(self._states) == 1:
-            return None
-        if self._states[-1].messages[-1]["role"] == "assistant":
-            self._states.pop()
-        if not self._states[-1].token_ids:  # loaded, or asked under another system message
-            self._states[-1] = self._render(self._states[-1].messages, _State())
-        return self.token_ids
-
     def clear(self) -> None:
         """Forgets all turns; the system message stays."""
         self._states = [_State()]
