@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nanokv.core.check import check_integer
 from nanokv.core.errors import CourseError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -130,8 +131,7 @@ def read_course(folder: Path) -> Course:
     )
     _check_order(path, lessons, exercises)
     variant = data.get("variant", 0)
-    if type(variant) is not int or variant < 0:
-        raise CourseError(f"{path}: variant={variant!r}: expected an integer of at least 0")
+    check_integer(CourseError, f"{path}: variant", variant, 0)
     return Course(folder, variant, lessons, exercises)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 
+from nanokv.core.check import check_integer
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import Course, Exercise
 
@@ -18,8 +19,7 @@ def choose(course: Course, variant: int, numbers: str | None) -> list[Exercise]:
     numbers   numbers and ranges such as "1-4" or "2,4-6"; None: all lessons
     Raises    CourseError for a lesson that does not exist and for a negative variant
     """
-    if variant < 0:
-        raise CourseError(f"variant={variant}: expected an integer of at least 0")
+    check_integer(CourseError, "variant", variant, 0)
     wanted = _range(course, numbers)
     chosen = []
     for number in wanted:
