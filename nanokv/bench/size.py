@@ -1,13 +1,13 @@
-"""What the cache of a model costs: bytes from its config.json and the page layout, and its scheme beside MHA and GQA.
+"""The cost of a model's cache: bytes from its config.json and the page layout; its scheme compared with MHA and GQA.
 
 Scalars are counted per token in one attention layer, so that neither dtype nor depth hides the scheme:
 
     MHA    a key and a value for each query head
     GQA    a key and a value for each KV head: the model's own number of them, or 8 where it has another scheme
-    own    what the model's layers keep, read off the same layout as the bytes
+    own    the scalars that the model's layers keep
 
-A recurrent state is paid once a sequence. At `state_equals_kv_tokens` it weighs as much as all that is kept per token;
-None where a model has no such state, or keeps nothing per token.
+A recurrent state costs the same for every length of a sequence. At `state_equals_kv_tokens` tokens K and V have as many
+bytes; None where a model has no such state, or keeps nothing per token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ USUAL_KV_HEADS = 8
 
 @dataclass(frozen=True)
 class CacheSize:
-    """One model's cache: everything below is read off the layout that the engine itself would allocate."""
+    """The cache of one model, by the layout that the engine itself would allocate.
+
+    name         as the user gave it
+    dtype        name of the dtype of K and V
+    source       where the catalog has the config from; "" for a config that is not the catalog's
+    unverified   fields of the config that only one source states
+    """
 
     name: str
     config: ModelConfig
@@ -41,16 +47,19 @@ class CacheSize:
     unverified: tuple[str, ...] = ()
 
     def payload(self, tokens: int) -> int:
+        """Bytes of the numbers that a sequence of this length keeps."""
         return tokens * self.layout.bytes_per_token + self.layout.state_payload
 
     def pages(self, tokens: int) -> int:
+        """Pages of a sequence of this length."""
         return self.layout.pages_for(tokens) if self.layout.page_bytes else 0
 
     def padded(self, tokens: int) -> int:
+        """Bytes allocated for a sequence of this length."""
         return self.pages(tokens) * self.layout.page_bytes + self.layout.state_bytes
 
     def tokens_in(self, memory: int) -> int | None:
-        """Tokens of one sequence that fit; None where no memory grows with the context."""
+        """Tokens of one sequence that fit into `memory` bytes; None where the cache does not grow with the context."""
         room = memory - self.layout.state_bytes
         if not self.layout.page_bytes:
             return None if room >= 0 else 0
@@ -58,7 +67,14 @@ class CacheSize:
 
 
 def measure(model: str, dtype: str, codec: str, page_size: int) -> CacheSize:
-    """Raises CheckpointError for an unknown model or family, ConfigError for an unknown dtype or codec."""
+    """The cache of a model.
+
+    model      a catalog name, a pulled model, a folder, or a config.json
+    dtype      "auto": the checkpoint's own
+    codec      a name, or a pair K/V
+    page_size  tokens of a page
+    Raises     CheckpointError for an unknown model or family, ConfigError for an unknown dtype or codec
+    """
     config, entry = _config(model)
     chosen = resolve_dtype(dtype, config)
     layout = PageLayout(layer_specs(config, resolve_codec(codec, chosen), page_size), page_size)
@@ -67,7 +83,7 @@ def measure(model: str, dtype: str, codec: str, page_size: int) -> CacheSize:
 
 
 def _config(model: str) -> tuple[ModelConfig, CatalogEntry | None]:
-    """A model's config, and where the catalog has it from if it is the catalog's."""
+    """A model's config, and its catalog entry where the config comes from there."""
     path = Path(model).expanduser()
     if path.is_file():
         return ModelConfig.from_dict(read_json(path)), None
@@ -77,7 +93,7 @@ def _config(model: str) -> tuple[ModelConfig, CatalogEntry | None]:
 
 
 def row(one: CacheSize, tokens: int, memory: int) -> dict[str, Any]:
-    """One row of --json."""
+    """One row of `nanokv size --json`: a context of `tokens` tokens, and `memory` bytes to fill."""
     layout = one.layout
     return {
         "model": one.name,
@@ -103,7 +119,7 @@ def row(one: CacheSize, tokens: int, memory: int) -> dict[str, Any]:
 
 
 def scalars(one: CacheSize) -> dict[str, Any]:
-    """The comparison of one model, as keys of a row of --json."""
+    """The keys of a row that compare the model's scheme with MHA and GQA."""
     config, layout = one.config, one.layout
     own = (
         config.mla.kv_rank + config.mla.rope_dim

@@ -1,4 +1,4 @@
-"""nanokv size: what a model's cache costs, from its config.json and the page layout; no weights are read."""
+"""nanokv size: prints the cost of a model's cache, which nanokv/bench/size.py works out. Reads no weights."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def _memory(ctx: click.Context, parameter: click.Parameter, value: str) -> int:
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--memory", default="4GiB", show_default=True, callback=_memory, help="Memory for the cache.")
 @click.option("--context", "contexts", default="1K,16K,256K", show_default=True, callback=_contexts,
-              help="Context lengths, in tokens (1K = 1,024).")  # fmt: skip
+              help="Context lengths in tokens (1K = 1,024).")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
               show_default=True, help="auto: the checkpoint's own.")  # fmt: skip
-@click.option("--codec", default="raw", show_default=True, help="How the numbers of a page are written.")
+@click.option("--codec", default="raw", show_default=True, help="Codec of K and V: raw, fp8, tq4, ..., or a pair K/V.")
 @click.option("--page-size", type=click.Choice(["1", "2", "4", "8", "16", "32", "64"]), default="16",
               show_default=True, help="Tokens in a page.")  # fmt: skip
 @json_option
@@ -63,10 +63,10 @@ def size(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """Show what each MODEL's cache costs: bytes per token, and what a context needs.
+    """Show the cost of each MODEL's cache: bytes per token, and bytes of a context.
 
-    MODEL is a name nanokv knows, a pulled model, a folder, or a config.json. Payload is what a layer keeps; padded is
-    what is allocated: whole pages, every array aligned.
+    MODEL is a catalog name, a pulled model, a folder, or a config.json. Payload counts the numbers that layers keep;
+    padded counts the allocation: whole pages, every array aligned.
     """
     from nanokv.bench.size import measure, row
 
@@ -122,7 +122,7 @@ def _print(one: CacheSize, contexts: list[int], memory: int) -> None:
 
 
 def _planes(spec: LayerSpec) -> str:
-    """What a layer keeps, such as "k 3x64, v 3x64"; the axis of tokens is left out."""
+    """The arrays of a layer without their axis of tokens, such as "k 3x64, v 3x64"."""
     words = []
     for plane in (*spec.paged, *spec.state, *spec.tail):
         shape = [n for axis, n in enumerate(plane.shape) if axis != plane.token_axis]
@@ -135,7 +135,7 @@ def _count(tokens: int) -> str:
 
 
 def _echo_table(table: list[list[str]], left: int) -> None:
-    """Columns side by side, numbers to the right; column `left` is text."""
+    """Prints aligned columns, numbers to the right; column `left` is text."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         padded = (
@@ -146,7 +146,7 @@ def _echo_table(table: list[list[str]], left: int) -> None:
 
 
 def _comparison(sizes: list[CacheSize], contexts: list[int]) -> list[list[str]]:
-    """One line a model, for people."""
+    """The table that compares models: a head, then one line per model."""
     from nanokv.bench.size import scalars
 
     head = [
@@ -179,7 +179,7 @@ def _comparison(sizes: list[CacheSize], contexts: list[int]) -> list[list[str]]:
 
 
 def _notes(sizes: list[CacheSize]) -> Iterator[str]:
-    """What a reader may stumble over."""
+    """Notes below the comparison, one line each."""
     yield "MHA, GQA, own: scalars per token in one attention layer; then the whole cache of one sequence (payload)"
     for one in sizes:
         mla = one.config.mla
