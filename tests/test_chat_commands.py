@@ -61,7 +61,7 @@ def test_bye_and_its_aliases_leave(terminal, line):
 def test_undo_takes_turns_back_one_by_one(terminal):
     terminal.enter("One", "1")
     terminal.enter("Two", "2")
-    assert terminal.enter("/undo")[1] == "last turn taken back; 1 turn left\n"
+    assert terminal.enter("/undo")[1] == "last turn removed; 1 turn left\n"
     assert terminal.said == [("user", "One"), ("assistant", "1")]
     terminal.enter("/undo")
     assert terminal.said == []

@@ -63,7 +63,7 @@ def _command(usage: str, summary: str, *aliases: str):
 
 
 def run_command(chat: Chat, line: str) -> None:
-    """Run one line that begins with a slash. Raises RequestError for an unknown command or a bad argument."""
+    """Runs one line that begins with a slash. Raises RequestError for an unknown command or an invalid argument."""
     name, argument = _split(line)
     if name not in COMMANDS:
         raise RequestError(_unknown(name))
@@ -71,7 +71,7 @@ def run_command(chat: Chat, line: str) -> None:
 
 
 def completions(line: str) -> list[str]:
-    """Lines that could continue `line`, for the Tab key."""
+    """The lines that complete `line`, for the Tab key."""
     name, space, argument = line.partition(" ")
     if not space:
         return sorted(known for known in COMMANDS if known.startswith(name)) if name.startswith("/") else []
@@ -101,7 +101,7 @@ def _path(argument: str, usage: str) -> Path:
     return Path(argument.strip("'\"")).expanduser()
 
 
-@_command("/? [COMMAND]", "this list, or what one command does", "/help")
+@_command("/? [COMMAND]", "list the commands, or explain one", "/help")
 def _help(chat: Chat, argument: str) -> None:
     if argument:
         name = argument if argument.startswith("/") else f"/{argument}"
@@ -117,8 +117,8 @@ def _help(chat: Chat, argument: str) -> None:
         others = f" (also {', '.join(names[1:])})" if len(names) > 1 else ""
         chat.terminal.line(f"  {command.usage:18}{command.summary}{others}")
     chat.terminal.line('  """               begins and ends a message of several lines')
-    chat.terminal.line("  //TEXT            sends a text that begins with a slash")
-    chat.terminal.line("  Ctrl-C            stops an answer, keeps what was said; twice then: leaves")
+    chat.terminal.line("  //TEXT            sends text that begins with a slash")
+    chat.terminal.line("  Ctrl-C            stops an answer and keeps its text; twice: leaves")
     chat.terminal.line("  Ctrl-D            leaves")
 
 
@@ -127,10 +127,10 @@ def _set(chat: Chat, argument: str) -> None:
     """/set alone lists the parameters and their values.
     /set temperature 0.7     /set stop "\\n\\n" END     /set seed none
     /set system You are terse.     /set system none: the model's own
-    Another system message changes how the conversation begins: nothing after that
-    is found in the cache."""
+    Another system message changes the beginning of the conversation, so the cache
+    has nothing of the later turns."""
     name, _, value = argument.partition(" ")
-    if name == "parameter":  # ollama's way
+    if name == "parameter":  # as in ollama
         name, _, value = value.strip().partition(" ")
     value = value.strip()
     if not name:
@@ -146,7 +146,7 @@ def _set(chat: Chat, argument: str) -> None:
         chat.terminal.note(f"{name} = {settings.shown(chat.params)[name]}")
 
 
-@_command("/show [WHAT]", "parameters, model, system message, or messages")
+@_command("/show [WHAT]", "show parameters, model, system message or messages")
 def _show(chat: Chat, argument: str) -> None:
     """/show params, /show model, /show system, /show messages; alone: the first three."""
     if argument and argument not in _SHOWN:
@@ -190,24 +190,25 @@ def _clear(chat: Chat, _argument: str) -> None:
     chat.terminal.note("conversation cleared")
 
 
-@_command("/undo", "take your last message and its answer back")
+@_command("/undo", "remove your last message and its answer")
 def _undo(chat: Chat, _argument: str) -> None:
-    """What was said before still stands in the cache: the next answer begins as fast."""
+    """The earlier turns stay in the cache, so the next answer begins as fast."""
     if not chat.conversation.undo():
         raise RequestError("nothing to undo: the conversation is empty")
     turns = chat.conversation.num_turns
-    chat.terminal.note(f"last turn taken back; {turns} {'turn' if turns == 1 else 'turns'} left")
+    chat.terminal.note(f"last turn removed; {turns} {'turn' if turns == 1 else 'turns'} left")
 
 
 @_command("/regen", "answer your last message again")
 def _regen(chat: Chat, _argument: str) -> None:
-    """With a fixed seed, or temperature 0, the answer will be the same."""
+    """With a fixed seed, or temperature 0, the answer is the same."""
     chat.answer_again()
 
 
 @_command("/save FILE", "write the chat to a JSON file", "/save!")
 def _save(chat: Chat, argument: str) -> None:
-    """Messages, model and settings. A file that exists is kept; /save! overwrites it."""
+    """Saves messages, model and settings. /save refuses a file that exists; /save!
+    overwrites it."""
     _write_chat(chat, argument, overwrite=False)
 
 
@@ -215,7 +216,7 @@ def _save_over(chat: Chat, argument: str) -> None:
     _write_chat(chat, argument, overwrite=True)
 
 
-COMMANDS["/save!"] = Command(_save_over, "/save! FILE", "write the chat to a JSON file, over what is there")
+COMMANDS["/save!"] = Command(_save_over, "/save! FILE", "write the chat to a JSON file, over an existing one")
 
 
 def _write_chat(chat: Chat, argument: str, overwrite: bool) -> None:
@@ -224,7 +225,7 @@ def _write_chat(chat: Chat, argument: str, overwrite: bool) -> None:
     chat.terminal.note(f"saved to {path}")
 
 
-@_command("/load FILE", "go on with a chat that was saved")
+@_command("/load FILE", "continue a saved chat")
 def _load(chat: Chat, argument: str) -> None:
     """Replaces conversation, system message and settings. The next answer computes
     the whole conversation once."""
@@ -234,13 +235,13 @@ def _load(chat: Chat, argument: str) -> None:
     chat.params = saved.params
     chat.attached = []
     turns = chat.conversation.num_turns
-    other = f", said to {saved.model}" if saved.model != chat.model else ""
+    other = f", saved with {saved.model}" if saved.model != chat.model else ""
     chat.terminal.note(f"loaded {turns} {'turn' if turns == 1 else 'turns'} from {path}{other}")
 
 
 @_command("/read FILE", "put a text file before your next message")
 def _read(chat: Chat, argument: str) -> None:
-    """Several files add up. /clear drops them."""
+    """Several files are joined. /clear drops them."""
     path = _path(argument, "/read FILE")
     text = read_text(path)
     if not text.strip():
@@ -251,13 +252,13 @@ def _read(chat: Chat, argument: str) -> None:
     if count >= room:
         raise RequestError(f"{path}: {count:,} tokens; {max(room - 1, 0):,} more fit into this conversation")
     chat.attached.append((path, text))
-    chat.terminal.note(f"{path}: {count:,} tokens; they go out before your next message")
+    chat.terminal.note(f"{path}: {count:,} tokens, sent before your next message")
 
 
 @_command("/cache", "draw this conversation's pages, the prefix tree, the pool")
 def _cache(chat: Chat, _argument: str) -> None:
     """A page is marked * where another branch of the tree shares it: an answer that
-    /regen or /undo left behind, or another conversation that begins like this one."""
+    /regen or /undo replaced, or another conversation with the same beginning."""
     engine, tokens = chat.llm.engine, chat.conversation.token_ids
     page_size, tree = engine.layout.page_size, engine.cache.tree
     held, here = cache_view.pages_of(tree, tokens, page_size)
@@ -270,16 +271,16 @@ def _cache(chat: Chat, _argument: str) -> None:
         chat.terminal.line(line)
 
 
-@_command("/stats [on|off]", "the engine's numbers; or the line after each answer")
+@_command("/stats [on|off]", "the engine's counters; on, off: the line after answers")
 def _stats(chat: Chat, argument: str) -> None:
     """38 tok · 61.2 tok/s · TTFT 41 ms · prompt 212 (cached 192) · KV 249 tok / 16 pages / 5.6 MiB
-    tok     tokens of the answer, the one that ends it included
+    tok     tokens of the answer, with the token that ends it
     tok/s   decode only: (tok - 1) / (time of the last token - time of the first)
     TTFT    time to first token, from Enter
     prompt  tokens of the whole conversation
-    cached  of these: found in the prefix cache, not computed again
-    KV      tokens that stood in the cache when the answer ended, their pages
-    /stats alone shows all that the engine has counted."""
+    cached  tokens of these that the prefix cache had
+    KV      tokens in the cache at the end of the answer, and their pages
+    /stats alone shows the engine's counters."""
     if not argument:
         for name, value in chat.llm.stats().items():
             chat.terminal.line(f"  {name:19} {value:,}" if type(value) is int else f"  {name:19} {value}")
