@@ -120,14 +120,10 @@ def row(one: CacheSize, tokens: int, memory: int) -> dict[str, Any]:
 
 def scalars(one: CacheSize) -> dict[str, Any]:
     """The keys of a row that compare the model's scheme with MHA and GQA."""
-    config, layout = one.config, one.layout
-    own = (
-        config.mla.kv_rank + config.mla.rope_dim
-        if config.mla is not None
-        else 2 * config.num_kv_heads * config.head_dim
-    )
-    each = 2 * _value_dim(config)
-    kv_heads = min(USUAL_KV_HEADS, config.num_heads) if config.mla is not None else config.num_kv_heads
+    config, mla, layout = one.config, one.config.mla, one.layout
+    own = 2 * config.num_kv_heads * config.head_dim if mla is None else mla.kv_rank + mla.rope_dim
+    each = 2 * (config.head_dim if mla is None else mla.value_dim)
+    kv_heads = config.num_kv_heads if mla is None else min(USUAL_KV_HEADS, config.num_heads)
     per_token = layout.bytes_per_token
     return {
         "attention_layers": sum(1 for spec in layout.specs if spec.paged),
@@ -137,7 +133,3 @@ def scalars(one: CacheSize) -> dict[str, Any]:
         "scalars_per_token_layer_gqa": kv_heads * each,
         "state_equals_kv_tokens": -(-layout.state_payload // per_token) if per_token and layout.is_recurrent else None,
     }
-
-
-def _value_dim(config: ModelConfig) -> int:
-    return config.mla.value_dim if config.mla is not None else config.head_dim

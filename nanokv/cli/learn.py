@@ -15,6 +15,7 @@ MARKS = {"passed": "x", "changed": "~", "started": ".", "new": " "}
 
 
 def exercise_argument(required: bool = True):
+    """The argument ID of a command; without `required` it may be absent, and is None then."""
     return click.argument("exercise_id", metavar="ID", required=required)
 
 

@@ -18,7 +18,7 @@ from nanokv.core.errors import NanokvError
 COMMANDS = {
     "chat": "Chat with a model in this terminal, or answer one prompt.",
     "pull": "Fetch a model, once.",
-    "size": "Show what a model's cache costs, from its config alone.",
+    "size": "Show the cost of a model's cache, from its config alone.",
     "bench": "Measure this engine on this machine.",
     "disagg": "Compute prompts for an engine on another host.",
     "learn": "Write parts of this engine yourself, with checks.",
@@ -57,6 +57,7 @@ class Nanokv(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
+        """Runs a command line and exits with its code; an error is one line on stderr."""
         self.debug = False
         logging.lastResort.addFilter(_is_wanted)
         if not standalone_mode:

@@ -149,17 +149,8 @@ def _comparison(sizes: list[CacheSize], contexts: list[int]) -> list[list[str]]:
     """The table that compares models: a head, then one line per model."""
     from nanokv.bench.size import scalars
 
-    head = [
-        "model",
-        "attention + recurrent layers",
-        "MHA",
-        "GQA",
-        "own",
-        *map(_count, contexts),
-        "state",
-        "state = KV at",
-    ]
-    lines = [head]
+    scheme = ("model", "attention + recurrent layers", "MHA", "GQA", "own")
+    lines = [[*scheme, *map(_count, contexts), "state", "state = KV at"]]
     for one in sizes:
         it = scalars(one)
         equal = it["state_equals_kv_tokens"]

@@ -53,6 +53,7 @@ class Exercise:
 
     @property
     def lesson(self) -> int:
+        """The number of its lesson."""
         return int(self.id[:2])
 
     @property
@@ -62,6 +63,7 @@ class Exercise:
 
     @property
     def function(self) -> str:
+        """The name of the function to write."""
         return self.target.rpartition(".")[2]
 
     @property
@@ -93,9 +95,11 @@ class Course:
         raise CourseError(f"exercise {exercise_id!r}: the course has no such exercise{meant} (nanokv learn list)")
 
     def of_lesson(self, number: int) -> list[Exercise]:
+        """The exercises of a lesson, in order."""
         return [exercise for exercise in self.exercises if exercise.lesson == number]
 
     def public_tests(self, exercise: Exercise) -> Path:
+        """The path of the public tests of the exercise's lesson."""
         return self._tests("tests_public", exercise)
 
     def hidden_tests(self, exercise: Exercise) -> Path:

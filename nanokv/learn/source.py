@@ -55,6 +55,7 @@ class Found:
 
     @property
     def parameters(self) -> list[str]:
+        """The names of its parameters, as the function `parameters` gives them."""
         return parameters(self.node)
 
     @property

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "tests" / "mutants"
 
 @dataclass(frozen=True)
 class Mutant:
-    """A wrong solution of an exercise: the student's file that holds it, and what is wrong."""
+    """A wrong solution of an exercise: the student's file that holds it, and its fault."""
 
     exercise: Exercise
     why: str

@@ -90,7 +90,7 @@ def _other_figures(lesson: str, drawn: Path) -> list[str]:
     """Figures of a lesson that differ from those in lessons/img, or exist on one side only."""
     names = {path.name for folder in (IMAGES, drawn) for path in folder.glob(f"{lesson}-*.svg")}
     return [
-        f"lessons/img/{name} is not what the lesson draws: python scripts/lessons.py build"
+        f"lessons/img/{name} differs from the lesson's figure: python scripts/lessons.py build"
         for name in sorted(names)
         if not (IMAGES / name).is_file()
         or not (drawn / name).is_file()

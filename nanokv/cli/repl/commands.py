@@ -46,6 +46,7 @@ class Command:
 
     @property
     def details(self) -> str:
+        """The text of `/? COMMAND` below the summary, from the docstring of `run`."""
         return "\n".join(line.strip() for line in (self.run.__doc__ or "").splitlines()).strip()
 
 

@@ -118,4 +118,5 @@ def stats_line(turn: Turn, page_size: int, page_bytes: int, state_bytes: int = 0
 
 
 def duration(seconds: float) -> str:
+    """Seconds as text: 41 ms, 1.20 s."""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
