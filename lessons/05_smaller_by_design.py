@@ -345,7 +345,7 @@ llm.engine.cache.check()
 # 2. [`nanokv/codecs/raw.py`](../nanokv/codecs/raw.py): what grouped-query attention keeps.
 # 3. [`nanokv/layers/mla.py`](../nanokv/layers/mla.py): the docstring, `_absorbed`, `_expanded`, `expands`.
 # 4. [`nanokv/kernels/ops.py`](../nanokv/kernels/ops.py), `KVPlanes`: three layouts for one kernel.
-# 5. [`nanokv/cli/size.py`](../nanokv/cli/size.py): try `nanokv size deepseek-v3 llama-3.1-8b`.
+# 5. [`nanokv/bench/size.py`](../nanokv/bench/size.py): try `nanokv size deepseek-v3 llama-3.1-8b`.
 #
 # ## Exercises
 #

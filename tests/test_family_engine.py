@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanokv import SamplingParams
-from nanokv.cli import size
+from nanokv.bench import size
 from nanokv.core.errors import ConfigError, RequestError
 from nanokv.core.request import Request
 from nanokv.hub.catalog import CATALOG

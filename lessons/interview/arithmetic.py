@@ -5,7 +5,7 @@ from nanokv.learn.cards import card
 
 def layout(model: str, codec: str = "raw", page_size: int = 16):
     """What `nanokv size` reads: the PageLayout of a model in bfloat16."""
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return measure(model, "bfloat16", codec, page_size).layout
 
@@ -45,7 +45,7 @@ def bytes_of_a_token():
     command="nanokv size qwen3-0.6b llama-3.1-8b",
 )  # fmt: skip
 def small_models_have_large_caches():
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     one = measure("qwen3-0.6b", "bfloat16", "raw", 16)
     mine, other = one.layout.bytes_per_token, layout("llama-3.1-8b").bytes_per_token
@@ -148,11 +148,11 @@ def what_else_grows():
     "46,592 tokens: more than five times the 8,192 that the model was trained for. The rest of the pool is not "
     "wasted: it keeps earlier conversations, and the prefix tree finds them. In float32 it is half as much.",
     follow_ups=("Why is the answer a whole number of pages?", "Who decides which conversation goes first?"),
-    file="nanokv/cli/size.py",
+    file="nanokv/bench/size.py",
     command="nanokv size smollm2-135m-instruct --memory 1GiB",
 )
 def a_gigabyte_of_chat():
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     one = measure("smollm2-135m-instruct", "bfloat16", "raw", 16)
     return {

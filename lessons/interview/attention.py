@@ -4,7 +4,7 @@ from nanokv.learn.cards import card
 
 
 def mla(model: str = "deepseek-v3"):
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return measure(model, "bfloat16", "raw", 16)
 

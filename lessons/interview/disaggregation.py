@@ -5,7 +5,7 @@ from nanokv.learn.cards import card
 
 def moved(tokens: int = 8192) -> int:
     """Bytes of a prompt of Llama-3.1-70B."""
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return measure("llama-3.1-70b", "bfloat16", "raw", 16).payload(tokens)
 

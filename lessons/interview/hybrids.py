@@ -4,7 +4,7 @@ from nanokv.learn.cards import card
 
 
 def size(model: str = "qwen3.5-9b"):
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return measure(model, "bfloat16", "raw", 16)
 

@@ -14,7 +14,7 @@ from nanokv.learn.cards import card
     command="nanokv size llama-3.1-70b --context 8191,8192,8193",
 )
 def waste():
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     layout = measure("llama-3.1-70b", "bfloat16", "raw", 16).layout
     empty = sum(layout.pages_for(n) * 16 - n for n in range(1, 17)) / 16
@@ -57,7 +57,7 @@ def size_of_a_page():
     command="nanokv size smollm2-135m-instruct",
 )
 def an_address():
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     layout = measure("smollm2-135m-instruct", "bfloat16", "raw", 16).layout
     slot = layout.paged(3, "k")
@@ -120,7 +120,7 @@ def copy_on_write():
 def not_an_operating_system():
     import mmap
 
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return {
         "2,097,152": measure("llama-3.1-8b", "bfloat16", "raw", 16).layout.page_bytes,
@@ -141,7 +141,7 @@ def not_an_operating_system():
     command="nanokv size llama-3.1-8b",
 )
 def one_block():
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     layout = measure("llama-3.1-8b", "bfloat16", "raw", 16).layout
     planes = [plane for spec in layout.specs for plane in spec.paged]

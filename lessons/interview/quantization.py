@@ -5,7 +5,7 @@ from nanokv.learn.cards import card
 
 def token(codec: str = "raw", model: str = "llama-3.1-8b", page_size: int = 16) -> float:
     """Bytes of a token, all layers, whole pages without padding."""
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return measure(model, "bfloat16", codec, page_size).layout.page_payload / page_size
 

@@ -4,7 +4,7 @@ from nanokv.learn.cards import card
 
 
 def token(model: str = "llama-3.1-8b") -> int:
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return measure(model, "bfloat16", "raw", 16).layout.bytes_per_token
 

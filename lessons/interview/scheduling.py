@@ -49,7 +49,7 @@ def chunked_prefill():
     command="nanokv size llama-3.1-8b --context 2000",
 )
 def recompute_or_swap():
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     moved = measure("llama-3.1-8b", "bfloat16", "raw", 16).payload(2000)
     work = 2 * 8.03e9 * 2000

@@ -11,8 +11,8 @@ from nanokv.cache.store import CacheStore
 from nanokv.core.errors import CacheError
 from nanokv.core.request import Request
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.learn.binding import ours
 from nanokv.learn.expect import equal, random_of, refuses
+from nanokv.learn.patching import reference
 
 
 def layout_of(page_size: int) -> PageLayout:
@@ -36,7 +36,7 @@ def test_02_2_random_layers():
         ]
         got, expected = [], []
         end = PageLayout._place(got, layers)
-        equal(end, ours(PageLayout)._place(expected, layers), "bytes of a page")
+        equal(end, reference(PageLayout)._place(expected, layers), "bytes of a page")
         equal(got, expected, "the tables of slots")
 
 
@@ -70,7 +70,7 @@ def history(kind: type[PagePool], random) -> list:
 
 def test_02_3_random_histories():
     for case in range(30):
-        got, expected = history(PagePool, random_of(f"{case}")), history(ours(PagePool), random_of(f"{case}"))
+        got, expected = history(PagePool, random_of(f"{case}")), history(reference(PagePool), random_of(f"{case}"))
         for one, other in zip(got, expected, strict=True):
             equal(one, other, "the pool's answer in a random history")
 

@@ -12,8 +12,8 @@ from nanokv.core.request import Request
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
 from nanokv.engine.inputs import arrays_of, num_logit_rows
 from nanokv.engine.scheduler import Scheduler
-from nanokv.learn.binding import ours
 from nanokv.learn.expect import equal, near, random_of
+from nanokv.learn.patching import reference
 
 
 def test_03_1_random_values():
@@ -21,7 +21,7 @@ def test_03_1_random_values():
     for _ in range(100):
         values = [random.uniform(-5, 5) for _ in range(random.randint(1, 9))]
         share = random.choice([0.0, 1.0, random.random()])
-        near(percentile(values, share), ours(percentile)(values, share), f"percentile({values}, {share})")
+        near(percentile(values, share), reference(percentile)(values, share), f"percentile({values}, {share})")
 
 
 def test_03_1_the_values_stay_as_they_were():
@@ -51,14 +51,14 @@ def test_03_2_random_requests():
     random = random_of("rows")
     for _ in range(60):
         for request in requests_of_a_step(random):
-            equal(num_logit_rows(request), ours(num_logit_rows)(request), f"rows wanted of {request}")
+            equal(num_logit_rows(request), reference(num_logit_rows)(request), f"rows wanted of {request}")
 
 
 def test_03_3_random_steps():
     random = random_of("steps")
     for _ in range(60):
         requests = requests_of_a_step(random)
-        got, expected = (make(requests, 4) for make in (arrays_of, ours(arrays_of)))
+        got, expected = (make(requests, 4) for make in (arrays_of, reference(arrays_of)))
         equal(sorted(got), sorted(expected), "names of the arrays")
         for name, other in expected.items():
             equal((got[name].tolist(), got[name].dtype), (other.tolist(), other.dtype), name)
@@ -97,7 +97,7 @@ def house(kind: type[Scheduler], random) -> list:
 
 def test_03_4_random_workloads():
     for case in range(10):
-        got, expected = (house(kind, random_of(f"house {case}")) for kind in (Scheduler, ours(Scheduler)))
+        got, expected = (house(kind, random_of(f"house {case}")) for kind in (Scheduler, reference(Scheduler)))
         for step, (one, other) in enumerate(zip(got, expected, strict=False)):
             equal(one, other, f"step {step} of a random workload: (request, tokens) of the plan, copies")
         equal(len(got), len(expected), "steps")

@@ -5,8 +5,8 @@ from array import array
 from nanokv.cache.radix import Node, RadixTree
 from nanokv.core.request import Request
 from nanokv.engine.scheduler import _common_prefix
-from nanokv.learn.binding import ours
 from nanokv.learn.expect import equal, random_of
+from nanokv.learn.patching import reference
 
 
 def history(kind: type[RadixTree], random) -> list:
@@ -43,7 +43,7 @@ def history(kind: type[RadixTree], random) -> list:
 
 def same_histories() -> None:
     for case in range(8):
-        got, expected = (history(kind, random_of(f"tree {case}")) for kind in (RadixTree, ours(RadixTree)))
+        got, expected = (history(kind, random_of(f"tree {case}")) for kind in (RadixTree, reference(RadixTree)))
         for one, other in zip(got, expected, strict=True):
             equal(one, other, "the tree's answer in a random history")
 
@@ -60,7 +60,7 @@ def test_04_1_random_runs():
         blob = (start + (run[:keep] + other[keep:] if random.random() < 0.7 else other)).tobytes()
         node = Node(None, run.tobytes(), array("i", range(count)))
         arguments = node, blob, len(start) * start.itemsize
-        equal(tree._common_pages(*arguments), ours(RadixTree)(size)._common_pages(*arguments), "common pages")
+        equal(tree._common_pages(*arguments), reference(RadixTree)(size)._common_pages(*arguments), "common pages")
 
 
 def test_04_1_random_histories():
@@ -93,4 +93,8 @@ def test_04_6_random_prompts():
             request = Request(list(tokens))
             request.tokens = tokens
             pair.append(request)
-        equal(_common_prefix(*pair), ours(_common_prefix)(*pair), f"tokens shared by prompts of {len(same)} equal ones")
+        equal(
+            _common_prefix(*pair),
+            reference(_common_prefix)(*pair),
+            f"tokens shared by prompts of {len(same)} equal ones",
+        )

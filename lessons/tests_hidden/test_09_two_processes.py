@@ -5,8 +5,8 @@ from array import array
 from nanokv.core.request import Request
 from nanokv.disagg.messages import HEADER, MAX_FRAME, Ping, ProtocolError, encode, take_frames
 from nanokv.disagg.pages import FixedPages, Given
-from nanokv.learn.binding import ours
 from nanokv.learn.expect import equal, random_of
+from nanokv.learn.patching import reference
 
 
 def test_09_1_random_cuts():
@@ -20,7 +20,7 @@ def test_09_1_random_cuts():
             cut = stream[at : at + random.randint(1, 20)]
             at += len(cut)
             seen = []
-            for run, buffer in zip((take_frames, ours(take_frames)), pair, strict=True):
+            for run, buffer in zip((take_frames, reference(take_frames)), pair, strict=True):
                 buffer += cut
                 try:
                     seen.append((run(buffer), bytes(buffer)))
@@ -32,7 +32,7 @@ def test_09_1_random_cuts():
 
 
 def grants(label: str):
-    """Random requests, each with ours and the student's pages that were given the same."""
+    """Random requests, each with the reference's and the student's pages, granted the same."""
     random = random_of(label)
     for _ in range(60):
         checkpoints = {4 * random.randint(1, 9): random.randrange(9) for _ in range(random.randint(0, 4))}
@@ -40,7 +40,7 @@ def grants(label: str):
             array("i", range(random.randint(1, 9))), 4 * random.randint(0, 3), random.randrange(9), checkpoints
         )
         computed, pair = random.randint(0, 40), []
-        for kind in (FixedPages, ours(FixedPages)):
+        for kind in (FixedPages, reference(FixedPages)):
             pages, request = kind(4), Request([1])
             pages.give(request, what)
             request.num_computed, request.state_id = computed, what.state

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 
+from nanokv.core.check import check_integer
 from nanokv.core.errors import ConfigError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -126,10 +127,8 @@ class EngineConfig:
     def _integers(self, optional: bool = False, **least: int) -> None:
         for name, minimum in least.items():
             value = getattr(self, name)
-            if value is None and optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ConfigError(f"{name}={value!r}: expected an integer of at least {minimum}")
+            if value is not None or not optional:
+                check_integer(ConfigError, name, value, minimum)
 
     @classmethod
     def from_fields(cls, **values) -> EngineConfig:

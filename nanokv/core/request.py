@@ -25,6 +25,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanokv.core.check import check_integer
 from nanokv.core.errors import RequestError
 
 
@@ -95,9 +96,7 @@ class SamplingParams:
             raise RequestError(f"cache_salt={self.cache_salt!r}: expected a text or None")
 
     def _integer(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise RequestError(f"{name}={value!r}: expected an integer of at least {least}")
+        check_integer(RequestError, name, getattr(self, name), least)
 
     def _number(self, name: str, least: float, most: float, open_below: bool = False) -> None:
         value = getattr(self, name)

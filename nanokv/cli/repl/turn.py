@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from nanokv.llm import LLM
 
 SAME_GENERATION_S = 0.4
-"""A second Ctrl-C this soon after the first leaves, even where the answer has stopped by then: people press twice."""
+"""Seconds after a first Ctrl-C within which a second one leaves, even where the answer has stopped by then."""
 
 
 class StopKey:
     """Ctrl-C inside a `with` block: the first sets `pressed`, the second ends the process with 130.
 
-    The first is only noted, and acted on between engine steps, so that nothing is torn in the middle. The second has
-    to work in the middle of a long step, where nothing can be tidied up: it ends the process on the spot.
+    The first takes effect between two engine steps, so that no step is interrupted. The second also works inside a
+    long step, where no cleanup is possible: it ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class StopKey:
 
 @dataclass(frozen=True)
 class Turn:
-    """What came of one request.
+    """The result of one request.
 
     output      the last RequestOutput
     kv_tokens   tokens whose K and V had been computed when it ended
@@ -116,4 +116,5 @@ def stats_line(turn: Turn, page_size: int, page_bytes: int, state_bytes: int = 0
 
 
 def duration(seconds: float) -> str:
+    """Seconds as text: 41 ms, 1.20 s."""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
