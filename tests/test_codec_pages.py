@@ -44,8 +44,8 @@ def test_groups_of_64_halve_the_metadata_of_kivi():
 def test_native_layers_count_those_with_attention_from_both_ends():
     attention = [3, 7, 11, 15]
     codec = resolve_codec("tq4", torch.float32, native_layers="first1,last2", layers=attention)
-    assert [codec.at(layer).is_raw for layer in attention] == [True, False, True, True]
-    assert resolve_codec("raw", torch.float32, native_layers="first1", layers=attention).is_raw
+    assert [codec.at(layer).name for layer in attention] == ["raw", "tq4", "raw", "raw"]
+    assert resolve_codec("raw", torch.float32, native_layers="first1", layers=attention).name == "raw"
 
 
 def test_every_name_makes_a_codec():

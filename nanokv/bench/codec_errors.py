@@ -23,7 +23,6 @@ import torch
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import Codec
 from nanokv.codecs.pages import Heads
-from nanokv.codecs.side import array_of
 from nanokv.codecs.tables import distortion
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
@@ -92,15 +91,7 @@ def replay(llm: LLM, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, Ve
     batch = first_pages(torch.zeros(len(inputs), dtype=torch.int64), llm.config.page_size, store)
     outputs = mixer(inputs.to(ops.activation_dtype(llm.device, llm.dtype), copy=True), store, batch).float()
     pages = batch.page_tables[0].long()
-    if not mixer.codec.at(layer).is_raw:
-        return outputs, mixer.pages.vectors(store.pool, pages)
-    return outputs, _raw_vectors(llm.engine.layout, layer, store.pool, pages)
-
-
-def _raw_vectors(layout: PageLayout, layer: int, pool: torch.Tensor, pages: torch.Tensor) -> Vectors:
-    names = {plane.name for plane in layout.specs[layer].paged}
-    found = [array_of(pool, layout.paged(layer, name))[pages].float() for name in ("k", "v", "latent") if name in names]
-    return tuple(x if x.ndim == 4 else x[:, None] for x in found)
+    return outputs, mixer.pages.vectors(store.pool, pages)
 
 
 def by_token(x: torch.Tensor) -> torch.Tensor:
@@ -138,7 +129,7 @@ def random_errors(codec: Codec, dim: int, page_size: int) -> dict[str, float]:
     x = noise / noise.norm(dim=-1, keepdim=True)
     pages.attend(x.flatten(1).clone(), store.pool, store.states, batch)
     order = batch.page_tables[0].long()
-    stored = _raw_vectors(layout, 0, store.pool, order) if codec.at(0).is_raw else pages.vectors(store.pool, order)
+    stored = pages.vectors(store.pool, order)
     k, v = (relative_mse(x, by_token(s)) for x, s in zip(x.chunk(3, dim=1)[1:], stored, strict=True))
     return {"random_k_mse": k, "random_v_mse": v}
 

@@ -53,7 +53,7 @@ class KiviCodec:
     exact   False: the rows of one request in a step see each other as they are, in full pages too
     """
 
-    is_raw = False
+    expands_latents = False
 
     def __init__(self, name: str, bits: int, dtype: torch.dtype, exact: bool) -> None:
         self.name = name

@@ -19,7 +19,7 @@ class PairedCodec:
     exact   see pages.py
     """
 
-    is_raw = False
+    expands_latents = False
 
     def __init__(self, name: str, k: Side, v: Side, dtype: torch.dtype, exact: bool) -> None:
         self.name = name

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from nanokv.codecs.latents import Latent, RawLatentPages
 from nanokv.codecs.pages import Heads
+from nanokv.codecs.side import array_of
 from nanokv.core.batch import Batch
 from nanokv.core.errors import ConfigError
-from nanokv.core.spec import LayerSpec, PageLayout, Plane
+from nanokv.core.spec import LayerSpec, PageLayout, Plane, PlaneSlot
 from nanokv.kernels import ops
 from nanokv.kernels.ops import KVPlanes
 
@@ -18,13 +20,17 @@ class RawCodec:
     """K and V as they are computed, rounded to `dtype`. Raises ConfigError for a dtype the kernels cannot read."""
 
     name = "raw"
-    is_raw = True
 
     def __init__(self, dtype: torch.dtype) -> None:
         if dtype not in _DTYPES:
             allowed = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
             raise ConfigError(f"dtype={str(dtype).removeprefix('torch.')}: codec raw writes {allowed}")
         self.dtype = dtype
+
+    @property
+    def expands_latents(self) -> bool:
+        """Whether latents may be expanded. In float32 the bits of a row must not depend on the form it takes."""
+        return self.dtype != torch.float32
 
     def at(self, layer: int) -> RawCodec:
         return self
@@ -55,7 +61,11 @@ class RawCodec:
 
     def pages(self, layout: PageLayout, layer: int, heads: Heads) -> RawPages:
         """The pages of an attention layer."""
-        return RawPages(self.bind(layout, layer), heads)
+        return RawPages(self.bind(layout, layer), [layout.paged(layer, name) for name in "kv"], heads)
+
+    def latent_pages(self, layout: PageLayout, layer: int, latent: Latent) -> RawLatentPages:
+        """The pages of a layer of multi-head latent attention."""
+        return RawLatentPages(layout, layer, latent)
 
 
 class RawPages:
@@ -64,8 +74,9 @@ class RawPages:
     centre = None
     is_recordable = True
 
-    def __init__(self, planes: KVPlanes, heads: Heads) -> None:
+    def __init__(self, planes: KVPlanes, slots: list[PlaneSlot], heads: Heads) -> None:
         self.planes = planes
+        self._slots = slots
         self._heads = heads
 
     def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -74,3 +85,7 @@ class RawPages:
         ops.rope_and_store(qkv, heads.cos_sin, pool, self.planes, batch, heads.num_heads, heads.norms)
         q = qkv[:, : heads.num_heads * heads.head_dim].unflatten(1, (heads.num_heads, heads.head_dim))
         return ops.paged_attention(q, pool, self.planes, batch, heads.scale)
+
+    def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As AttentionPages.vectors."""
+        return tuple(array_of(pool, slot)[pages].float() for slot in self._slots)
