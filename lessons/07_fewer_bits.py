@@ -26,11 +26,11 @@ from nanokv.cache.store import CacheStore
 from nanokv.codecs import resolve_codec
 from nanokv.codecs.basis import haar
 from nanokv.codecs.kivi import Groups
-from nanokv.codecs.polarquant import PolarCoder, PolarSide
-from nanokv.codecs.qjl import QJLSide
+from nanokv.codecs.papers.polarquant import PolarCoder, PolarSide
+from nanokv.codecs.papers.qjl import QJLSide
+from nanokv.codecs.papers.turboquant_prod import ProdSide
 from nanokv.codecs.side import TableSide
 from nanokv.codecs.tables import distortion, lloyd_max, uniform
-from nanokv.codecs.turboquant_prod import ProdSide
 from nanokv.core.spec import PageLayout
 from nanokv.engine.calibrate import first_pages
 from nanokv.hub.pull import pull

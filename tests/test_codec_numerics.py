@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanokv.codecs import _SIDES, polarquant, tables
+from nanokv.codecs import _SIDES, tables
 from nanokv.codecs.basis import Basis, haar, sketch
 from nanokv.codecs.kivi import Groups
+from nanokv.codecs.papers import polarquant
+from nanokv.codecs.papers.turboquant_prod import ProdSide
 from nanokv.codecs.side import TableSide
-from nanokv.codecs.turboquant_prod import ProdSide
 from nanokv.kernels import ops
 from nanokv.kernels.reference import pack_codes, unpack_codes
 
@@ -139,12 +140,12 @@ def test_products_of_turboquant_prod_are_unbiased_with_the_variance_of_theory(bi
     dim, draws, pairs = 64, 60, 400
     truth, estimates, errors = 0.0, 0.0, []
     for draw in range(draws):
-        monkeypatch.setattr("nanokv.codecs.turboquant_prod.haar", lambda d, s=draw: haar(d, 5000 + s))
+        monkeypatch.setattr("nanokv.codecs.papers.turboquant_prod.haar", lambda d, s=draw: haar(d, 5000 + s))
         matrix = sketch(dim, dim, orthogonal, seed=9000 + draw)
-        monkeypatch.setattr("nanokv.codecs.turboquant_prod.sketch", lambda *_, m=matrix: m)
+        monkeypatch.setattr("nanokv.codecs.papers.turboquant_prod.sketch", lambda *_, m=matrix: m)
         rotation = Basis(haar(dim, 5000 + draw), CPU)
-        monkeypatch.setattr("nanokv.codecs.turboquant_prod.rotation", lambda *_, r=rotation: r)
-        monkeypatch.setattr("nanokv.codecs.turboquant_prod._basis", _fresh_basis)
+        monkeypatch.setattr("nanokv.codecs.papers.turboquant_prod.rotation", lambda *_, r=rotation: r)
+        monkeypatch.setattr("nanokv.codecs.papers.turboquant_prod._basis", _fresh_basis)
         coder = ProdSide("prod", bits, orthogonal).coder(dim, CPU)
         x = unit(noise(pairs, dim, seed=draw))
         across = noise(pairs, dim, seed=700 + draw)
@@ -162,7 +163,7 @@ def test_products_of_turboquant_prod_are_unbiased_with_the_variance_of_theory(bi
 
 
 def _fresh_basis(dim, orthogonal, device):
-    from nanokv.codecs import turboquant_prod as prod
+    from nanokv.codecs.papers import turboquant_prod as prod
 
     rotation = prod.haar(dim)
     return Basis(torch.cat((rotation, prod.sketch(dim, dim, orthogonal) @ rotation)), device)

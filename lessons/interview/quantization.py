@@ -150,7 +150,7 @@ def truncated_figures():
     "So 5.4 times the variance buys freedom from a bias of 3.4 percent, and softmax forgives a small common factor "
     "more easily than noise. Unbiased is not the goal; attention is.",
     follow_ups=("Which scale removes the bias without a sketch?", "Why does an orthogonal sketch do better?"),
-    file="nanokv/codecs/turboquant_prod.py",
+    file="nanokv/codecs/papers/turboquant_prod.py",
     command="nanokv bench codecs --codecs raw,tq3,tqp3 --quick",
 )
 def the_sketch():

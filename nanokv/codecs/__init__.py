@@ -21,12 +21,12 @@ import torch
 from nanokv.codecs import tables
 from nanokv.codecs.kivi import KiviCodec
 from nanokv.codecs.paired import PairedCodec
-from nanokv.codecs.polarquant import PolarSide
-from nanokv.codecs.qjl import QJLSide
+from nanokv.codecs.papers.polarquant import PolarSide
+from nanokv.codecs.papers.qjl import QJLSide
+from nanokv.codecs.papers.turboquant_prod import ProdSide
 from nanokv.codecs.raw import RawCodec
 from nanokv.codecs.side import RawSide, Side, TableSide
 from nanokv.codecs.some_native import SomeNative
-from nanokv.codecs.turboquant_prod import ProdSide
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError
 
