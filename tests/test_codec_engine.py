@@ -188,7 +188,7 @@ def test_fast_prefill_reads_a_chunk_as_it_is(wide, codec):
         assert len(one) == len(fast.generate([text], LONG)[0].token_ids) == 20
 
 
-def test_centred_keys_keep_what_attention_computes_and_lose_less_of_biased_ones(tmp_path):
+def test_centered_keys_keep_what_attention_computes_and_lose_less_of_biased_ones(tmp_path):
     import safetensors.torch
 
     folder = oracles.llama(tmp_path, head_dim=64, attention_bias=True)
@@ -203,12 +203,12 @@ def test_centred_keys_keep_what_attention_computes_and_lose_less_of_biased_ones(
 
     def score(**fields) -> tuple[torch.Tensor, list[torch.Tensor]]:
         with LLM(folder, page_size=32, num_pages=16, **fields) as llm:
-            return llm.score(text), [centre.mean for centre in llm.engine.model.centres()]
+            return llm.score(text), [one.mean for one in llm.engine.model.key_means()]
 
     raw, _ = score()
     plain, _ = score(codec="tq4")
-    centred, means = score(codec="tq4", center_keys=True)
-    assert divergence(raw, centred) < divergence(raw, plain) / 4
+    centered, means = score(codec="tq4", center_keys=True)
+    assert divergence(raw, centered) < divergence(raw, plain) / 4
     again = score(codec="tq4", center_keys=True)[1]
     assert means and all(torch.equal(mean, other) for mean, other in zip(means, again, strict=True))
     # Keys as they are, less a mean: the same softmax.

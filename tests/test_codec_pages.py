@@ -185,11 +185,11 @@ def keys_of(kind: str) -> torch.Tensor:
     return k
 
 
-def loss(name: str, k: torch.Tensor, is_centred: bool = False) -> float:
+def loss(name: str, k: torch.Tensor, is_centered: bool = False) -> float:
     """Divergence of the weights of 64 queries over coded keys from those over the keys themselves."""
     q = torch.randn(64, 64, generator=torch.Generator().manual_seed(12))
     coder = _SIDES[name].coder(64, torch.device("cpu"))
-    coded = k - k.mean(0) if is_centred else k
+    coded = k - k.mean(0) if is_centered else k
     s = coder.decode(*coder.encode(coded))
     turned = q if coder.basis is None else coder.basis.to(q)
     truth = (q @ k[:, 0].T / 8).log_softmax(-1)
@@ -205,18 +205,18 @@ def test_more_bits_keep_attention_closer_and_a_sketch_of_the_rest_does_not_pay(k
         assert loss(f"tq{bits}", k) < loss(f"tqp{bits}-orth", k) < loss(f"tqp{bits}", k)
 
 
-def test_a_rotation_saves_keys_with_large_channels_and_centring_those_with_a_bias():
+def test_a_rotation_saves_keys_with_large_channels_and_centering_those_with_a_bias():
     outliers, biased = keys_of("outliers"), keys_of("biased")
     assert loss("tq4", outliers) < loss("int4", outliers) / 3
     assert loss("rot4", outliers) < loss("int4", outliers) / 3
-    assert loss("tq4", biased, is_centred=True) < loss("tq4", biased) / 5
-    assert loss("tq4", biased, is_centred=True) == pytest.approx(loss("tq4", keys_of("normal")), rel=0.5)
+    assert loss("tq4", biased, is_centered=True) < loss("tq4", biased) / 5
+    assert loss("tq4", biased, is_centered=True) == pytest.approx(loss("tq4", keys_of("normal")), rel=0.5)
 
 
 @pytest.mark.parametrize("name", ["tq4", "qjl", "raw/int8", "kivi4"])
 def test_keys_are_checked_as_they_are_written_without_their_mean(name):
     layer = Layer(name)
-    layer.pages.centre.mean = torch.full((3, 64), -4e4)
+    layer.pages.key_mean.mean = torch.full((3, 64), -4e4)
     qkv = heads_of(4)
     qkv[1, 6 * 64] = 6e4  # a float16 holds it, but not when it is 1e5 from the mean
     qkv[2, 6 * 64] = -1e5  # and this only there

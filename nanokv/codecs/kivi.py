@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanokv.codecs.pages import Centre, Heads, attention_dtype, over_decoded, refuse_unwritable
+from nanokv.codecs.key_mean import KeyMean
+from nanokv.codecs.pages import Heads, attention_dtype, over_decoded, rotated
 from nanokv.codecs.side import array_of, plane
 from nanokv.core.batch import Batch
 from nanokv.core.errors import ConfigError
@@ -120,16 +121,12 @@ class KiviPages:
             [layout.paged(layer, f"{side}_{part}") for part in ("codes", "step", "low")] for side in "kv"
         )
         self._tails = [layout.state(layer, f"{side}_tail") for side in "kv"]
-        self.centre = Centre()
+        self.key_mean = KeyMean()
 
     def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """As AttentionPages.attend."""
         heads = self._heads
-        ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
-        x = qkv.unflatten(1, (-1, heads.head_dim)).float()
-        q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
-        self.centre(k)
-        refuse_unwritable(x[:, heads.num_heads :], batch)
+        q, k, v = rotated(qkv, heads, self.key_mean, batch)
         pieces = batch.once(Pieces)
         native = [self._native(x, tail, states, batch, pieces) for x, tail in zip((k, v), self._tails, strict=True)]
         self._seal(native, pool, batch.write_pages[pieces.last_rows[pieces.full]].long(), pieces)
@@ -142,7 +139,7 @@ class KiviPages:
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that full pages stand for: float32 [pages, kv_heads, page_size, head_dim] each."""
         k, v = self._decode(pool, pages)
-        return self.centre.back(k), v
+        return self.key_mean.add(k), v
 
     def _native(self, x, tail, states, batch, pieces) -> torch.Tensor:
         """The pages of this step as they are: [pieces, kv_heads, page_size, head_dim]; what is open becomes a tail."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanokv.codecs.key_mean import KeyMean
 from nanokv.codecs.side import Side, SidePages, TableCoder
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
@@ -43,32 +44,20 @@ class Heads:
     norms: ops.HeadNorms | None = None
 
 
-class Centre:
-    """The mean of a layer's keys, taken off before they are coded.
+def rotated(
+    qkv: torch.Tensor, heads: Heads, key_mean: KeyMean, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v ready to be coded: float32 [rows, heads, head_dim] each.
 
-    A constant added to all keys of a row moves all its scores alike and leaves the softmax as it was, so nothing has to
-    be added back. What is left of keys with a strong bias (Qwen2) is far smaller and codes far better. The mean is that
-    of the first step after `start`, and fixed from then on: it is part of what a page means.
+    qkv     [rows, (num_heads + 2 * kv_heads) * head_dim], normed and rotated IN PLACE
+    batch   rows of k and v that no scale can hold are marked in batch.unwritable
     """
-
-    def __init__(self) -> None:
-        self.mean: torch.Tensor | None = None
-        self._is_wanted = False
-
-    def start(self) -> None:
-        self._is_wanted = True
-
-    def __call__(self, keys: torch.Tensor) -> None:
-        """Takes the mean off keys, float32 [rows, heads, dim], IN PLACE: before they are checked, because what is left
-        may be larger than they were."""
-        if self._is_wanted:
-            self.mean, self._is_wanted = keys.mean(0), False
-        if self.mean is not None:
-            keys.sub_(self.mean)
-
-    def back(self, keys: torch.Tensor) -> torch.Tensor:
-        """The mean on keys again: float32 [pages, heads, page_size, dim]."""
-        return keys if self.mean is None else keys + self.mean[:, None]
+    ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
+    x = qkv.unflatten(1, (-1, heads.head_dim)).float()
+    q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
+    key_mean.subtract(k)
+    refuse_unwritable(x[:, heads.num_heads :], batch)
+    return q, k, v
 
 
 def refuse_unwritable(x: torch.Tensor, batch: Batch) -> None:
@@ -84,8 +73,8 @@ def refuse_unwritable(x: torch.Tensor, batch: Batch) -> None:
     x.masked_fill_(is_bad[:, None, None], 0.0)
 
 
-def why_refused(codec: str) -> str:
-    """What the request of such a row is told."""
+def reason_unwritable(codec: str) -> str:
+    """The error of a request whose row was refused."""
     return (
         f"codec={codec!r}: keys or values are not finite (damaged weights), or beyond the {LARGEST:g} that a scale can "
         "hold (codec raw has no such limit)"
@@ -112,7 +101,7 @@ class AttentionPages:
         if isinstance(self._k.coder, TableCoder) and isinstance(self._v.coder, TableCoder):
             k_plane, v_plane = (side.coder.placed(side.slots) for side in (self._k, self._v))
             self._planes = ops.CodePlanes(k_plane, v_plane, layout.page_bytes, layout.page_size, heads.kv_heads)
-        self.centre = Centre()
+        self.key_mean = KeyMean()
 
     @property
     def is_recordable(self) -> bool:
@@ -129,11 +118,7 @@ class AttentionPages:
         batch   rows with NaN, infinity or numbers beyond float16 are marked in batch.unwritable
         """
         heads = self._heads
-        ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
-        x = qkv.unflatten(1, (-1, heads.head_dim)).float()
-        q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
-        self.centre(k)
-        refuse_unwritable(x[:, heads.num_heads :], batch)
+        q, k, v = rotated(qkv, heads, self.key_mean, batch)
         raw_rows = None if self._exact else batch.once(prefilling)
         attend = self._attend_codes if self._planes is not None and raw_rows is None else self._attend_decoded
         out = attend(q, k, v, pool, batch, raw_rows, attention_dtype(qkv)).float()
@@ -142,7 +127,7 @@ class AttentionPages:
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that whole pages stand for: float32 [pages, kv_heads, page_size, head_dim] each."""
         k, v = (side.back(side.read(pool, pages)) for side in (self._k, self._v))
-        return self.centre.back(k), v
+        return self.key_mean.add(k), v
 
     def _attend_codes(self, q, k, v, pool, batch, _raw_rows, dtype) -> torch.Tensor:
         basis = self._k.coder.basis

@@ -71,7 +71,7 @@ class RawCodec:
 class RawPages:
     """Keys and values of one layer, read where they stand."""
 
-    centre = None
+    key_mean = None
     is_recordable = True
 
     def __init__(self, planes: KVPlanes, slots: list[PlaneSlot], heads: Heads) -> None:

@@ -28,7 +28,7 @@ from nanokv.core.events import EventLog
 from nanokv.core.request import Request, RequestMetrics, RequestOutput
 from nanokv.core.spec import PageLayout
 from nanokv.engine.admission import check_request
-from nanokv.engine.calibrate import centre_keys
+from nanokv.engine.calibrate import measure_key_means
 from nanokv.engine.device import current
 from nanokv.engine.device_sampler import sample_on_device
 from nanokv.engine.hand_over import hand_over, take_back
@@ -94,7 +94,7 @@ class Engine:
             self.layout, num_pages, config.prefix_cache, self.events, num_states, config.state_interval
         )
         if config.center_keys:
-            centre_keys(model, self.store, config, longest)
+            measure_key_means(model, self.store, config, longest)
         self.scheduler = Scheduler(config, self.cache, self.events, prefiller)
         self.live = LiveRequests(self.scheduler, self.cache, tokenizer, model.config.eos_token_ids, self.events)
         # A request alone must fit in the pool; the last token sampled is never written.

@@ -6,7 +6,8 @@ import torch
 
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import Codec
-from nanokv.codecs.pages import Centre, Heads
+from nanokv.codecs.key_mean import KeyMean
+from nanokv.codecs.pages import Heads
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout
 from nanokv.kernels import ops
@@ -55,9 +56,9 @@ class Attention:
         self.pages = self.codec.pages(layout, layer, self.heads)
 
     @property
-    def centre(self) -> Centre | None:
-        """What takes the mean off the keys that a codec writes; None where numbers are raw."""
-        return self.pages.centre
+    def key_mean(self) -> KeyMean | None:
+        """The mean that a codec subtracts from keys before it writes them; None where numbers are raw."""
+        return self.pages.key_mean
 
     @property
     def is_recordable(self) -> bool:
