@@ -9,9 +9,9 @@ from harness import step_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanokv.codecs import _SIDES, NAMES, kivi, pages, resolve_codec
+from nanokv.codecs import _QUANTIZERS, NAMES, kivi, pages, resolve_codec
 from nanokv.codecs.pages import Heads
-from nanokv.codecs.side import TableSide
+from nanokv.codecs.quantizer import TableQuantizer
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import LayerSpec, PageLayout
 from nanokv.kernels import ops, reference
@@ -114,7 +114,7 @@ def test_neither_pages_nor_mates_change_a_row(name):
     assert torch.equal(moved, alone[0])
 
 
-@pytest.mark.parametrize("name", [*_SIDES, "kivi2", "kivi4"])
+@pytest.mark.parametrize("name", [*_QUANTIZERS, "kivi2", "kivi4"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2), (7, 1), (8, 1)])
 def test_attention_over_pages_is_attention_over_decoded_vectors(name, heads, kv_heads):
     """Groups of 1, 4, 7 and 8 queries; the last row of a page, the first of the next, and one in between."""
@@ -150,11 +150,11 @@ def decoded(name: str, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, 
             parts.append(torch.cat(((codes * step + low).reshape(full, *x.shape[1:]), x[full:])))
         return parts[0], parts[1]
     codec = resolve_codec(name, torch.float32)
-    coders = [side.coder(64, torch.device("cpu")) for side in (codec._k, codec._v)]
+    encoders = [one.encoder(64, torch.device("cpu")) for one in (codec._k, codec._v)]
     return tuple(
-        s if coder.basis is None else coder.basis.back(s)
-        for coder, x in zip(coders, (k, v), strict=True)
-        for s in [coder.decode(*coder.encode(x.contiguous()))]
+        s if encoder.basis is None else encoder.basis.back(s)
+        for encoder, x in zip(encoders, (k, v), strict=True)
+        for s in [encoder.decode(*encoder.encode(x.contiguous()))]
     )
 
 
@@ -188,10 +188,10 @@ def keys_of(kind: str) -> torch.Tensor:
 def loss(name: str, k: torch.Tensor, is_centered: bool = False) -> float:
     """Divergence of the weights of 64 queries over coded keys from those over the keys themselves."""
     q = torch.randn(64, 64, generator=torch.Generator().manual_seed(12))
-    coder = _SIDES[name].coder(64, torch.device("cpu"))
+    encoder = _QUANTIZERS[name].encoder(64, torch.device("cpu"))
     coded = k - k.mean(0) if is_centered else k
-    s = coder.decode(*coder.encode(coded))
-    turned = q if coder.basis is None else coder.basis.to(q)
+    s = encoder.decode(*encoder.encode(coded))
+    turned = q if encoder.basis is None else encoder.basis.to(q)
     truth = (q @ k[:, 0].T / 8).log_softmax(-1)
     return (truth.exp() * (truth - (turned @ s[:, 0].T / 8).log_softmax(-1))).sum(-1).mean().item()
 
@@ -270,5 +270,5 @@ def test_a_decode_step_is_recordable_where_no_size_depends_on_numbers(name, exac
     with SizesFromNumbers() as sizes:
         layer.attend(heads_of(2), {0: range(33, 34), 1: range(6, 7)}, TABLES)
     assert layer.pages.is_recordable == (not sizes.seen), sizes.seen
-    has_kernels = all(side == "raw" or isinstance(_SIDES.get(side), TableSide) for side in name.split("/"))
+    has_kernels = all(side == "raw" or isinstance(_QUANTIZERS.get(side), TableQuantizer) for side in name.split("/"))
     assert layer.pages.is_recordable == (has_kernels and name != "raw/tq4")

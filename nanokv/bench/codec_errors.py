@@ -134,8 +134,8 @@ def random_errors(codec: Codec, dim: int, page_size: int) -> dict[str, float]:
     return {"random_k_mse": k, "random_v_mse": v}
 
 
-def theory(side: str, dim: int) -> float | None:
-    """The error of a side on any fixed vector, on average over rotations and sketches; None: no closed form.
+def theory(quantizer: str, dim: int) -> float | None:
+    """The error of a quantizer on any fixed vector, on average over rotations and sketches; None: no closed form.
 
     tq2..4       D, the distortion of the Lloyd-Max table: that of plain codes. What is stored are the codes at their
                  vector's length, which for dim 64 gives 4 % less at 4 bits and 2 % more at 2 bits
@@ -143,9 +143,9 @@ def theory(side: str, dim: int) -> float | None:
     qjl          (pi / 2 - 1) / 2: the mean of two orthogonal sketches
     Source       Zandieh et al. 2025, Theorems 1 and 2; 2024 (QJL)
     """
-    if side == "qjl":
+    if quantizer == "qjl":
         return (math.pi / 2 - 1) / 2
-    kind, _, form = side.partition("-")
+    kind, _, form = quantizer.partition("-")
     if kind.startswith("tqp"):
         factor = math.pi / 2 - (form == "orth")
         return factor * distortion(int(kind[3:]) - 1, dim)

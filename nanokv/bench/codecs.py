@@ -24,7 +24,7 @@ from nanokv.bench.codec_quality import Reference, Texts, summary, topics
 from nanokv.bench.codec_speed import in_turns, requests_at_once
 from nanokv.bench.decode import fits
 from nanokv.bench.measure import Ticker, no_tick, warm_up
-from nanokv.codecs import resolve_codec, value_side
+from nanokv.codecs import resolve_codec, value_quantizer
 from nanokv.core.config import EngineConfig
 from nanokv.core.spec import PageLayout
 from nanokv.engine.memory import Memory, pool_size
@@ -36,8 +36,8 @@ ALL = (
     "raw", "fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4", "tqp2", "tqp3", "tqp4", "kivi2", "kivi4", "polar", "qjl",
 )  # fmt: skip
 """The codecs of a full table."""
-KEY_SIDES = ("fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4", "tqp2", "tqp3", "tqp4", "polar", "qjl")
-VALUE_SIDES = ("fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4", "polar")
+KEY_QUANTIZERS = ("fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4", "tqp2", "tqp3", "tqp4", "polar", "qjl")
+VALUE_QUANTIZERS = ("fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4", "polar")
 GROUP_PAGE = 32
 """Page of the codecs whose group is a page; their papers' group size."""
 
@@ -76,8 +76,8 @@ def page_size_of(codec: str) -> int:
 
 def swept(names: Sequence[str]) -> list[str]:
     """These codecs on keys alone and on values alone: "tq4/raw", "raw/tq4"."""
-    keys = [f"{name}/raw" for name in names if name in KEY_SIDES]
-    return keys + [f"raw/{name}" for name in names if name in VALUE_SIDES]
+    keys = [f"{name}/raw" for name in names if name in KEY_QUANTIZERS]
+    return keys + [f"raw/{name}" for name in names if name in VALUE_QUANTIZERS]
 
 
 class CodecBench:
@@ -187,7 +187,7 @@ def sizes(llm: LLM, codec: str) -> Row:
 
     true_bits                bits of a number: payload, scales and all
     bytes_per_token          payload; pool_bytes_per_token: what a pool takes, planes aligned
-    bytes_per_sequence       beside the pages of a request that runs: recurrent states, tails of unfinished pages
+    bytes_per_sequence       beside the pages of a request that runs: recurrent states, partial pages
     tokens_in_1gib           that a pool of 1 GiB holds, beside the states of 64 requests
     """
     layout, bfloat16 = layout_of(llm, codec), layout_of(llm, "raw", torch.bfloat16)
@@ -210,7 +210,7 @@ def _random(llm: LLM, codec: str) -> Row:
     dim = config.head_dim if config.mla is None else config.mla.kv_rank
     resolved = resolve_codec(codec, llm.dtype, layers=config.attention_layers)
     k, _, v = codec.partition("/")
-    v = v or value_side(k)
+    v = v or value_quantizer(k)
     return random_errors(resolved, dim, page_size_of(codec)) | {
         "theory_k_mse": theory(k, dim),
         "theory_v_mse": theory(v, dim),

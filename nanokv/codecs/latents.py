@@ -11,8 +11,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanokv.codecs.pages import attention_dtype, decoded, over_decoded, prefilling, refuse_unwritable, used_pages
-from nanokv.codecs.side import Side, SidePages, array_of
+from nanokv.codecs.pages import (
+    attend_decoded,
+    attention_dtype,
+    decode_pages,
+    prefill_rows,
+    refuse_unwritable,
+    used_pages,
+)
+from nanokv.codecs.quantizer import Quantizer, QuantizerPages, array_of
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
 from nanokv.kernels import ops
@@ -132,15 +139,15 @@ class RawLatentPages:
 
 
 class LatentPages:
-    """The latents of one layer, keys and values at once, in one side."""
+    """Coded latents of one layer, keys and values at once."""
 
     is_recordable = False
     """Pages are decoded: see AttentionPages."""
 
-    def __init__(self, side: Side, layout: PageLayout, layer: int, latent: Latent, exact: bool) -> None:
+    def __init__(self, quantizer: Quantizer, layout: PageLayout, layer: int, latent: Latent, exact: bool) -> None:
         self._latent = latent
         self._exact = exact
-        self._side = SidePages(side, "latent", layout, layer, 1, latent.rank, latent.cos_sin.device)
+        self._coded = QuantizerPages(quantizer, "latent", layout, layer, 1, latent.rank, latent.cos_sin.device)
         self._rope = layout.paged(layer, "k_rope")
 
     def attend(
@@ -154,22 +161,22 @@ class LatentPages:
         for numbers in (latents, keys[:, None]):
             refuse_unwritable(numbers, batch)
         pages, slots = batch.write_pages.long(), batch.write_slots.long()
-        self._side.write(latents, pool, pages, slots)
+        self._coded.write(latents, pool, pages, slots)
         stored_keys = array_of(pool, self._rope)
         stored_keys[pages, slots] = keys.to(stored_keys.dtype)
         used, places = batch.once(used_pages)
-        raw_rows = None if self._exact else batch.once(prefilling)
-        numbers = decoded(self._side, latents, pool, batch, used, raw_rows)
+        raw_rows = None if self._exact else batch.once(prefill_rows)
+        numbers = decode_pages(self._coded, latents, pool, batch, used, raw_rows)
         absorbed = ops.head_linear(nope, self._latent.w_uk)
-        queries = torch.cat((self._side.to(absorbed.float()), rope.float()), dim=-1)
+        queries = torch.cat((self._coded.to(absorbed.float()), rope.float()), dim=-1)
         scratch = numbers, None, stored_keys[used].float()
-        out = over_decoded(queries, scratch, batch, places, self._latent.scale, attention_dtype(nope)).float()
-        mixed = self._side.back(out.unflatten(1, (nope.shape[1], -1))).to(nope.dtype)
+        out = attend_decoded(queries, scratch, batch, places, self._latent.scale, attention_dtype(nope)).float()
+        mixed = self._coded.back(out.unflatten(1, (nope.shape[1], -1))).to(nope.dtype)
         return ops.head_linear(mixed, self._latent.w_uv).flatten(1)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor]:
         """As RawLatentPages.vectors, decoded."""
-        return (self._side.back(self._side.read(pool, pages)),)
+        return (self._coded.back(self._coded.read(pool, pages)),)
 
     def _compute(self, rope: torch.Tensor, kv: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents [rows, 1, rank] and rotated keys [rows, rope], float32: the op that writes raw pages writes one page

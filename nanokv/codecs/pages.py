@@ -1,14 +1,11 @@
-"""What stands between a layer and its pages: one verb, which writes the keys and values of a step and attends.
+"""AttentionPages: between a layer and its coded pages, with one verb, which writes keys and values and attends.
 
-    AttentionPages    keys and values of grouped-query attention, in any two sides
-    LatentPages       the latent of multi-head latent attention, in one side; the rotated key stays as it is
+Two ways to attend. Where keys and values are both tables and scales, kernels read the codes themselves. Everything
+else is decoded into pages made for one step, each page once, however many requests share it.
 
-Two ways to attend. Where both sides are tables and scales, kernels read the codes themselves. Everything else is
-decoded into pages made for one step, each page once, however many requests share it.
-
-Prefill, `exact`: a row reads its own chunk through the codes, so what it computes does not depend on how a prompt was
-cut or what was found in the prefix cache. `fast`: the rows of a request that brings more than one to a step see each
-other as they are, and only what was there before through the codes.
+Prefill, `exact`: a row reads its own chunk through the codes, so its result depends neither on how a prompt was cut
+nor on what was found in the prefix cache. `fast`: the rows of a request that brings more than one to a step see each
+other unquantized, and only earlier tokens through the codes.
 """
 
 from __future__ import annotations
@@ -18,19 +15,20 @@ from dataclasses import dataclass
 import torch
 
 from nanokv.codecs.key_mean import KeyMean
-from nanokv.codecs.side import Side, SidePages, TableCoder
+from nanokv.codecs.quantizer import Quantizer, QuantizerPages, TableEncoder
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
 from nanokv.kernels import ops
 
 LARGEST = ops.LARGEST_SCALE
-"""The largest number that is written: that of a float16, in which scales are kept."""
+"""The largest number that is written: that of float16, the dtype of scales."""
 
 
 @dataclass(frozen=True)
 class Heads:
     """What an attention layer tells its pages.
 
+    kv_heads  heads of keys and of values; a divisor of num_heads
     scale     what scores are multiplied with
     cos_sin   float32 [positions, rotary dims]
     norms     HeadNorms of q and k, or None
@@ -61,12 +59,12 @@ def rotated(
 
 
 def refuse_unwritable(x: torch.Tensor, batch: Batch) -> None:
-    """Marks the rows with numbers that no scale can hold in batch.unwritable, and puts zeros in their place.
+    """Marks the rows with numbers that no scale can hold in batch.unwritable, and zeros them.
 
-    x   float32 [rows, heads, dim], about to be written; changed in place
+    x   float32 [rows, heads, dim], about to be written; changed IN PLACE
 
-    So no page ever holds what stands for no number, other requests of the step see nothing of it, and the host need not
-    wait: it reads the marks with the tokens.
+    So every page holds finite numbers, other requests of the step are not affected, and the host need not wait: it
+    reads the marks with the tokens.
     """
     is_bad = ~(x.abs().amax((1, 2)) <= LARGEST)  # NaN is not smaller either
     batch.unwritable.logical_or_(is_bad)
@@ -82,31 +80,31 @@ def reason_unwritable(codec: str) -> str:
 
 
 class AttentionPages:
-    """Keys and values of one layer.
+    """Coded keys and values of one layer of grouped-query attention.
 
-    k, v    Side of keys and of values
+    k, v    Quantizer of keys and of values
     exact   prefill reads its own chunk through the codes
     """
 
-    def __init__(self, k: Side, v: Side, layout: PageLayout, layer: int, heads: Heads, exact: bool) -> None:
+    def __init__(self, k: Quantizer, v: Quantizer, layout: PageLayout, layer: int, heads: Heads, exact: bool) -> None:
         self._heads = heads
         self._exact = exact
         self._layout = layout
         device = heads.cos_sin.device
         self._k, self._v = (
-            SidePages(side, prefix, layout, layer, heads.kv_heads, heads.head_dim, device)
-            for side, prefix in ((k, "k"), (v, "v"))
+            QuantizerPages(quantizer, prefix, layout, layer, heads.kv_heads, heads.head_dim, device)
+            for quantizer, prefix in ((k, "k"), (v, "v"))
         )
         self._planes = None
-        if isinstance(self._k.coder, TableCoder) and isinstance(self._v.coder, TableCoder):
-            k_plane, v_plane = (side.coder.placed(side.slots) for side in (self._k, self._v))
+        if isinstance(self._k.encoder, TableEncoder) and isinstance(self._v.encoder, TableEncoder):
+            k_plane, v_plane = (own.encoder.code_plane(own.slots) for own in (self._k, self._v))
             self._planes = ops.CodePlanes(k_plane, v_plane, layout.page_bytes, layout.page_size, heads.kv_heads)
         self.key_mean = KeyMean()
 
     @property
     def is_recordable(self) -> bool:
-        """Whether a decode step may stand in a CUDA graph. What is decoded has sizes that only the device knows (how
-        many pages there are, each counted once), so the host waits to learn them."""
+        """Whether a decode step may be recorded in a CUDA graph. Not where pages are decoded: the host waits for the
+        device to learn how many there are, each counted once."""
         return self._planes is not None
 
     def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -119,19 +117,19 @@ class AttentionPages:
         """
         heads = self._heads
         q, k, v = rotated(qkv, heads, self.key_mean, batch)
-        raw_rows = None if self._exact else batch.once(prefilling)
+        raw_rows = None if self._exact else batch.once(prefill_rows)
         attend = self._attend_codes if self._planes is not None and raw_rows is None else self._attend_decoded
         out = attend(q, k, v, pool, batch, raw_rows, attention_dtype(qkv)).float()
         return self._v.back(out.unflatten(1, (heads.num_heads, -1))).flatten(1).to(qkv.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values that whole pages stand for: float32 [pages, kv_heads, page_size, head_dim] each."""
-        k, v = (side.back(side.read(pool, pages)) for side in (self._k, self._v))
+        """The keys and values of whole pages, decoded: float32 [pages, kv_heads, page_size, head_dim] each."""
+        k, v = (own.back(own.read(pool, pages)) for own in (self._k, self._v))
         return self.key_mean.add(k), v
 
     def _attend_codes(self, q, k, v, pool, batch, _raw_rows, dtype) -> torch.Tensor:
-        basis = self._k.coder.basis
-        if basis is not None and basis is self._v.coder.basis:  # one product for the three
+        basis = self._k.encoder.basis
+        if basis is not None and basis is self._v.encoder.basis:  # one product for the three
             q, k, v = basis.to(torch.cat((q, k, v), dim=1)).split((q.shape[1], k.shape[1], v.shape[1]), dim=1)
         else:
             q, k, v = self._k.to(q), self._k.to(k), self._v.to(v)
@@ -139,20 +137,20 @@ class AttentionPages:
         return ops.code_attention(q.to(dtype), pool, self._planes, batch, self._heads.scale)
 
     def _attend_decoded(self, q, k, v, pool, batch, raw_rows, dtype) -> torch.Tensor:
-        for side, x in ((self._k, k), (self._v, v)):
-            side.write(x, pool, batch.write_pages.long(), batch.write_slots.long())
+        for own, x in ((self._k, k), (self._v, v)):
+            own.write(x, pool, batch.write_pages.long(), batch.write_slots.long())
         pages, places = batch.once(used_pages)
-        keys, values = (decoded(side, x, pool, batch, pages, raw_rows) for side, x in ((self._k, k), (self._v, v)))
-        return over_decoded(self._k.to(q), (keys, values, None), batch, places, self._heads.scale, dtype)
+        keys, values = (decode_pages(own, x, pool, batch, pages, raw_rows) for own, x in ((self._k, k), (self._v, v)))
+        return attend_decoded(self._k.to(q), (keys, values, None), batch, places, self._heads.scale, dtype)
 
 
 def attention_dtype(activations: torch.Tensor) -> torch.dtype:
-    """What turned queries and decoded pages are rounded to for attention: on a GPU the dtype of activations, whose
-    products are fast there; on a CPU float32."""
+    """The dtype of queries and decoded pages in attention: on a GPU that of activations, whose products are fast there;
+    on a CPU float32."""
     return activations.dtype if activations.is_cuda else torch.float32
 
 
-def over_decoded(
+def attend_decoded(
     q: torch.Tensor,
     decoded: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
     batch: Batch,
@@ -162,6 +160,7 @@ def over_decoded(
 ) -> torch.Tensor:
     """Attention over pages decoded for this step: [rows, heads * value_dim], `dtype`.
 
+    q         [rows, heads, head_dim], in the basis of the keys
     decoded   k, v and tail, as decoded_batch takes them with `tables`
     """
     k, v, tail = (None if x is None else x.to(dtype) for x in decoded)
@@ -174,7 +173,7 @@ def used_pages(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return pages, places.int()
 
 
-def prefilling(batch: Batch) -> torch.Tensor | None:
+def prefill_rows(batch: Batch) -> torch.Tensor | None:
     """The rows (int64) of requests that bring more than one to the step; None where no request does."""
     if batch.num_rows == batch.num_requests:
         return None
@@ -182,17 +181,21 @@ def prefilling(batch: Batch) -> torch.Tensor | None:
     return (counts > 1).repeat_interleave(counts).nonzero()[:, 0]
 
 
-def decoded(
-    side: SidePages,
+def decode_pages(
+    quantizer: QuantizerPages,
     x: torch.Tensor,
     pool: torch.Tensor,
     batch: Batch,
     pages: torch.Tensor,
     raw_rows: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Decoded pages [pages, heads, page_size, width], with the rows raw_rows of x in their slots as they are."""
-    numbers = side.read(pool, pages)
+    """Decoded pages: float32 [pages, heads, page_size, width], the rows raw_rows of x unquantized.
+
+    x       float32 [rows, heads, dim], as written in this step
+    pages   int64, ascending
+    """
+    numbers = quantizer.read(pool, pages)
     if raw_rows is not None:
         places = torch.searchsorted(pages, batch.write_pages[raw_rows].long())
-        numbers[places, :, batch.write_slots[raw_rows].long()] = side.exactly(x[raw_rows])
+        numbers[places, :, batch.write_slots[raw_rows].long()] = quantizer.encode_exact(x[raw_rows])
     return numbers

@@ -6,7 +6,7 @@ import torch
 
 from nanokv.codecs.latents import Latent, RawLatentPages
 from nanokv.codecs.pages import Heads
-from nanokv.codecs.side import array_of
+from nanokv.codecs.quantizer import array_of
 from nanokv.core.batch import Batch
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import LayerSpec, PageLayout, Plane, PlaneSlot
@@ -33,6 +33,7 @@ class RawCodec:
         return self.dtype != torch.float32
 
     def at(self, layer: int) -> RawCodec:
+        """The codec of a layer: every layer has this one."""
         return self
 
     def planes(self, kv_heads: int, head_dim: int, page_size: int) -> tuple[Plane, ...]:
@@ -49,7 +50,7 @@ class RawCodec:
         return LayerSpec(paged=(Plane("latent", (page_size, rank), self.dtype, token_axis=0),))
 
     def bind(self, layout: PageLayout, layer: int) -> KVPlanes:
-        """Where the planes of `layer` lie in a page. Raises KeyError where that layer keeps no "k" and "v"."""
+        """Where the planes of `layer` lie in a page. Raises KeyError where the layer keeps no "k" and "v"."""
         k, v = layout.paged(layer, "k"), layout.paged(layer, "v")
         kv_heads, page_size, head_dim = k.plane.shape
         token_stride = head_dim * k.plane.dtype.itemsize
