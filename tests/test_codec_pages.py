@@ -41,7 +41,7 @@ def test_groups_of_64_halve_the_metadata_of_kivi():
     assert resolve_codec("kivi2", torch.bfloat16).spec(1, 128, 64).bytes_per_token == 80
 
 
-def test_native_layers_count_those_with_attention_from_both_ends():
+def test_unquantized_layers_count_those_with_attention_from_both_ends():
     attention = [3, 7, 11, 15]
     codec = resolve_codec("tq4", torch.float32, native_layers="first1,last2", layers=attention)
     assert [codec.at(layer).name for layer in attention] == ["raw", "tq4", "raw", "raw"]
