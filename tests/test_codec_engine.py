@@ -212,7 +212,7 @@ def test_centered_keys_keep_what_attention_computes_and_lose_less_of_biased_ones
     assert divergence(raw, centered) < divergence(raw, plain) / 4
     again = score(codec="tq4", center_keys=True)[1]
     assert means and all(torch.equal(mean, other) for mean, other in zip(means, again, strict=True))
-    # Keys as they are, less a mean: the same softmax.
+    # Unquantized keys less a mean: the same softmax.
     plain, centered = score(codec="raw/int8")[0], score(codec="raw/int8", center_keys=True)[0]
     assert torch.allclose(plain, centered, atol=1e-2) and not torch.equal(plain, centered)
 
@@ -282,7 +282,7 @@ def test_latents_take_one_codec_that_is_good_for_values(tmp_path):
 
 
 def poison(llm: LLM, monkeypatch, position: int, value: float) -> None:
-    """The last layer's last value of whoever stands at `position` becomes `value`."""
+    """The last number of the last layer's value at `position` becomes `value`."""
     mixer, forward = llm.engine.model.layers[1].mixer, llm.engine.model.forward
     project, rows = mixer.qkv, []
 

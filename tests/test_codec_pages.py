@@ -1,4 +1,4 @@
-"""Codecs in pages: what they cost, that pages hold what the arithmetic gives, and attention over what they hold."""
+"""Codecs in pages: their bytes, the codes they hold, and attention over them."""
 
 import math
 from dataclasses import replace

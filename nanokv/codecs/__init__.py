@@ -1,6 +1,6 @@
 """How the numbers of a page are written: a codec names its planes, and writes and reads them for a layer.
 
-A name stands for keys and values; "K/V" chooses a quantizer for each:
+A name means a quantizer for keys and one for values; "K/V" chooses them one by one:
 
     raw                  the model's own numbers
     fp8, int8, int4      one code a number, one scale a vector
@@ -57,7 +57,7 @@ NAMES = ("raw", *_QUANTIZERS, "kivi2", "kivi4")
 
 
 def value_quantizer(name: str) -> str:
-    """The quantizer of values where this name stands alone for both."""
+    """The name of the quantizer of values in the codec called `name`, which is no "K/V"."""
     return _VALUES.get(name, name)
 
 
@@ -81,7 +81,7 @@ def resolve_codec(
         codec = KiviCodec(name, int(name[-1]), dtype, exact)
     else:
         codec = _paired(name, dtype, exact)
-    unquantized = parse_native_layers(native_layers, layers or [])
+    unquantized = _parse_layers(native_layers, layers or [])
     return MixedCodec(codec, RawCodec(dtype), unquantized) if unquantized else codec
 
 
@@ -101,7 +101,7 @@ def _paired(name: str, dtype: torch.dtype, exact: bool) -> PairedCodec:
     return PairedCodec(name, known[k], known[v], dtype, exact)
 
 
-def parse_native_layers(text: str, layers: list[int]) -> frozenset[int]:
+def _parse_layers(text: str, layers: list[int]) -> frozenset[int]:
     """The unquantized ones of `layers`, from a text such as "first2,last2". Raises ConfigError."""
     found: set[int] = set()
     for part in text.split(",") if text else []:
@@ -115,4 +115,4 @@ def parse_native_layers(text: str, layers: list[int]) -> frozenset[int]:
     return frozenset(found)
 
 
-__all__ = ["NAMES", "Codec", "RawCodec", "codec_of", "parse_native_layers", "resolve_codec", "value_quantizer"]
+__all__ = ["NAMES", "Codec", "RawCodec", "codec_of", "resolve_codec", "value_quantizer"]

@@ -58,8 +58,6 @@ class KiviCodec:
     exact   False: the rows of one request in a step see each other unquantized, in full pages too
     """
 
-    expands_latents = False
-
     def __init__(self, name: str, bits: int, dtype: torch.dtype, exact: bool) -> None:
         self.name = name
         self.dtype = dtype
@@ -71,7 +69,7 @@ class KiviCodec:
         return self
 
     def spec(self, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
-        """What an attention layer keeps. Raises ConfigError for a page_size or a head_dim without groups."""
+        """The planes of an attention layer. Raises ConfigError for a page_size or a head_dim without groups."""
         if page_size not in GROUPS:
             raise ConfigError(
                 f"page_size={page_size}: codec {self.name} makes a group of a page; allowed are "

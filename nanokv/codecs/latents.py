@@ -1,6 +1,6 @@
 """The pages of multi-head latent attention: a latent and a rotated key for each token, shared by all heads.
 
-RawLatentPages   latents in the model's own dtype, read where they stand: absorbed, or expanded where that is cheaper
+RawLatentPages   latents in the model's own dtype, read in place: absorbed, or expanded where that is cheaper
 LatentPages      latents in codes, always absorbed; the rotated keys stay unquantized
 """
 
@@ -27,12 +27,12 @@ from nanokv.kernels import ops
 
 @dataclass(frozen=True)
 class Latent:
-    """What a layer of multi-head latent attention tells its pages.
+    """The parts of a layer of multi-head latent attention that its pages need.
 
     rank, rope   numbers of a latent and of a rotated key
     norm, eps    weight [rank] and eps of the latent's RMS norm
     cos_sin      float32 [positions, rope]
-    scale        what scores are multiplied with
+    scale        factor of the scores
     w_uk, w_uv   heads of [rank, nope_dim] and of [value_dim, rank], packed for ops.head_linear
     expand       latents [tokens, rank] -> [tokens, heads * (nope_dim + value_dim)], or None: every row is absorbed
     expands      whether `rows` new rows over `cached` tokens cost less expanded
@@ -62,7 +62,7 @@ def latent_planes(
 
 
 class RawLatentPages:
-    """Latents and rotated keys of one layer, read where they stand."""
+    """Latents and rotated keys of one layer, read in place."""
 
     is_recordable = True
 
@@ -106,7 +106,7 @@ class RawLatentPages:
     def expanded(self, nope: torch.Tensor, rope: torch.Tensor, pool: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The same for one request: expands all latents that its rows see into one scratch page, and attends over it.
 
-        scratch   [tokens, heads * (nope_dim + value_dim) + rope]: what the heads share stands at the end of a row
+        scratch   [tokens, heads * (nope_dim + value_dim) + rope]: the key that the heads share is at the end of a row
         """
         heads, nope_dim = nope.shape[1:]
         length = int(batch.positions[-1]) + 1

@@ -4,8 +4,8 @@ Two ways to attend. Where keys and values are both tables and scales, kernels re
 else is decoded into pages made for one step, each page once, however many requests share it.
 
 Prefill, `exact`: a row reads its own chunk through the codes, so its result depends neither on how a prompt was cut
-nor on what was found in the prefix cache. `fast`: the rows of a request that brings more than one to a step see each
-other unquantized, and only earlier tokens through the codes.
+nor on what was found in the prefix cache. `fast`: the rows of a request with more than one in a step see each other
+unquantized, and only earlier tokens through the codes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ LARGEST = ops.LARGEST_SCALE
 
 @dataclass(frozen=True)
 class Heads:
-    """What an attention layer tells its pages.
+    """The parts of an attention layer that its pages need.
 
     kv_heads  heads of keys and of values; a divisor of num_heads
-    scale     what scores are multiplied with
+    scale     factor of the scores
     cos_sin   float32 [positions, rotary dims]
     norms     HeadNorms of q and k, or None
     """
@@ -89,7 +89,6 @@ class AttentionPages:
     def __init__(self, k: Quantizer, v: Quantizer, layout: PageLayout, layer: int, heads: Heads, exact: bool) -> None:
         self._heads = heads
         self._exact = exact
-        self._layout = layout
         device = heads.cos_sin.device
         self._k, self._v = (
             QuantizerPages(quantizer, prefix, layout, layer, heads.kv_heads, heads.head_dim, device)
@@ -110,7 +109,7 @@ class AttentionPages:
     def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Writes k and v of each row to its slot, then attends: [rows, num_heads * head_dim], dtype of qkv.
 
-        qkv     [rows, (num_heads + 2 * kv_heads) * head_dim], as `rope_and_store` takes it; changed in place
+        qkv     [rows, (num_heads + 2 * kv_heads) * head_dim], as `rope_and_store` takes it; changed IN PLACE
         pool    uint8 [num_pages, page_bytes]
         states  uint8 [num_states, state_bytes]
         batch   rows with NaN, infinity or numbers beyond float16 are marked in batch.unwritable
@@ -118,8 +117,11 @@ class AttentionPages:
         heads = self._heads
         q, k, v = rotated(qkv, heads, self.key_mean, batch)
         raw_rows = None if self._exact else batch.once(prefill_rows)
-        attend = self._attend_codes if self._planes is not None and raw_rows is None else self._attend_decoded
-        out = attend(q, k, v, pool, batch, raw_rows, attention_dtype(qkv)).float()
+        dtype = attention_dtype(qkv)
+        if self._planes is not None and raw_rows is None:
+            out = self._attend_codes(q, k, v, pool, batch, dtype).float()
+        else:
+            out = self._attend_decoded(q, k, v, pool, batch, raw_rows, dtype).float()
         return self._v.back(out.unflatten(1, (heads.num_heads, -1))).flatten(1).to(qkv.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +129,7 @@ class AttentionPages:
         k, v = (own.back(own.read(pool, pages)) for own in (self._k, self._v))
         return self.key_mean.add(k), v
 
-    def _attend_codes(self, q, k, v, pool, batch, _raw_rows, dtype) -> torch.Tensor:
+    def _attend_codes(self, q, k, v, pool, batch, dtype) -> torch.Tensor:
         basis = self._k.encoder.basis
         if basis is not None and basis is self._v.encoder.basis:  # one product for the three
             q, k, v = basis.to(torch.cat((q, k, v), dim=1)).split((q.shape[1], k.shape[1], v.shape[1]), dim=1)
@@ -174,7 +176,7 @@ def used_pages(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def prefill_rows(batch: Batch) -> torch.Tensor | None:
-    """The rows (int64) of requests that bring more than one to the step; None where no request does."""
+    """The rows (int64) of requests with more than one row in the step; None where every request has one."""
     if batch.num_rows == batch.num_requests:
         return None
     counts = batch.request_starts.diff().long()

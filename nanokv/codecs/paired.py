@@ -33,7 +33,7 @@ class PairedCodec:
         return self
 
     def spec(self, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
-        """What an attention layer keeps. Raises ConfigError for a head_dim that does not fit."""
+        """The planes of an attention layer. Raises ConfigError for a head_dim that does not fit."""
         self._check(head_dim, "head_dim")
         planes = (
             quantizer.planes(prefix, kv_heads, head_dim, page_size)
@@ -46,7 +46,7 @@ class PairedCodec:
         return AttentionPages(self._k, self._v, layout, layer, heads, self._exact)
 
     def latent_spec(self, rank: int, page_size: int) -> LayerSpec:
-        """What a layer of multi-head latent attention keeps of its latents, which take the quantizer of keys.
+        """The planes of the latents of multi-head latent attention, written by the quantizer of keys.
 
         Raises ConfigError for a rank that does not fit, and for quantizers that cannot be both key and value.
         """
@@ -62,9 +62,9 @@ class PairedCodec:
         """The pages of a layer of multi-head latent attention."""
         return LatentPages(self._k, layout, layer, latent, self._exact)
 
-    def _check(self, dim: int, what: str) -> None:
+    def _check(self, dim: int, name: str) -> None:
         multiple = max(self._k.multiple, self._v.multiple)
         if dim % multiple:
             raise ConfigError(
-                f"codec={self.name!r}: {what}={dim} of this model; allowed are multiples of {multiple}, or codec raw"
+                f"codec={self.name!r}: {name}={dim} of this model; allowed are multiples of {multiple}, or codec raw"
             )

@@ -24,10 +24,10 @@ class Encoder(Protocol):
     """A quantizer made ready for vectors of one dimension. Rows do not depend on each other, to the last bit."""
 
     basis: Basis | None
-    """None: the numbers stand as they are."""
+    """None: the numbers s are those of x."""
 
     def encode(self, x: torch.Tensor) -> Arrays:
-        """float32 [..., dim] -> what goes into the planes, in their order: [..., width of the plane] each."""
+        """float32 [..., dim] -> one array for each plane, in their order: [..., width of the plane]."""
         ...
 
     def decode(self, *arrays: torch.Tensor) -> torch.Tensor:
@@ -108,7 +108,7 @@ class QuantizerPages:
         return s if self.encoder.basis is None else self.encoder.basis.back(s)
 
     def encode_exact(self, x: torch.Tensor) -> torch.Tensor:
-        """Numbers float32 [..., width] that stand for x [..., dim] without loss."""
+        """The numbers float32 [..., width] of x [..., dim], without loss."""
         return x if self.encoder.basis is None else self.encoder.basis.solve(x)
 
 
@@ -181,7 +181,7 @@ class TableEncoder:
         self.code = ops.CodePlane(0, 0, 0, quantizer.bits, dim, table, quantizer.scaling)
 
     def code_plane(self, slots: list[PlaneSlot]) -> ops.CodePlane:
-        """Where the codes lie in a page and what they mean, for the kernels that read them.
+        """The place of the codes in a page and their meaning, for the kernels that read them.
 
         slots   of the planes, in their order
         """

@@ -1,4 +1,4 @@
-"""The raw codec: keys and values in the model's own dtype, one plane each. Lossless, and the measure of the others."""
+"""RawCodec: keys and values in the model's own dtype, one plane each. Lossless, the reference of the other codecs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class RawCodec:
-    """K and V as they are computed, rounded to `dtype`. Raises ConfigError for a dtype the kernels cannot read."""
+    """Keys and values rounded to `dtype`. Raises ConfigError for a dtype the kernels cannot read."""
 
     name = "raw"
 
@@ -42,11 +42,11 @@ class RawCodec:
         return Plane("k", shape, self.dtype, token_axis=1), Plane("v", shape, self.dtype, token_axis=1)
 
     def spec(self, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
-        """What an attention layer keeps."""
+        """The planes of an attention layer."""
         return LayerSpec(paged=self.planes(kv_heads, head_dim, page_size))
 
     def latent_spec(self, rank: int, page_size: int) -> LayerSpec:
-        """What a layer of multi-head latent attention keeps of its latents."""
+        """The plane of the latents of multi-head latent attention, [page_size, rank]."""
         return LayerSpec(paged=(Plane("latent", (page_size, rank), self.dtype, token_axis=0),))
 
     def bind(self, layout: PageLayout, layer: int) -> KVPlanes:
@@ -70,7 +70,7 @@ class RawCodec:
 
 
 class RawPages:
-    """Keys and values of one layer, read where they stand."""
+    """Keys and values of one layer, read in place."""
 
     key_mean = None
     is_recordable = True

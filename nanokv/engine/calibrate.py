@@ -1,4 +1,4 @@
-"""measure_key_means: what the engine measures before its first request where center_keys asks for it."""
+"""measure_key_means: with `center_keys`, the engine measures the means of keys before its first request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measure_key_means(model: Decoder, store: CacheStore, config: EngineConfig, l
     """Sets the mean of each layer whose codec can subtract one, in one step over pages that are still free.
 
     longest   tokens a request may reach
-    Each layer subtracts its mean in this step already, so the layer above measures what requests will give it.
+    Each layer subtracts its mean in this step already, so the layers above measure the keys that requests will have.
     Raises ConfigError where no layer could use a mean, CodecError where the model's keys are not finite.
     """
     key_means = model.key_means()

@@ -18,7 +18,7 @@ from nanokv.layers.norm import RMSNorm
 
 @dataclass(frozen=True)
 class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2): what is kept of a token is one latent and one rotated key."""
+    """Multi-head latent attention (DeepSeek-V2): a page keeps one latent and one rotated key of each token."""
 
     q_rank: int | None
     """q_lora_rank: width that queries are squeezed through; None projects them at once."""
@@ -91,7 +91,7 @@ class MLA:
 
     @staticmethod
     def spec(codec: Codec, kv_rank: int, rope_dim: int, page_size: int) -> LayerSpec:
-        """What such a layer keeps: the latent and the rotated key of each token, once for all heads."""
+        """The planes of such a layer: the latent and the rotated key of each token, once for all heads."""
         k_rope = Plane("k_rope", (page_size, rope_dim), codec.dtype, token_axis=0)
         return LayerSpec(paged=(*codec.latent_spec(kv_rank, page_size).paged, k_rope))
 
@@ -106,7 +106,7 @@ class MLA:
 
     @property
     def is_recordable(self) -> bool:
-        """Whether a decode step of this layer may stand in a CUDA graph."""
+        """Whether a decode step of this layer may be recorded in a CUDA graph."""
         return self.pages.is_recordable
 
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:

@@ -51,7 +51,7 @@ def unite(radius: torch.Tensor, levels: list[tuple[torch.Tensor, torch.Tensor]])
 
 @cache
 def angles(level: int) -> torch.Tensor:
-    """The angles that codes of a level stand for: float64, ascending. Of levels above 1 the best ones (Lloyd-Max)."""
+    """The angle of each code of a level: float64, ascending. Of levels above 1 the best ones (Lloyd-Max)."""
     if level == 1:
         count = 2**FIRST
         return (torch.arange(count, dtype=torch.float64) + 0.5) * (2 * math.pi / count)

@@ -1,10 +1,10 @@
-"""TurboQuant_prod: codes of one bit less, and the signs of a sketch of what they leave.
+"""TurboQuant_prod: codes of one bit less, and the signs of a sketch of their residual.
 
     y = R x / |x|,  c = its Lloyd-Max values at bits - 1,  r = y - c,  z = sign(S r)
     q . x  ~  |x| ( (R q) . c  +  |r| sqrt(pi / 2) / d  (S R q) . z )
 
-The estimate of a product is unbiased, which that of the codes alone is not; it pays with variance. What is decoded are
-2 d numbers, c and the scaled z, over the basis [R; S R].
+The estimate of a product is unbiased, which that of the codes alone is not; it pays with variance. Decoded
+numbers are 2 d, c and the scaled z, over the basis [R; S R].
 Source: Zandieh et al. 2025 (TurboQuant, Algorithm 2). There S is drawn from a normal distribution; see `sketch`.
 """
 
@@ -38,7 +38,7 @@ class ProdQuantizer:
     multiple: int = 16
 
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
-        """Codes and signs uint8, and two scales float16: of x and of the rest."""
+        """Codes and signs uint8, and two scales float16: of x and of the residual."""
         parts = [("codes", 2 if self.bits == 4 else self.bits - 1), ("high", 1 if self.bits == 4 else 0), ("signs", 1)]
         codes = [plane(f"{prefix}_{n}", heads, page_size, dim * bits // 8, torch.uint8) for n, bits in parts if bits]
         scales = [plane(f"{prefix}_{name}", heads, page_size, None, torch.float16) for name in ("scale", "rest")]
