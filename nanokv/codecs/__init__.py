@@ -62,11 +62,7 @@ def value_quantizer(name: str) -> str:
 
 
 def resolve_codec(
-    name: str,
-    dtype: torch.dtype,
-    exact: bool = True,
-    native_layers: str = "",
-    layers: list[int] | None = None,
+    name: str, dtype: torch.dtype, exact: bool = True, native_layers: str = "", layers: list[int] | None = None
 ) -> Codec:
     """The codec called `name`, or "K/V", over numbers of `dtype`.
 

@@ -11,14 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanokv.codecs.pages import (
-    attend_decoded,
-    attention_dtype,
-    decode_pages,
-    prefill_rows,
-    refuse_unwritable,
-    used_pages,
-)
+from nanokv.codecs.pages import attend_decoded, attention_dtype, refuse_unwritable, used_pages, write_and_decode
 from nanokv.codecs.quantizer import Quantizer, QuantizerPages, array_of
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
@@ -89,12 +82,10 @@ class RawLatentPages:
             return self.absorbed(nope, rope, pool, batch)
         attended = nope.new_empty(nope.shape[0], nope.shape[1] * latent.w_uv.shape[1])
         others = [request for request in range(batch.num_requests) if request not in expanding]
-        if others:
-            rows, part = batch.select(others)
-            attended[rows] = self.absorbed(nope[rows], rope[rows], pool, part)
-        for request in expanding:
-            rows, part = batch.select([request])
-            attended[rows] = self.expanded(nope[rows], rope[rows], pool, part)
+        forms = [([request], self.expanded) for request in expanding] + ([(others, self.absorbed)] if others else [])
+        for requests, form in forms:
+            rows, part = batch.select(requests)
+            attended[rows] = form(nope[rows], rope[rows], pool, part)
         return attended
 
     def absorbed(self, nope: torch.Tensor, rope: torch.Tensor, pool: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -132,10 +123,9 @@ class RawLatentPages:
         """The requests of a step for which expanding is cheaper; none in a step that only decodes."""
         if self._latent.expand is None or batch.num_rows == batch.num_requests:
             return []
-        starts = batch.request_starts.tolist()
         first = batch.positions[batch.request_starts[:-1].long()].tolist()
-        counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
-        return [i for i, count in enumerate(counts) if self._latent.expands(first[i], count)]
+        counts = batch.request_starts.diff().tolist()
+        return [i for i, sizes in enumerate(zip(first, counts, strict=True)) if self._latent.expands(*sizes)]
 
 
 class LatentPages:
@@ -160,13 +150,10 @@ class LatentPages:
         latents, keys = self._compute(rope, kv, batch)
         for numbers in (latents, keys[:, None]):
             refuse_unwritable(numbers, batch)
-        pages, slots = batch.write_pages.long(), batch.write_slots.long()
-        self._coded.write(latents, pool, pages, slots)
         stored_keys = array_of(pool, self._rope)
-        stored_keys[pages, slots] = keys.to(stored_keys.dtype)
+        stored_keys[batch.write_pages.long(), batch.write_slots.long()] = keys.to(stored_keys.dtype)
+        numbers = write_and_decode(self._coded, latents, pool, batch, self._exact)
         used, places = batch.once(used_pages)
-        raw_rows = None if self._exact else batch.once(prefill_rows)
-        numbers = decode_pages(self._coded, latents, pool, batch, used, raw_rows)
         absorbed = ops.head_linear(nope, self._latent.w_uk)
         queries = torch.cat((self._coded.to(absorbed.float()), rope.float()), dim=-1)
         scratch = numbers, None, stored_keys[used].float()

@@ -20,6 +20,8 @@ from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
 from nanokv.kernels import ops
 
+Decoded = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+"""k, v and the rotated key of decoded pages, as ops.decoded_batch takes them."""
 LARGEST = ops.LARGEST_SCALE
 """The largest number that is written: that of float16, the dtype of scales."""
 
@@ -89,11 +91,8 @@ class AttentionPages:
     def __init__(self, k: Quantizer, v: Quantizer, layout: PageLayout, layer: int, heads: Heads, exact: bool) -> None:
         self._heads = heads
         self._exact = exact
-        device = heads.cos_sin.device
-        self._k, self._v = (
-            QuantizerPages(quantizer, prefix, layout, layer, heads.kv_heads, heads.head_dim, device)
-            for quantizer, prefix in ((k, "k"), (v, "v"))
-        )
+        where = layout, layer, heads.kv_heads, heads.head_dim, heads.cos_sin.device
+        self._k, self._v = QuantizerPages(k, "k", *where), QuantizerPages(v, "v", *where)
         self._planes = None
         if isinstance(self._k.encoder, TableEncoder) and isinstance(self._v.encoder, TableEncoder):
             k_plane, v_plane = (own.encoder.code_plane(own.slots) for own in (self._k, self._v))
@@ -116,12 +115,9 @@ class AttentionPages:
         """
         heads = self._heads
         q, k, v = rotated(qkv, heads, self.key_mean, batch)
-        raw_rows = None if self._exact else batch.once(prefill_rows)
-        dtype = attention_dtype(qkv)
-        if self._planes is not None and raw_rows is None:
-            out = self._attend_codes(q, k, v, pool, batch, dtype).float()
-        else:
-            out = self._attend_decoded(q, k, v, pool, batch, raw_rows, dtype).float()
+        is_coded = self._exact or batch.once(prefill_rows) is None
+        attend = self._attend_codes if self._planes is not None and is_coded else self._attend_decoded
+        out = attend(q, k, v, pool, batch, attention_dtype(qkv)).float()
         return self._v.back(out.unflatten(1, (heads.num_heads, -1))).flatten(1).to(qkv.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,11 +134,9 @@ class AttentionPages:
         ops.store_codes(k, v, pool, self._planes, batch)
         return ops.code_attention(q.to(dtype), pool, self._planes, batch, self._heads.scale)
 
-    def _attend_decoded(self, q, k, v, pool, batch, raw_rows, dtype) -> torch.Tensor:
-        for own, x in ((self._k, k), (self._v, v)):
-            own.write(x, pool, batch.write_pages.long(), batch.write_slots.long())
-        pages, places = batch.once(used_pages)
-        keys, values = (decode_pages(own, x, pool, batch, pages, raw_rows) for own, x in ((self._k, k), (self._v, v)))
+    def _attend_decoded(self, q, k, v, pool, batch, dtype) -> torch.Tensor:
+        keys, values = (write_and_decode(own, x, pool, batch, self._exact) for own, x in ((self._k, k), (self._v, v)))
+        places = batch.once(used_pages)[1]
         return attend_decoded(self._k.to(q), (keys, values, None), batch, places, self._heads.scale, dtype)
 
 
@@ -153,20 +147,15 @@ def attention_dtype(activations: torch.Tensor) -> torch.dtype:
 
 
 def attend_decoded(
-    q: torch.Tensor,
-    decoded: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
-    batch: Batch,
-    tables: torch.Tensor,
-    scale: float,
-    dtype: torch.dtype,
+    q: torch.Tensor, decoded: Decoded, batch: Batch, tables: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
     """Attention over pages decoded for this step: [rows, heads * value_dim], `dtype`.
 
     q         [rows, heads, head_dim], in the basis of the keys
-    decoded   k, v and tail, as decoded_batch takes them with `tables`
+    tables    int32 [requests, widest]: the pages of each request, as places in `decoded`
     """
-    k, v, tail = (None if x is None else x.to(dtype) for x in decoded)
-    return ops.paged_attention(q.to(dtype), *ops.decoded_batch(k, v, tail, batch, tables), scale)
+    k, v, rope = (None if x is None else x.to(dtype) for x in decoded)
+    return ops.paged_attention(q.to(dtype), *ops.decoded_batch(k, v, rope, batch, tables), scale)
 
 
 def used_pages(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,21 +172,19 @@ def prefill_rows(batch: Batch) -> torch.Tensor | None:
     return (counts > 1).repeat_interleave(counts).nonzero()[:, 0]
 
 
-def decode_pages(
-    quantizer: QuantizerPages,
-    x: torch.Tensor,
-    pool: torch.Tensor,
-    batch: Batch,
-    pages: torch.Tensor,
-    raw_rows: torch.Tensor | None,
+def write_and_decode(
+    quantizer: QuantizerPages, x: torch.Tensor, pool: torch.Tensor, batch: Batch, exact: bool
 ) -> torch.Tensor:
-    """Decoded pages: float32 [pages, heads, page_size, width], the rows raw_rows of x unquantized.
+    """Writes the rows of a step, then decodes its pages: float32 [pages, heads, page_size, width], as in `used_pages`.
 
-    x       float32 [rows, heads, dim], as written in this step
-    pages   int64, ascending
+    x       float32 [rows, heads, dim]
+    exact   False: the rows of `prefill_rows` come out unquantized
     """
+    where, slots = batch.write_pages.long(), batch.write_slots.long()
+    quantizer.write(x, pool, where, slots)
+    pages, _ = batch.once(used_pages)
     numbers = quantizer.read(pool, pages)
-    if raw_rows is not None:
-        places = torch.searchsorted(pages, batch.write_pages[raw_rows].long())
-        numbers[places, :, batch.write_slots[raw_rows].long()] = quantizer.encode_exact(x[raw_rows])
+    rows = None if exact else batch.once(prefill_rows)
+    if rows is not None:
+        numbers[torch.searchsorted(pages, where[rows]), :, slots[rows]] = quantizer.encode_exact(x[rows])
     return numbers

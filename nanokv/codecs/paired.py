@@ -35,11 +35,8 @@ class PairedCodec:
     def spec(self, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
         """The planes of an attention layer. Raises ConfigError for a head_dim that does not fit."""
         self._check(head_dim, "head_dim")
-        planes = (
-            quantizer.planes(prefix, kv_heads, head_dim, page_size)
-            for quantizer, prefix in ((self._k, "k"), (self._v, "v"))
-        )
-        return LayerSpec(paged=sum(planes, ()))
+        sizes = kv_heads, head_dim, page_size
+        return LayerSpec(paged=(*self._k.planes("k", *sizes), *self._v.planes("v", *sizes)))
 
     def pages(self, layout: PageLayout, layer: int, heads: Heads) -> AttentionPages:
         """The pages of an attention layer."""

@@ -28,11 +28,9 @@ class Encoder(Protocol):
 
     def encode(self, x: torch.Tensor) -> Arrays:
         """float32 [..., dim] -> one array for each plane, in their order: [..., width of the plane]."""
-        ...
 
     def decode(self, *arrays: torch.Tensor) -> torch.Tensor:
         """The numbers s again: float32 [..., width]."""
-        ...
 
 
 class Quantizer(Protocol):
@@ -46,11 +44,9 @@ class Quantizer(Protocol):
 
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
         """The planes of a page that hold vectors of `heads` heads; their names begin with `prefix`."""
-        ...
 
     def encoder(self, dim: int, device: torch.device) -> Encoder:
         """The quantizer made ready for vectors of `dim` numbers."""
-        ...
 
 
 def plane(name: str, heads: int, page_size: int, width: int | None, dtype: torch.dtype) -> Plane:
@@ -62,12 +58,9 @@ def plane(name: str, heads: int, page_size: int, width: int | None, dtype: torch
 def array_of(memory: torch.Tensor, slot: PlaneSlot) -> torch.Tensor:
     """One plane of all pages (or of all states): a view [pages, *shape] of uint8 [pages, bytes]."""
     numbers, size = memory.view(slot.plane.dtype), slot.plane.dtype.itemsize
-    strides = torch.empty(slot.plane.shape, device="meta").stride()
-    return numbers.as_strided(
-        (memory.shape[0], *slot.plane.shape),
-        (memory.stride(0) // size, *strides),
-        numbers.storage_offset() + slot.offset // size,
-    )
+    strides = memory.stride(0) // size, *torch.empty(slot.plane.shape, device="meta").stride()
+    shape, offset = (memory.shape[0], *slot.plane.shape), numbers.storage_offset() + slot.offset // size
+    return numbers.as_strided(shape, strides, offset)
 
 
 class QuantizerPages:
@@ -77,17 +70,10 @@ class QuantizerPages:
     """
 
     def __init__(
-        self,
-        quantizer: Quantizer,
-        prefix: str,
-        layout: PageLayout,
-        layer: int,
-        heads: int,
-        dim: int,
-        device: torch.device,
+        self, recipe: Quantizer, prefix: str, layout: PageLayout, layer: int, heads: int, dim: int, device: torch.device
     ) -> None:
-        self.encoder = quantizer.encoder(dim, device)
-        planes = quantizer.planes(prefix, heads, dim, layout.page_size)
+        self.encoder = recipe.encoder(dim, device)
+        planes = recipe.planes(prefix, heads, dim, layout.page_size)
         self.slots = [layout.paged(layer, plane.name) for plane in planes]
 
     def write(self, x: torch.Tensor, pool: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> None:

@@ -75,6 +75,5 @@ def e4m3() -> torch.Tensor:
     (the sign flipped, or all bits where it is negative). The two NaNs become another -448 and 448, at the ends."""
     code = torch.arange(256)
     byte = torch.where(code < 128, 255 - code, code - 128).to(torch.uint8)
-    return (
-        byte.view(torch.float8_e4m3fn).float().nan_to_num(nan=0).where(byte & 127 != 127, (code - 127.5).sign() * 448)
-    )
+    values = byte.view(torch.float8_e4m3fn).float().nan_to_num(nan=0)
+    return values.where(byte & 127 != 127, (code - 127.5).sign() * 448)

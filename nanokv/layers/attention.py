@@ -6,7 +6,6 @@ import torch
 
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import Codec
-from nanokv.codecs.key_mean import KeyMean
 from nanokv.codecs.pages import Heads
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout
@@ -54,11 +53,6 @@ class Attention:
     def bind(self, layout: PageLayout, layer: int) -> None:
         """Tells the layer where its planes lie in a page; needed once before the first call."""
         self.pages = self.codec.pages(layout, layer, self.heads)
-
-    @property
-    def key_mean(self) -> KeyMean | None:
-        """The mean that a codec subtracts from keys before it writes them; None where numbers are raw."""
-        return self.pages.key_mean
 
     @property
     def is_recordable(self) -> bool:

@@ -117,7 +117,7 @@ class Decoder:
     def key_means(self) -> list[KeyMean]:
         """The means of the layers whose codec can subtract one from keys; once the decoder is bound."""
         mixers = [layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)]
-        return [mixer.key_mean for mixer in mixers if mixer.key_mean is not None]
+        return [mixer.pages.key_mean for mixer in mixers if mixer.pages.key_mean is not None]
 
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream before the first layer: x and residual, each [rows, width]."""
