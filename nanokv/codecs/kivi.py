@@ -90,7 +90,7 @@ class KiviCodec:
         shape = (kv_heads, page_size, head_dim)
         return LayerSpec(
             paged=(codes[0], whole("k_step"), whole("k_low"), codes[1], *each),
-            tail=tuple(Plane(f"{side}_tail", shape, self.dtype, token_axis=None) for side in "kv"),
+            partial_page=tuple(Plane(f"{side}_tail", shape, self.dtype, token_axis=None) for side in "kv"),
         )
 
     def pages(self, layout: PageLayout, layer: int, heads: Heads) -> KiviPages:
