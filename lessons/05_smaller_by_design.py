@@ -20,6 +20,7 @@ import tiny
 import torch
 
 from nanokv import SamplingParams
+from nanokv.codecs.latents import RawLatentPages
 from nanokv.codecs.raw import RawCodec
 from nanokv.core.request import Request
 from nanokv.core.spec import PageLayout
@@ -172,7 +173,7 @@ assert request.num_computed == 50 and llm.stats()["bytes_per_token"] == 2 * (32 
 
 layer, store = llm.engine.model.layers[1].mixer, llm.engine.store
 pages = torch.tensor(request.pages, dtype=torch.int64)
-latents, rope_keys = ops.read_latents(store.pool, layer.planes, pages, 50)
+latents, rope_keys = ops.read_latents(store.pool, layer.pages.planes, pages, 50)
 assert latents.shape == (50, 32) and rope_keys.shape == (50, 8)
 
 # %% [markdown]
@@ -196,12 +197,12 @@ assert keys.numel() + values.numel() == 50 * 8 * (16 + 16)  # unpacked numbers
 # And now the engine's way, which never unpacks anything:
 
 # %%
-print(getsource(MLA._absorbed))
+print(getsource(RawLatentPages.absorbed))
 
 request.num_scheduled = 1
 batch = batch_of(on_device(arrays_of([request], 16), store.pool.device), 16)
 batch = replace(batch, positions=batch.positions - 1)  # look at the 50 tokens that are there
-absorbed = layer._absorbed(q, q_rope, store, batch)[0]
+absorbed = layer.pages.absorbed(q, q_rope, store.pool, batch)[0]
 
 difference = (absorbed - by_hand).abs().max().item()
 print(f"largest difference {difference:.1e}, largest value {by_hand.abs().max():.3f}")
@@ -343,7 +344,8 @@ llm.engine.cache.check()
 #
 # 1. [`nanokv/core/spec.py`](../nanokv/core/spec.py): `Plane`, `LayerSpec`, and how bytes follow.
 # 2. [`nanokv/codecs/raw.py`](../nanokv/codecs/raw.py): what grouped-query attention keeps.
-# 3. [`nanokv/layers/mla.py`](../nanokv/layers/mla.py): the docstring, `_absorbed`, `_expanded`, `expands`.
+# 3. [`nanokv/layers/mla.py`](../nanokv/layers/mla.py): the docstring, `expands`; and
+#    [`nanokv/codecs/latents.py`](../nanokv/codecs/latents.py), `RawLatentPages`: `absorbed`, `expanded`.
 # 4. [`nanokv/kernels/ops.py`](../nanokv/kernels/ops.py), `KVPlanes`: three layouts for one kernel.
 # 5. [`nanokv/bench/size.py`](../nanokv/bench/size.py): try `nanokv size deepseek-v3 llama-3.1-8b`.
 #

@@ -26,11 +26,11 @@ from nanokv.cache.store import CacheStore
 from nanokv.codecs import resolve_codec
 from nanokv.codecs.basis import haar
 from nanokv.codecs.kivi import Groups
-from nanokv.codecs.polarquant import PolarCoder, PolarSide
-from nanokv.codecs.qjl import QJLSide
-from nanokv.codecs.side import TableSide
+from nanokv.codecs.papers.polarquant import PolarEncoder, PolarQuantizer
+from nanokv.codecs.papers.qjl import QJLQuantizer
+from nanokv.codecs.papers.turboquant_prod import ProdQuantizer
+from nanokv.codecs.quantizer import TableQuantizer
 from nanokv.codecs.tables import distortion, lloyd_max, uniform
-from nanokv.codecs.turboquant_prod import ProdSide
 from nanokv.core.spec import PageLayout
 from nanokv.engine.calibrate import first_pages
 from nanokv.hub.pull import pull
@@ -75,8 +75,8 @@ assert table[0] == -7.5 and len(table) == 16 and int(code.max()) <= 15
 assert (decoded - key).abs().max() <= scale / 2 + 1e-6
 
 engine = resolve_codec("int4", torch.float32)
-coder = TableSide("int4", 4, lambda dim: uniform(4), "absmax", rotated=False).coder(DIM, key.device)
-assert (coder.decode(*coder.encode(key[None]))[0] - decoded).abs().max() < 1e-3 * key.abs().max()
+encoder = TableQuantizer("int4", 4, lambda dim: uniform(4), "absmax", rotated=False).encoder(DIM, key.device)
+assert (encoder.decode(*encoder.encode(key[None]))[0] - decoded).abs().max() < 1e-3 * key.abs().max()
 
 
 # %% [markdown]
@@ -268,15 +268,15 @@ assert near(attention["tq4"], 0.175) and near(attention["tq3"], 0.347)
 # %%
 torch.manual_seed(0)
 x = torch.nn.functional.normalize(torch.randn(4000, DIM), dim=-1)
-sides = {
-    "tq2": TableSide("tq2", 2, lambda dim: lloyd_max(2, dim), "length", rotated=True),
-    "tqp3": ProdSide("tqp3", 3, orthogonal=False),
-    "qjl": QJLSide("qjl"),
+quantizers = {
+    "tq2": TableQuantizer("tq2", 2, lambda dim: lloyd_max(2, dim), "length", rotated=True),
+    "tqp3": ProdQuantizer("tqp3", 3, orthogonal=False),
+    "qjl": QJLQuantizer("qjl"),
 }
 products = {}
-for name, side in sides.items():
-    coder = side.coder(DIM, x.device)
-    product = (coder.basis.back(coder.decode(*coder.encode(x))) * x).sum(-1)
+for name, quantizer in quantizers.items():
+    encoder = quantizer.encoder(DIM, x.device)
+    product = (encoder.basis.back(encoder.decode(*encoder.encode(x))) * x).sum(-1)
     products[name] = (product.mean().item(), product.std().item())
     print(f"{name:5} the product with itself, which is 1: {product.mean():.3f} +- {product.std():.3f}")
 assert near(products["tq2"][0], 0.94, 0.01) and products["tq2"][1] < 0.03
@@ -305,10 +305,10 @@ assert attention["tq3"] < attention["tqp3-orth"] < attention["tqp3"] and attenti
 # distribution of each angle is known as well. Only the first level needs a full circle.
 
 # %%
-print(getsource(PolarCoder.encode))
+print(getsource(PolarEncoder.encode))
 assert 8 * 4 + (4 + 2 + 1) * 2 + 16 == 62  # a block of 16: first level, the other three, the radius
 assert bits("polar") == 62 / 16 == 3.875
-assert [plane.shape[-1] for plane in PolarSide("polar").planes("k", 3, DIM, PAGE)] == [16, 4, 2, 1, 4]
+assert [plane.shape[-1] for plane in PolarQuantizer("polar").planes("k", 3, DIM, PAGE)] == [16, 4, 2, 1, 4]
 measure("polar")
 assert near(of_keys["polar"], of_keys["tq3"]) and near(attention["polar"], attention["tq3"], 0.08)
 
@@ -402,7 +402,7 @@ assert near(right["tqp2"], 24, 0.25)
 # ## Read now
 #
 # 1. [`nanokv/kernels/reference/codes.py`](../nanokv/kernels/reference/codes.py): codes, scales, how they share bytes.
-# 2. [`nanokv/codecs/side.py`](../nanokv/codecs/side.py): what a codec is, and the table of tables.
+# 2. [`nanokv/codecs/quantizer.py`](../nanokv/codecs/quantizer.py): what a codec is, and the table of tables.
 # 3. [`nanokv/codecs/tables.py`](../nanokv/codecs/tables.py) and [`basis.py`](../nanokv/codecs/basis.py): the
 #    mathematics.
 # 4. [`nanokv/codecs/kivi.py`](../nanokv/codecs/kivi.py), the docstring and `Pieces`: pages that wait until full.

@@ -101,9 +101,8 @@ def absorbed() -> dict:
     mla, batch = decoder.layers[0].mixer, batch_of(tokens - 1, 1)
     heads, shape = mla.num_heads, mla.shape
     nope, rope = torch.randn(1, heads, shape.nope_dim), torch.randn(1, heads, shape.rope_dim)
-    times = in_turns(
-        lambda: mla._absorbed(nope, rope, store, batch), lambda: mla._expanded(nope, rope, store, batch), 15
-    )
+    given = nope, rope, store.pool, batch
+    times = in_turns(lambda: mla.pages.absorbed(*given), lambda: mla.pages.expanded(*given), 15)
     shape_text = "16 heads, latent 512, bfloat16 pages, 4,096 tokens"
     return row("absorbed", shape_text, "absorbed decode", "expanding the whole cache", times, 20)
 

@@ -51,7 +51,7 @@ class ScriptedDecoder:
     def bind(self, layout) -> None:
         pass
 
-    def centres(self):
+    def key_means(self):
         return []
 
     def will_say(self, text: str) -> None:

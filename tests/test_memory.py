@@ -6,11 +6,11 @@ import torch
 
 from nanokv import EngineConfig
 from nanokv.codecs import resolve_codec
+from nanokv.codecs.latents import RawLatentPages
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import PageLayout
 from nanokv.engine.memory import MemoryBudget, gpu_memory, memory_for_pages, pool_size, reading_scratch
 from nanokv.engine.profile_run import run_largest_step, run_reading_step
-from nanokv.layers.mla import MLA
 from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
 
@@ -73,8 +73,8 @@ def test_what_reading_takes_is_the_larger_of_decodes_and_a_prompt_over_cached_pa
 
 def test_the_prompt_over_cached_pages_expands_latents(tmp_path, monkeypatch):
     model, layout = bound(oracles.checkpoint("deepseek_v3", tmp_path), "raw", torch.bfloat16, page_size=16)
-    expanded, own = [], MLA._expanded
-    monkeypatch.setattr(MLA, "_expanded", lambda self, *rest: expanded.append(rest[-1]) or own(self, *rest))
+    expanded, own = [], RawLatentPages.expanded
+    monkeypatch.setattr(RawLatentPages, "expanded", lambda self, *rest: expanded.append(rest[-1]) or own(self, *rest))
     reading_scratch(lambda run: run() or 0, EngineConfig(), model, layout, CPU)
     assert max(int(batch.positions[-1]) for batch in expanded) == model.config.max_positions - 1
 

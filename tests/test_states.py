@@ -286,7 +286,7 @@ def test_no_request_ever_goes_on_from_a_foreign_state(seed, num_moves, num_state
 def test_tails_of_unfinished_pages_need_no_checkpoint():
     tail = Plane("tail", (1,), torch.float32, token_axis=None)
     kept = Plane("k", (4, 1), torch.float32, token_axis=0)
-    layout = PageLayout([LayerSpec(paged=(kept,), tail=(tail,))], 4)
+    layout = PageLayout([LayerSpec(paged=(kept,), partial_page=(tail,))], 4)
     assert (layout.is_recurrent, layout.states_per_request, layout.state_bytes) == (False, 1, 16)
     tree = RadixTree(4)
     states = States(3, 4, None, tree, layout.is_recurrent)

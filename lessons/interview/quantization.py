@@ -18,7 +18,7 @@ def token(codec: str = "raw", model: str = "llama-3.1-8b", page_size: int = 16) 
     "bits, with what is kept beside the codes, and say what the vector's length is: at 64 the same codec is at 4.25.",
     follow_ups=("What stays unquantised in a real system, and what does that do to the number?",
                 "Why does a codec with tails of whole groups look better in short contexts than it is?"),
-    file="nanokv/codecs/side.py",
+    file="nanokv/codecs/quantizer.py",
     command="nanokv size llama-3.1-8b --codec int4",
 )  # fmt: skip
 def true_bits():
@@ -150,7 +150,7 @@ def truncated_figures():
     "So 5.4 times the variance buys freedom from a bias of 3.4 percent, and softmax forgives a small common factor "
     "more easily than noise. Unbiased is not the goal; attention is.",
     follow_ups=("Which scale removes the bias without a sketch?", "Why does an orthogonal sketch do better?"),
-    file="nanokv/codecs/turboquant_prod.py",
+    file="nanokv/codecs/papers/turboquant_prod.py",
     command="nanokv bench codecs --codecs raw,tq3,tqp3 --quick",
 )
 def the_sketch():

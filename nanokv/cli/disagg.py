@@ -27,7 +27,10 @@ def disagg() -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option("--codec", default="raw", show_default=True, help="As on the other host.")
-@click.option("--native-layers", default="", metavar="LAYERS", help="As on the other host, such as first2,last2.")
+@click.option(
+    "--native-layers", "--unquantized-layers", default="", metavar="LAYERS",
+    help="As on the other host, such as first2,last2.",
+)  # fmt: skip
 @click.option("--prefill", default="exact", show_default=True, help="As on the other host: exact or fast.")
 @click.option("--page-size", type=int, default=16, show_default=True, help="As on the other host.")
 @click.option("--kv-memory", metavar="SIZE", help="Memory for the pages of prompts in progress, such as 512MiB.")

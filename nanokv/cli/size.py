@@ -124,7 +124,7 @@ def _print(one: CacheSize, contexts: list[int], memory: int) -> None:
 def _planes(spec: LayerSpec) -> str:
     """The arrays of a layer without their axis of tokens, such as "k 3x64, v 3x64"."""
     words = []
-    for plane in (*spec.paged, *spec.state, *spec.tail):
+    for plane in (*spec.paged, *spec.state, *spec.partial_page):
         shape = [n for axis, n in enumerate(plane.shape) if axis != plane.token_axis]
         words.append(" ".join([plane.name, "x".join(map(str, shape))]).strip())
     return ", ".join(words)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nanokv.codecs.pages import why_refused
+from nanokv.codecs.pages import reason_unwritable
 
 
 class HostCopy:
@@ -39,7 +39,7 @@ class UnwritableRows:
 
     def __init__(self, rows: torch.Tensor, codec: str) -> None:
         self._copy = HostCopy({"rows": rows})
-        self.why = why_refused(codec)
+        self.why = reason_unwritable(codec)
 
     def fetch(self) -> list[bool]:
         """Waits for the step."""

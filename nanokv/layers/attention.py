@@ -6,7 +6,7 @@ import torch
 
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import Codec
-from nanokv.codecs.pages import Centre, Heads
+from nanokv.codecs.pages import Heads
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout
 from nanokv.kernels import ops
@@ -53,11 +53,6 @@ class Attention:
     def bind(self, layout: PageLayout, layer: int) -> None:
         """Tells the layer where its planes lie in a page; needed once before the first call."""
         self.pages = self.codec.pages(layout, layer, self.heads)
-
-    @property
-    def centre(self) -> Centre | None:
-        """What takes the mean off the keys that a codec writes; None where numbers are raw."""
-        return self.pages.centre
 
     @property
     def is_recordable(self) -> bool:

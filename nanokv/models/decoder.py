@@ -19,7 +19,7 @@ import torch
 
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import Codec
-from nanokv.codecs.pages import Centre
+from nanokv.codecs.key_mean import KeyMean
 from nanokv.core.batch import Batch
 from nanokv.core.errors import CacheError
 from nanokv.core.spec import LayerSpec, PageLayout
@@ -116,10 +116,10 @@ class Decoder:
         """Whether a decode step may stand in a CUDA graph; once the decoder is bound."""
         return all(layer.mixer.is_recordable for layer in self.layers)
 
-    def centres(self) -> list[Centre]:
-        """Of the layers whose codec can take a mean off keys; once the decoder is bound."""
+    def key_means(self) -> list[KeyMean]:
+        """The means of the layers whose codec can subtract one from keys; once the decoder is bound."""
         mixers = [layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)]
-        return [mixer.centre for mixer in mixers if mixer.centre is not None]
+        return [mixer.pages.key_mean for mixer in mixers if mixer.pages.key_mean is not None]
 
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream before the first layer: x and residual, each [rows, width]."""
