@@ -41,7 +41,7 @@ def test_02_2_random_layers():
 
 
 def history(kind: type[PagePool], random) -> list:
-    """What a pool answers to a random history of allocations, shares and releases."""
+    """The results of a pool in a random history of allocations, shares and releases."""
     pool, owned, seen = kind(random.randint(1, 12)), [], []
     for _ in range(60):
         verb = random.choice(["allocate", "share", "release"])
@@ -72,7 +72,7 @@ def test_02_3_random_histories():
     for case in range(30):
         got, expected = history(PagePool, random_of(f"{case}")), history(reference(PagePool), random_of(f"{case}"))
         for one, other in zip(got, expected, strict=True):
-            equal(one, other, "the pool's answer in a random history")
+            equal(one, other, "the pool's result in a random history")
 
 
 def test_02_4_random_histories():

@@ -24,7 +24,7 @@ def test_03_1_random_values():
         near(percentile(values, share), reference(percentile)(values, share), f"percentile({values}, {share})")
 
 
-def test_03_1_the_values_stay_as_they_were():
+def test_03_1_the_list_of_values_is_not_changed():
     values = [3.0, 1.0, 2.0]
     percentile(values, 0.5)
     equal(values, [3.0, 1.0, 2.0], "the list after percentile")
@@ -51,7 +51,7 @@ def test_03_2_random_requests():
     random = random_of("rows")
     for _ in range(60):
         for request in requests_of_a_step(random):
-            equal(num_logit_rows(request), reference(num_logit_rows)(request), f"rows wanted of {request}")
+            equal(num_logit_rows(request), reference(num_logit_rows)(request), f"logit rows of {request}")
 
 
 def test_03_3_random_steps():
@@ -65,7 +65,7 @@ def test_03_3_random_steps():
 
 
 def house(kind: type[Scheduler], random) -> list:
-    """What a scheduler plans, step by step, for a random workload in a small pool."""
+    """The plans of a scheduler, step by step, for a random workload in a small pool."""
     layout = PageLayout([LayerSpec(paged=(Plane("k", (4, 1), torch.float32, 0),))], 4)
     num_pages = random.randint(6, 20)
     cache = CacheManager(layout, num_pages, prefix_cache=random.random() < 0.5)

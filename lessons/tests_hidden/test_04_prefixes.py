@@ -10,7 +10,7 @@ from nanokv.learn.patching import reference
 
 
 def history(kind: type[RadixTree], random) -> list:
-    """What a tree answers to a random history of matches, extensions, releases and evictions; checked at every step."""
+    """The results of a tree in a random history of matches, extensions, releases and evictions. Checks each step."""
     size = random.choice([1, 2, 4])
     tree, handles, made, seen = kind(size), [], 0, []
     for _ in range(60):
@@ -45,7 +45,7 @@ def same_histories() -> None:
     for case in range(8):
         got, expected = (history(kind, random_of(f"tree {case}")) for kind in (RadixTree, reference(RadixTree)))
         for one, other in zip(got, expected, strict=True):
-            equal(one, other, "the tree's answer in a random history")
+            equal(one, other, "the tree's result in a random history")
 
 
 def test_04_1_random_runs():

@@ -63,7 +63,7 @@ def test_05_5_random_heads():
         got, expected = x.clone(), x.clone()
         _rotate(got[:, :heads], table, positions)
         reference(_rotate)(expected[:, :heads], table, positions)
-        close(got, expected, "heads after the rotation, the last one left alone", ("row", "head", "dim"))
+        close(got, expected, "heads after the rotation, the last one unchanged", ("row", "head", "dim"))
 
 
 def test_05_6_random_scores():

@@ -62,14 +62,14 @@ def test_02_3_the_first_pages_are_the_lowest():
     equal(pool.num_free, 2, "pages left free")
 
 
-def test_02_3_each_page_has_one_owner_then():
+def test_02_3_each_allocated_page_has_one_owner():
     pool = PagePool(5)
     pages = pool.allocate(2)
-    equal([pool.count(page) for page in pages], [1, 1], "owners of the two pages handed out")
+    equal([pool.count(page) for page in pages], [1, 1], "owners of the two allocated pages")
     pool.check()
 
 
-def test_02_3_the_page_freed_last_goes_out_first():
+def test_02_3_the_page_freed_last_is_allocated_first():
     pool = PagePool(5)
     pool.allocate(4)
     for page in (1, 3):  # what `release` does
@@ -99,11 +99,11 @@ def test_02_4_a_shared_page_stays():
     pool.share([pages[1]])
     equal(pool.release(pages), [pages[0]], "pages that became free, when the second has another owner")
     equal(pool.count(pages[1]), 1, "owners left of the shared page")
-    equal(pool.release([pages[1]]), [pages[1]], "pages that became free when the other owner let go")
+    equal(pool.release([pages[1]]), [pages[1]], "pages that became free when the other owner released it")
     pool.check()
 
 
-def test_02_4_twice_is_once_too_often():
+def test_02_4_releasing_a_page_twice_is_an_error():
     pool = PagePool(4)
     (page,) = pool.allocate(1)
     pool.release([page])
@@ -152,11 +152,11 @@ def sharing() -> tuple[CacheManager, list[Request]]:
     return cache, requests
 
 
-def test_02_6_who_writes_first_gets_a_page_of_its_own():
+def test_02_6_the_request_that_writes_gets_a_page_of_its_own():
     cache, (one, two) = sharing()
     cache._copy_on_write(two, 1)
     equal(one.pages, [0, 1], "pages of the request that did not write")
-    equal(two.pages, [0, 2], "pages of the one that did: page 2 is the next free one")
+    equal(two.pages, [0, 2], "pages of the request that wrote: page 2 is the next free one")
 
 
 def test_02_6_the_copy_is_listed_and_counted():

@@ -1,4 +1,4 @@
-"""Public checks of lesson 04. Tokens of a page are all the same number, so a run reads as the names of its pages."""
+"""Public checks of lesson 04. All tokens of a page are the same number, the name of the page."""
 
 from array import array
 
@@ -24,7 +24,7 @@ def node_of(parent: Node | None, *names: int, first_page: int = 0) -> Node:
 
 
 def named(node: Node) -> list[int]:
-    """The names of the pages of a run."""
+    """The names of the pages of a node."""
     tokens = array("i")
     tokens.frombytes(bytes(node.run))
     return list(tokens)[::PAGE]
@@ -55,19 +55,19 @@ def family() -> tuple[RadixTree, Node, Node, Node]:
     return RadixTree(PAGE), root, upper, node_of(upper, 3, 4, 5, first_page=2)
 
 
-def test_04_2_whole_runs_all_the_way_down():
+def test_04_2_whole_nodes_match_all_the_way_down():
     tree, root, upper, lower = family()
     nodes, position, partial = tree._walk(blob(1, 2, 3, 4, 5), root)
     equal(nodes == [root, upper, lower], True, "root, [1 2] and [3 4 5] are on the way")
-    equal(position, len(blob(1, 2, 3, 4, 5)), "the byte that the walk reaches")
+    equal(position, len(blob(1, 2, 3, 4, 5)), "the byte at which the walk ends")
     equal(partial, None, "a child that matches in part")
 
 
-def test_04_2_a_run_that_matches_in_part_is_handed_back():
+def test_04_2_a_node_that_matches_in_part_is_returned():
     tree, root, upper, lower = family()
     nodes, position, partial = tree._walk(blob(1, 2, 3, 9, 9), root)
     equal(nodes == [root, upper], True, "root and [1 2] are on the way")
-    equal(position, len(blob(1, 2)), "the byte that the walk reaches")
+    equal(position, len(blob(1, 2)), "the byte at which the walk ends")
     equal(partial is lower, True, "[3 4 5] is the child that matches in part")
 
 
@@ -84,7 +84,7 @@ def test_04_2_tokens_after_the_last_whole_page_find_nothing():
     equal((nodes == [root, upper], position, partial), (True, len(blob(1, 2)), None), "the walk for 1 2 and 3 tokens")
 
 
-def test_04_3_a_handle_counts_on_the_whole_way():
+def test_04_3_a_handle_counts_on_every_node_of_its_path():
     tree, root, upper, lower = family()
     tree.lock(lower)
     equal([node.locks for node in (root, upper, lower)], [1, 1, 1], "locks of root, [1 2] and [3 4 5]")
@@ -92,7 +92,7 @@ def test_04_3_a_handle_counts_on_the_whole_way():
     equal([node.locks for node in (root, upper, lower)], [2, 2, 1], "locks after another handle on [1 2]")
 
 
-def test_04_3_pages_are_counted_once_however_many_hold_them():
+def test_04_3_pages_are_counted_once_however_many_handles_hold_them():
     tree, _, upper, lower = family()
     tree.lock(upper)
     equal(tree.num_locked, 2, "pages locked by a handle on [1 2]")
@@ -105,12 +105,16 @@ def test_04_3_pages_are_counted_once_however_many_hold_them():
 def test_04_4_the_upper_part_is_new_and_the_lower_keeps_its_identity():
     tree, _root, _upper, lower = family()
     above = tree._split(lower, 1)
-    equal((named(above), list(above.pages)), ([3], [2]), "run and pages of the upper part of [3 4 5] after page 1")
-    equal((named(lower), list(lower.pages)), ([4, 5], [3, 4]), "run and pages of the lower part")
+    equal(
+        (named(above), list(above.pages)),
+        ([3], [2]),
+        "tokens and pages of the upper part of [3 4 5], split at 1",
+    )
+    equal((named(lower), list(lower.pages)), ([4, 5], [3, 4]), "tokens and pages of the lower part")
     equal(above is lower, False, "the upper part is the old node")
 
 
-def test_04_4_everybody_knows_his_family():
+def test_04_4_parents_and_children_know_each_other():
     tree, _root, upper, lower = family()
     child = node_of(lower, 6, first_page=5)
     above = tree._split(lower, 2)
@@ -150,12 +154,12 @@ class Planted(RadixTree):
 def test_04_5_a_leaf_loses_pages_from_its_tail():
     tree = Planted()
     tree.plant(1, 2, 3)
-    equal(tree.evict(2), [2, 1], "two pages evicted of the run with pages 0 1 2")
+    equal(tree.evict(2), [2, 1], "two pages evicted of the node with pages 0 1 2")
     equal(list(tree.match(blob(1, 2, 3))[1]), [0], "pages found afterwards")
     equal(tree.num_pages, 1, "num_pages")
 
 
-def test_04_5_the_leaf_used_longest_ago_goes_first():
+def test_04_5_the_least_recently_used_leaf_is_evicted_first():
     tree = Planted()
     tree.plant(1)
     tree.plant(2)
@@ -165,7 +169,7 @@ def test_04_5_the_leaf_used_longest_ago_goes_first():
     tree.check([])
 
 
-def test_04_5_what_somebody_holds_stays():
+def test_04_5_a_locked_node_is_not_evicted():
     tree = Planted()
     tree.plant(1, 2)
     handle = tree.hold(5)
@@ -173,23 +177,23 @@ def test_04_5_what_somebody_holds_stays():
     tree.check([handle])
 
 
-def test_04_5_a_parent_follows_its_last_child():
+def test_04_5_a_parent_is_evicted_after_its_last_child():
     tree = Planted()
     tree.plant(1, 2)
     tree.plant(1, 3)
     equal(len(tree.evict(2)), 2, "pages evicted")
     tree.check([])
     equal(list(tree.match(blob(1, 2))[1]), [0], "the shared page is still found")
-    equal(tree.evict(1), [0], "and goes last")
+    equal(tree.evict(1), [0], "the last page to evict")
 
 
-def test_04_5_a_state_falls_with_its_last_page():
+def test_04_5_a_state_is_lost_with_the_last_page_of_its_node():
     tree = Planted()
     node = tree.hold(1, 2)
     node.state = 4
     tree.unlock(node)
     tree.evict(1)
-    equal(tree.take_cut() == [node], True, "the node whose state falls is listed in _cut")
+    equal(tree.take_cut() == [node], True, "the node that lost its state is listed in _cut")
 
 
 def prompt(*tokens: int) -> Request:

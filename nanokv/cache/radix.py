@@ -118,7 +118,7 @@ class RadixTree:
         return nodes, position, None
 
     def _common_pages(self, node: Node, tokens: bytes, position: int) -> int:
-        """Whole pages that node.tokens shares with tokens[position:], at least 1: the first page is how it was found."""
+        """Whole pages that node.tokens shares with tokens[position:], 1 or more: it was found by its first page."""
         size = self._page_bytes
         low, high = 1, len(node.tokens) // size
         while low < high:
