@@ -89,7 +89,7 @@ def test_08_4_random_steps():
         close(
             got,
             expected,
-            f"{heads} heads over {planes.kv_heads} KV heads, tail {planes.tail_dim}",
+            f"{heads} heads over {planes.kv_heads} KV heads, rotated part {planes.tail_dim}",
             ("row", "number"),
             1e-4,
         )
