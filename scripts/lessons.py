@@ -1,12 +1,12 @@
-"""The course's own tool: run and build lessons, export a tree for a class, grade its files, check the course.
+"""The tool of the course: runs and builds lessons, exports a tree for a class, grades submissions, checks the course.
 
     python scripts/lessons.py run 02            a lesson, top to bottom; --mine: with your functions in the engine
-    python scripts/lessons.py build             figures and notebooks; --check: are they current?
+    python scripts/lessons.py build             figures and notebooks; --check: fails where they are out of date
     python scripts/lessons.py export --out DIR --lessons 1-4 --variant 7
     python scripts/lessons.py grade DIR --json
     python scripts/lessons.py dev-check
 
-COURSE.md explains its use to teachers.
+COURSE.md explains its use for teachers.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # this tree's engine, wherever another one is installed
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # the engine of this tree, even if another one is installed
 
 from nanokv.core.errors import CourseError, NanokvError  # noqa: E402
 
 
 def part(name: str) -> ModuleType:
-    """A module of scripts/course. Raises CourseError where this tree was exported without it."""
+    """A module of scripts/course. Raises CourseError in an exported tree, which has none."""
     if not (ROOT / "scripts" / "course" / f"{name}.py").is_file():
-        raise CourseError("this tree was made for a class: it has the tools of students, not this one")
+        raise CourseError("this tree was made for a class: it has no scripts/course")
     return import_module(f"course.{name}")
 
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 @main.command(epilog="Example: python scripts/lessons.py run 02 --mine")
 @click.argument("names", metavar="[NN]...", nargs=-1)
-@click.option("--mine", is_flag=True, help="Patch the engine with the functions of my/ that have passed.")
+@click.option("--mine", is_flag=True, help="Use the functions of my/ that have passed their checks.")
 def run(names: tuple[str, ...], mine: bool) -> None:
     """Run lessons from top to bottom; without NN all of them."""
     notebooks = part("notebooks")
@@ -48,7 +48,7 @@ def run(names: tuple[str, ...], mine: bool) -> None:
 
 
 @main.command(epilog="Example: python scripts/lessons.py build --check")
-@click.option("--check", is_flag=True, help="Write nothing; exit code 1 where a figure or a notebook is out of date.")
+@click.option("--check", is_flag=True, help="Write nothing; exit code 1 if a figure or a notebook is out of date.")
 def build(check: bool) -> None:
     """Run all lessons, draw their figures, write the notebooks."""
     notebooks = part("notebooks")
@@ -61,7 +61,7 @@ def build(check: bool) -> None:
 @main.command("export", epilog="Example: python scripts/lessons.py export --out ../class --lessons 1-4 --variant 7")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A folder that does not exist yet.")
 @click.option(
-    "--variant", default=0, show_default=True, help="Above 0: three exercises a lesson, drawn by this number."
+    "--variant", default=0, show_default=True, help="Above 0: three exercises a lesson, drawn with this seed."
 )
 @click.option("--lessons", "numbers", metavar="RANGE", help="Lessons whose functions become gaps, such as 1-4 or 2,4.")
 def export_(out: Path, variant: int, numbers: str | None) -> None:
@@ -85,13 +85,13 @@ def grade(folder: Path, as_json: bool, gradescope: Path | None, variant: int | N
 @main.command("dev-check", epilog="Example: python scripts/lessons.py dev-check --no-lessons")
 @click.option("--no-lessons", is_flag=True, help="Do not run the lessons, which takes minutes.")
 def dev_check(no_lessons: bool) -> None:
-    """Check exercises, tests, mutants, an export and the lessons. Exit code 1 on a fault."""
+    """Check that the course is consistent. Exit code 1 if it is not."""
     if part("dev_check").dev_check(without_lessons=no_lessons):
         sys.exit(1)
 
 
 def call(**options: Any) -> None:
-    """The command line; an error is one line."""
+    """Runs the command line. An error is one line."""
     try:
         main(**options)
     except NanokvError as error:

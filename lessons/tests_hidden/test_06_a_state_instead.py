@@ -14,7 +14,7 @@ from nanokv.learn.patching import reference
 
 
 def random_step(random, most_rows: int) -> tuple[StatePlanes, Batch]:
-    """A pool's planes and a step of some requests, some of them at their first position."""
+    """Planes of a pool, and a step of some requests; some are at their first position."""
     key_heads, shared, dim = random.randint(1, 2), random.randint(1, 3), random.choice([4, 8])
     kernel, dtype = random.randint(2, 4), random.choice([torch.float32, torch.bfloat16])
     channels = 2 * key_heads * dim + key_heads * shared * dim

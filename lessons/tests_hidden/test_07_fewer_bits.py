@@ -56,7 +56,7 @@ def test_07_4_random_dims():
         )
 
 
-def test_07_4_the_table_is_symmetric_to_the_last_bit():
+def test_07_4_the_table_is_exactly_symmetric():
     dim = 16 * random_of("symmetric").randint(2, 12)
     table = tables.lloyd_max(3, dim)
     close(table, -table.flip(0), f"lloyd_max(3, {dim}) against its mirror image", ("code",), 0)

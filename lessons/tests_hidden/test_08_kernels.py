@@ -29,7 +29,7 @@ def test_08_2_random_rows():
 
 
 def random_case(random, tail: bool = True) -> tuple[KVPlanes, Batch, int]:
-    """Planes in an odd place of a page, a step over shuffled pages, and the number of query heads."""
+    """Planes at a random offset in a page, a step over shuffled pages, and the number of query heads."""
     kv_heads, dim, size = random.randint(1, 3), random.choice([4, 8]), random.choice([2, 4, 16])
     dtype, gap = random.choice(DTYPES), 16 * random.randint(0, 3)
     tail_dim = random.choice([0, 4]) if tail else 0
@@ -90,7 +90,7 @@ def test_08_4_random_steps():
         close(
             got,
             expected,
-            f"{heads} heads over {planes.kv_heads} KV heads, tail {planes.tail_dim}",
+            f"{heads} heads over {planes.kv_heads} KV heads, rotated part {planes.tail_dim}",
             ("row", "number"),
             1e-4,
         )

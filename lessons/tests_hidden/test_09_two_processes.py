@@ -32,7 +32,7 @@ def test_09_1_random_cuts():
 
 
 def grants(label: str):
-    """Random requests, each with the reference's and the student's pages, granted the same."""
+    """Random requests, each with the engine's cache and the student's, which received the same grant."""
     random = random_of(label)
     for _ in range(60):
         checkpoints = {4 * random.randint(1, 9): random.randrange(9) for _ in range(random.randint(0, 4))}
