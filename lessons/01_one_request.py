@@ -331,7 +331,7 @@ figures.save(figure, "01_one_request-3")
 # - `nanokv.core.request.RequestMetrics.tpot`: time per output token
 # - `nanokv.bench.request.prefill_share`: the ceiling
 # - `nanokv.bench.decode.bytes_per_step`: the bytes that a decode step moves
-# - `nanokv.engine.answer.Answer._take`: a stop text that arrives in pieces
+# - `nanokv.engine.text_stream.TextStream._take`: a stop text that arrives in pieces
 # - `nanokv.engine.sampler._draw`: from probabilities to one token
 #
 # ## What you can now explain

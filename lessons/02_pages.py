@@ -79,13 +79,13 @@ for length in lengths:
     prompt = [generator.randrange(3, 512) for _ in range(length - 1)]
     llm.engine.add_request(Request(prompt, greedy(8)))
 while llm.engine.scheduler.waiting or any(one.is_prefilling for one in llm.engine.scheduler.running):
-    llm.engine.step()
+    llm.loop.step()
 running = list(llm.engine.scheduler.running)
 assert [one.num_tokens for one in running] == lengths  # each prompt and the first token of its answer
 
 held = llm.stats()["pages_held"]
 written = sum(one.num_computed for one in running)  # the newest token has no keys and values yet
-assert held == sum(len(one.pages) for one in running) == 219
+assert held == sum(len(one.held.pages) for one in running) == 219
 assert held * PAGE == 3504
 assert round(100 * written / (held * PAGE)) == 98
 
@@ -99,7 +99,7 @@ assert llm.stats()["pages_free"] == 2341
 figure, axes = figures.new(8.4, 3.2)
 for row, one in enumerate(reversed(running)):
     figures.box(axes, 0, row, LONGEST, 0.8, figures.PALE)
-    figures.box(axes, 0, row, len(one.pages) * PAGE, 0.8, figures.ORANGE)
+    figures.box(axes, 0, row, len(one.held.pages) * PAGE, 0.8, figures.ORANGE)
     figures.box(axes, 0, row, one.num_computed, 0.8, figures.BLUE)
 figures.bare(axes, (-20, LONGEST), (-0.2, 11))
 axes.text(0, 10.1, "blue: tokens in the cache.", color=figures.BLUE, va="bottom")
@@ -119,8 +119,8 @@ figures.save(figure, "02_pages-1")
 
 # %%
 one = running[-1]
-print("page table:", list(one.pages))
-assert len(one.pages) == 60
+print("page table:", list(one.held.pages))
+assert len(one.held.pages) == 60
 
 # %% [markdown]
 # We look up one number: token 500, layer 1, key of head 1, dimension 5. Which byte of the pool is it? It is in page
@@ -134,17 +134,17 @@ position, layer, head, dim = 500, 1, 1, 5
 entry, slot = divmod(position, PAGE)
 assert (entry, slot) == (31, 4)
 
-layout, pool = llm.engine.layout, llm.engine.store.pool
+layout, pool = llm.engine.layout, llm.engine.store.pages.data
 key = layout.paged(layer, "k")
 assert key.plane.shape == (2, 16, 16)  # heads, tokens of the page, dimensions
-byte = one.pages[entry] * layout.page_bytes + key.offset + 4 * ((head * PAGE + slot) * 16 + dim)
+byte = one.held.pages[entry] * layout.page_bytes + key.offset + 4 * ((head * PAGE + slot) * 16 + dim)
 by_hand = pool.flatten()[byte : byte + 4].view(torch.float32)
 
 planes = llm.engine.model.layers[layer].mixer.pages.planes
-by_engine = plane_view(pool, planes, planes.k_offset, planes.head_dim)[one.pages[entry], head, slot, dim]
+by_engine = plane_view(pool, planes, planes.k_offset, planes.head_dim)[one.held.pages[entry], head, slot, dim]
 assert by_hand.item() == by_engine.item() != 0
 while llm.engine.has_work:
-    llm.engine.step()
+    llm.loop.step()
 
 # %% [markdown]
 # That is the whole cost of the indirection: one division, one lookup, one multiplication. The method is called
@@ -258,13 +258,13 @@ for size in sizes:
         for prompt in prompts:
             other.engine.add_request(Request(prompt, greedy(4)))
         while other.engine.scheduler.waiting or any(one.is_prefilling for one in other.engine.scheduler.running):
-            other.engine.step()
+            other.loop.step()
         running = other.engine.scheduler.running
-        empty.append(sum(len(one.pages) * size - one.num_computed for one in running) / len(running))
-        entries.append(sum(len(one.pages) for one in running))
+        empty.append(sum(len(one.held.pages) * size - one.num_computed for one in running) / len(running))
+        entries.append(sum(len(one.held.pages) for one in running))
         tokens: dict[str, list[int]] = {}
         while other.engine.has_work:
-            tokens |= {output.request_id: output.token_ids for output in other.engine.step()}
+            tokens |= {output.request_id: output.token_ids for output in other.loop.step()}
         answers.append([tokens[name] for name in sorted(tokens)])
         late = other.generate([[*prompts[-1][:100], 3, 4, 5]], greedy(1))[0]
         found.append(late.cached_tokens)
@@ -315,10 +315,10 @@ cache = CacheManager(layout, num_pages=8)
 request = Request(list(range(3, 43)))
 request.tokens, request.num_prompt = array("i", request.prompt_token_ids), 40
 cache.match(request)
-assert cache.reserve(request, 40) and len(request.pages) == 3
+assert cache.reserve(request, 40) and len(request.held.pages) == 3
 cache.check()
 
-request.pages.pop()  # a page is lost: it counts as owned, but no request has it
+request.held.pages.pop()  # a page is lost: it counts as owned, but no request has it
 complaint = ""
 try:
     cache.check()
@@ -340,7 +340,7 @@ assert complaint == "page 2 counts 1 owners and has 0"
 #
 # - `nanokv.core.spec.PageLayout.pages_for`, `._place`: the number of pages, and the places in a page
 # - `nanokv.cache.pool.PagePool.allocate`, `.release`: the free list and the counts
-# - `nanokv.cache.store.CacheStore.copy_pages`: the bytes behind the ids
+# - `nanokv.cache.store.Slots.copy`: the bytes behind the ids
 # - `nanokv.cache.manager.CacheManager._copy_on_write`: the copy at the last moment
 #
 # ## What you can now explain

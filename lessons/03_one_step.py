@@ -42,7 +42,7 @@ def drain(llm: LLM) -> dict[str, list[int]]:
     """Runs steps until no work is left. Returns the answers by name."""
     answers = {}
     while llm.engine.has_work:
-        answers |= {output.request_id: output.token_ids for output in llm.engine.step() if output.finished}
+        answers |= {output.request_id: output.token_ids for output in llm.loop.step() if output.finished}
     return answers
 
 
@@ -159,7 +159,7 @@ def paste(budget: int) -> tuple[list[dict[str, int]], dict[str, list[int]]]:
         for i in range(3):
             llm.engine.add_request(request(f"chat {i}", 4, 60, 100 + i))
         for _ in range(5):
-            llm.engine.step()
+            llm.loop.step()
         llm.engine.add_request(request("document", 600, 4, 200))
         answers = drain(llm)
         return steps_of(llm), answers
@@ -327,7 +327,7 @@ assert rows_tight - rows_roomy == 48
 # %%
 queue = engine("queue", num_pages=24)
 queue.engine.add_request(request("old", 150, 40, 400))
-queue.engine.step()
+queue.loop.step()
 queue.engine.add_request(request("big", 250, 4, 401))
 queue.engine.add_request(request("small", 8, 4, 402))
 drain(queue)

@@ -30,7 +30,7 @@ from nanokv.bench.workloads import shared_prefix_prompts
 from nanokv.cache.manager import CacheManager
 from nanokv.cache.radix import Node, RadixTree
 from nanokv.core.request import Request
-from nanokv.engine.scheduler import MIN_SHARED, Scheduler
+from nanokv.engine.admission_policy import MIN_SHARED, AdmissionPolicy
 
 PAGE = 16
 
@@ -106,7 +106,7 @@ def draw_tree(axes, tree: RadixTree, title: str, width: float = 2.2) -> None:
     for node, (x, y) in places.items():
         if node.parent is not None:
             axes.plot([x, places[node.parent][0]], [y, y + 1], color=figures.GREY, linewidth=1, zorder=0)
-        colour = figures.PALE if node.parent is None else figures.ORANGE if node.locks else figures.SKY
+        colour = figures.PALE if node.parent is None else figures.ORANGE if node.ref_count else figures.SKY
         figures.card(axes, x, y, 1.9, 0.5, colour, "root" if node.parent is None else " ".join(map(str, node.pages)))
     xs = [x for x, _ in places.values()]
     figures.bare(axes, (min(xs) - 1.1, max(xs) + 1.1), (-3.4, 0.4))
@@ -123,12 +123,12 @@ runs = [len(node.pages) for node in tree.nodes() if node.parent is not None]
 assert runs == [5]
 
 llm.engine.add_request(Request(system + question_b, params(40), "B"))
-llm.engine.step()
+llm.loop.step()
 draw_tree(panels[1], tree, "B diverges from A")
 assert sorted(len(node.pages) for node in tree.nodes()) == [0, 1, 2, 3]
 
 llm.engine.add_request(Request(system + question_a[:16] + tokens(20, 4), params(40), "C"))
-llm.engine.step()
+llm.loop.step()
 draw_tree(panels[2], tree, "C shares a page of A's question")
 assert sorted(len(node.pages) for node in tree.nodes()) == [0, 1, 1, 1, 1, 3]
 figures.save(figure, "04_prefixes-1")
@@ -208,7 +208,7 @@ figures.save(figure, "04_prefixes-2")
 # of it is in the cache yet. Do all eight compute it?
 
 # %%
-print(getsource(Scheduler._waits_for_prefix))
+print(getsource(AdmissionPolicy.waits_for_prefix))
 
 folder = Path(tempfile.mkdtemp())
 
@@ -350,7 +350,7 @@ assert 1.1 < full / none < 40
 # 2. The same file: `lock`, `unlock`, `evict`. Then `check`, which verifies the tree.
 # 3. [`nanokv/cache/manager.py`](../nanokv/cache/manager.py), `match`, `commit` and `_publish`: which pages belong to a
 #    request, and which to the tree.
-# 4. [`nanokv/engine/scheduler.py`](../nanokv/engine/scheduler.py), `_waits_for_prefix`: a prefix that is being
+# 4. [`nanokv/engine/admission_policy.py`](../nanokv/engine/admission_policy.py), `waits_for_prefix`: a prefix that is being
 #    computed.
 # 5. [`nanokv/bench/prefix.py`](../nanokv/bench/prefix.py): the three panels in seconds. Try `nanokv bench prefix`.
 #
@@ -358,7 +358,7 @@ assert 1.1 < full / none < 40
 #
 # - `nanokv.cache.radix.RadixTree._common_pages`, `._walk`, `._split`: find a prefix, split a node
 # - `nanokv.cache.radix.RadixTree.lock`, `.evict`: hold pages, evict pages
-# - `nanokv.engine.scheduler._common_prefix`: the tokens that two requests share
+# - `nanokv.engine.admission_policy.common_prefix`: the tokens that two requests share
 #
 # ## What you can now explain
 #

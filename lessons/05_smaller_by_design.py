@@ -170,12 +170,12 @@ TINY_MLA = {
 llm = tiny.engine(TINY_MLA, num_pages=64)
 request = Request(list(range(3, 53)), SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
 llm.engine.add_request(request)
-llm.engine.step()
+llm.loop.step()
 assert request.num_computed == 50 and llm.stats()["bytes_per_token"] == 2 * (32 + 8) * 4
 
 layer, store = llm.engine.model.layers[1].mixer, llm.engine.store
-pages = torch.tensor(request.pages, dtype=torch.int64)
-latents, rope_keys = ops.read_latents(store.pool, layer.pages.planes, pages, 50)
+pages = torch.tensor(request.held.pages, dtype=torch.int64)
+latents, rope_keys = ops.read_latents(store.pages.data, layer.pages.planes, pages, 50)
 assert latents.shape == (50, 32) and rope_keys.shape == (50, 8)
 
 # %% [markdown]
@@ -202,16 +202,16 @@ assert keys.numel() + values.numel() == 50 * 8 * (16 + 16)  # unpacked numbers
 print(getsource(RawLatentPages.absorbed))
 
 request.num_scheduled = 1
-batch = batch_of(on_device(arrays_of([request], 16), store.pool.device), 16)
+batch = batch_of(on_device(arrays_of([request], 16), store.device), 16)
 batch = replace(batch, positions=batch.positions - 1)  # read the 50 tokens that are in the cache
-absorbed = layer.pages.absorbed(q, q_rope, store.pool, batch)[0]
+absorbed = layer.pages.absorbed(q, q_rope, store.pages.data, batch)[0]
 
 difference = (absorbed - by_hand).abs().max().item()
 print(f"largest difference {difference:.1e}, largest value {by_hand.abs().max():.3f}")
 assert difference < 1e-5 * max(1.0, by_hand.abs().max().item())
 request.num_scheduled = 0
 while llm.engine.has_work:
-    llm.engine.step()
+    llm.loop.step()
 
 # %% [markdown]
 # The same numbers, up to rounding in the last places of float32. In the absorbed form MLA looks to the kernel like MQA

@@ -143,9 +143,9 @@ def through(name: str) -> tuple[list[torch.Tensor], float, float]:
         store = CacheStore(layout, len(tokens) // PAGE, num_states=1 if layout.state_bytes else 0)
         pages = codec.pages(layout, 0, mixer.heads)
         batch = first_pages(torch.zeros(len(tokens), dtype=torch.int64), PAGE, store)
-        results.append(pages.attend(mixer.qkv(one.inputs), store.pool, store.states, batch))
+        results.append(pages.attend(mixer.qkv(one.inputs), store.pages.data, store.states.data, batch))
         if name != "raw":
-            stored = pages.vectors(store.pool, batch.page_tables[0].long())
+            stored = pages.vectors(store.pages.data, batch.page_tables[0].long())
             errors.append([relative_mse(x, by_token(s)) for x, s in zip(one.vectors, stored, strict=True)])
     k, v = (mean(side) for side in zip(*errors, strict=True)) if errors else (0.0, 0.0)
     return results, k, v

@@ -30,9 +30,9 @@ from nanokv import LLM, DisaggConfig, SamplingParams
 from nanokv.core.request import Request
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.dispatcher import MAX_ATTEMPTS, MAX_DEATHS, Dispatcher
+from nanokv.disagg.granted_cache import GrantedCache
 from nanokv.disagg.grants import prefill_message
 from nanokv.disagg.messages import AnyMessage, Message, Ping, encode, take_frames, unpack_ints
-from nanokv.disagg.pages import FixedPages
 from nanokv.disagg.process import LocalWorker
 
 folder = Path(tempfile.mkdtemp())
@@ -57,7 +57,7 @@ def drain(llm: LLM) -> dict[str, list[int]]:
     """Steps until no work is left. Returns the answers by name."""
     answers = {}
     while llm.engine.has_work:
-        answers |= {output.request_id: output.token_ids for output in llm.engine.step() if output.finished}
+        answers |= {output.request_id: output.token_ids for output in llm.loop.step() if output.finished}
     return answers
 
 
@@ -78,11 +78,11 @@ def rows_of(llm: LLM) -> list[int]:
 alone = engine("alone")
 alone.engine.add_request(request("Anna", 40, 16))
 for _ in range(4):
-    alone.engine.step()
+    alone.loop.step()
 ben_alone = request("Ben", 800, 4)
 alone.engine.add_request(ben_alone)
 while ben_alone.num_computed < 800:
-    alone.engine.step()
+    alone.loop.step()
 pages_alone = list(ben_alone.pages)[:50]
 expected = drain(alone)
 together = rows_of(alone)
@@ -117,7 +117,7 @@ Channel.send, Dispatcher._hear = tapped_send, tapped_hear
 
 
 def worker() -> LocalWorker:
-    return llm.engine.prefiller._places[0].peer
+    return llm.cluster.dispatcher.workers.slots[0].peer
 
 
 llm = engine("split", disagg=DisaggConfig(min_tokens=64, heartbeat_s=60))
@@ -125,16 +125,16 @@ assert llm.stats()["prefill_workers_ready"] == 1 and worker().pid != os.getpid()
 
 llm.engine.add_request(request("Anna", 40, 16))
 for _ in range(4):
-    llm.engine.step()
+    llm.loop.step()
 os.kill(worker().pid, signal.SIGSTOP)
 ben = request("Ben", 800, 4)
 llm.engine.add_request(ben)
 answers = {}
 while "Anna" not in answers:
-    answers |= {output.request_id: output.token_ids for output in llm.engine.step() if output.finished}
+    answers |= {output.request_id: output.token_ids for output in llm.loop.step() if output.finished}
 
 assert rows_of(llm) == [40] + [1] * 15
-assert llm.stats()["requests_remote"] == 1 and ben.is_remote and len(ben.pages) == 50
+assert llm.stats()["requests_remote"] == 1 and ben.in_transfer and len(ben.held.pages) == 50
 os.kill(worker().pid, signal.SIGCONT)
 answers |= drain(llm)
 apart = rows_of(llm)
@@ -170,7 +170,7 @@ kinds = [(way, type(message).__name__) for way, message in said]
 print(kinds)
 assert kinds == [("->", "Hello"), ("<-", "Hello"), ("->", "Prefill"), ("<-", "Done")]
 hello, _, prefill, done = (message for _, message in said)
-assert hello.memory.kind == "memfd" and hello.memory.num_bytes == llm.engine.store.pool.numel()
+assert hello.memory.kind == "memfd" and hello.memory.num_bytes == llm.engine.store.pages.data.numel()
 assert len(done.tokens) == 1 and done.tokens[0] == answers["Ben"][0]
 print(getsource(prefill_message))
 
@@ -189,7 +189,7 @@ assert len(prefill.tokens) + len(prefill.pages) == 4 * (800 + 50) == 3_400
 
 pages_apart = list(unpack_ints(prefill.pages))
 assert len(pages_apart) == len(pages_alone) == 50
-assert torch.equal(llm.engine.store.pool[pages_apart], alone.engine.store.pool[pages_alone])
+assert torch.equal(llm.engine.store.pages.data[pages_apart], alone.engine.store.pages.data[pages_alone])
 
 llama = 128 * 1024 * 16_384  # bytes of 16K tokens of Llama-3.1-8B, lesson 5
 assert llama == 2 * 2**30 and 4 * (16_384 + 16_384 // 16) == 68 * 1024
@@ -208,13 +208,13 @@ assert round(llama / 12.5e9, 2) == 0.17
 
 
 # %%
-def hand_over(name: str) -> Request:
+def transferred(name: str) -> Request:
     """A prompt of 640 tokens, transferred to a worker that is stopped."""
     os.kill(worker().pid, signal.SIGSTOP)
     handed = request(name, 640, 4)
     llm.engine.add_request(handed)
-    llm.engine.step()
-    assert handed.is_remote and len(handed.pages) == 40
+    llm.loop.step()
+    assert handed.in_transfer and len(handed.held.pages) == 40
     return handed
 
 
@@ -225,12 +225,12 @@ def wait_until(holds, work=lambda: time.sleep(0.01)) -> None:
         work()
 
 
-cleo = hand_over("Cleo")
-theirs = llm.engine.store.pool[list(cleo.pages)] * 0
-llm.engine.store.pool[list(cleo.pages)] = theirs
+cleo = transferred("Cleo")
+theirs = llm.engine.store.pages.data[list(cleo.held.pages)] * 0
+llm.engine.store.pages.data[list(cleo.held.pages)] = theirs
 steps = llm.stats()["steps"]
 os.kill(worker().pid, signal.SIGCONT)
-wait_until(lambda: llm.engine.store.pool[list(cleo.pages)].any())
+wait_until(lambda: llm.engine.store.pages.data[list(cleo.held.pages)].any())
 assert llm.stats()["steps"] == steps  # this process ran no step
 answers = drain(llm)
 
@@ -278,13 +278,13 @@ def note(label: str) -> None:
 
 llm.reset_prefix_cache()
 note("before")
-dora = hand_over("Dora")
+dora = transferred("Dora")
 note("lent")
 llm.engine.abort("Dora")
-llm.engine.step()
+llm.loop.step()
 note("she gives up")
 time.sleep(0.2)
-llm.engine.step()
+llm.loop.step()
 note("we wait")
 assert [one[1:] for one in story] == [(96, 0, 0), (56, 40, 0), (56, 40, 0), (56, 40, 0)]
 
@@ -326,7 +326,7 @@ assert victim is not worker()
 
 # %%
 wait_until(lambda: llm.stats()["prefill_workers_ready"] == 1, llm.engine.step)
-emil = hand_over("Emil")
+emil = transferred("Emil")
 note("lent again")
 os.kill(worker().pid, signal.SIGKILL)
 answers = drain(llm)
@@ -337,7 +337,7 @@ assert answers["Emil"] == drain(alone)["Emil"]
 counts = llm.stats()
 print({name: counts[name] for name in ("remote_prefills", "remote_lost", "worker_deaths", "stale_messages")})
 assert (counts["remote_prefills"], counts["remote_lost"], counts["worker_deaths"]) == (4, 1, 2)
-assert counts["preemptions"] == 1 and not emil.is_remote and emil.num_handed_over == 1
+assert counts["preemptions"] == 1 and not emil.in_transfer and emil.num_attempts == 1
 assert story[-1] == ("answered", 56, 0, 40) and counts["pages_locked"] == 0
 assert (MAX_ATTEMPTS, MAX_DEATHS) == (2, 3)
 
@@ -373,7 +373,7 @@ figures.save(figure, "09_two_processes-2")
 # decided already.
 
 # %%
-print(getsource(FixedPages.match), getsource(FixedPages.reserve), getsource(FixedPages.commit), sep="\n")
+print(getsource(GrantedCache.match), getsource(GrantedCache.reserve), getsource(GrantedCache.commit), sep="\n")
 
 # %% [markdown]
 # ## When is it worth it?
@@ -393,15 +393,15 @@ assert 0.020 * 10_000 == 200
 # 1. [`nanokv/disagg/messages.py`](../nanokv/disagg/messages.py): the protocol, all of it.
 # 2. [`nanokv/disagg/dispatcher.py`](../nanokv/disagg/dispatcher.py): the docstring, `_settle`, `_kill`, `_bury`.
 # 3. [`nanokv/disagg/process.py`](../nanokv/disagg/process.py): 70 lines to be sure that a process is dead.
-# 4. [`nanokv/disagg/memory.py`](../nanokv/disagg/memory.py): one pool, two processes.
-# 5. [`nanokv/disagg/prefiller.py`](../nanokv/disagg/prefiller.py), `_checked`: never trust a message.
+# 4. [`nanokv/disagg/shared_buffer.py`](../nanokv/disagg/shared_buffer.py): one pool, two processes.
+# 5. [`nanokv/disagg/prefill_loop.py`](../nanokv/disagg/prefill_loop.py), `_checked`: never trust a message.
 #
 # ## Exercises
 #
 # - `nanokv.disagg.messages.take_frames`: messages from a stream
-# - `nanokv.disagg.pages.FixedPages.match`: pages that the decode process has found
-# - `nanokv.disagg.pages.FixedPages.chunk`: stop where a checkpoint is needed
-# - `nanokv.disagg.pages.FixedPages.commit`: list the state copy that is due
+# - `nanokv.disagg.granted_cache.GrantedCache.match`: pages that the decode process has found
+# - `nanokv.disagg.granted_cache.GrantedCache.limit_chunk`: stop where a checkpoint is needed
+# - `nanokv.disagg.granted_cache.GrantedCache.commit`: list the state copy that is due
 #
 # ## What you can now explain
 #

@@ -97,11 +97,11 @@ def absorbed() -> dict:
     config = {**config, "eos_token_id": 2, "bos_token_id": 1}
     tokens = 4096
     decoder, store = one_layer(config, torch.bfloat16, tokens)
-    store.pool.view(torch.bfloat16).normal_()
+    store.pages.data.view(torch.bfloat16).normal_()
     mla, batch = decoder.layers[0].mixer, batch_of(tokens - 1, 1)
     heads, shape = mla.num_heads, mla.shape
     nope, rope = torch.randn(1, heads, shape.nope_dim), torch.randn(1, heads, shape.rope_dim)
-    given = nope, rope, store.pool, batch
+    given = nope, rope, store.pages.data, batch
     times = in_turns(lambda: mla.pages.absorbed(*given), lambda: mla.pages.expanded(*given), 15)
     shape_text = "16 heads, latent 512, bfloat16 pages, 4,096 tokens"
     return row("absorbed", shape_text, "absorbed decode", "expanding the whole cache", times, 20)

@@ -82,9 +82,9 @@ def a_lock_too_high():
 
     def tree_with_a_request():
         tree, blob = RadixTree(16), array("i", range(64)).tobytes()
-        node, _ = tree.match(blob)
+        node, _ = tree.match_prefix(blob)
         tree.lock(node)
-        node, _ = tree.extend(node, blob, array("i", range(4)))
+        node, _ = tree.insert(node, blob, array("i", range(4)))
         return tree, node
 
     wrong, node = tree_with_a_request()
@@ -118,13 +118,13 @@ def the_cliff():
         tree, found = RadixTree(1), 0
         for turn in range(sessions * rounds):
             blob = array("i", [turn % sessions]).tobytes()
-            if tree.length(blob):
+            if tree.prefix_length(blob):
                 found += 1
             elif tree.num_pages == room:
                 tree.evict(1)
-            node, _ = tree.match(blob)
+            node, _ = tree.match_prefix(blob)
             tree.lock(node)
-            end, _ = tree.extend(node, blob, array("i", [turn % sessions]))
+            end, _ = tree.insert(node, blob, array("i", [turn % sessions]))
             tree.unlock(end)
         return 100 * found / (sessions * (rounds - 1))
 

@@ -36,10 +36,10 @@ def identity():
     from nanokv.cache.radix import RadixTree
 
     tree, blob = RadixTree(16), array("i", range(64)).tobytes()
-    node, _ = tree.match(blob, "mine")
+    node, _ = tree.match_prefix(blob, "mine")
     tree.lock(node)
-    tree.extend(node, blob, array("i", range(4)))
-    return {"64": len(blob) // 4, "4": tree.length(blob, "mine"), "0": tree.length(blob, "yours")}
+    tree.insert(node, blob, array("i", range(4)))
+    return {"64": len(blob) // 4, "4": tree.prefix_length(blob, "mine"), "0": tree.prefix_length(blob, "yours")}
 
 
 @card(
@@ -62,12 +62,12 @@ def tree_or_table():
     from nanokv.cache.radix import RadixTree
 
     tree, tokens = RadixTree(16), array("i", range(64 * 16))
-    node, _ = tree.match(tokens.tobytes())
+    node, _ = tree.match_prefix(tokens.tobytes())
     tree.lock(node)
-    tree.extend(node, tokens.tobytes(), array("i", range(64)))
+    tree.insert(node, tokens.tobytes(), array("i", range(64)))
     before = [len(one.pages) for one in tree.nodes() if one.pages]
     other = tokens[: 40 * 16] + array("i", range(5000, 5000 + 24 * 16))
-    _, pages = tree.match(other.tobytes())
+    _, pages = tree.match_prefix(other.tobytes())
     return {"40": len(pages), "64": before[0], "1": len(before), "2": sum(bool(one.pages) for one in tree.nodes())}
 
 
@@ -92,12 +92,12 @@ def the_worst_case_of_lru():
         for conversation in range(9):
             blob = array("i", [conversation]).tobytes()
             turns += 1
-            hits += tree.length(blob)
-            if not tree.length(blob) and tree.num_pages == 8:
+            hits += tree.prefix_length(blob)
+            if not tree.prefix_length(blob) and tree.num_pages == 8:
                 tree.evict(1)
-            node, _ = tree.match(blob)
+            node, _ = tree.match_prefix(blob)
             tree.lock(node)
-            end, _ = tree.extend(node, blob, array("i", [conversation]))
+            end, _ = tree.insert(node, blob, array("i", [conversation]))
             tree.unlock(end)
     return {"90": turns, "0": hits, "63": 7 * (10 - 1), "7": 8 - 1}
 

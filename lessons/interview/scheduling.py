@@ -95,7 +95,7 @@ def whom_to_preempt():
     command="nanokv learn solution 04.6 --give-up",
 )
 def prefix_in_the_making():
-    from nanokv.engine.scheduler import MAX_PASSED_OVER, MIN_SHARED
+    from nanokv.engine.admission_policy import MAX_PASSED_OVER, MIN_SHARED
 
     return {
         "16,512": 8 * (2048 + 16),

@@ -7,7 +7,7 @@ from nanokv.bench.request import prefill_share
 from nanokv.core.request import Request, RequestMetrics, SamplingParams
 from nanokv.core.spec import LayerSpec, Plane
 from nanokv.engine import sampler
-from nanokv.engine.answer import Answer
+from nanokv.engine.text_stream import TextStream
 from nanokv.learn.expect import equal, near, random_of, tensor_of
 from nanokv.learn.patching import reference
 
@@ -64,7 +64,7 @@ def test_01_5_random_texts_of_two_letters():
     for _ in range(200):
         tokenizer = Pieces(random)
         stop = tuple("".join(random.choices("ab", k=random.randint(1, 5))) for _ in range(random.randint(0, 3)))
-        pair = Answer(tokenizer, stop), reference(Answer)(tokenizer, stop)
+        pair = TextStream(tokenizer, stop), reference(TextStream)(tokenizer, stop)
         first = random.randint(0, 3)
         for place in range(12):
             token = random.randrange(12)

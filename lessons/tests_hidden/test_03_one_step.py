@@ -7,7 +7,7 @@ import torch
 from nanokv.bench.measure import percentile
 from nanokv.cache.manager import CacheManager
 from nanokv.core.config import EngineConfig
-from nanokv.core.events import EventLog
+from nanokv.core.events import Events
 from nanokv.core.request import Request
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
 from nanokv.engine.inputs import arrays_of, num_logit_rows
@@ -40,9 +40,9 @@ def requests_of_a_step(random) -> list[Request]:
         request.tokens = array("i", request.prompt_token_ids)
         request.num_computed = random.randrange(length)
         request.num_scheduled = random.randint(1, length - request.num_computed)
-        request.pages = array("i", [pages.pop() for _ in range(-(-length // 4) + random.randint(0, 2))])
+        request.held.pages = array("i", [pages.pop() for _ in range(-(-length // 4) + random.randint(0, 2))])
         request.logit_blocks = [] if random.random() < 0.2 else None
-        request.state_id = number if has_states else None
+        request.held.state_id = number if has_states else None
         requests.append(request)
     return requests
 
@@ -70,7 +70,7 @@ def house(kind: type[Scheduler], random) -> list:
     num_pages = random.randint(6, 20)
     cache = CacheManager(layout, num_pages, prefix_cache=random.random() < 0.5)
     config = EngineConfig(page_size=4, max_step_tokens=random.randint(3, 24), max_requests=random.randint(1, 5))
-    scheduler, seen = kind(config, cache, EventLog(None)), []
+    scheduler, seen = kind(config, cache, Events()), []
     left = {}
     for number in range(random.randint(2, 8)):
         length = random.randint(1, 12)
@@ -80,7 +80,7 @@ def house(kind: type[Scheduler], random) -> list:
         scheduler.add(request)
     for _ in range(300):
         plan = scheduler.plan()
-        seen.append(([(r.request_id, r.num_scheduled) for r in plan.requests], plan.page_copies, plan.state_copies))
+        seen.append(([(r.request_id, r.num_scheduled) for r in plan.requests], plan.moves.pages, plan.moves.states))
         for request in list(plan.requests):
             request.advance()
             cache.commit(request)

@@ -4,7 +4,7 @@ from array import array
 
 from nanokv.cache.radix import Node, RadixTree
 from nanokv.core.request import Request
-from nanokv.engine.scheduler import _common_prefix
+from nanokv.engine.admission_policy import common_prefix
 from nanokv.learn.expect import equal, random_of
 from nanokv.learn.patching import reference
 
@@ -18,13 +18,13 @@ def history(kind: type[RadixTree], random) -> list:
         if verb == "hold":
             tokens = array("i", [random.randrange(2) for _ in range(size * random.randint(1, 8))])
             salt = random.choice([None, None, "a"])
-            seen.append(tree.length(tokens.tobytes(), salt))
-            node, pages = tree.match(tokens.tobytes(), salt)
+            seen.append(tree.prefix_length(tokens.tobytes(), salt))
+            node, pages = tree.match_prefix(tokens.tobytes(), salt)
             tree.lock(node)
             rest = len(tokens) // size - len(pages)
             own = array("i", range(made, made + rest))
             made += rest
-            end, standing = tree.extend(node, tokens[len(pages) * size :].tobytes(), own)
+            end, standing = tree.insert(node, tokens[len(pages) * size :].tobytes(), own)
             handles.append(end)
             seen += [list(pages), list(standing)]
         elif verb == "drop" and handles:
@@ -36,7 +36,7 @@ def history(kind: type[RadixTree], random) -> list:
             node = random.choice(handles)
             if node.parent is not None:
                 node.state = made
-        seen.append((tree.num_pages, tree.num_locked))
+        seen.append((tree.num_pages, tree.num_protected))
         tree.check(handles)
     return seen
 
@@ -94,7 +94,7 @@ def test_04_6_random_prompts():
             request.tokens = tokens
             pair.append(request)
         equal(
-            _common_prefix(*pair),
-            reference(_common_prefix)(*pair),
+            common_prefix(*pair),
+            reference(common_prefix)(*pair),
             f"tokens shared by prompts of {len(same)} equal ones",
         )

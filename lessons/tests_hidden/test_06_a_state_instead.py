@@ -133,10 +133,12 @@ def test_06_6_random_requests():
         request = Request([1])
         request.tokens = [1] * random.randint(1, 120)
         request.num_computed = random.randrange(len(request.tokens))
-        request.recurrence = Recurrence(0, wanted={size * random.randint(0, 8) for _ in range(random.randint(0, 3))})
+        request.held.recurrence = Recurrence(
+            0, wanted={size * random.randint(0, 8) for _ in range(random.randint(0, 3))}
+        )
         asked = random.randint(1, 80)
         got, expected = (
             kind(8, size, interval, RadixTree(size)).chunk(request, asked) for kind in (States, reference(States))
         )
-        what = f"tokens of {len(request.tokens)} from {request.num_computed}, wanted {request.recurrence.wanted}"
+        what = f"tokens of {len(request.tokens)} from {request.num_computed}, wanted {request.held.recurrence.wanted}"
         equal(got, expected, f"{what}, interval {interval}, pages of {size}, {asked} asked")

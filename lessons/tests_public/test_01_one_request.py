@@ -8,7 +8,7 @@ from nanokv.bench.request import prefill_share
 from nanokv.core.request import Request, RequestMetrics, SamplingParams
 from nanokv.core.spec import LayerSpec, Plane
 from nanokv.engine import sampler
-from nanokv.engine.answer import Answer
+from nanokv.engine.text_stream import TextStream
 from nanokv.learn.expect import equal, near
 
 
@@ -75,7 +75,7 @@ class Letters:
 
 def said(text: str, stop: tuple[str, ...], may_stop: bool = True) -> tuple[list[str], bool]:
     """The delta after each letter, and whether the answer stopped."""
-    answer, deltas = Answer(Letters(), stop), []
+    answer, deltas = TextStream(Letters(), stop), []
     for letter in text:
         answer.push(ord(letter), may_stop)
         deltas.append(answer.take_delta())
@@ -103,7 +103,7 @@ def test_01_5_an_incomplete_stop_text_is_shown_in_the_end():
 
 
 def test_01_5_the_earliest_of_several_stop_texts_counts():
-    answer = Answer(Letters(), ("ya", "xy"))
+    answer = TextStream(Letters(), ("ya", "xy"))
     answer._take("abxya", True)
     equal(answer.text, "ab", "the text of 'abxya' with the stop texts 'ya' and 'xy'")
 

@@ -118,28 +118,28 @@ def test_02_4_pages_may_come_from_a_generator():
 def numbered(num_pages: int) -> CacheStore:
     """A store whose page i holds the byte i."""
     store = CacheStore(layout_of(), num_pages)
-    store.pool[:] = torch.arange(num_pages, dtype=torch.uint8)[:, None]
+    store.pages.data[:] = torch.arange(num_pages, dtype=torch.uint8)[:, None]
     return store
 
 
 def test_02_5_a_page_is_copied_whole():
     store = numbered(4)
-    store.copy_pages([(2, 0)])
-    width = store.pool.shape[1]
+    store.pages.copy([(2, 0)])
+    width = store.pages.data.shape[1]
     expected = torch.tensor([2, 1, 2, 3], dtype=torch.uint8)[:, None].expand(4, width)
-    close(store.pool, expected, "the pool after copying page 2 over page 0", ("page", "byte"))
+    close(store.pages.data, expected, "the pool after copying page 2 over page 0", ("page", "byte"))
 
 
 def test_02_5_a_copy_sees_what_an_earlier_one_wrote():
     store = numbered(4)
-    store.copy_pages([(0, 1), (1, 2), (3, 0)])
-    equal(store.pool[:, 0].tolist(), [3, 0, 0, 3], "pages 0 to 3 after the copies 0 to 1, 1 to 2, 3 to 0")
+    store.pages.copy([(0, 1), (1, 2), (3, 0)])
+    equal(store.pages.data[:, 0].tolist(), [3, 0, 0, 3], "pages 0 to 3 after the copies 0 to 1, 1 to 2, 3 to 0")
 
 
 def test_02_5_a_source_may_be_overwritten_later():
     store = numbered(3)
-    store.copy_pages([(0, 2), (1, 0)])
-    equal(store.pool[:, 0].tolist(), [1, 1, 0], "pages 0 to 2 after the copies 0 to 2, 1 to 0")
+    store.pages.copy([(0, 2), (1, 0)])
+    equal(store.pages.data[:, 0].tolist(), [1, 1, 0], "pages 0 to 2 after the copies 0 to 2, 1 to 0")
 
 
 def sharing() -> tuple[CacheManager, list[Request]]:
@@ -148,21 +148,21 @@ def sharing() -> tuple[CacheManager, list[Request]]:
     pages = cache._pool.allocate(2)
     cache._pool.share(pages)
     for request in requests:
-        request.pages = array("i", pages)
+        request.held.pages = array("i", pages)
     return cache, requests
 
 
 def test_02_6_the_request_that_writes_gets_a_page_of_its_own():
     cache, (one, two) = sharing()
     cache._copy_on_write(two, 1)
-    equal(one.pages, [0, 1], "pages of the request that did not write")
-    equal(two.pages, [0, 2], "pages of the request that wrote: page 2 is the next free one")
+    equal(one.held.pages, [0, 1], "pages of the request that did not write")
+    equal(two.held.pages, [0, 2], "pages of the request that wrote: page 2 is the next free one")
 
 
 def test_02_6_the_copy_is_listed_and_counted():
     cache, (_, two) = sharing()
     cache._copy_on_write(two, 1)
-    equal(cache.take_copies(), [(1, 2)], "copies (from, to) before the step")
+    equal(cache.drain_moves().pages, [(1, 2)], "copies (from, to) before the step")
     equal(cache.stats()["copies"], 1, "stats()['copies']")
 
 

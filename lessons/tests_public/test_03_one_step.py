@@ -4,7 +4,7 @@ from array import array
 
 from nanokv.bench.measure import percentile
 from nanokv.core.config import EngineConfig
-from nanokv.core.events import EventLog
+from nanokv.core.events import Events
 from nanokv.core.request import Request
 from nanokv.engine.inputs import arrays_of, num_logit_rows
 from nanokv.engine.scheduler import Scheduler, StepPlan
@@ -15,7 +15,7 @@ def known(num_tokens: int, start: int = 0, computed: int = 0, scheduled: int = 0
     """A request whose tokens are start, start + 1, ..."""
     request = Request(list(range(start, start + num_tokens)))
     request.tokens, request.num_prompt = array("i", request.prompt_token_ids), num_tokens
-    request.num_computed, request.num_scheduled, request.pages = computed, scheduled, array("i", pages)
+    request.num_computed, request.num_scheduled, request.held.pages = computed, scheduled, array("i", pages)
     return request
 
 
@@ -40,18 +40,18 @@ class Pages:
         return 0
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
-        missing = max(0, self.pages_for(request.num_computed + num_tokens) - len(request.pages))
+        missing = max(0, self.pages_for(request.num_computed + num_tokens) - len(request.held.pages))
         if missing > len(self.free):
             return False
-        request.pages.extend([self.free.pop() for _ in range(missing)])
+        request.held.pages.extend([self.free.pop() for _ in range(missing)])
         return True
 
     def commit(self, request: Request, in_flight: int = 0) -> None:
         pass
 
     def release(self, request: Request) -> None:
-        self.free.extend(request.pages)
-        request.pages, request.num_computed = array("i"), 0
+        self.free.extend(request.held.pages)
+        request.held.pages, request.num_computed = array("i"), 0
 
     def chunk(self, request: Request, num_tokens: int) -> int:
         return num_tokens
@@ -59,12 +59,9 @@ class Pages:
     def expect(self, request: Request, position: int) -> bool:
         return True
 
-    def take_copies(self) -> list[tuple[int, int]]:
-        copies, self.copies = self.copies, []
-        return copies
-
-    def take_state_copies(self) -> list[tuple[int, int]]:
-        return []
+    def drain_moves(self) -> Moves:
+        moves, self.copies = Moves(self.copies), []
+        return moves
 
 
 class House:
@@ -72,7 +69,7 @@ class House:
 
     def __init__(self, num_pages: int, **config) -> None:
         self.cache = Pages(num_pages)
-        self.scheduler = Scheduler(EngineConfig(page_size=4, prefix_cache=False, **config), self.cache, EventLog(None))
+        self.scheduler = Scheduler(EngineConfig(page_size=4, prefix_cache=False, **config), self.cache, Events())
 
     def add(self, *requests: Request) -> None:
         for number, request in enumerate(requests):
@@ -139,7 +136,7 @@ def test_03_3_a_prefill_and_a_decode_in_one_step():
         "state_ids": [],
     }.items():
         equal(batch[name].tolist(), expected, name)
-    equal(batch["is_late"].tolist(), [False] * 7, "is_late")
+    equal(batch["is_in_flight"].tolist(), [False] * 7, "is_in_flight")
 
 
 def test_03_3_a_chunk_starts_where_the_last_one_ended():
@@ -153,7 +150,7 @@ def test_03_3_a_chunk_starts_where_the_last_one_ended():
 
 def test_03_3_dtypes_are_those_of_the_batch():
     request = known(4, computed=0, scheduled=4, pages=[0])
-    request.state_id = 3
+    request.held.state_id = 3
     batch = arrays_of([request], 4)
     for name in ("token_ids", "logit_rows"):
         equal(str(batch[name].dtype), "int64", f"dtype of {name}")
@@ -206,7 +203,7 @@ def test_03_5_with_enough_room_no_request_is_preempted():
     house, (one, _two) = running_house(4, 4, 4)
     equal(house.scheduler._make_room(one, 1, StepPlan()), True, "room was made")
     equal(len(house.scheduler.running), 2, "requests that still run")
-    equal(len(one.pages), 2, "pages of the request")
+    equal(len(one.held.pages), 2, "pages of the request")
 
 
 def test_03_5_the_newest_request_is_preempted_first():
@@ -266,5 +263,5 @@ def test_03_6_a_step_that_preempts_admits_no_request():
 def test_03_6_copies_of_pages_are_in_the_plan():
     house, (_one,) = running_house(8, 6)
     house.cache.copies = [(3, 5)]
-    equal(house.scheduler.plan().page_copies, [(3, 5)], "page_copies of the plan, when the cache lists 3 to 5")
+    equal(house.scheduler.plan().moves.pages, [(3, 5)], "moves.pages of the plan, when the cache lists 3 to 5")
     equal(house.cache.copies, [], "copies left in the cache after planning")

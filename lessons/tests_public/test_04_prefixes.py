@@ -4,7 +4,7 @@ from array import array
 
 from nanokv.cache.radix import Node, RadixTree
 from nanokv.core.request import Request
-from nanokv.engine.scheduler import _common_prefix
+from nanokv.engine.admission_policy import common_prefix
 from nanokv.learn.expect import equal
 
 PAGE = 4
@@ -26,7 +26,7 @@ def node_of(parent: Node | None, *names: int, first_page: int = 0) -> Node:
 def named(node: Node) -> list[int]:
     """The names of the pages of a node."""
     tokens = array("i")
-    tokens.frombytes(bytes(node.run))
+    tokens.frombytes(bytes(node.tokens))
     return list(tokens)[::PAGE]
 
 
@@ -87,19 +87,19 @@ def test_04_2_tokens_after_the_last_whole_page_find_nothing():
 def test_04_3_a_handle_counts_on_every_node_of_its_path():
     tree, root, upper, lower = family()
     tree.lock(lower)
-    equal([node.locks for node in (root, upper, lower)], [1, 1, 1], "locks of root, [1 2] and [3 4 5]")
+    equal([node.ref_count for node in (root, upper, lower)], [1, 1, 1], "locks of root, [1 2] and [3 4 5]")
     tree.lock(upper)
-    equal([node.locks for node in (root, upper, lower)], [2, 2, 1], "locks after another handle on [1 2]")
+    equal([node.ref_count for node in (root, upper, lower)], [2, 2, 1], "locks after another handle on [1 2]")
 
 
 def test_04_3_pages_are_counted_once_however_many_handles_hold_them():
     tree, _, upper, lower = family()
     tree.lock(upper)
-    equal(tree.num_locked, 2, "pages locked by a handle on [1 2]")
+    equal(tree.num_protected, 2, "pages locked by a handle on [1 2]")
     tree.lock(lower)
-    equal(tree.num_locked, 5, "pages locked after another one on [3 4 5]")
+    equal(tree.num_protected, 5, "pages locked after another one on [3 4 5]")
     tree.lock(lower)
-    equal(tree.num_locked, 5, "pages locked after one more there")
+    equal(tree.num_protected, 5, "pages locked after one more there")
 
 
 def test_04_4_the_upper_part_is_new_and_the_lower_keeps_its_identity():
@@ -126,9 +126,9 @@ def test_04_4_parents_and_children_know_each_other():
 
 def test_04_4_locks_and_use_hold_for_both_and_a_state_stays_below():
     tree, _, _, lower = family()
-    lower.locks, lower.last_use, lower.state = 3, 17, 8
+    lower.ref_count, lower.last_access, lower.state = 3, 17, 8
     above = tree._split(lower, 1)
-    equal((above.locks, above.last_use), (3, 17), "locks and last use of the upper part")
+    equal((above.ref_count, above.last_access), (3, 17), "locks and last use of the upper part")
     equal((above.state, lower.state), (None, 8), "states of the upper and the lower part")
 
 
@@ -155,7 +155,7 @@ def test_04_5_a_leaf_loses_pages_from_its_tail():
     tree = Planted()
     tree.plant(1, 2, 3)
     equal(tree.evict(2), [2, 1], "two pages evicted of the node with pages 0 1 2")
-    equal(list(tree.match(blob(1, 2, 3))[1]), [0], "pages found afterwards")
+    equal(list(tree.match_prefix(blob(1, 2, 3))[1]), [0], "pages found afterwards")
     equal(tree.num_pages, 1, "num_pages")
 
 
@@ -183,7 +183,7 @@ def test_04_5_a_parent_is_evicted_after_its_last_child():
     tree.plant(1, 3)
     equal(len(tree.evict(2)), 2, "pages evicted")
     tree.check([])
-    equal(list(tree.match(blob(1, 2))[1]), [0], "the shared page is still found")
+    equal(list(tree.match_prefix(blob(1, 2))[1]), [0], "the shared page is still found")
     equal(tree.evict(1), [0], "the last page to evict")
 
 
@@ -204,16 +204,16 @@ def prompt(*tokens: int) -> Request:
 
 def test_04_6_up_to_the_first_difference():
     same = list(range(50))
-    equal(_common_prefix(prompt(*same, 1, 2), prompt(*same, 9, 9, 9)), 50, "tokens shared, of 50 equal ones")
+    equal(common_prefix(prompt(*same, 1, 2), prompt(*same, 9, 9, 9)), 50, "tokens shared, of 50 equal ones")
 
 
 def test_04_6_one_token_is_left_to_compute():
     same = list(range(50))
-    equal(_common_prefix(prompt(*same), prompt(*same, 1)), 49, "tokens shared by a prompt of 50 and a longer one")
-    equal(_common_prefix(prompt(*same), prompt(*same)), 49, "tokens shared by two equal prompts of 50")
-    equal(_common_prefix(prompt(*same, 7), prompt(*same)), 50, "tokens shared by a prompt of 51 and its beginning")
+    equal(common_prefix(prompt(*same), prompt(*same, 1)), 49, "tokens shared by a prompt of 50 and a longer one")
+    equal(common_prefix(prompt(*same), prompt(*same)), 49, "tokens shared by two equal prompts of 50")
+    equal(common_prefix(prompt(*same, 7), prompt(*same)), 50, "tokens shared by a prompt of 51 and its beginning")
 
 
 def test_04_6_a_short_common_beginning_counts_as_none():
     same = list(range(20))
-    equal(_common_prefix(prompt(*same, *[1] * 20), prompt(*same, *[2] * 20)), 0, "20 equal tokens, less than 32")
+    equal(common_prefix(prompt(*same, *[1] * 20), prompt(*same, *[2] * 20)), 0, "20 equal tokens, less than 32")

@@ -219,7 +219,7 @@ def test_06_5_state_0_is_a_state():
 def running(num_tokens: int, computed: int, wanted: set[int]) -> Request:
     request = Request([1])
     request.tokens = [1] * num_tokens
-    request.num_computed, request.recurrence = computed, Recurrence(0, wanted=wanted)
+    request.num_computed, request.held.recurrence = computed, Recurrence(0, wanted=wanted)
     return request
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from nanokv.cache.contract import Moves
 from nanokv.core.errors import CacheError
-from nanokv.core.request import Holding, Request
+from nanokv.core.request import Request
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class GrantedCache:
     def match(self, request: Request) -> int:
         """Hands the given pages and state to the request, computed and cached up to the given length; returns that."""
         given = self._given[request]
-        request.held = Holding(given.pages, state_id=given.state, num_cached=given.cached_length)
-        request.num_computed = given.cached_length
+        request.held.pages, request.held.state_id = given.pages, given.state
+        request.num_computed = request.held.num_cached = given.cached_length
         return request.num_computed
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
