@@ -3,6 +3,7 @@
 from array import array
 
 from nanokv.bench.measure import percentile
+from nanokv.cache.contract import Moves
 from nanokv.core.config import EngineConfig
 from nanokv.core.events import Events
 from nanokv.core.request import Request
@@ -53,10 +54,10 @@ class Pages:
         self.free.extend(request.held.pages)
         request.held.pages, request.num_computed = array("i"), 0
 
-    def chunk(self, request: Request, num_tokens: int) -> int:
+    def limit_chunk(self, request: Request, num_tokens: int) -> int:
         return num_tokens
 
-    def expect(self, request: Request, position: int) -> bool:
+    def request_checkpoint(self, request: Request, position: int) -> bool:
         return True
 
     def drain_moves(self) -> Moves:
