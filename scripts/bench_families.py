@@ -33,9 +33,9 @@ from nanokv.codecs import RawCodec
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
 from nanokv.hub.catalog import CATALOG
-from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Decoder
 from nanokv.models.loader import load_model
+from nanokv.models.read import read_config
 
 JSON = Path(__file__).resolve().parents[1] / "docs/benchmarks/families.json"
 PAGE = 16
@@ -67,7 +67,7 @@ def row(name: str, shape: str, ours: str, theirs: str, times: tuple[list[float],
 
 def one_layer(config: dict, dtype: torch.dtype, tokens: int, folder: Path | None = None) -> tuple[Decoder, CacheStore]:
     """A model of these fields (dummy weights without a folder), bound to a store for one request of `tokens`."""
-    model, codec = ModelConfig.from_dict(config), RawCodec(dtype)
+    model, codec = read_config(config), RawCodec(dtype)
     load = "auto" if folder is not None else "dummy"
     decoder = load_model(folder or ".", model, dtype, "cpu", codec, PAGE, load=load)
     layout = PageLayout(decoder.specs, PAGE)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from nanokv.codecs import RawCodec
 from nanokv.core.errors import CheckpointError
-from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
+from nanokv.models.read import read_folder
 from nanokv.models.weights import BANK, dummy
 
 PROMPT = oracles.prompt(20)
@@ -28,7 +28,7 @@ def one_thread():
 
 
 def load(folder, dtype=torch.float32, config=None, **options):
-    config = config or ModelConfig.from_folder(folder)
+    config = config or read_folder(folder)
     return load_model(folder, config, dtype, "cpu", RawCodec(dtype), page_size=16, **options)
 
 
@@ -112,7 +112,7 @@ def test_everything_that_does_not_fit_is_named_at_once(edit):
 
 
 def test_a_long_list_is_folded_by_layers_and_names_all(checkpoints):
-    config = replace(ModelConfig.from_folder(checkpoints[False]), num_layers=6, layer_types=("full_attention",) * 6)
+    config = replace(read_folder(checkpoints[False]), num_layers=6, layer_types=("full_attention",) * 6)
     with pytest.raises(CheckpointError) as error:
         load(checkpoints[False], config=config)
     for name in ("self_attn.q_proj", "mlp.down_proj", "input_layernorm"):
@@ -165,7 +165,7 @@ def test_a_folder_without_weights_is_refused(checkpoints, edit):
         save_file({"x": torch.zeros(1)}, folder / f"{name}.safetensors")
     refused(folder, "2 files and no model.safetensors.index.json")
     with pytest.raises(CheckpointError, match="not a folder"):
-        load(folder / "config.json", config=ModelConfig.from_folder(folder))
+        load(folder / "config.json", config=read_folder(folder))
 
 
 def test_weights_are_converted_to_the_dtype_asked_for(checkpoints):
@@ -176,7 +176,7 @@ def test_weights_are_converted_to_the_dtype_asked_for(checkpoints):
 
 
 def test_dummy_weights_need_no_files_and_follow_the_seed(checkpoints, tmp_path):
-    config = ModelConfig.from_folder(checkpoints[True])
+    config = read_folder(checkpoints[True])
     first, again, other = (logits(tmp_path / "nowhere", config=config, load="dummy", seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.isfinite().all() and first.std() > 0

@@ -138,15 +138,15 @@ def measure(model: str, dtype: str, codec: str, page_size: int) -> CacheSize:
 
 def _config(model: str) -> tuple[ModelConfig, CatalogEntry | None]:
     """A model's config, and where the catalog has it from if it is the catalog's."""
-    from nanokv.models.config import ModelConfig
     from nanokv.models.fields import read_json
+    from nanokv.models.read import read_config, read_folder
 
     path = Path(model).expanduser()
     if path.is_file():
-        return ModelConfig.from_dict(read_json(path)), None
+        return read_config(read_json(path)), None
     if model in CATALOG and not path.is_dir():
-        return ModelConfig.from_dict(CATALOG[model].config), CATALOG[model]
-    return ModelConfig.from_folder(resolve_model(model, known=(*CATALOG, *SHIPPED))), None
+        return read_config(CATALOG[model].config), CATALOG[model]
+    return read_folder(resolve_model(model, known=(*CATALOG, *SHIPPED))), None
 
 
 def row(one: CacheSize, tokens: int, memory: int) -> dict[str, Any]:

@@ -32,9 +32,9 @@ from nanokv.disagg.memory import map_pool
 from nanokv.disagg.messages import VERSION, Abort, Failed, Hello, Message, Ping, Prefill, ProtocolError
 from nanokv.disagg.prefiller import PrefillLoop
 from nanokv.engine.probe import run_small_step
-from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Decoder
 from nanokv.models.loader import load_model
+from nanokv.models.read import read_folder
 
 logger = logging.getLogger("nanokv")
 
@@ -56,7 +56,7 @@ class Model:
     def __init__(self, folder: Path, config: EngineConfig, device: str, dtype: str) -> None:
         self.config = config
         self.device = torch.device(device)
-        described = ModelConfig.from_folder(folder)
+        described = read_folder(folder)
         kind = getattr(torch, dtype)
         self.decoder: Decoder = load_model(
             folder, described, dtype=kind, device=self.device, codec=codec_of(config, kind, described.attention_layers),

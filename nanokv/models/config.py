@@ -1,13 +1,11 @@
-"""ModelConfig: what a model is, for every family in one vocabulary. Knows names and numbers, no tensors and no JSON.
+"""ModelConfig: the shape of a model, for every family in one vocabulary. Knows names and numbers, no tensors, no JSON.
 
-The name in config.json stands beside each field where it differs; models/read.py reads the files.
+The docstring of a field gives its name in config.json where that differs. models/read.py reads the file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from nanokv.layers.deltanet import DeltaConfig
 from nanokv.layers.mla import MLAConfig
@@ -44,9 +42,9 @@ class MoEConfig:
     """topk_group: ... of which there are this many."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What a model is, in nanokv's words."""
+    """The shape of a model. A field with a default is a feature that a plain decoder lacks."""
 
     family: str
     """model_type: which module builds it, see nanokv.models.FAMILIES."""
@@ -64,11 +62,11 @@ class ModelConfig:
     """num_key_value_heads: heads of k and v, each shared by num_heads / num_kv_heads query heads."""
     head_dim: int
     """Width of a head; hidden_size / num_heads where the file does not say. With MLA: of its query and key."""
-    qk_norm: bool
+    qk_norm: bool = False
     """Whether each head of q and k is normalised before its rotation."""
-    output_gate: bool
+    output_gate: bool = False
     """Whether the result of attention is multiplied with the sigmoid of a projection of its input."""
-    norm_offset: float
+    norm_offset: float = 0.0
     """What is added to the weights of the norms: 1 where they are stored around zero."""
     norm_eps: float
     """rms_norm_eps"""
@@ -83,9 +81,9 @@ class ModelConfig:
     """Whether q, k, v and o have one."""
     mlp_bias: bool
     """Whether gate, up and down have one."""
-    mla: MLAConfig | None
-    moe: MoEConfig | None
-    delta: DeltaConfig | None
+    mla: MLAConfig | None = None
+    moe: MoEConfig | None = None
+    delta: DeltaConfig | None = None
     num_extra_layers: int
     """num_nextn_predict_layers: layers behind the last that predict further tokens; they are not loaded."""
     eos_token_ids: tuple[int, ...]
@@ -93,20 +91,6 @@ class ModelConfig:
     bos_token_id: int | None
     dtype: str | None
     """The checkpoint's own: "float32", "bfloat16", "float16", or None where the file does not say."""
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> ModelConfig:
-        """Reads config.json and, for eos ids, generation_config.json. Raises CheckpointError naming file and field."""
-        from nanokv.models.read import read_folder
-
-        return read_folder(Path(folder))
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """Reads the content of a config.json. Raises CheckpointError naming the family or the field."""
-        from nanokv.models.read import read_config
-
-        return read_config(data, "config.json")
 
     @property
     def attention_layers(self) -> list[int]:

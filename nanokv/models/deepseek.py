@@ -6,20 +6,95 @@ kv_b_proj holds for each head the rows that expand the latent to a key (W_UK), t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from nanokv.codecs import Codec
 from nanokv.kernels import ops
 from nanokv.layers.linear import Linear
-from nanokv.layers.mla import MLA
+from nanokv.layers.mla import MLA, MLAConfig
 from nanokv.layers.norm import RMSNorm
-from nanokv.models import parts
-from nanokv.models.config import ModelConfig
+from nanokv.models import parts, shared_fields
+from nanokv.models.config import ModelConfig, MoEConfig
 from nanokv.models.decoder import Decoder
+from nanokv.models.fields import Fields
 from nanokv.models.weights import Weights, join
 
 NORM_EPS = 1e-6
 """Of the norms inside the projections; the released code does not take it from the config."""
+
+
+def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
+    """The config of a model, from its config.json and the fields that all families share.
+
+    Raises CheckpointError naming the field.
+    """
+    v3, num_layers = common["family"] == "deepseek_v3", common["num_layers"]
+    if common["num_kv_heads"] != common["num_heads"]:
+        raise fields.error("num_key_value_heads", "expected num_attention_heads: keys come out of the latent")
+    if common["attention_bias"]:
+        raise fields.error("attention_bias", "only false is supported in this family")
+    mla = MLAConfig(
+        q_rank=fields.integer("q_lora_rank", default=0, least=0) or None,
+        kv_rank=fields.integer("kv_lora_rank"),
+        nope_dim=fields.integer("qk_nope_head_dim"),
+        rope_dim=fields.integer("qk_rope_head_dim"),
+        value_dim=fields.integer("v_head_dim"),
+        interleaved=not v3 or fields.flag("rope_interleave", default=True),
+    )
+    head_dim = mla.nope_dim + mla.rope_dim
+    moe = _experts(fields, num_layers, v3)
+    return ModelConfig(
+        **common,
+        head_dim=head_dim,
+        rope=shared_fields.rope(fields, mla.rope_dim),
+        softmax_scale=head_dim**-0.5 * _score_factor(fields),
+        intermediate_size=shared_fields.intermediate_size(fields, moe),
+        layer_types=shared_fields.layer_types(fields, num_layers),
+        mla=mla,
+        moe=moe,
+    )
+
+
+def _experts(fields: Fields, num_layers: int, v3: bool) -> MoEConfig | None:
+    """V2 scores experts with a softmax, V3 with sigmoids; both may choose from the best groups of experts only."""
+    first, step = fields.integer("first_k_dense_replace", default=0, least=0), fields.integer("moe_layer_freq", 1)
+    layers = tuple(i >= first and i % step == 0 for i in range(num_layers))
+    if not any(layers):
+        return None
+    method = "noaux_tc" if v3 else fields.choice("topk_method", "greedy", ("greedy", "group_limited_greedy"))
+    grouped = method != "greedy"
+    num_experts, per_token = fields.integer("n_routed_experts"), fields.integer("num_experts_per_tok")
+    num_groups = fields.integer("n_group") if grouped else 1
+    top_groups = fields.integer("topk_group") if grouped else 1
+    if num_experts % num_groups or top_groups > num_groups:
+        raise fields.error("n_group", f"does not divide {num_experts} experts into groups of which {top_groups} stay")
+    if per_token > num_experts // num_groups * top_groups:
+        raise fields.error("num_experts_per_tok", "more than the groups that stay have experts")
+    scoring = "sigmoid" if v3 else "softmax"
+    width = fields.integer("moe_intermediate_size")
+    return MoEConfig(
+        num_experts=num_experts,
+        per_token=per_token,
+        width=width,
+        shared_width=width * fields.integer("n_shared_experts", default=0, least=0),
+        shared_gate=False,
+        layers=layers,
+        scoring=fields.choice("scoring_func", scoring, (scoring,)),
+        normalise=v3 and fields.flag("norm_topk_prob", default=True),  # transformers does not normalise in V2
+        scale=fields.number("routed_scaling_factor", default=1.0),
+        num_groups=num_groups,
+        top_groups=top_groups,
+    )
+
+
+def _score_factor(fields: Fields) -> float:
+    """The factor of the scale of scores where YaRN stretches the positions."""
+    scaling = shared_fields.rope_scaling(fields)
+    if shared_fields.rope_kind(scaling) == "default" or not scaling.get("mscale_all_dim"):
+        return 1.0
+    return shared_fields.yarn_mscale(scaling.number("factor"), scaling.number("mscale_all_dim")) ** 2
 
 
 def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:

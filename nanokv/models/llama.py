@@ -5,14 +5,40 @@ Grouped-query attention in every layer. Qwen3 normalises each head of q and k, Q
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from nanokv.codecs import Codec
 from nanokv.layers.attention import Attention
-from nanokv.models import parts
+from nanokv.models import parts, shared_fields
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Decoder
+from nanokv.models.fields import Fields
 from nanokv.models.weights import Weights
+
+
+def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
+    """The config of a model, from its config.json and the fields that all families share.
+
+    Raises CheckpointError naming the field.
+    """
+    family, num_layers = common["family"], common["num_layers"]
+    moe = None
+    if family == "qwen3_moe":
+        normalise = fields.flag("norm_topk_prob", default=False)
+        moe = shared_fields.softmax_experts(fields, num_layers, shared=False, normalise=normalise)
+    head_dim = shared_fields.head_dim(fields, common["hidden_size"], common["num_heads"])
+    return ModelConfig(
+        **common,
+        head_dim=head_dim,
+        qk_norm=family != "llama",
+        rope=shared_fields.rope(fields, head_dim),
+        softmax_scale=head_dim**-0.5,
+        intermediate_size=shared_fields.intermediate_size(fields, moe),
+        layer_types=shared_fields.layer_types(fields, num_layers),
+        moe=moe,
+    )
 
 
 def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
