@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from nanokv.core.errors import PullError
 from nanokv.hub.catalog import CATALOG
-from nanokv.hub.gguf import GGUFFile, convert, read_config, undo_permutation
+from nanokv.hub.gguf import convert, read_config, undo_permutation
+from nanokv.hub.gguf_file import GGUFFile
 
 
 def silent(stage, done, total):

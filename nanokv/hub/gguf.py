@@ -15,63 +15,12 @@ import numpy as np
 
 from nanokv.core.errors import PullError
 from nanokv.hub.folder import write_json
+from nanokv.hub.gguf_file import GGUFFile
 from nanokv.hub.gguf_tokenizer import build_tokenizer
 
 SUPPORTED = ("llama",)
 Progress = Callable[[str, int, int | None], None]
 """Called with (what is being done, units done, units in all or None)."""
-
-
-class GGUFFile:
-    """The metadata and tensors of one GGUF file. Raises PullError, one line, for anything unreadable.
-
-    path   the file; its data stay on disk until a tensor is asked for
-    """
-
-    def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                if file.read(4) != b"GGUF":
-                    raise PullError(f"{path}: not a GGUF file")
-            reader = GGUFReader(path)
-        except OSError as error:
-            raise PullError(f"{path}: {error.strerror or error}") from error
-        except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-            raise PullError(f"{path}: truncated or damaged GGUF file ({error})".replace("\n", " ")) from error
-        self._fields = reader.fields
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        field = self._fields.get(key)
-        return default if field is None else field.contents()
-
-    def require(self, key: str) -> Any:
-        """The value of a key. Raises PullError naming it where the file lacks it."""
-        value = self.get(key)
-        if value is None:
-            raise PullError(f"{self.path}: the key {key} is missing")
-        return value
-
-    @property
-    def tensor_names(self) -> set[str]:
-        return set(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Rows first, as checkpoints list it."""
-        return tuple(int(n) for n in reversed(self._tensors[name].shape))
-
-    def tensor(self, name: str) -> np.ndarray:
-        """float32, dequantised, in the file's row order."""
-        from gguf.quants import dequantize
-
-        tensor = self._tensors[name]
-        try:
-            return dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
-        except (NotImplementedError, ValueError) as error:
-            raise PullError(f"{self.path}: cannot read {name} ({tensor.tensor_type.name}): {error}") from error
 
 
 def undo_permutation(weight: np.ndarray, num_heads: int) -> np.ndarray:

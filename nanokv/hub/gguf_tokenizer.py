@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nanokv.core.errors import PullError
+from nanokv.hub.gguf_file import GGUFFile
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-    from nanokv.hub.gguf import GGUFFile
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
