@@ -27,12 +27,12 @@ from nanokv.core.errors import NanokvError
 from nanokv.core.spec import PageLayout
 from nanokv.disagg.channel import Channel, wait
 from nanokv.disagg.config import LONGEST_S
-from nanokv.disagg.digest import digest_of
 from nanokv.disagg.memory import map_pool
 from nanokv.disagg.messages import VERSION, Abort, Failed, Hello, Message, Ping, Prefill, ProtocolError
 from nanokv.disagg.prefiller import PrefillLoop
 from nanokv.engine.probe import run_small_step
 from nanokv.models.decoder import Decoder
+from nanokv.models.identity import model_identity
 from nanokv.models.loader import load_model
 from nanokv.models.read import read_folder
 
@@ -65,7 +65,7 @@ class Model:
         self.layout = PageLayout(self.decoder.specs, config.page_size)
         self.decoder.bind(self.layout)
         run_small_step(self.decoder, self.layout, self.device)
-        self.digest = digest_of(folder, described, config, dtype, self.layout)
+        self.digest = model_identity(folder, described, config, dtype, self.layout, VERSION)
 
 
 def refusal(hello: Hello, digest: str) -> str | None:
