@@ -66,7 +66,6 @@ def test_a_hub_file_of_transformers_4_is_read():
         num_kv_heads=3,
         head_dim=64,
         qk_norm=False,
-        output_gate=False,
         norm_offset=0.0,
         norm_eps=1e-5,
         rope=RopeConfig(64, 100000.0),

@@ -1,7 +1,7 @@
-"""DeepSeek-V2 and V3 (DeepSeek-AI 2024): multi-head latent attention, and experts behind a few dense layers.
+"""DeepSeek-V2 and V3 (DeepSeek-AI 2024): multi-head latent attention, and mixtures of experts after a few dense layers.
 
-kv_b_proj holds for each head the rows that expand the latent to a key (W_UK), then those that expand it to a value
-(W_UV). They are packed twice: head by head for absorbed attention, and whole for expanding (layers/mla.py).
+kv_b_proj holds for each head the rows that expand the latent to a key (W_UK), then the rows that expand it to a value
+(W_UV). They are packed twice: head by head for absorbed attention, and whole for expanded attention (layers/mla.py).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from nanokv.models.fields import Fields
 from nanokv.models.weights import Weights, join
 
 NORM_EPS = 1e-6
-"""Of the norms inside the projections; the released code does not take it from the config."""
+"""Of the norms inside the projections. The released code does not read it from the config."""
 
 
 def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
-    """The config of a model, from its config.json and the fields that all families share.
+    """What config.json says of the model, beside the fields that are `common` to all families.
 
     Raises CheckpointError naming the field.
     """
@@ -58,13 +58,12 @@ def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
 
 
 def _experts(fields: Fields, num_layers: int, v3: bool) -> MoEConfig | None:
-    """V2 scores experts with a softmax, V3 with sigmoids; both may choose from the best groups of experts only."""
+    """The mixture of experts: V2 scores with a softmax, V3 with sigmoids; both may choose from the best groups only."""
     first, step = fields.integer("first_k_dense_replace", default=0, least=0), fields.integer("moe_layer_freq", 1)
     layers = tuple(i >= first and i % step == 0 for i in range(num_layers))
     if not any(layers):
         return None
-    method = "noaux_tc" if v3 else fields.choice("topk_method", "greedy", ("greedy", "group_limited_greedy"))
-    grouped = method != "greedy"
+    grouped = v3 or fields.choice("topk_method", "greedy", ("greedy", "group_limited_greedy")) != "greedy"
     num_experts, per_token = fields.integer("n_routed_experts"), fields.integer("num_experts_per_tok")
     num_groups = fields.integer("n_group") if grouped else 1
     top_groups = fields.integer("topk_group") if grouped else 1
@@ -90,7 +89,7 @@ def _experts(fields: Fields, num_layers: int, v3: bool) -> MoEConfig | None:
 
 
 def _score_factor(fields: Fields) -> float:
-    """The factor of the scale of scores where YaRN stretches the positions."""
+    """Multiplies the scale of the scores: above 1 where YaRN scales the positions."""
     scaling = shared_fields.rope_scaling(fields)
     if shared_fields.rope_kind(scaling) == "default" or not scaling.get("mscale_all_dim"):
         return 1.0
@@ -140,16 +139,16 @@ def _attention(weights: Weights, at: str, config: ModelConfig, codec: Codec, cos
 
 
 def _by_part(q: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Rows of all heads without positions, then rows of all heads with, instead of head by head."""
+    """The rows of q by part: the part without positions of all heads, then the rotated part of all heads."""
     mla, columns = config.mla, q.shape[1]
     nope, rope = q.view(config.num_heads, -1, columns).split((mla.nope_dim, mla.rope_dim), dim=1)
     return join([nope.reshape(-1, columns), _halves(rope, config).reshape(-1, columns)])
 
 
 def _halves(rope: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Rotated rows [..., rope_dim, in], pairs (0, 1), (2, 3), ... put as (0, n/2), (1, n/2 + 1), ...
+    """Rotated rows [..., rope_dim, in], reordered: pairs (0, 1), (2, 3), ... become (0, n/2), (1, n/2 + 1), ...
 
-    Queries and keys are permuted alike, so their products stay what they were.
+    Queries and keys are permuted alike, so their products do not change.
     """
     if not config.mla.interleaved:
         return rope

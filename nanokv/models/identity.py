@@ -1,7 +1,7 @@
 """model_identity: one digest over everything that shapes the bytes of a page. Equal digests: pages can be exchanged.
 
 Weights are sampled, because reading all of them would double the start of a large model: the name and the size of each
-file, and 64 blocks of 1 MiB spread over it, its header among them. That tells apart other models, other quantizations,
+file, and 64 blocks of 1 MiB spread over it, its header among them. That tells apart other models, other quantisations,
 other fine-tunings and truncated files; it is no defence against a forged file. The means of keys (center_keys) are
 measured by an engine and not covered: pages made with them cannot be exchanged.
 """

@@ -1,6 +1,7 @@
 """Llama (Touvron et al. 2023; SmolLM2, TinyLlama, Llama 2 and 3), Qwen3 and Qwen3-MoE (Yang et al. 2025).
 
-Grouped-query attention in every layer. Qwen3 normalises each head of q and k, Qwen3-MoE has experts for feed-forward.
+Grouped-query attention in every layer. Qwen3 normalises each head of q and k; Qwen3-MoE also replaces the feed-forward
+layers by mixtures of experts.
 """
 
 from __future__ import annotations
@@ -19,15 +20,12 @@ from nanokv.models.weights import Weights
 
 
 def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
-    """The config of a model, from its config.json and the fields that all families share.
+    """What config.json says of the model, beside the fields that are `common` to all families.
 
     Raises CheckpointError naming the field.
     """
     family, num_layers = common["family"], common["num_layers"]
-    moe = None
-    if family == "qwen3_moe":
-        normalise = fields.flag("norm_topk_prob", default=False)
-        moe = shared_fields.softmax_experts(fields, num_layers, shared=False, normalise=normalise)
+    moe = shared_fields.softmax_experts(fields, num_layers, shared=False) if family == "qwen3_moe" else None
     head_dim = shared_fields.head_dim(fields, common["hidden_size"], common["num_heads"])
     return ModelConfig(
         **common,

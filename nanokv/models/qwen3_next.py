@@ -1,6 +1,6 @@
-"""Qwen3-Next and Qwen3.5: three layers of Gated DeltaNet, then one of gated attention, over and over.
+"""Qwen3-Next and Qwen3.5: three layers of Gated DeltaNet, then one of gated attention, repeated.
 
-Attention here normalises q and k, turns a part of each head only, and multiplies its result with a sigmoid gate. The
+Attention here normalises q and k, rotates only a part of each head, and multiplies its result with a sigmoid gate. The
 two generations store the projections of Gated DeltaNet in different ways; both become one product, [q | k | v | z | b |
 a]. Sources: Yang et al. 2024 (Gated DeltaNet); the model code of transformers.
 """
@@ -26,23 +26,19 @@ DENSE = ("qwen3_5", "qwen3_5_text")
 
 
 def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
-    """The config of a model, from its config.json and the fields that all families share.
+    """What config.json says of the model, beside the fields that are `common` to all families.
 
     Raises CheckpointError naming the field.
     """
     family, num_layers = common["family"], common["num_layers"]
     if common["attention_bias"]:
         raise fields.error("attention_bias", "only false is supported in this family")
-    moe = None
-    if family not in DENSE:
-        normalise = family != NEXT or fields.flag("norm_topk_prob", default=False)
-        moe = shared_fields.softmax_experts(fields, num_layers, shared=True, normalise=normalise)
+    moe = None if family in DENSE else shared_fields.softmax_experts(fields, num_layers, True, normalise=family != NEXT)
     head_dim = shared_fields.head_dim(fields, common["hidden_size"], common["num_heads"])
     return ModelConfig(
         **common,
         head_dim=head_dim,
         qk_norm=True,
-        output_gate=True,
         norm_offset=1.0,
         rope=shared_fields.rope(fields, head_dim, default_part=0.25),
         softmax_scale=head_dim**-0.5,
@@ -88,7 +84,7 @@ def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -
 
 
 def _query_and_gate(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
-    """q_proj holds query and gate of the first head, then of the second, ...: here all queries, then all gates."""
+    """q_proj with the rows of all queries, then of all gates; it stores query and gate of one head after the other."""
     heads, head_dim, width = config.num_heads, config.head_dim, config.hidden_size
     stored = weights.matrix(f"{at}.q_proj.weight", heads * 2 * head_dim, width)
     return stored.view(heads, 2, head_dim, width).transpose(0, 1).reshape(-1, width)

@@ -2,7 +2,7 @@
 
 Reads the files of transformers 4 (rope_theta and rope_scaling, torch_dtype) and 5 (rope_parameters, dtype), and the
 text part of vision-language models. A field that shapes a tensor has no default: a file without it is refused, not
-guessed at. Knows JSON and no tensors; which family differs in what stands in the family's module.
+guessed at. Knows JSON and what all families share, no tensors.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ def read_config(data: dict[str, Any], where: str = "config.json", more_eos: Any 
     top = Fields(data, where)
     family = _family(top)
     for part in (top, top.inside("text_config")):
-        if part.get("quantization_config") is not None:
-            method = part.get("quantization_config")
+        if (method := part.get("quantization_config")) is not None:
             method = method.get("quant_method", method) if isinstance(method, dict) else method
             raise part.error("quantization_config", f"{method!r} weights are not supported; use the plain checkpoint")
     fields = top.inside("text_config") if top.get("text_config") is not None else top
@@ -59,7 +58,7 @@ def read_config(data: dict[str, Any], where: str = "config.json", more_eos: Any 
 
 
 def _family(fields: Fields) -> str:
-    """The model_type, if both it and the architecture are known and belong together."""
+    """The model_type. Raises CheckpointError unless it is known and the architecture belongs to it."""
     model_type = fields.get("model_type")
     architectures = fields.get("architectures", [])
     known = ", ".join(f"{name} ({architecture})" for name, (architecture, _) in FAMILIES.items())

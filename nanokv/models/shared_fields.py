@@ -1,6 +1,6 @@
-"""Fields of config.json that several families have: the width of a head, kinds of layers, positions, experts.
+"""Fields of config.json that several families have: width of a head, layer types, rotary positions, experts.
 
-The modules of the families call these functions from their `read`, and say by arguments what differs. Asks for no
+The `read` of a family calls these functions; their arguments are the differences between families. They know no
 family's name.
 """
 
@@ -14,14 +14,14 @@ from nanokv.models.fields import Fields
 
 
 def head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
-    """head_dim, or hidden_size / num_heads where the file does not say."""
+    """The width of a head: hidden_size / num_heads where the file does not say."""
     if fields.get("head_dim") is None and hidden_size % num_heads:
         raise fields.error("hidden_size", f"not a multiple of num_attention_heads={num_heads}, and no head_dim")
     return fields.integer("head_dim", default=hidden_size // num_heads)
 
 
 def layer_types(fields: Fields, num_layers: int, allowed: tuple[str, ...] = (ATTENTION,)) -> tuple[str, ...]:
-    """layer_types, or attention in every layer where the file does not say."""
+    """The type of each layer, one of `allowed`: attention in every layer where the file does not say."""
     types = fields.get("layer_types", [ATTENTION] * num_layers)
     if not isinstance(types, list) or len(types) != num_layers or any(kind not in allowed for kind in types):
         raise fields.error("layer_types", f"expected {num_layers} names out of {', '.join(allowed)}")
@@ -29,16 +29,16 @@ def layer_types(fields: Fields, num_layers: int, allowed: tuple[str, ...] = (ATT
 
 
 def intermediate_size(fields: Fields, moe: MoEConfig | None) -> int:
-    """intermediate_size, which only a model without dense layers may leave out: it is 0 then."""
+    """The width inside a dense feed-forward layer: a model without dense layers may leave it out, and has 0 then."""
     dense = moe is None or not all(moe.layers)
     return fields.integer("intermediate_size", default=None if dense else 0, least=1 if dense else 0)
 
 
-def softmax_experts(fields: Fields, num_layers: int, shared: bool, normalise: bool) -> MoEConfig:
-    """Experts chosen by a softmax over all of them, as the Qwen families name the fields.
+def softmax_experts(fields: Fields, num_layers: int, shared: bool, normalise: bool = False) -> MoEConfig:
+    """Experts chosen by a softmax over all of them.
 
-    shared      whether there is an expert for every row, behind a gate
-    normalise   whether the weights of the chosen experts are made to sum to 1
+    shared      whether there is a shared expert, behind a gate
+    normalise   scale the weights of the chosen experts to sum to 1, whatever norm_topk_prob says
     """
     name = "num_local_experts" if fields.get("num_experts") is None else "num_experts"
     num_experts, per_token = fields.integer(name), fields.integer("num_experts_per_tok")
@@ -52,19 +52,15 @@ def softmax_experts(fields: Fields, num_layers: int, shared: bool, normalise: bo
         shared_width=fields.integer("shared_expert_intermediate_size") if shared else 0,
         shared_gate=shared,
         layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers)),
-        scoring="softmax",
-        normalise=normalise,
-        scale=1.0,
-        num_groups=1,
-        top_groups=1,
+        normalise=normalise or fields.flag("norm_topk_prob", default=False),
     )
 
 
 def rope(fields: Fields, width: int, default_part: float | None = None) -> RopeConfig:
-    """Rotary positions, from rope_parameters, or from rope_scaling and rope_theta beside it.
+    """Rotary positions, from rope_parameters, or from rope_scaling and rope_theta.
 
-    width          of what is rotated: a head, or the part of it that has positions
-    default_part   the part of `width` that is rotated where the file does not say; None: all of it, always
+    width          dimensions of a head, or of the part of it that has positions
+    default_part   of `width` that is rotated where the file does not say; None: the family rotates all of it
     """
     partial = default_part is not None
     scaling = rope_scaling(fields)
@@ -97,7 +93,7 @@ def rope(fields: Fields, width: int, default_part: float | None = None) -> RopeC
 
 
 def rope_scaling(fields: Fields) -> Fields:
-    """The object that says how positions are scaled: rope_parameters, or rope_scaling of older files."""
+    """The object with the scaling of positions: rope_parameters, or rope_scaling of older files."""
     name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
     scaling = fields.inside(name)
     new, old = (
@@ -112,17 +108,17 @@ def rope_scaling(fields: Fields) -> Fields:
 
 
 def rope_kind(scaling: Fields) -> str:
-    """rope_type, or type of older files; "default" where positions are not scaled."""
+    """The kind of scaling, such as "yarn"; "default": positions are not scaled."""
     return scaling.get("rope_type", scaling.get("type", "default"))
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """How YaRN makes up for the softmax growing flatter over longer contexts (Peng et al. 2023)."""
+    """YaRN's correction of the softmax, which is flatter over longer contexts (Peng et al. 2023)."""
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _yarn_amplitude(scaling: Fields, factor: float) -> float:
-    """The factor of cosines and sines."""
+    """Multiplies cosines and sines."""
     if scaling.get("attention_factor") is not None:
         return scaling.number("attention_factor")
     if not scaling.get("mscale") or not scaling.get("mscale_all_dim"):
