@@ -20,7 +20,7 @@ import tiny_gguf
 from nanokv.core.errors import CheckpointError, PullError
 from nanokv.hub import catalog, folder, gguf
 from nanokv.hub.catalog import CatalogEntry, Wheel
-from nanokv.hub.home import resolve_model, what_is_damaged
+from nanokv.hub.home import find_damage, resolve_model
 from nanokv.hub.pull import HUB_FILES, pull
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,7 +174,7 @@ def test_two_pulls_at_once_both_end_well(home, index):
     both = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     assert names(home) == {"tiny"}
-    assert what_is_damaged(home / "tiny") is None
+    assert find_damage(home / "tiny") is None
 
 
 # ---- a disk that fills -----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""GGUF files of the llama architecture, written back as the checkpoint they were converted from.
+"""GGUF files of the llama architecture, converted back to the checkpoint they were made from.
 
-What has to be undone: names, the order of rows in q and k (llama.cpp rotates neighbours, checkpoints rotate halves),
-block quantisation. One tensor is in memory at a time.
+The conversion undoes names, the order of rows in q and k (llama.cpp rotates neighbours, checkpoints rotate halves), and
+block quantisation. It holds one tensor in memory at a time.
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ from nanokv.hub.gguf_tokenizer import build_tokenizer
 
 SUPPORTED = ("llama",)
 Progress = Callable[[str, int, int | None], None]
-"""Called with (what is being done, units done, units in all or None)."""
+"""Called with (stage, units done, units in all or None). Stages are "wait", "fetch", "verify" and "convert"."""
 
 
 def undo_permutation(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of a q or k projection from llama.cpp's order (pairs of neighbours) back to halves.
+    """Reorders the rows of a q or k projection from llama.cpp's pairs of neighbours to halves.
 
-    weight   [num_heads * head_dim, width]
-    Source   llama.cpp convert_hf_to_gguf.py, LlamaModel.permute, of which this is the inverse
+    weight    [num_heads * head_dim, width]
+    Returns   the same shape
+    Source    the inverse of LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py
     """
     rows, width = weight.shape
     return weight.reshape(num_heads, rows // num_heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
 def read_config(file: GGUFFile) -> dict:
-    """config.json of the checkpoint behind the file. Raises PullError naming what is missing or not supported."""
+    """The config.json of the checkpoint that the file was made from.
+
+    Raises PullError naming the key or tensor that is missing, or the feature that is not supported.
+    """
     arch = file.require("general.architecture")
     if arch not in SUPPORTED:
         raise PullError(f"{file.path}: architecture {arch!r} is not supported; supported are {', '.join(SUPPORTED)}")
@@ -85,7 +89,7 @@ def _eos_ids(file: GGUFFile) -> int | list[int] | None:
 
 
 def _rope_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict | None:
-    """Linear, or Llama 3's, which GGUF keeps as a divisor for each frequency instead of the numbers it comes from."""
+    """Linear scaling, or Llama 3's, of which GGUF stores a divisor for each frequency instead of the parameters."""
     kind = file.get("llama.rope.scaling.type", "none")
     if kind == "linear":
         return {"rope_type": "linear", "factor": file.require("llama.rope.scaling.factor")}
@@ -110,7 +114,7 @@ def _rope_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict | None:
 
 
 def tensor_table(config: dict) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Checkpoint name -> (GGUF name, shape, heads whose rows are permuted or 0), for every tensor of the model."""
+    """Checkpoint name -> (GGUF name, shape, heads), for every tensor; heads is 0 where rows are not permuted."""
     hidden, ffn, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     table = {
@@ -137,11 +141,13 @@ def tensor_table(config: dict) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 
 def convert(path: Path, model: Path, generation: dict, progress: Progress) -> None:
-    """Writes the checkpoint folder of a GGUF file: config, weights rounded to bf16, tokenizer, template.
+    """Writes the checkpoint of a GGUF file: config, weights rounded to bf16, tokenizer, template.
 
+    path         of the GGUF file
     model        an existing, empty folder
-    generation   sampling defaults for generation_config.json, beside the special token ids
-    Raises PullError, one line, for a file that is damaged or not supported; OSError where the disk fails.
+    generation   sampling defaults that generation_config.json gets with the special token ids
+    progress     called after each tensor
+    Raises       PullError, one line, for a file that is damaged or not supported; OSError where the disk fails
     """
     file = GGUFFile(path)
     config = read_config(file)
