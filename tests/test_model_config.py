@@ -1,19 +1,23 @@
-"""config.json in every layout that is around, and what is said about the ones that cannot be run."""
+"""config.json in the layouts of transformers 4 and 5, and the error messages for files that cannot be run."""
 
+import ast
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import oracles
 import pytest
 import torch
 import transformers
 
+import nanokv
 from nanokv.codecs import RawCodec
 from nanokv.core.errors import CheckpointError
 from nanokv.hub.catalog import CATALOG
 from nanokv.layers.rotary import RopeConfig
+from nanokv.models import FAMILIES
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import layer_specs
 from nanokv.models.loader import tensors
@@ -104,7 +108,7 @@ def test_llama3_scaling_is_read_from_old_and_new_keys(kind):
         read_config(new | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}})
 
 
-def test_what_old_files_leave_out_has_its_old_meaning():
+def test_a_missing_field_of_an_old_file_has_its_old_default():
     config = read_config(without("num_key_value_heads", "rope_theta", "torch_dtype", "tie_word_embeddings"))
     assert config.num_kv_heads == 9 and config.rope.theta == 10000.0
     assert config.dtype is None and config.tie_embeddings is False
@@ -163,7 +167,7 @@ def test_the_specs_of_the_layers_need_no_weights():
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_field_that_makes_no_sense_is_named(changes, words):
+def test_a_field_with_an_invalid_value_is_named(changes, words):
     with pytest.raises(CheckpointError) as error:
         read_config(without(**changes))
     message = str(error.value)
@@ -180,7 +184,7 @@ def test_a_field_that_is_missing_is_named_with_its_file(tmp_path, name):
         read_folder(tmp_path)
 
 
-def test_a_folder_that_is_no_model_is_named(tmp_path):
+def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere: not a folder"):
         read_folder(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
@@ -224,6 +228,16 @@ PARAMETERS = {
 def test_a_builder_asks_for_every_parameter_of_the_released_model(name):
     config = read_config(CATALOG[name].config)
     assert sum(math.prod(shape) for shape in tensors(config).values()) == PARAMETERS[name]
+
+
+def test_only_the_module_of_a_family_names_it():
+    """hub/ is left out: its files name architectures of GGUF files and models of the catalog."""
+    root = Path(nanokv.__file__).parent
+    for path in set(root.rglob("*.py")) - set((root / "hub").rglob("*.py")) - {root / "models/__init__.py"}:
+        module = ".".join(("nanokv", *path.relative_to(root).with_suffix("").parts))
+        others = {name for name, (_, own) in FAMILIES.items() if own != module}
+        constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not others & constants, path
 
 
 def test_naming_the_tensors_imports_no_compiler():

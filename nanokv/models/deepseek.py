@@ -65,8 +65,7 @@ def _experts(fields: Fields, num_layers: int, v3: bool) -> MoEConfig | None:
         return None
     grouped = v3 or fields.choice("topk_method", "greedy", ("greedy", "group_limited_greedy")) != "greedy"
     num_experts, per_token = fields.integer("n_routed_experts"), fields.integer("num_experts_per_tok")
-    num_groups = fields.integer("n_group") if grouped else 1
-    top_groups = fields.integer("topk_group") if grouped else 1
+    num_groups, top_groups = (fields.integer("n_group"), fields.integer("topk_group")) if grouped else (1, 1)
     if num_experts % num_groups or top_groups > num_groups:
         raise fields.error("n_group", f"does not divide {num_experts} experts into groups of which {top_groups} stay")
     if per_token > num_experts // num_groups * top_groups:
