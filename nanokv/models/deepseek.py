@@ -26,9 +26,10 @@ NORM_EPS = 1e-6
 
 
 def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
-    """What config.json says of the model, beside the fields that are `common` to all families.
+    """Reads the fields of config.json in which families differ.
 
-    Raises CheckpointError naming the field.
+    common    fields of ModelConfig that all families share, by name
+    Raises    CheckpointError naming the field
     """
     v3, num_layers = common["family"] == "deepseek_v3", common["num_layers"]
     if common["num_kv_heads"] != common["num_heads"]:

@@ -20,9 +20,10 @@ from nanokv.models.weights import Weights
 
 
 def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
-    """What config.json says of the model, beside the fields that are `common` to all families.
+    """Reads the fields of config.json in which families differ.
 
-    Raises CheckpointError naming the field.
+    common    fields of ModelConfig that all families share, by name
+    Raises    CheckpointError naming the field
     """
     family, num_layers = common["family"], common["num_layers"]
     moe = shared_fields.softmax_experts(fields, num_layers, shared=False) if family == "qwen3_moe" else None

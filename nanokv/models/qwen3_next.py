@@ -26,14 +26,17 @@ DENSE = ("qwen3_5", "qwen3_5_text")
 
 
 def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
-    """What config.json says of the model, beside the fields that are `common` to all families.
+    """Reads the fields of config.json in which families differ.
 
-    Raises CheckpointError naming the field.
+    common    fields of ModelConfig that all families share, by name
+    Raises    CheckpointError naming the field
     """
     family, num_layers = common["family"], common["num_layers"]
     if common["attention_bias"]:
         raise fields.error("attention_bias", "only false is supported in this family")
-    moe = None if family in DENSE else shared_fields.softmax_experts(fields, num_layers, True, normalise=family != NEXT)
+    moe = None
+    if family not in DENSE:
+        moe = shared_fields.softmax_experts(fields, num_layers, shared=True, normalise=family != NEXT)
     head_dim = shared_fields.head_dim(fields, common["hidden_size"], common["num_heads"])
     return ModelConfig(
         **common,
