@@ -26,8 +26,8 @@ from nanokv.bench.request import measure_request, prefill_share
 from nanokv.core.request import RequestMetrics
 from nanokv.hub.catalog import CATALOG
 from nanokv.hub.pull import pull
-from nanokv.models.config import ModelConfig
 from nanokv.models.loader import tensors
+from nanokv.models.read import read_config
 
 pull("smollm2-135m-instruct")  # 93 MB the first time, nothing after that
 log = Path(tempfile.mkdtemp(), "events.jsonl")
@@ -226,7 +226,7 @@ figures.save(figure, "01_one_request-2")
 # Llama-3.1-8B read more cache than weights?
 
 # %%
-llama = ModelConfig.from_dict(CATALOG["llama-3.1-8b"].config)
+llama = read_config(CATALOG["llama-3.1-8b"].config)
 llama_weights = 2 * sum(size[0] * (size[1] if len(size) > 1 else 1) for size in tensors(llama).values())
 llama_token = 2 * 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim
 assert llama_token == 131_072  # 128 KiB a token

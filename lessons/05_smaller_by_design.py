@@ -31,10 +31,11 @@ from nanokv.kernels import ops
 from nanokv.layers.mla import MLA, expands
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import layer_specs
+from nanokv.models.read import read_config
 
 
 def config_of(name: str) -> ModelConfig:
-    return ModelConfig.from_dict(CATALOG[name].config)
+    return read_config(CATALOG[name].config)
 
 
 def bytes_per_token(config: ModelConfig) -> int:

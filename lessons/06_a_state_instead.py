@@ -28,6 +28,7 @@ from nanokv.kernels.reference.delta_rule import CHUNK, _chunk
 from nanokv.layers.deltanet import GatedDeltaNet
 from nanokv.models.config import ATTENTION, ModelConfig
 from nanokv.models.decoder import layer_specs
+from nanokv.models.read import read_config
 
 # %% [markdown]
 # ## A matrix that remembers
@@ -153,7 +154,7 @@ assert difference < 1e-4
 # %%
 print(getsource(GatedDeltaNet.spec))
 
-qwen = ModelConfig.from_dict(CATALOG["qwen3.5-9b"].config)
+qwen = read_config(CATALOG["qwen3.5-9b"].config)
 
 
 def layout_of(config: ModelConfig) -> PageLayout:

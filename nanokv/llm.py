@@ -23,6 +23,7 @@ from nanokv.hub.home import resolve_model
 from nanokv.kernels import ops
 from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
+from nanokv.models.read import read_folder
 from nanokv.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,7 +60,7 @@ class LLM:
         self.folder = resolve_model(model)
         chosen = choose_device(self.config.device)
         self.device, self.device_reason = chosen.device, chosen.reason
-        self.model_config = ModelConfig.from_folder(self.folder)
+        self.model_config = read_folder(self.folder)
         self.dtype = resolve_dtype(self.config.dtype, self.model_config)
         codec = codec_of(self.config, self.dtype, self.model_config.attention_layers)
         self.tokenizer = Tokenizer.from_folder(self.folder)

@@ -33,9 +33,9 @@ from nanokv.codecs import RawCodec
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
 from nanokv.hub.catalog import CATALOG
-from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Decoder
 from nanokv.models.loader import load_model
+from nanokv.models.read import read_config
 
 JSON = Path(__file__).resolve().parents[1] / "docs/benchmarks/families.json"
 PAGE = 16
@@ -66,8 +66,8 @@ def row(name: str, shape: str, ours: str, theirs: str, times: tuple[list[float],
 
 
 def one_layer(config: dict, dtype: torch.dtype, tokens: int, folder: Path | None = None) -> tuple[Decoder, CacheStore]:
-    """A model of this config (dummy weights without a folder), bound to a store for one request of `tokens` tokens."""
-    model, codec = ModelConfig.from_dict(config), RawCodec(dtype)
+    """A model of these fields (dummy weights without a folder), bound to a store for one request of `tokens`."""
+    model, codec = read_config(config), RawCodec(dtype)
     load = "auto" if folder is not None else "dummy"
     decoder = load_model(folder or ".", model, dtype, "cpu", codec, PAGE, load=load)
     layout = PageLayout(decoder.specs, PAGE)
@@ -145,7 +145,7 @@ def prefill(whole: bool) -> dict:
     x, batch = torch.randn(rows, 1024), batch_of(0, rows)
     torch.testing.assert_close(ours(x, store, batch), module(x.unsqueeze(0))[0], rtol=1e-3, atol=1e-4)
     if not whole:
-        ours.in_proj, ours.out = Given(ours.in_proj(x)), Given()
+        ours.in_proj, ours.out = Given(ours.in_proj(x)), GrantedPages()
         for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"):
             setattr(module, name, Given(getattr(module, name)(x.unsqueeze(0))))
         module.out_proj = Given()

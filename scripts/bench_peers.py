@@ -39,7 +39,7 @@ from nanokv.core.config import parse_bytes  # noqa: E402
 from nanokv.core.errors import ConfigError, NanokvError  # noqa: E402
 from nanokv.hub.catalog import DEFAULT_MODEL  # noqa: E402
 from nanokv.hub.home import resolve_model  # noqa: E402
-from nanokv.models.config import ModelConfig  # noqa: E402
+from nanokv.models.read import read_folder  # noqa: E402
 
 CHAT = "chat -p Hi --max-tokens 1, whole process"
 OVERHEAD = "overhead"
@@ -90,7 +90,7 @@ class Comparison:
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         self.options, self.scratch = options, scratch
         self.model = resolve_model(options.model)
-        config = ModelConfig.from_folder(self.model)
+        config = read_folder(self.model)
         self.vocab_size = config.vocab_size
         rows = quick_rows() if options.quick else all_rows()
         self.rows = [row for row in rows if options.rows in row.name]

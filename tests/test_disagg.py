@@ -45,7 +45,7 @@ from nanokv.disagg.messages import (
 )
 from nanokv.disagg.prefill_loop import PrefillLoop
 from nanokv.disagg.shared_buffer import SharedBuffer, map_pool
-from nanokv.disagg.worker import PrefillModel, WorkerSpec, refusal, run
+from nanokv.disagg.worker import WorkerSpec, refusal, run
 from nanokv.engine.engine import Engine
 
 LENGTHS = (1, 3, 17, 64, 130)
@@ -640,18 +640,6 @@ def test_another_system_is_refused_in_one_line(tiny_llama, monkeypatch):
     monkeypatch.setattr(cluster.sys, "platform", "darwin")
     with pytest.raises(ConfigError, match="disagg: processes that share pages need Linux"):
         cluster.DisaggCluster(DisaggConfig(), tiny_llama, EngineConfig(), torch.device("cpu"), torch.float32)
-
-
-def test_the_digest_tells_models_and_layouts_apart(tiny_llama, tmp_path):
-    other = oracles.llama(tmp_path, seed=1)
-    digests = {
-        PrefillModel(folder, EngineConfig(page_size=size), "cpu", dtype).digest
-        for folder in (tiny_llama, other)
-        for size in (8, 16)
-        for dtype in ("float32", "bfloat16")
-    }
-    assert len(digests) == 8
-    assert PrefillModel(tiny_llama, EngineConfig(page_size=8), "cpu", "float32").digest in digests
 
 
 def test_a_request_that_is_aborted_leaves_no_copy_behind():

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from nanokv.codecs import RawCodec
 from nanokv.core.errors import CheckpointError
-from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model, tensors
+from nanokv.models.read import read_config, read_folder
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
 PROMPT = oracles.prompt(130)
@@ -33,7 +33,7 @@ def threads():
 
 
 def load(folder, dtype=torch.float32, page_size=16):
-    return load_model(folder, ModelConfig.from_folder(folder), dtype, "cpu", RawCodec(dtype), page_size)
+    return load_model(folder, read_folder(folder), dtype, "cpu", RawCodec(dtype), page_size)
 
 
 @pytest.fixture(scope="module")
@@ -189,13 +189,13 @@ def test_old_and_new_keys_say_the_same(folders, family, tmp_path):
     old["torch_dtype"] = data["dtype"]
     if "num_local_experts" in old:
         old["num_experts"] = old.pop("num_local_experts")
-    assert ModelConfig.from_dict(old) == ModelConfig.from_dict(data)
+    assert read_config(old) == read_config(data)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_noise_needs_no_checkpoint(folders, family, tmp_path):
     (tmp_path / "config.json").write_text((folders(family) / "config.json").read_text())
-    config = ModelConfig.from_folder(tmp_path)
+    config = read_folder(tmp_path)
     codec = RawCodec(torch.bfloat16)
     decoder = load_model(tmp_path, config, torch.bfloat16, "cpu", codec, 16, load="dummy")
     got = Rig(decoder).run(PROMPT[:20], 20)

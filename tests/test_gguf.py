@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from nanokv.core.errors import PullError
 from nanokv.hub.catalog import CATALOG
-from nanokv.hub.gguf import GGUFFile, convert, read_config, undo_permutation
+from nanokv.hub.gguf import convert, read_config, undo_permutation
+from nanokv.hub.gguf_file import GGUFFile
 
 
 def silent(stage, done, total):
@@ -97,7 +98,7 @@ def test_the_catalog_says_of_smollm2_what_its_file_says(smollm2):
     assert (generation["temperature"], generation["top_p"], generation["eos_token_id"]) == (0.2, 0.9, 2)
 
 
-def test_another_architecture_is_refused_with_those_that_are_not(tmp_path):
+def test_another_architecture_is_refused_and_the_supported_ones_are_named(tmp_path):
     assert "'qwen2' is not supported; supported are llama" in refused(tmp_path, arch="qwen2")
 
 
@@ -105,7 +106,7 @@ def test_another_pre_tokenizer_is_refused(tmp_path):
     assert "pre-tokenizer 'tekken' is not supported; 'llama' and" in refused(tmp_path, pre="tekken")
 
 
-def test_missing_and_unknown_tensors_are_named(tmp_path):
+def test_missing_tensors_are_named(tmp_path):
     assert "tensors missing: blk.1.ffn_up.weight" in refused(tmp_path, leave_out=("blk.1.ffn_up.weight",))
 
 
@@ -140,7 +141,7 @@ def test_a_file_of_noise_is_refused_in_one_line(tmp_path):
 
 
 class Metadata:
-    """A GGUF file that has only what a test gives it."""
+    """A GGUF file with the metadata and tensors that a test sets."""
 
     path = "some.gguf"
 
@@ -212,7 +213,7 @@ def test_linear_rope_scaling_and_several_end_tokens_are_kept():
         ("llama.rope.dimension_count", 32, "differs from the head size 64"),
     ],
 )
-def test_what_the_model_code_lacks_is_refused(field, value, complaint):
+def test_an_unsupported_feature_is_refused(field, value, complaint):
     file = Metadata()
     file.fields[field] = value
     with pytest.raises(PullError, match=complaint):

@@ -1,4 +1,4 @@
-"""Where weights live, and which folder a name means."""
+"""The folder of weights, and the folder that a name means."""
 
 import pytest
 
@@ -74,7 +74,7 @@ def test_a_model_is_a_folder_or_a_name_or_a_hub_id(home):
         ("shape-only", "not its weights"),
     ],
 )
-def test_a_model_that_is_not_there_is_one_line_that_helps(home, monkeypatch, name, advice):
+def test_the_error_for_a_missing_model_is_one_line_that_helps(home, monkeypatch, name, advice):
     monkeypatch.setitem(CATALOG, "shape-only", CatalogEntry("shape-only", "", {}))
     (home.parent / "empty").mkdir()
     with pytest.raises(CheckpointError) as caught:
@@ -83,7 +83,7 @@ def test_a_model_that_is_not_there_is_one_line_that_helps(home, monkeypatch, nam
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_of_ones_own_needs_no_manifest(home):
+def test_a_folder_that_was_not_pulled_needs_no_manifest(home):
     path = model(home / "mine")
     (path / "model.safetensors").write_bytes(b"x")
     assert resolve_model("mine") == path

@@ -10,8 +10,8 @@ from harness import Rig, make_batch
 from nanokv.codecs import RawCodec
 from nanokv.core.errors import CacheError
 from nanokv.core.spec import PageLayout
-from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
+from nanokv.models.read import read_folder
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -48,7 +48,7 @@ def threads(request):
 
 
 def load(folder, dtype=torch.float32, page_size=16):
-    return load_model(folder, ModelConfig.from_folder(folder), dtype, "cpu", RawCodec(dtype), page_size)
+    return load_model(folder, read_folder(folder), dtype, "cpu", RawCodec(dtype), page_size)
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda name: name.replace(" ", "-"))

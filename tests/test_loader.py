@@ -1,4 +1,4 @@
-"""Folders that load, and folders that do not: every complaint is one line that names the file or all the tensors."""
+"""Folders that load, and folders that do not: every error is one line that names the file or all the tensors."""
 
 import json
 from dataclasses import replace
@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from nanokv.codecs import RawCodec
 from nanokv.core.errors import CheckpointError
-from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
+from nanokv.models.read import read_folder
 from nanokv.models.weights import BANK, dummy
 
 PROMPT = oracles.prompt(20)
@@ -28,7 +28,7 @@ def one_thread():
 
 
 def load(folder, dtype=torch.float32, config=None, **options):
-    config = config or ModelConfig.from_folder(folder)
+    config = config or read_folder(folder)
     return load_model(folder, config, dtype, "cpu", RawCodec(dtype), page_size=16, **options)
 
 
@@ -112,14 +112,14 @@ def test_everything_that_does_not_fit_is_named_at_once(edit):
 
 
 def test_a_long_list_is_folded_by_layers_and_names_all(checkpoints):
-    config = replace(ModelConfig.from_folder(checkpoints[False]), num_layers=6, layer_types=("full_attention",) * 6)
+    config = replace(read_folder(checkpoints[False]), num_layers=6, layer_types=("full_attention",) * 6)
     with pytest.raises(CheckpointError) as error:
         load(checkpoints[False], config=config)
     for name in ("self_attn.q_proj", "mlp.down_proj", "input_layernorm"):
         assert f"model.layers.{{2-5}}.{name}.weight" in str(error.value)
 
 
-def test_a_layer_too_many_is_not_dropped(checkpoints, edit):
+def test_an_extra_layer_is_not_dropped(checkpoints, edit):
     folder = edit(lambda tensors: None)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
@@ -142,7 +142,7 @@ def test_a_damaged_file_is_named(checkpoints, edit, damage):
     refused(folder, "model.safetensors", "the file is damaged")
 
 
-def test_a_shard_that_is_not_there_is_named(tmp_path):
+def test_a_missing_shard_is_named(tmp_path):
     oracles.llama(tmp_path, shard="100KB")
     lost = sorted(tmp_path.glob("*.safetensors"))[1]
     lost.unlink()
@@ -165,10 +165,10 @@ def test_a_folder_without_weights_is_refused(checkpoints, edit):
         save_file({"x": torch.zeros(1)}, folder / f"{name}.safetensors")
     refused(folder, "2 files and no model.safetensors.index.json")
     with pytest.raises(CheckpointError, match="not a folder"):
-        load(folder / "config.json", config=ModelConfig.from_folder(folder))
+        load(folder / "config.json", config=read_folder(folder))
 
 
-def test_weights_are_converted_to_the_dtype_asked_for(checkpoints):
+def test_weights_are_converted_to_the_requested_dtype(checkpoints):
     exact = logits(checkpoints[False])
     rounded = logits(checkpoints[False], dtype=torch.bfloat16)
     assert rounded.dtype == torch.float32
@@ -176,13 +176,13 @@ def test_weights_are_converted_to_the_dtype_asked_for(checkpoints):
 
 
 def test_dummy_weights_need_no_files_and_follow_the_seed(checkpoints, tmp_path):
-    config = ModelConfig.from_folder(checkpoints[True])
+    config = read_folder(checkpoints[True])
     first, again, other = (logits(tmp_path / "nowhere", config=config, load="dummy", seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.isfinite().all() and first.std() > 0
 
 
-def test_dummy_weights_are_spread_as_asked(checkpoints):
+def test_dummy_weights_have_the_stated_standard_deviation(checkpoints):
     read = dummy(torch.float32, seed=0)
     big = read("big", (1030, 4096))
     assert big.numel() > BANK and big.std() == pytest.approx(0.02, rel=0.01) and abs(big.mean()) < 1e-4

@@ -11,8 +11,8 @@ from nanokv.core.errors import ConfigError
 from nanokv.core.spec import PageLayout
 from nanokv.engine.memory import MemoryBudget, gpu_memory, memory_for_pages, pool_size, reading_scratch
 from nanokv.engine.profile_run import run_largest_step, run_reading_step
-from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
+from nanokv.models.read import read_folder
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def test_a_gpu_keeps_room_to_decode_the_pages_that_it_gives():
 
 def bound(folder, codec: str, dtype: torch.dtype = torch.float32, page_size: int = 32, exact: bool = True):
     own = resolve_codec(codec, dtype, exact)
-    model = load_model(folder, ModelConfig.from_folder(folder), dtype, CPU, own, page_size)
+    model = load_model(folder, read_folder(folder), dtype, CPU, own, page_size)
     layout = PageLayout(model.specs, page_size)
     model.bind(layout)
     return model, layout
@@ -98,7 +98,7 @@ def test_a_fraction_is_a_number_up_to_one(fraction):
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3", "qwen3_5"])
 def test_the_largest_step_runs_over_a_store_of_one_page(family, tmp_path):
     folder = oracles.checkpoint(family, tmp_path)
-    model_config = ModelConfig.from_folder(folder)
+    model_config = read_folder(folder)
     codec = resolve_codec("raw", torch.float32)
     model = load_model(folder, model_config, torch.float32, torch.device("cpu"), codec, 16)
     layout = PageLayout(model.specs, 16)

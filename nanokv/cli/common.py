@@ -16,7 +16,7 @@ import click
 import nanokv
 from nanokv.core.errors import NanokvError
 from nanokv.hub.catalog import DEFAULT_MODEL
-from nanokv.hub.home import folder_for, resolve_model, what_is_damaged
+from nanokv.hub.home import find_damage, folder_for, resolve_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def model_folder(name: str | None) -> Path:
     """
     if name is None:
         target = folder_for(DEFAULT_MODEL)
-        if what_is_damaged(target) is not None:
+        if find_damage(target) is not None:
             pull_with_progress(DEFAULT_MODEL)
         return target
     return resolve_model(name)

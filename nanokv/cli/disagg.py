@@ -50,11 +50,11 @@ def prefill(model: str | None, listen: str, **options: Any) -> None:
     from nanokv.disagg.worker import Model
     from nanokv.engine.device import choose_device
     from nanokv.llm import resolve_dtype
-    from nanokv.models.config import ModelConfig
+    from nanokv.models.read import read_folder
 
     logging.basicConfig(format="[prefill] %(message)s")
     device = choose_device(config.device).device
-    dtype = resolve_dtype(config.dtype, ModelConfig.from_folder(folder))
+    dtype = resolve_dtype(config.dtype, read_folder(folder))
     try:
         server = bind(address)  # before the model is loaded, so that a wrong address fails at once
     except OSError as error:

@@ -16,14 +16,14 @@ from nanokv.cache.store import CacheStore
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError
 from nanokv.disagg.config import DisaggConfig
-from nanokv.disagg.digest import digest_of
 from nanokv.disagg.dispatcher import Dispatcher
 from nanokv.disagg.link import HostLink, connect
-from nanokv.disagg.messages import PoolMemory
+from nanokv.disagg.messages import VERSION, PoolMemory
 from nanokv.disagg.process import LocalWorker
 from nanokv.disagg.worker import WorkerSpec
 from nanokv.engine.engine import Engine
 from nanokv.models.config import ModelConfig
+from nanokv.models.identity import model_identity
 
 
 class DisaggCluster:
@@ -74,7 +74,7 @@ class DisaggCluster:
     def open(self, engine: Engine, model: ModelConfig) -> None:
         """Shakes hands with every worker. Raises ConfigError where one is refused, keeps dying, or is never ready."""
         self._store = engine.store
-        digest = digest_of(self._folder, model, self._config, self._dtype, engine.layout)
+        digest = model_identity(self._folder, model, self._config, self._dtype, engine.layout, VERSION)
         self.dispatcher.open(model.vocab_size, len(engine.store.pages), len(engine.store.states), digest)
 
     def close(self) -> None:

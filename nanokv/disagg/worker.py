@@ -28,14 +28,14 @@ from nanokv.core.errors import NanokvError
 from nanokv.core.spec import PageLayout
 from nanokv.disagg.channel import Channel, wait
 from nanokv.disagg.config import LONGEST_S
-from nanokv.disagg.digest import digest_of
 from nanokv.disagg.messages import VERSION, Abort, Failed, Hello, Message, Ping, Prefill, ProtocolError
 from nanokv.disagg.prefill_loop import PrefillLoop
 from nanokv.disagg.shared_buffer import map_pool
 from nanokv.engine.profile_run import run_small_step
-from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Decoder
+from nanokv.models.identity import model_identity
 from nanokv.models.loader import load_model
+from nanokv.models.read import read_folder
 
 logger = logging.getLogger("nanokv")
 
@@ -57,7 +57,7 @@ class PrefillModel:
     def __init__(self, folder: Path, config: EngineConfig, device: str, dtype: str) -> None:
         self.config = config
         self.device = torch.device(device)
-        described = ModelConfig.from_folder(folder)
+        described = read_folder(folder)
         kind = getattr(torch, dtype)
         self.decoder: Decoder = load_model(
             folder, described, dtype=kind, device=self.device, codec=codec_of(config, kind, described.attention_layers),
@@ -66,7 +66,7 @@ class PrefillModel:
         self.layout = PageLayout(self.decoder.specs, config.page_size)
         self.decoder.bind(self.layout)
         run_small_step(self.decoder, self.layout, self.device)
-        self.digest = digest_of(folder, described, config, dtype, self.layout)
+        self.digest = model_identity(folder, described, config, dtype, self.layout, VERSION)
 
 
 def refusal(hello: Hello, digest: str) -> str | None:

@@ -1,1 +1,1 @@
-"""Where weights come from: the catalog, the pull, GGUF conversion, and the folder they live in. Knows no model code."""
+"""Sources of weights: the catalog, `nanokv pull`, GGUF conversion, and the folder of weights. Knows no model code."""

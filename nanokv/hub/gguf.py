@@ -1,7 +1,7 @@
-"""GGUF files of the llama architecture, written back as the checkpoint they were converted from.
+"""GGUF files of the llama architecture, converted back to the checkpoint they were made from.
 
-What has to be undone: names, the order of rows in q and k (llama.cpp rotates neighbours, checkpoints rotate halves),
-block quantisation. One tensor is in memory at a time.
+The conversion undoes names, the order of rows in q and k (llama.cpp rotates neighbours, checkpoints rotate halves), and
+block quantisation. It holds one tensor in memory at a time.
 """
 
 from __future__ import annotations
@@ -15,77 +15,30 @@ import numpy as np
 
 from nanokv.core.errors import PullError
 from nanokv.hub.folder import write_json
+from nanokv.hub.gguf_file import GGUFFile
 from nanokv.hub.gguf_tokenizer import build_tokenizer
 
 SUPPORTED = ("llama",)
 Progress = Callable[[str, int, int | None], None]
-"""Called with (what is being done, units done, units in all or None)."""
-
-
-class GGUFFile:
-    """The metadata and tensors of one GGUF file. Raises PullError, one line, for anything unreadable.
-
-    path   the file; its data stay on disk until a tensor is asked for
-    """
-
-    def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                if file.read(4) != b"GGUF":
-                    raise PullError(f"{path}: not a GGUF file")
-            reader = GGUFReader(path)
-        except OSError as error:
-            raise PullError(f"{path}: {error.strerror or error}") from error
-        except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-            raise PullError(f"{path}: truncated or damaged GGUF file ({error})".replace("\n", " ")) from error
-        self._fields = reader.fields
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        field = self._fields.get(key)
-        return default if field is None else field.contents()
-
-    def require(self, key: str) -> Any:
-        """The value of a key. Raises PullError naming it where the file lacks it."""
-        value = self.get(key)
-        if value is None:
-            raise PullError(f"{self.path}: the key {key} is missing")
-        return value
-
-    @property
-    def tensor_names(self) -> set[str]:
-        return set(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Rows first, as checkpoints list it."""
-        return tuple(int(n) for n in reversed(self._tensors[name].shape))
-
-    def tensor(self, name: str) -> np.ndarray:
-        """float32, dequantised, in the file's row order."""
-        from gguf.quants import dequantize
-
-        tensor = self._tensors[name]
-        try:
-            return dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
-        except (NotImplementedError, ValueError) as error:
-            raise PullError(f"{self.path}: cannot read {name} ({tensor.tensor_type.name}): {error}") from error
+"""Called with (stage, units done, units in all or None). Stages are "wait", "fetch", "verify" and "convert"."""
 
 
 def undo_permutation(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of a q or k projection from llama.cpp's order (pairs of neighbours) back to halves.
+    """Reorders the rows of a q or k projection from llama.cpp's pairs of neighbours to halves.
 
-    weight   [num_heads * head_dim, width]
-    Source   llama.cpp convert_hf_to_gguf.py, LlamaModel.permute, of which this is the inverse
+    weight    [num_heads * head_dim, width]
+    Returns   the same shape
+    Source    the inverse of LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py
     """
     rows, width = weight.shape
     return weight.reshape(num_heads, rows // num_heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
 def read_config(file: GGUFFile) -> dict:
-    """config.json of the checkpoint behind the file. Raises PullError naming what is missing or not supported."""
+    """The config.json of the checkpoint that the file was made from.
+
+    Raises PullError naming the key or tensor that is missing, or the feature that is not supported.
+    """
     arch = file.require("general.architecture")
     if arch not in SUPPORTED:
         raise PullError(f"{file.path}: architecture {arch!r} is not supported; supported are {', '.join(SUPPORTED)}")
@@ -136,7 +89,7 @@ def _eos_ids(file: GGUFFile) -> int | list[int] | None:
 
 
 def _rope_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict | None:
-    """Linear, or Llama 3's, which GGUF keeps as a divisor for each frequency instead of the numbers it comes from."""
+    """Linear scaling, or Llama 3's, of which GGUF stores a divisor for each frequency instead of the parameters."""
     kind = file.get("llama.rope.scaling.type", "none")
     if kind == "linear":
         return {"rope_type": "linear", "factor": file.require("llama.rope.scaling.factor")}
@@ -161,7 +114,7 @@ def _rope_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict | None:
 
 
 def tensor_table(config: dict) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Checkpoint name -> (GGUF name, shape, heads whose rows are permuted or 0), for every tensor of the model."""
+    """Checkpoint name -> (GGUF name, shape, heads), for every tensor; heads is 0 where rows are not permuted."""
     hidden, ffn, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     table = {
@@ -188,11 +141,13 @@ def tensor_table(config: dict) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 
 def convert(path: Path, model: Path, generation: dict, progress: Progress) -> None:
-    """Writes the checkpoint folder of a GGUF file: config, weights rounded to bf16, tokenizer, template.
+    """Writes the checkpoint of a GGUF file: config, weights rounded to bf16, tokenizer, template.
 
+    path         of the GGUF file
     model        an existing, empty folder
-    generation   sampling defaults for generation_config.json, beside the special token ids
-    Raises PullError, one line, for a file that is damaged or not supported; OSError where the disk fails.
+    generation   sampling defaults that generation_config.json gets with the special token ids
+    progress     called after each tensor
+    Raises       PullError, one line, for a file that is damaged or not supported; OSError where the disk fails
     """
     file = GGUFFile(path)
     config = read_config(file)

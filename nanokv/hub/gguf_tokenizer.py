@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nanokv.core.errors import PullError
+from nanokv.hub.gguf_file import GGUFFile
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from nanokv.hub.gguf import GGUFFile
-
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
-# How llama.cpp names the ways of cutting text before the merges (src/llama-vocab.cpp); the expressions are its own.
+# Pre-tokenizers by their names in llama.cpp, with its regular expressions (src/llama-vocab.cpp).
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -21,15 +20,17 @@ _LLAMA3 = (
 )
 _SPLITS = {
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
-    "llama-bpe": [_LLAMA3],
-    "llama3": [_LLAMA3],
-    "llama-v3": [_LLAMA3],
+    **{name: [_LLAMA3] for name in ("llama-bpe", "llama3", "llama-v3")},
 }
 _KINDS = ("smollm", "gpt-2", *_SPLITS)
 
 
 def build_tokenizer(file: GGUFFile) -> tuple[Tokenizer, dict]:
-    """(tokenizer, content of tokenizer_config.json). Raises PullError naming a kind that is not supported."""
+    """Builds the tokenizer of a GGUF file.
+
+    Returns   the tokenizer, and the content of tokenizer_config.json
+    Raises    PullError naming a kind of tokenizer that is not supported
+    """
     from tokenizers import AddedToken, Tokenizer, models, processors
 
     kind = file.require("tokenizer.ggml.model")
@@ -73,7 +74,7 @@ def build_tokenizer(file: GGUFFile) -> tuple[Tokenizer, dict]:
 
 
 def _cut_bytes(tokenizer: Tokenizer, pre: str) -> None:
-    """Byte-level BPE, one regular expression for each kind. Digits are single tokens for SmolLM."""
+    """Byte-level BPE: text is split by the expressions of its kind. SmolLM makes each digit a token."""
     from tokenizers import Regex, decoders, pre_tokenizers
 
     if pre in _SPLITS:
@@ -86,7 +87,7 @@ def _cut_bytes(tokenizer: Tokenizer, pre: str) -> None:
 
 
 def _cut_pieces(tokenizer: Tokenizer, space_first: bool) -> None:
-    """SentencePiece: a space is the letter ▁, one stands before the text, unknown letters fall back to bytes."""
+    """SentencePiece: a space is the letter ▁, which also precedes the text; unknown letters become bytes."""
     from tokenizers import decoders, normalizers
 
     letters = [normalizers.Replace(" ", "▁")]
@@ -99,8 +100,10 @@ def _cut_pieces(tokenizer: Tokenizer, space_first: bool) -> None:
 
 
 def merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """The merges of a SentencePiece BPE model: each way to make a piece of two, the best-scored piece first.
+    """The merges of a SentencePiece BPE model: each split of a piece into two pieces, the best-scored piece first.
 
+    vocab    piece -> token id
+    scores   of each token id
     Source   transformers, convert_slow_tokenizer.generate_merges
     """
     found = []

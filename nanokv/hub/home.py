@@ -1,4 +1,4 @@
-"""Where weights live on this machine, and which folder a name means. Reads folders, never writes one."""
+"""The folder of weights on this machine, and the folder that a model's name means. Reads folders, never writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def checkout_root() -> Path | None:
-    """The folder of the source checkout this package runs from, or None for an installed package."""
+    """The root of the source checkout that this package runs from; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     try:
         project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")).get("project", {})
@@ -27,7 +27,10 @@ def checkout_root() -> Path | None:
 
 
 def weights_dir() -> Path:
-    """$NANOKV_HOME, else weights/ of a checkout, else nanokv/ in the user's cache folder. It may not exist yet."""
+    """The folder of weights: $NANOKV_HOME, else weights/ of a checkout, else nanokv/ in the user's cache folder.
+
+    It may not exist yet.
+    """
     if home := os.environ.get("NANOKV_HOME"):
         return Path(home).expanduser()
     if root := checkout_root():
@@ -36,7 +39,7 @@ def weights_dir() -> Path:
 
 
 def shipped_folder(name: str) -> Path | None:
-    """The folder of a model that comes with nanokv, in an installed package or in a checkout; None for other names."""
+    """The folder of a model that comes with nanokv, in an installed package or a checkout; None for other names."""
     if name not in SHIPPED:
         return None
     package = Path(__file__).resolve().parents[1]
@@ -45,7 +48,7 @@ def shipped_folder(name: str) -> Path | None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` reads as ORG/NAME."""
+    """Whether `name` has the form ORG/NAME."""
     return _HUB_ID.fullmatch(name) is not None
 
 
@@ -55,7 +58,7 @@ def folder_for(name: str) -> Path:
 
 
 def read_manifest(folder: Path) -> dict:
-    """What `nanokv pull` wrote about a folder: "source", "files" (name -> bytes); empty for any other folder.
+    """The manifest that `nanokv pull` wrote: "source", "files" (name -> bytes), ...; empty for any other folder.
 
     Raises CheckpointError where it is unreadable.
     """
@@ -69,10 +72,10 @@ def read_manifest(folder: Path) -> dict:
         raise CheckpointError(f"{path} is unreadable") from error
 
 
-def what_is_damaged(folder: Path) -> str | None:
-    """What a pulled folder lacks, by its manifest: a text such as "model.safetensors is missing", or None.
+def find_damage(folder: Path) -> str | None:
+    """The first damage of a pulled folder by its manifest, such as "model.safetensors is missing"; None: it is whole.
 
-    Sizes only, so that it costs nothing at every start; files that people edit (config, template) may change.
+    Compares sizes only, because it runs at every start. Files that users edit (config, template) may change.
     """
     if not (folder / "config.json").is_file():
         return "config.json is missing"
@@ -90,14 +93,15 @@ def what_is_damaged(folder: Path) -> str | None:
 
 
 WITH_WEIGHTS = (*(entry.name for entry in CATALOG.values() if entry.wheel), *SHIPPED)
-"""Names whose weights can be had; of the catalog's others only the shape is known."""
+"""Names with weights; of the other names in the catalog only the shape is known."""
 
 
 def resolve_model(name_or_path: str | os.PathLike, known: Iterable[str] = WITH_WEIGHTS) -> Path:
-    """The folder of a model given as a folder, a catalog name, or the name or hub id of one that has been pulled.
+    """The folder of a model.
 
-    known    names that the caller would have taken, for the complaint about one that means nothing
-    Raises   CheckpointError, one line that says which command to run
+    name_or_path   a folder, a name of the catalog, or the name or hub id of a pulled model
+    known          the names that the error message offers
+    Raises         CheckpointError, one line that names the command to run
     """
     name = str(name_or_path)
     if not name:
@@ -108,7 +112,7 @@ def resolve_model(name_or_path: str | os.PathLike, known: Iterable[str] = WITH_W
     if not name.startswith((".", "/", "~")):
         pulled = folder_for(name)
         if pulled.is_dir():
-            if damage := what_is_damaged(pulled):
+            if damage := find_damage(pulled):
                 raise CheckpointError(f"{pulled}: {damage}; run `nanokv pull {name}` to repair it")
             return pulled
         if shipped := shipped_folder(name):
@@ -122,4 +126,4 @@ def resolve_model(name_or_path: str | os.PathLike, known: Iterable[str] = WITH_W
     if name in CATALOG or is_hub_id(name):
         raise CheckpointError(f"{name} is not in {weights_dir()}; run `nanokv pull {name}`")
     names = ", ".join(known)
-    raise CheckpointError(f"{name!r} is no model: give a folder, a name ({names}) or ORG/NAME after `nanokv pull`")
+    raise CheckpointError(f"{name!r} is not a model: give a folder, a name ({names}) or ORG/NAME after `nanokv pull`")

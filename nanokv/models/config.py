@@ -1,13 +1,11 @@
-"""ModelConfig: what a model is, for every family in one vocabulary. Knows names and numbers, no tensors and no JSON.
+"""ModelConfig: the shape of a model, for every family in one vocabulary. Knows names and numbers, no tensors, no JSON.
 
-The name in config.json stands beside each field where it differs; models/read.py reads the files.
+The docstring of a field gives its name in config.json where that differs. models/read.py reads the file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from nanokv.layers.deltanet import DeltaConfig
 from nanokv.layers.mla import MLAConfig
@@ -16,9 +14,9 @@ from nanokv.layers.rotary import RopeConfig
 ATTENTION, GATED_DELTA = "full_attention", "linear_attention"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A mixture of experts: each row goes to a few of many feed-forward layers."""
+    """The shape of a mixture of experts: the router sends each row to a few of many feed-forward layers."""
 
     num_experts: int
     """num_experts, num_local_experts or n_routed_experts"""
@@ -27,90 +25,77 @@ class MoEConfig:
     width: int
     """moe_intermediate_size: width inside an expert."""
     shared_width: int
-    """Width inside the expert that every row goes to; 0 where there is none."""
+    """Width inside the shared expert, which takes every row; 0: there is none."""
     shared_gate: bool
     """Whether a sigmoid gate scales the shared expert."""
     layers: tuple[bool, ...]
-    """Which layers are mixtures; the others are dense."""
-    scoring: str
-    """"softmax" over all experts, or "sigmoid" of each, to which a learnt bias is added for the choice only."""
+    """For each layer, whether it is a mixture; the others are dense."""
+    scoring: str = "softmax"
+    """"softmax" over all experts, or "sigmoid" of each; a learned bias is then added for the choice only."""
     normalise: bool
-    """norm_topk_prob: whether the weights of the chosen experts are made to sum to 1."""
-    scale: float
+    """norm_topk_prob: whether the weights of the chosen experts are scaled to sum to 1."""
+    scale: float = 1.0
     """routed_scaling_factor: multiplies the weights."""
-    num_groups: int
-    """n_group: experts are chosen from the best groups only ..."""
-    top_groups: int
-    """topk_group: ... of which there are this many."""
+    num_groups: int = 1
+    """n_group: groups of experts; only experts of the best groups are chosen."""
+    top_groups: int = 1
+    """topk_group: how many groups are the best ones."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What a model is, in nanokv's words."""
+    """The shape of a model. A field with a default is a feature that a plain decoder lacks."""
 
     family: str
-    """model_type: which module builds it, see nanokv.models.FAMILIES."""
+    """model_type: a key of nanokv.models.FAMILIES."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Width inside a dense feed-forward layer; 0 where no layer is dense and the file does not say."""
+    """Width inside a dense feed-forward layer; 0: no layer is dense."""
     num_layers: int
     """num_hidden_layers"""
     layer_types: tuple[str, ...]
     """"full_attention" or "linear_attention" for each layer."""
     num_heads: int
-    """num_attention_heads: query heads."""
+    """num_attention_heads: heads of q."""
     num_kv_heads: int
     """num_key_value_heads: heads of k and v, each shared by num_heads / num_kv_heads query heads."""
     head_dim: int
-    """Width of a head; hidden_size / num_heads where the file does not say. With MLA: of its query and key."""
-    qk_norm: bool
+    """Width of a head; with MLA, of its query and key."""
+    qk_norm: bool = False
     """Whether each head of q and k is normalised before its rotation."""
-    output_gate: bool
-    """Whether the result of attention is multiplied with the sigmoid of a projection of its input."""
-    norm_offset: float
-    """What is added to the weights of the norms: 1 where they are stored around zero."""
+    norm_offset: float = 0.0
+    """Added to the weights of the norms: 1.0 where the checkpoint stores them around zero."""
     norm_eps: float
     """rms_norm_eps"""
     rope: RopeConfig
     softmax_scale: float
-    """What scores are multiplied with before the softmax."""
+    """Multiplies the scores before the softmax."""
     max_positions: int
-    """max_position_embeddings: tokens the model was trained for."""
+    """max_position_embeddings: the context the model was trained for, in tokens."""
     tie_embeddings: bool
     """tie_word_embeddings: whether the head is the embedding table."""
     attention_bias: bool
-    """Whether q, k, v and o have one."""
+    """Whether the projections of q, k, v and o have a bias."""
     mlp_bias: bool
-    """Whether gate, up and down have one."""
-    mla: MLAConfig | None
-    moe: MoEConfig | None
-    delta: DeltaConfig | None
+    """Whether the gate, up and down projections have a bias."""
+    mla: MLAConfig | None = None
+    """Multi-head latent attention in place of grouped-query attention."""
+    moe: MoEConfig | None = None
+    """A mixture of experts in some layers, or in all."""
+    delta: DeltaConfig | None = None
+    """Gated DeltaNet in the layers of the type "linear_attention"."""
     num_extra_layers: int
-    """num_nextn_predict_layers: layers behind the last that predict further tokens; they are not loaded."""
+    """num_nextn_predict_layers: layers after the last one that predict further tokens; they are not loaded."""
     eos_token_ids: tuple[int, ...]
-    """eos_token_id of config.json, then those that generation_config.json adds."""
+    """eos_token_id of config.json, then the ids that generation_config.json adds."""
     bos_token_id: int | None
     dtype: str | None
-    """The checkpoint's own: "float32", "bfloat16", "float16", or None where the file does not say."""
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> ModelConfig:
-        """Reads config.json and, for eos ids, generation_config.json. Raises CheckpointError naming file and field."""
-        from nanokv.models.read import read_folder
-
-        return read_folder(Path(folder))
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """Reads the content of a config.json. Raises CheckpointError naming the family or the field."""
-        from nanokv.models.read import read_config
-
-        return read_config(data, "config.json")
+    """Of the checkpoint: "float32", "bfloat16" or "float16"; None where the file does not say."""
 
     @property
     def attention_layers(self) -> list[int]:
-        """Indices of the layers that keep something for each token."""
+        """Indices of the layers that keep keys and values, or latents, for each token."""
         return [layer for layer, kind in enumerate(self.layer_types) if kind == ATTENTION]
 
     def is_moe(self, layer: int) -> bool:

@@ -1,25 +1,99 @@
-"""DeepSeek-V2 and V3 (DeepSeek-AI 2024): multi-head latent attention, and experts behind a few dense layers.
+"""DeepSeek-V2 and V3 (DeepSeek-AI 2024): multi-head latent attention, and mixtures of experts after a few dense layers.
 
-kv_b_proj holds for each head the rows that expand the latent to a key (W_UK), then those that expand it to a value
-(W_UV). They are packed twice: head by head for absorbed attention, and whole for expanding (layers/mla.py).
+kv_b_proj holds for each head the rows that expand the latent to a key (W_UK), then the rows that expand it to a value
+(W_UV). They are packed twice: head by head for absorbed attention, and whole for expanded attention (layers/mla.py).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from nanokv.codecs import Codec
 from nanokv.kernels import ops
 from nanokv.layers.linear import Linear
-from nanokv.layers.mla import MLA
+from nanokv.layers.mla import MLA, MLAConfig
 from nanokv.layers.norm import RMSNorm
-from nanokv.models import parts
-from nanokv.models.config import ModelConfig
+from nanokv.models import parts, shared_fields
+from nanokv.models.config import ModelConfig, MoEConfig
 from nanokv.models.decoder import Decoder
+from nanokv.models.fields import Fields
 from nanokv.models.weights import Weights, join
 
 NORM_EPS = 1e-6
-"""Of the norms inside the projections; the released code does not take it from the config."""
+"""Of the norms inside the projections. The released code does not read it from the config."""
+
+
+def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
+    """Reads the fields of config.json in which families differ.
+
+    common    fields of ModelConfig that all families share, by name
+    Raises    CheckpointError naming the field
+    """
+    v3, num_layers = common["family"] == "deepseek_v3", common["num_layers"]
+    if common["num_kv_heads"] != common["num_heads"]:
+        raise fields.error("num_key_value_heads", "expected num_attention_heads: keys come out of the latent")
+    if common["attention_bias"]:
+        raise fields.error("attention_bias", "only false is supported in this family")
+    mla = MLAConfig(
+        q_rank=fields.integer("q_lora_rank", default=0, least=0) or None,
+        kv_rank=fields.integer("kv_lora_rank"),
+        nope_dim=fields.integer("qk_nope_head_dim"),
+        rope_dim=fields.integer("qk_rope_head_dim"),
+        value_dim=fields.integer("v_head_dim"),
+        interleaved=not v3 or fields.flag("rope_interleave", default=True),
+    )
+    head_dim = mla.nope_dim + mla.rope_dim
+    moe = _experts(fields, num_layers, v3)
+    return ModelConfig(
+        **common,
+        head_dim=head_dim,
+        rope=shared_fields.rope(fields, mla.rope_dim),
+        softmax_scale=head_dim**-0.5 * _score_factor(fields),
+        intermediate_size=shared_fields.intermediate_size(fields, moe),
+        layer_types=shared_fields.layer_types(fields, num_layers),
+        mla=mla,
+        moe=moe,
+    )
+
+
+def _experts(fields: Fields, num_layers: int, v3: bool) -> MoEConfig | None:
+    """The mixture of experts: V2 scores with a softmax, V3 with sigmoids; both may choose from the best groups only."""
+    first, step = fields.integer("first_k_dense_replace", default=0, least=0), fields.integer("moe_layer_freq", 1)
+    layers = tuple(i >= first and i % step == 0 for i in range(num_layers))
+    if not any(layers):
+        return None
+    grouped = v3 or fields.choice("topk_method", "greedy", ("greedy", "group_limited_greedy")) != "greedy"
+    num_experts, per_token = fields.integer("n_routed_experts"), fields.integer("num_experts_per_tok")
+    num_groups, top_groups = (fields.integer("n_group"), fields.integer("topk_group")) if grouped else (1, 1)
+    if num_experts % num_groups or top_groups > num_groups:
+        raise fields.error("n_group", f"does not divide {num_experts} experts into groups of which {top_groups} stay")
+    if per_token > num_experts // num_groups * top_groups:
+        raise fields.error("num_experts_per_tok", "more than the groups that stay have experts")
+    scoring = "sigmoid" if v3 else "softmax"
+    width = fields.integer("moe_intermediate_size")
+    return MoEConfig(
+        num_experts=num_experts,
+        per_token=per_token,
+        width=width,
+        shared_width=width * fields.integer("n_shared_experts", default=0, least=0),
+        shared_gate=False,
+        layers=layers,
+        scoring=fields.choice("scoring_func", scoring, (scoring,)),
+        normalise=v3 and fields.flag("norm_topk_prob", default=True),  # transformers does not normalise in V2
+        scale=fields.number("routed_scaling_factor", default=1.0),
+        num_groups=num_groups,
+        top_groups=top_groups,
+    )
+
+
+def _score_factor(fields: Fields) -> float:
+    """Multiplies the scale of the scores: above 1 where YaRN scales the positions."""
+    scaling = shared_fields.rope_scaling(fields)
+    if shared_fields.rope_kind(scaling) == "default" or not scaling.get("mscale_all_dim"):
+        return 1.0
+    return shared_fields.yarn_mscale(scaling.number("factor"), scaling.number("mscale_all_dim")) ** 2
 
 
 def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
@@ -64,16 +138,16 @@ def _attention(weights: Weights, at: str, config: ModelConfig, codec: Codec, cos
 
 
 def _by_part(q: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Rows of all heads without positions, then rows of all heads with, instead of head by head."""
+    """The rows of q by part: the part without positions of all heads, then the rotated part of all heads."""
     mla, columns = config.mla, q.shape[1]
     nope, rope = q.view(config.num_heads, -1, columns).split((mla.nope_dim, mla.rope_dim), dim=1)
     return join([nope.reshape(-1, columns), _halves(rope, config).reshape(-1, columns)])
 
 
 def _halves(rope: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Rotated rows [..., rope_dim, in], pairs (0, 1), (2, 3), ... put as (0, n/2), (1, n/2 + 1), ...
+    """Rotated rows [..., rope_dim, in], reordered: pairs (0, 1), (2, 3), ... become (0, n/2), (1, n/2 + 1), ...
 
-    Queries and keys are permuted alike, so their products stay what they were.
+    Queries and keys are permuted alike, so their products do not change.
     """
     if not config.mla.interleaved:
         return rope

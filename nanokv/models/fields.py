@@ -1,4 +1,4 @@
-"""Fields: one JSON object read with types; every complaint names the file, the field and its value."""
+"""Fields: one JSON object, read with types. Every error names the file, the field and its value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from nanokv.core.errors import CheckpointError
 
 
 class Fields:
-    """Typed reading of one JSON object. A required field that is missing or null raises CheckpointError."""
+    """One JSON object. Each reader returns a value of its type, or raises CheckpointError.
+
+    A field that is null counts as missing. A missing field has the default; without a default it is an error.
+
+    data    the object
+    where   the file and the place in it, for error messages
+    """
 
     def __init__(self, data: dict[str, Any], where: str) -> None:
         if not isinstance(data, dict):
@@ -21,14 +27,16 @@ class Fields:
         self.where = where
 
     def get(self, name: str, default: Any = None) -> Any:
+        """The value of a field, of any type."""
         value = self.data.get(name)
         return default if value is None else value
 
     def inside(self, name: str) -> Fields:
-        """The object in a field; an empty one where the field is missing."""
+        """The object in a field; an empty one if the field is missing."""
         return Fields(self.get(name, {}), f"{self.where}: {name}")
 
     def error(self, name: str, complaint: str) -> CheckpointError:
+        """The error to raise for a field: file, field, value and complaint."""
         value = f"={self.data[name]!r}" if name in self.data else ""
         return CheckpointError(f"{self.where}: {name}{value}: {complaint}")
 
@@ -39,37 +47,41 @@ class Fields:
         return value
 
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """An integer of at least `least`."""
         value = self._required(name, default)
         check_integer(CheckpointError, f"{self.where}: {name}", value, least)
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
+        """A finite number above 0."""
         value = self._required(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise self.error(name, "expected a number above 0")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
+        """true or false."""
         value = self.get(name, default)
         if not isinstance(value, bool):
             raise self.error(name, "expected true or false")
         return value
 
     def choice(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
+        """One of the allowed values."""
         value = self.get(name, default)
         if value not in allowed:
             raise self.error(name, f"not supported; supported are {', '.join(allowed)}")
         return value
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """A list of integers of at least 0, or nothing."""
+        """A list of integers of at least 0; empty if the field is missing."""
         value = self.get(name, [])
         if not isinstance(value, list) or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in value):
             raise self.error(name, "expected a list of integers of at least 0")
         return tuple(value)
 
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """A token id, a list of them, or nothing."""
+        """A token id or a list of them; empty if the field is missing."""
         value = self.get(name, [])
         ids = value if isinstance(value, list) else [value]
         for token_id in ids:

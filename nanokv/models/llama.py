@@ -1,18 +1,43 @@
 """Llama (Touvron et al. 2023; SmolLM2, TinyLlama, Llama 2 and 3), Qwen3 and Qwen3-MoE (Yang et al. 2025).
 
-Grouped-query attention in every layer. Qwen3 normalises each head of q and k, Qwen3-MoE has experts for feed-forward.
+Grouped-query attention in every layer. Qwen3 normalises each head of q and k; Qwen3-MoE also replaces the feed-forward
+layers by mixtures of experts.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from nanokv.codecs import Codec
 from nanokv.layers.attention import Attention
-from nanokv.models import parts
+from nanokv.models import parts, shared_fields
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Decoder
+from nanokv.models.fields import Fields
 from nanokv.models.weights import Weights
+
+
+def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
+    """Reads the fields of config.json in which families differ.
+
+    common    fields of ModelConfig that all families share, by name
+    Raises    CheckpointError naming the field
+    """
+    family, num_layers = common["family"], common["num_layers"]
+    moe = shared_fields.softmax_experts(fields, num_layers, shared=False) if family == "qwen3_moe" else None
+    head_dim = shared_fields.head_dim(fields, common["hidden_size"], common["num_heads"])
+    return ModelConfig(
+        **common,
+        head_dim=head_dim,
+        qk_norm=family != "llama",
+        rope=shared_fields.rope(fields, head_dim),
+        softmax_scale=head_dim**-0.5,
+        intermediate_size=shared_fields.intermediate_size(fields, moe),
+        layer_types=shared_fields.layer_types(fields, num_layers),
+        moe=moe,
+    )
 
 
 def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:

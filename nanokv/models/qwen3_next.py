@@ -1,21 +1,76 @@
-"""Qwen3-Next and Qwen3.5: three layers of Gated DeltaNet, then one of gated attention, over and over.
+"""Qwen3-Next and Qwen3.5: three layers of Gated DeltaNet, then one of gated attention, repeated.
 
-Attention here normalises q and k, turns a part of each head only, and multiplies its result with a sigmoid gate. The
+Attention here normalises q and k, rotates only a part of each head, and multiplies its result with a sigmoid gate. The
 two generations store the projections of Gated DeltaNet in different ways; both become one product, [q | k | v | z | b |
 a]. Sources: Yang et al. 2024 (Gated DeltaNet); the model code of transformers.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from nanokv.codecs import Codec
-from nanokv.layers.deltanet import GatedDeltaNet
+from nanokv.layers.deltanet import DeltaConfig, GatedDeltaNet
 from nanokv.layers.linear import Linear
-from nanokv.models import parts
-from nanokv.models.config import GATED_DELTA, ModelConfig
+from nanokv.models import parts, shared_fields
+from nanokv.models.config import ATTENTION, GATED_DELTA, ModelConfig
 from nanokv.models.decoder import Decoder, Mixer
+from nanokv.models.fields import Fields
 from nanokv.models.weights import Weights, join
+
+NEXT = "qwen3_next"
+DENSE = ("qwen3_5", "qwen3_5_text")
+"""The model_types without experts."""
+
+
+def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
+    """Reads the fields of config.json in which families differ.
+
+    common    fields of ModelConfig that all families share, by name
+    Raises    CheckpointError naming the field
+    """
+    family, num_layers = common["family"], common["num_layers"]
+    if common["attention_bias"]:
+        raise fields.error("attention_bias", "only false is supported in this family")
+    moe = None
+    if family not in DENSE:
+        moe = shared_fields.softmax_experts(fields, num_layers, shared=True, normalise=family != NEXT)
+    head_dim = shared_fields.head_dim(fields, common["hidden_size"], common["num_heads"])
+    return ModelConfig(
+        **common,
+        head_dim=head_dim,
+        qk_norm=True,
+        norm_offset=1.0,
+        rope=shared_fields.rope(fields, head_dim, default_part=0.25),
+        softmax_scale=head_dim**-0.5,
+        intermediate_size=shared_fields.intermediate_size(fields, moe),
+        layer_types=_layer_types(fields, num_layers),
+        moe=moe,
+        delta=_delta_config(fields),
+    )
+
+
+def _layer_types(fields: Fields, num_layers: int) -> tuple[str, ...]:
+    """layer_types, or attention in every full_attention_interval-th layer."""
+    if fields.get("layer_types") is not None:
+        return shared_fields.layer_types(fields, num_layers, (ATTENTION, GATED_DELTA))
+    interval = fields.integer("full_attention_interval", default=4)
+    return tuple(GATED_DELTA if (i + 1) % interval else ATTENTION for i in range(num_layers))
+
+
+def _delta_config(fields: Fields) -> DeltaConfig:
+    key_heads, value_heads = fields.integer("linear_num_key_heads"), fields.integer("linear_num_value_heads")
+    if value_heads % key_heads:
+        raise fields.error("linear_num_value_heads", f"not a multiple of linear_num_key_heads={key_heads}")
+    return DeltaConfig(
+        key_heads=key_heads,
+        value_heads=value_heads,
+        key_dim=fields.integer("linear_key_head_dim"),
+        value_dim=fields.integer("linear_value_head_dim"),
+        kernel=fields.integer("linear_conv_kernel_dim", least=2),
+    )
 
 
 def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
@@ -32,7 +87,7 @@ def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -
 
 
 def _query_and_gate(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
-    """q_proj holds query and gate of the first head, then of the second, ...: here all queries, then all gates."""
+    """q_proj with the rows of all queries, then of all gates; it stores query and gate of one head after the other."""
     heads, head_dim, width = config.num_heads, config.head_dim, config.hidden_size
     stored = weights.matrix(f"{at}.q_proj.weight", heads * 2 * head_dim, width)
     return stored.view(heads, 2, head_dim, width).transpose(0, 1).reshape(-1, width)
@@ -41,8 +96,7 @@ def _query_and_gate(weights: Weights, at: str, config: ModelConfig) -> torch.Ten
 def _delta(weights: Weights, at: str, config: ModelConfig, codec: Codec) -> GatedDeltaNet:
     delta, width = config.delta, config.hidden_size
     inner = delta.value_heads * delta.value_dim
-    grouped = config.family == "qwen3_next"
-    projections = (_grouped if grouped else _flat)(weights, at, config)
+    projections = (_grouped if config.family == NEXT else _flat)(weights, at, config)
     conv = weights.take(f"{at}.conv1d.weight", (delta.channels, 1, delta.kernel), torch.float32)
     return GatedDeltaNet(
         Linear(projections, weights.activation),

@@ -1,9 +1,9 @@
-"""Whether two processes compute the same thing: one digest over all that shapes the bytes of a page.
+"""model_identity: one digest over everything that shapes the bytes of a page. Equal digests: pages can be exchanged.
 
-Weights are sampled, because reading all of them would double the start of a large model: the header of each file, its
-size, and 64 blocks of 1 MiB spread over it. That tells apart other models, other quantisations, other fine-tunings
-and cut files; it is no defence against somebody who forges a file. A change of nanokv that writes other bytes into a
-page raises messages.VERSION.
+Weights are sampled, because reading all of them would double the start of a large model: the name and the size of each
+file, and 64 blocks of 1 MiB spread over it, its header among them. That tells apart other models, other quantisations,
+other fine-tunings and truncated files; it is no defence against a forged file. The means of keys (center_keys) are
+measured by an engine and not covered: pages made with them cannot be exchanged.
 """
 
 from __future__ import annotations
@@ -17,17 +17,26 @@ import msgspec
 
 from nanokv.core.config import EngineConfig
 from nanokv.core.spec import PageLayout
-from nanokv.disagg.messages import VERSION
 from nanokv.models.config import ModelConfig
 
 _BLOCK = 1 << 20
 _BLOCKS = 64
 
 
-def digest_of(folder: Path, model: ModelConfig, config: EngineConfig, dtype: str, layout: PageLayout) -> str:
-    """Hexadecimal SHA-256 of weights, config, codec, dtype, page size and layout, length-framed and typed."""
+def model_identity(
+    folder: Path, model: ModelConfig, config: EngineConfig, dtype: str, layout: PageLayout, version: int
+) -> str:
+    """Digests the weights, the model's config, codec, dtype, page size and layout.
+
+    folder    holds the *.safetensors; not read when config.load is "dummy"
+    config    of the engine; only the fields that change the bytes of a page count
+    dtype     of the weights, as resolved: "float32", "bfloat16", "float16"
+    layout    of the pages
+    version   of the caller's format; a change of nanokv that writes other bytes into a page raises it
+    Returns   SHA-256 over typed, length-framed fields (MessagePack), 64 hexadecimal digits
+    """
     fields: dict[str, Any] = {
-        "protocol": VERSION,
+        "version": version,
         "model": asdict(model),
         "dtype": dtype,
         "codec": ["raw"] if config.codec == "raw" else [config.codec, config.native_layers, config.prefill],
