@@ -145,7 +145,7 @@ def prefill(whole: bool) -> dict:
     x, batch = torch.randn(rows, 1024), batch_of(0, rows)
     torch.testing.assert_close(ours(x, store, batch), module(x.unsqueeze(0))[0], rtol=1e-3, atol=1e-4)
     if not whole:
-        ours.in_proj, ours.out = Given(ours.in_proj(x)), GrantedPages()
+        ours.in_proj, ours.out = Given(ours.in_proj(x)), Given()
         for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"):
             setattr(module, name, Given(getattr(module, name)(x.unsqueeze(0))))
         module.out_proj = Given()
