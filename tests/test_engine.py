@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers import run
 
 from nanokv import EngineConfig, SamplingParams
 from nanokv.core.errors import ConfigError, NanokvError, RequestError
@@ -22,16 +23,6 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 def llm(tiny_llama):
     with LLM(tiny_llama, page_size=4, num_pages=64, max_step_tokens=16, debug_checks=True) as llm:
         yield llm
-
-
-def run(llm: LLM, most: int = 500) -> list:
-    outputs = []
-    for _ in range(most):
-        if not llm.engine.has_work:
-            return outputs
-        outputs.extend(llm.engine.step())
-        llm.engine.cache.check()
-    raise AssertionError("the engine does not come to an end")
 
 
 def assert_all_pages_back(llm: LLM) -> None:

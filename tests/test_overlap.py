@@ -6,6 +6,7 @@ import oracles
 import pytest
 import torch
 from chat_desk import ScriptedLLM
+from helpers import run
 
 from nanokv import EngineConfig, SamplingParams
 from nanokv.core.request import Request
@@ -106,16 +107,6 @@ def test_the_cache_finds_as_much_as_without_overlap(model):
 def llm(tiny_llama):
     with LLM(tiny_llama, page_size=4, num_pages=64, max_step_tokens=16, debug_checks=True, overlap=True) as llm:
         yield llm
-
-
-def run(llm: LLM) -> list:
-    outputs = []
-    for _ in range(500):
-        if not llm.engine.has_work:
-            return outputs
-        outputs += llm.engine.step()
-        llm.engine.cache.check()
-    raise AssertionError("the engine does not come to an end")
 
 
 def test_the_next_step_is_launched_before_the_last_one_is_read(llm, monkeypatch):
