@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from helpers import run
+from oracles import prompt
 
 from nanokv import EngineConfig, SamplingParams
 from nanokv.core.errors import ConfigError, NanokvError, RequestError
@@ -13,10 +14,6 @@ from nanokv.core.request import Request
 from nanokv.llm import LLM
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(3, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @pytest.fixture

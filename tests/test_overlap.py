@@ -6,7 +6,7 @@ import oracles
 import pytest
 import torch
 from chat_desk import ScriptedLLM
-from helpers import run
+from helpers import run, with_logprobs
 
 from nanokv import EngineConfig, SamplingParams
 from nanokv.core.request import Request
@@ -19,9 +19,7 @@ LENGTHS = (1, 3, 16, 17, 33, 64, 130)
 
 
 def prompts() -> list[list[int]]:
-    texts = [oracles.prompt(length, seed=length) for length in LENGTHS]
-    shared = texts[-1]
-    return [*texts, [*shared[:100], 5, 6, 7], [*shared[:64], 9], shared[:48]]
+    return oracles.prompts(LENGTHS)
 
 
 PARAMS = [
@@ -35,12 +33,9 @@ PARAMS = [
 
 
 def answers(llm: LLM) -> list[tuple]:
-    """Tokens, log-probabilities and ends: log-probabilities show a changed bit that a token would hide."""
-    return [
-        (output.token_ids, [report[t] for t, report in zip(output.token_ids, output.logprobs, strict=True)],
-         output.finish_reason)
-        for output in llm.generate(prompts(), PARAMS)
-    ]  # fmt: skip
+    """Tokens, log-probabilities and ends."""
+    outputs = llm.generate(prompts(), PARAMS)
+    return [*zip(with_logprobs(outputs), (output.finish_reason for output in outputs), strict=True)]
 
 
 def assert_all_back(llm: LLM) -> None:
