@@ -177,6 +177,7 @@ def test_an_exported_tree_says_what_it_cannot_do(tree):
     assert done.returncode == 1 and "was made for a class" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_lesson_has_the_students_functions_in_its_own_process_and_in_the_prefill_process(tmp_path):
     exercise, folder = load_course().exercise("02.1"), tmp_path / "my"
     folder.mkdir()

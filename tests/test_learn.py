@@ -163,6 +163,7 @@ def test_a_file_that_cannot_be_used_is_told_in_one_line_and_left_alone(desk, tex
     assert path.read_text() == text
 
 
+@pytest.mark.slow
 def test_an_endless_loop_is_stopped_and_its_prints_are_cut(desk):
     write(ALLOCATE, "while True:\n        print('round and round')")
     outcome = checking.check(load_course(), load_course().exercise(ALLOCATE), Path("my"), cpu_limit=6)
