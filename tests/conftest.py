@@ -25,3 +25,30 @@ def tiny_llama(tmp_path_factory) -> Path:
     import oracles
 
     return oracles.llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2):
+    """SmolLM2's tokenizer, ours."""
+    from nanokv.text.tokenizer import Tokenizer
+
+    return Tokenizer.from_folder(smollm2)
+
+
+@pytest.fixture(scope="session")
+def theirs(smollm2):
+    """SmolLM2's tokenizer as transformers runs it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture
+def threads(request):
+    """One thread of torch, unless a test asks for more: tiny products gain nothing, and lose much on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(getattr(request, "param", 1))
+    yield
+    torch.set_num_threads(before)

@@ -5,13 +5,30 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanokv.cache.store import CacheStore
+from nanokv.codecs import RawCodec
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
+from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Decoder
+from nanokv.models.loader import load_model
+from nanokv.models.read import read_folder
+
+
+def load(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    page_size: int = 16,
+    config: ModelConfig | None = None,
+    **more: Any,
+) -> Decoder:
+    """A folder's decoder on the CPU, its cache in the dtype of activations; `config` stands in for the folder's own."""
+    return load_model(folder, config or read_folder(folder), dtype, "cpu", RawCodec(dtype), page_size, **more)
 
 
 @dataclass

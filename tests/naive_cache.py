@@ -18,6 +18,11 @@ from nanokv.core.request import Request, SamplingParams
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
 
 
+def prompt(length: int, start: int = 0) -> list[int]:
+    """Tokens that count up from `start`."""
+    return list(range(start, start + length))
+
+
 def blob(tokens) -> bytes:
     return array("i", tokens).tobytes()
 

@@ -172,7 +172,14 @@ def logits(model: transformers.PreTrainedModel, tokens: list[int]) -> torch.Tens
         return model(torch.tensor([tokens]), use_cache=False).logits[0].float()
 
 
-def prompt(length: int, vocab_size: int = 256, seed: int = 0) -> list[int]:
+def prompt(length: int, seed: int = 0) -> list[int]:
     """Random token ids."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    return torch.randint(3, vocab_size, (length,), generator=generator).tolist()
+    return torch.randint(3, LLAMA["vocab_size"], (length,), generator=generator).tolist()
+
+
+def prompts(lengths: tuple[int, ...]) -> list[list[int]]:
+    """Random prompts of these lengths, and three more that share a prefix with the last one, which has 100 or more."""
+    texts = [prompt(length, seed=length) for length in lengths]
+    shared = texts[-1]
+    return [*texts, [*shared[:100], 5, 6, 7], [*shared[:64], 9], shared[:48]]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from harness import step_of
+from helpers import last, same_bits
 
 from nanokv.codecs import resolve_codec
 from nanokv.core.batch import Batch
@@ -53,10 +54,6 @@ class Requests:
         return twin.paged_attention(q, self.pool, self.planes, batch, self.scale)
 
 
-def last(length: int, count: int) -> list[int]:
-    return list(range(length - count, length))
-
-
 def assert_close(mine: torch.Tensor, truth: torch.Tensor) -> None:
     """float32: a score near 10 that is off by two ulp moves a weight by 1e-6, and values are below 5. 16-bit results
     are float32 results rounded once: two that nearly agree land at most one ulp (2**-8 or 2**-11) apart."""
@@ -64,10 +61,6 @@ def assert_close(mine: torch.Tensor, truth: torch.Tensor) -> None:
     assert mine.shape == truth.shape
     step = {F32: 0.0, BF16: 2**-7, F16: 2**-10}[truth.dtype]
     torch.testing.assert_close(mine.float(), truth.float(), atol=1e-5, rtol=step)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 MIXED = [1, 15, 16, 17, 63, 64, 65, 1000, 130, 300]

@@ -374,6 +374,7 @@ def test_the_figure_is_the_same_bytes_for_the_same_json(scripts, result, tmp_pat
     assert "bench prefix, 16 clients" in (tmp_path / "a.svg").read_text()
 
 
+@pytest.mark.slow
 def test_the_comparison_runs_and_survives_a_peer_that_does_not_start(tiny_llama, tmp_path):
     output = tmp_path / "out.json"
     command = [

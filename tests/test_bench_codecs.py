@@ -233,6 +233,7 @@ def test_a_wrong_codec_name_is_one_line_that_names_the_allowed_ones(name, tiny_l
 # ---- the script ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_was_broken_off_goes_on_and_failures_are_named(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import bench_codecs

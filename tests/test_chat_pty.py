@@ -166,6 +166,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line_or_says_how_to_leave(chat):
     assert chat.enter("/show messages") == ""
 
 
+@pytest.mark.slow
 def test_a_plain_session_has_no_colour_and_ctrl_d_leaves(smollm2, home):
     chat = Chat(smollm2, home, "--max-tokens", "3", NO_COLOR="1")
     chat.ask("Hi")
@@ -177,6 +178,7 @@ def test_a_plain_session_has_no_colour_and_ctrl_d_leaves(smollm2, home):
     assert "Hi\n/nonsense\n" in history.read_text() and history.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_leaves_with_130(smollm2, tmp_path):
     chat = Chat(smollm2, tmp_path, NANOKV_NOHISTORY="1")
     chat.process.sendline(LONG)
@@ -189,6 +191,7 @@ def test_ctrl_c_twice_leaves_with_130(smollm2, tmp_path):
     assert list(tmp_path.iterdir()) == []  # no history file, as asked
 
 
+@pytest.mark.slow
 def test_two_turns_are_prefilled_in_another_process(smollm2, tmp_path):
     log, question = tmp_path / "events.jsonl", "Which of these is a river: " + "the Rhine, the Alps, Berlin, " * 12
     chat = Chat(smollm2, tmp_path, "--disagg", "--max-tokens", "6", "--event-log", str(log))

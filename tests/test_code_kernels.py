@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import step_of
+from helpers import last
 
 from nanokv.codecs import tables
 from nanokv.kernels import cpu, ops, reference
@@ -20,10 +21,6 @@ SIDES = {
     "int8": (8, lambda dim: tables.int8(), "absmax"),
     "fp8": (8, lambda dim: tables.e4m3(), "absmax"),
 }
-
-
-def last(length: int, count: int) -> list[int]:
-    return list(range(length - count, length))
 
 
 MIXED_ROWS = {0: [0], 3: last(17, 17), 1: last(15, 1), 4: last(63, 2), 7: last(1000, 70), 5: last(64, 1),

@@ -3,6 +3,7 @@
 import oracles
 import pytest
 import torch
+from helpers import with_logprobs
 
 from nanokv import SamplingParams
 from nanokv.codecs import kivi, latents, pages
@@ -31,11 +32,7 @@ def prompts() -> list[list[int]]:
 
 
 def answers(llm: LLM, texts: list[list[int]] | None = None, params: SamplingParams = GREEDY):
-    """Tokens and log-probabilities: these show a changed bit that a token would hide."""
-    return [
-        (output.token_ids, [report[token] for token, report in zip(output.token_ids, output.logprobs, strict=True)])
-        for output in llm.generate(prompts() if texts is None else texts, params)
-    ]
+    return with_logprobs(llm.generate(prompts() if texts is None else texts, params))
 
 
 # ---- exactness ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import noise
 
 from nanokv.codecs import _QUANTIZERS, tables
 from nanokv.codecs.basis import Basis, haar, sketch
@@ -16,10 +17,6 @@ from nanokv.kernels import ops
 from nanokv.kernels.reference import pack_codes, unpack_codes
 
 CPU = torch.device("cpu")
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,6 @@ from nanokv.text.template import ChatTemplate
 from nanokv.text.tokenizer import Tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return Tokenizer.from_folder(smollm2)
-
-
 def generated(tokenizer, *pieces):
     """Ids that a model may generate: the same text, but not cut as the tokenizer would cut it."""
     return [i for piece in pieces for i in tokenizer.encode(piece)]

@@ -177,6 +177,7 @@ def test_an_exported_tree_refuses_dev_check(tree):
     assert done.returncode == 1 and "was made for a class" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_lesson_with_mine_patches_its_own_and_the_prefill_process(tmp_path):
     exercise, folder = load_course().exercise("02.1"), tmp_path / "my"
     folder.mkdir()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import same_bits
 
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
@@ -115,10 +116,6 @@ def assert_close(mine: torch.Tensor, truth: torch.Tensor) -> None:
     """float32: results of size 1 gather rounding errors over the last dozens of tokens. 16 bits: rounded once."""
     step = {F32: 2e-6, BF16: 2**-8, F16: 2**-11}[mine.dtype]
     torch.testing.assert_close(mine.double(), truth.double(), atol=4e-6, rtol=step)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def assert_truth(requests: Requests, steps: list[Rows], last_op="delta_rule_chunk") -> None:

@@ -26,6 +26,7 @@ from nanokv.disagg import process
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 PROMPTS = [oracles.prompt(length, seed=length) for length in (40, 90, 150)]
 ROOM = {"num_pages": 64, "page_size": 8, "debug_checks": True}
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +97,13 @@ def worker_pid(llm: LLM) -> int:
     ("fault", "lost"),
     [
         ("PREFILL received kill", True),
-        ("layer kill", True),
+        pytest.param("layer kill", True, marks=SLOW),
         ("DONE before kill", True),
-        ("DONE before half", True),
-        ("DONE before noise", True),
+        pytest.param("DONE before half", True, marks=SLOW),
+        pytest.param("DONE before noise", True, marks=SLOW),
         ("DONE sent kill", None),  # what was delivered counts; the other prompts are lost
         ("layer stop", True),
-        ("DONE sent stop", None),
+        pytest.param("DONE sent stop", None, marks=SLOW),
     ],
 )
 def test_a_worker_that_dies_hangs_or_babbles_costs_no_token(llm, shared, right, caplog, fault, lost):
@@ -154,7 +155,10 @@ def test_pages_of_a_stopped_worker_are_not_given_away_before_it_is_dead(llm, sha
     assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == right
 
 
-@pytest.mark.parametrize("fault", [None, "ABORT received kill", "ABORT_ACK before kill", "ABORT_ACK before twice"])
+@pytest.mark.parametrize(
+    "fault",
+    [None, "ABORT received kill", *(pytest.param(f"ABORT_ACK before {how}", marks=SLOW) for how in ("kill", "twice"))],
+)
 def test_an_abort_in_flight_gives_the_pages_back_when_nobody_writes_any_more(llm, shared, right, fault):
     if fault is not None:
         plan(shared, fault)
@@ -202,7 +206,7 @@ def test_workers_that_cannot_start_are_an_error_and_not_silence(tiny_llama, monk
         LLM(tiny_llama, disagg=DisaggConfig(), **ROOM)
 
 
-@pytest.mark.parametrize("is_main", [True, False])
+@pytest.mark.parametrize("is_main", [True, pytest.param(False, marks=SLOW)])
 def test_an_llm_that_is_forgotten_takes_its_worker_and_its_pool_with_it(tiny_llama, is_main):
     """Whichever thread the garbage collection runs in."""
     gc.collect()  # what other tests left behind goes now, not in between
@@ -248,7 +252,14 @@ while True:
 """
 
 
-@pytest.mark.parametrize(("how", "stopped"), [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGINT, False)])
+@pytest.mark.parametrize(
+    ("how", "stopped"),
+    [
+        pytest.param(signal.SIGKILL, False, marks=SLOW),
+        (signal.SIGKILL, True),
+        pytest.param(signal.SIGINT, False, marks=SLOW),
+    ],
+)
 def test_a_worker_does_not_outlive_the_decode_process(tiny_llama, how, stopped):
     """Not even one that is stopped and cannot notice."""
     here = Path(__file__).parent.parent

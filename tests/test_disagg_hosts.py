@@ -26,6 +26,7 @@ GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 PROMPTS = [oracles.prompt(length, seed=length) for length in (40, 90, 150)]
 ROOM = {"num_pages": 64, "page_size": 8, "debug_checks": True, "num_states": 12}
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+SLOW = pytest.mark.slow
 
 
 class Server:
@@ -57,7 +58,9 @@ def answers(llm: LLM) -> list[list[int]]:
     return [output.token_ids for output in llm.generate(PROMPTS, GREEDY)]
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "qwen3_next"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("llama", marks=SLOW), pytest.param("deepseek_v3", marks=SLOW), "qwen3_next"]
+)
 def test_pages_and_states_that_travel_are_those_that_one_process_computes(family, tmp_path):
     folder, address = oracles.checkpoint(family, tmp_path), free_address()
     with LLM(folder, **ROOM) as llm:
@@ -91,6 +94,7 @@ with t.LLM(sys.argv[1], disagg=there, **t.ROOM) as llm:
 """
 
 
+@pytest.mark.slow
 def test_both_die_and_both_are_started_again(tiny_llama):
     """In the middle of their work: nothing of the first two is in the way of the next two."""
     address = free_address()

@@ -359,7 +359,7 @@ def raising(error: Exception):
     return fail
 
 
-@pytest.mark.parametrize("level", ["WARNING", "DEBUG"])
+@pytest.mark.parametrize("level", ["WARNING", pytest.param("DEBUG", marks=pytest.mark.slow)])
 def test_a_worker_that_cannot_load_says_why_in_one_line(tmp_path, level):
     """With its traceback where somebody debugs."""
     spec = msgspec.json.encode({"name": "prefill 0", "folder": str(tmp_path), "device": "cpu", "dtype": "float32",

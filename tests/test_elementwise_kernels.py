@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import step_of
+from helpers import noise, same_bits
 
 from nanokv.codecs import resolve_codec
 from nanokv.core.spec import LayerSpec, PageLayout
@@ -18,10 +19,6 @@ ROWS = [1, 2, 3, 7, 64, 500]
 WIDTHS = [8, 33, 576, 1536]
 
 
-def noise(*shape: int, seed: int = 0, dtype=F32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def assert_close(mine: torch.Tensor, truth: torch.Tensor) -> None:
     """float32: sums of 1,536 squares and 2**x are good to a few ulp. 16 bits: the norm rounds twice (before and after
     the weight), so two float32 results that nearly agree may end two ulp apart (an ulp is 2**-7 or 2**-10, relative
@@ -29,10 +26,6 @@ def assert_close(mine: torch.Tensor, truth: torch.Tensor) -> None:
     assert mine.dtype == truth.dtype
     step = {F32: 2e-6, BF16: 2**-6, F16: 2**-9}[truth.dtype]
     torch.testing.assert_close(mine.float(), truth.float(), atol=1e-6, rtol=step)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype, weight_dtype", FORMATS, ids=str)

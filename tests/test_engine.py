@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from helpers import run
+from oracles import prompt
 
 from nanokv import EngineConfig, SamplingParams
 from nanokv.core.errors import ConfigError, NanokvError, RequestError
@@ -14,24 +16,10 @@ from nanokv.llm import LLM
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(3, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
 @pytest.fixture
 def llm(tiny_llama):
     with LLM(tiny_llama, page_size=4, num_pages=64, max_step_tokens=16, debug_checks=True) as llm:
         yield llm
-
-
-def run(llm: LLM, most: int = 500) -> list:
-    outputs = []
-    for _ in range(most):
-        if not llm.engine.has_work:
-            return outputs
-        outputs.extend(llm.engine.step())
-        llm.engine.cache.check()
-    raise AssertionError("the engine does not come to an end")
 
 
 def assert_all_pages_back(llm: LLM) -> None:

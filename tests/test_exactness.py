@@ -2,8 +2,10 @@
 
 import random
 
+import oracles
 import pytest
 import torch
+from helpers import with_logprobs
 
 from nanokv import SamplingParams
 from nanokv.core.request import Request
@@ -13,10 +15,7 @@ LENGTHS = (1, 2, 15, 16, 17, 33, 63, 64, 65, 130)
 
 
 def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(7)
-    texts = [torch.randint(3, 256, (length,), generator=generator).tolist() for length in LENGTHS]
-    shared = texts[-1]
-    return [*texts, [*shared[:100], 5, 6, 7], [*shared[:64], 9], shared[:48]]
+    return oracles.prompts(LENGTHS)
 
 
 PARAMS = [
@@ -26,15 +25,11 @@ PARAMS = [
 
 
 def answers(llm: LLM, order: list[int] | None = None) -> list[tuple[list[int], list[float]]]:
-    """Tokens and log-probabilities: the log-probabilities show a changed bit that a token would hide."""
     order = order if order is not None else list(range(len(PARAMS)))
     texts = prompts()
     outputs = llm.generate([texts[i] for i in order], [PARAMS[i] for i in order])
     by_prompt = dict(zip(order, outputs, strict=True))
-    return [
-        (output.token_ids, [report[token] for token, report in zip(output.token_ids, output.logprobs, strict=True)])
-        for output in (by_prompt[i] for i in range(len(order)))
-    ]
+    return with_logprobs(by_prompt[i] for i in range(len(order)))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from functools import cache
 import oracles
 import pytest
 import torch
-from harness import Rig
+from harness import Rig, load
 from safetensors.torch import load_file, save_file
 
 from nanokv.codecs import RawCodec
@@ -14,6 +14,7 @@ from nanokv.core.errors import CheckpointError
 from nanokv.models.loader import load_model, tensors
 from nanokv.models.read import read_config, read_folder
 
+pytestmark = pytest.mark.usefixtures("threads")
 CLOSE = {"rtol": 0, "atol": 1e-4}
 PROMPT = oracles.prompt(130)
 FAMILIES = list(oracles.FAMILIES)
@@ -22,18 +23,6 @@ LENGTHS = (1, 2, 3, 4, 63, 64, 65, 130)
 """Prompts that end at, before and behind the edges of convolutions, pages and chunks."""
 NEAR_TIE = 1e-4
 """Where the reference's two best logits are closer, either token is right: rounding decides."""
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def load(folder, dtype=torch.float32, page_size=16):
-    return load_model(folder, read_folder(folder), dtype, "cpu", RawCodec(dtype), page_size)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import json
 import oracles
 import pytest
 import torch
+from helpers import with_logprobs
 
 from nanokv import SamplingParams
 from nanokv.bench import size
@@ -23,9 +24,7 @@ ROOM = {"num_states": 40}
 
 
 def prompts() -> list[list[int]]:
-    texts = [oracles.prompt(length, seed=length) for length in LENGTHS]
-    shared = texts[-1]
-    return [*texts, [*shared[:100], 5, 6, 7], [*shared[:64], 9], shared[:48]]
+    return oracles.prompts(LENGTHS)
 
 
 PARAMS = [
@@ -35,11 +34,7 @@ PARAMS = [
 
 
 def answers(llm: LLM) -> list[tuple[list[int], list[float]]]:
-    outputs = llm.generate(prompts(), PARAMS)
-    return [
-        (output.token_ids, [report[token] for token, report in zip(output.token_ids, output.logprobs, strict=True)])
-        for output in outputs
-    ]
+    return with_logprobs(llm.generate(prompts(), PARAMS))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -6,11 +6,14 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 gpu_report = import_module("gpu_report")
 
 
+@pytest.mark.slow
 def test_a_quick_run_on_a_cpu_writes_json_and_a_table(tmp_path):
     path = tmp_path / "report.json"
     command = [sys.executable, "scripts/gpu_report.py", "--quick", "--device", "cpu", "--only", "limits", "--only"]
@@ -39,6 +42,7 @@ def test_a_part_that_fails_says_why_and_one_that_hangs_is_stopped():
     assert stopped["error"] == "stopped after 0 s"
 
 
+@pytest.mark.slow
 def test_the_time_of_python_beside_the_device_is_that_of_a_step_without_waiting():
     part = gpu_report.run_part("host", "cpu", True, 120)
     assert "error" not in part

@@ -165,6 +165,7 @@ def test_an_unusable_file_is_one_line_and_stays_unchanged(workspace, text, words
     assert path.read_text() == text
 
 
+@pytest.mark.slow
 def test_an_endless_loop_is_stopped_and_its_prints_are_cut(workspace):
     write(ALLOCATE, "while True:\n        print('round and round')")
     outcome = checking.check(load_course(), load_course().exercise(ALLOCATE), Path("my"), cpu_limit=6)

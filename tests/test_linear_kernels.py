@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from helpers import noise
 
 from nanokv.kernels import linear as kernels
 from nanokv.kernels.linear import activation_dtype, embed, linear, pack_linear, row_invariant
@@ -13,10 +14,6 @@ from nanokv.kernels.reference import linear as reference
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (5, 3), (16, 64), (17, 63), (100, 77), (1000, 33), (960, 576), (576, 1536)]
 ROWS = [*range(1, 20), 31, 63, 64, 65, 130]
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

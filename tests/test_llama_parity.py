@@ -5,14 +5,12 @@ from dataclasses import replace
 import oracles
 import pytest
 import torch
-from harness import Rig, make_batch
+from harness import Rig, load, make_batch
 
-from nanokv.codecs import RawCodec
 from nanokv.core.errors import CacheError
 from nanokv.core.spec import PageLayout
-from nanokv.models.loader import load_model
-from nanokv.models.read import read_folder
 
+pytestmark = pytest.mark.usefixtures("threads")
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -36,19 +34,6 @@ VARIANTS = {
 }
 CLOSE = {"rtol": 0, "atol": 1e-4}
 PROMPT = oracles.prompt(130)
-
-
-@pytest.fixture(autouse=True)
-def threads(request):
-    """One thread of torch, unless a test asks for more: tiny products gain nothing, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(getattr(request, "param", 1))
-    yield
-    torch.set_num_threads(before)
-
-
-def load(folder, dtype=torch.float32, page_size=16):
-    return load_model(folder, read_folder(folder), dtype, "cpu", RawCodec(dtype), page_size)
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda name: name.replace(" ", "-"))

@@ -6,30 +6,15 @@ from dataclasses import replace
 import oracles
 import pytest
 import torch
-from harness import Rig
+from harness import Rig, load
 from safetensors.torch import load_file, save_file
 
-from nanokv.codecs import RawCodec
 from nanokv.core.errors import CheckpointError
-from nanokv.models.loader import load_model
 from nanokv.models.read import read_folder
 from nanokv.models.weights import BANK, dummy
 
+pytestmark = pytest.mark.usefixtures("threads")
 PROMPT = oracles.prompt(20)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny products gain nothing from threads, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def load(folder, dtype=torch.float32, config=None, **options):
-    config = config or read_folder(folder)
-    return load_model(folder, config, dtype, "cpu", RawCodec(dtype), page_size=16, **options)
 
 
 def logits(folder, **options):

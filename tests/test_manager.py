@@ -3,13 +3,9 @@
 import json
 
 import pytest
-from naive_cache import House
+from naive_cache import House, prompt
 
 from nanokv.core.errors import CacheError
-
-
-def prompt(length: int, start: int = 0) -> list[int]:
-    return list(range(start, start + length))
 
 
 @pytest.mark.parametrize(("length", "cached"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (11, 8)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import step_of
+from helpers import last, noise, same_bits
 
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
 from nanokv.kernels import cpu, ops, reference
@@ -16,23 +17,11 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ODD = [1, 15, 16, 17, 63, 64, 65, 1000]
 
 
-def noise(*shape: int, seed: int = 0, dtype=F32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def last(length: int, count: int) -> list[int]:
-    return list(range(length - count, length))
-
-
 def assert_close(mine: torch.Tensor, truth: torch.Tensor, atol: float = 1e-5) -> None:
     """As in test_attention_kernels.py: float32 by a few ulp of scores near 10, 16 bits by one rounding."""
     assert mine.dtype == truth.dtype and mine.shape == truth.shape
     step = {F32: 0.0, BF16: 2**-7, F16: 2**-10}[truth.dtype]
     torch.testing.assert_close(mine.float(), truth.float(), atol=atol, rtol=step)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def latent_planes(layout: PageLayout, layer: int) -> ops.KVPlanes:

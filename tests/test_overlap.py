@@ -6,6 +6,7 @@ import oracles
 import pytest
 import torch
 from fake_terminal import ScriptedLLM
+from helpers import run, with_logprobs
 
 from nanokv import EngineConfig, SamplingParams
 from nanokv.core.request import Request
@@ -18,9 +19,7 @@ LENGTHS = (1, 3, 16, 17, 33, 64, 130)
 
 
 def prompts() -> list[list[int]]:
-    texts = [oracles.prompt(length, seed=length) for length in LENGTHS]
-    shared = texts[-1]
-    return [*texts, [*shared[:100], 5, 6, 7], [*shared[:64], 9], shared[:48]]
+    return oracles.prompts(LENGTHS)
 
 
 PARAMS = [
@@ -34,12 +33,9 @@ PARAMS = [
 
 
 def answers(llm: LLM) -> list[tuple]:
-    """Tokens, log-probabilities and ends: log-probabilities show a changed bit that a token would hide."""
-    return [
-        (output.token_ids, [report[t] for t, report in zip(output.token_ids, output.logprobs, strict=True)],
-         output.finish_reason)
-        for output in llm.generate(prompts(), PARAMS)
-    ]  # fmt: skip
+    """Tokens, log-probabilities and ends."""
+    outputs = llm.generate(prompts(), PARAMS)
+    return [*zip(with_logprobs(outputs), (output.finish_reason for output in outputs), strict=True)]
 
 
 def assert_all_back(llm: LLM) -> None:
@@ -106,16 +102,6 @@ def test_the_cache_finds_as_much_as_without_overlap(model):
 def llm(tiny_llama):
     with LLM(tiny_llama, page_size=4, num_pages=64, max_step_tokens=16, debug_checks=True, overlap=True) as llm:
         yield llm
-
-
-def run(llm: LLM) -> list:
-    outputs = []
-    for _ in range(500):
-        if not llm.engine.has_work:
-            return outputs
-        outputs += llm.engine.step()
-        llm.engine.cache.check()
-    raise AssertionError("the engine does not come to an end")
 
 
 def test_the_next_step_is_launched_before_the_last_one_is_read(llm, monkeypatch):

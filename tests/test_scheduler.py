@@ -4,6 +4,7 @@ from array import array
 
 import pytest
 import torch
+from naive_cache import prompt
 
 from nanokv.cache.manager import CacheManager
 from nanokv.core.config import EngineConfig
@@ -53,10 +54,6 @@ class House:
         rows = [(request.request_id, request.num_scheduled) for request in plan.requests]
         self.finish(plan)
         return rows
-
-
-def prompt(length: int, start: int = 0) -> list[int]:
-    return list(range(start, start + length))
 
 
 def test_a_long_prompt_is_read_in_chunks_of_the_budget():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_cache import House
+from naive_cache import House, prompt
 
 from nanokv.cache.pool import StatePool
 from nanokv.cache.radix import RadixTree
@@ -14,10 +14,6 @@ from nanokv.cache.states import States
 from nanokv.core.errors import CacheError
 from nanokv.core.request import Request, SamplingParams
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-
-
-def prompt(length: int, start: int = 0) -> list[int]:
-    return list(range(start, start + length))
 
 
 def house(num_pages: int = 64, num_states: int = 16, **more) -> House:

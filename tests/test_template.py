@@ -53,13 +53,6 @@ QWEN3 = """
 """
 
 
-@pytest.fixture(scope="module")
-def theirs(smollm2):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smollm2)
-
-
 @pytest.mark.parametrize("messages", CHATS)
 @pytest.mark.parametrize("prompt", [True, False])
 def test_smollm2s_text_and_ids_equal_those_of_transformers(smollm2, theirs, messages, prompt):

@@ -26,18 +26,6 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return Tokenizer.from_folder(smollm2)
-
-
-@pytest.fixture(scope="module")
-def theirs(smollm2):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smollm2)
-
-
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_equal_those_of_transformers(tokenizer, theirs, text):
     ids = tokenizer.encode(text)

@@ -42,6 +42,7 @@ def trainer(tiny, folder, limit, model="tiny-gqa"):
     return tiny.train.Trainer(options, stages, Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tiny, tmp_path, monkeypatch):
     whole = trainer(tiny, tmp_path / "whole", 4)
     whole.run()

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from harness import step_of
-from test_attention_kernels import Requests, last
+from helpers import last, noise
+from test_attention_kernels import Requests
 from test_delta_rule_kernels import Requests as Recurrent
 from test_elementwise_kernels import pages_for
 from test_mla_kernels import Expanded, Latents, latent_layout, latent_planes
@@ -30,10 +31,6 @@ from nanokv.kernels.linear import PackedLinear
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FORMATS = {"float32": F32, "bfloat16": BF16}
-
-
-def noise(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,9 @@ from nanokv.learn.source import find, remove_bodies
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = (
-    ".ci/", "tests/", "docs/benchmarks", "lessons/tests_hidden/", "lessons/STUDENT.md", "COURSE.md", "README.md",
-    "lessons/exercises.toml",
+    ".ci/", ".github/", ".pre-commit-config.yaml", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "COURSE.md",
+    "Makefile", "README.md", "docs/benchmarks", "lessons/STUDENT.md", "lessons/exercises.toml", "lessons/tests_hidden/",
+    "tests/",
 )  # fmt: skip
 FOR_STUDENTS = ("__init__", "choice", "grade", "notebooks", "prefill_with_mine", "with_mine")
 SCRIPTS = ("scripts/lessons.py", *(f"scripts/course/{name}.py" for name in FOR_STUDENTS))
