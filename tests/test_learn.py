@@ -221,7 +221,7 @@ def test_a_call_of_ours_by_its_name_comes_back_to_the_students_and_is_told_in_pl
 
 
 def test_a_faster_twin_of_ours_is_out_of_reach_as_well(desk):
-    write("08.2", "from nanokv.kernels import ops\n    return ops.silu_mul(gate_up)")
+    write("08.2", "from nanokv.kernels.ops import AUTO\n    return AUTO.silu_mul(gate_up)")
     code, said = learn("check", "08.2")
     assert code == 1 and "calls the engine's own silu_mul, which is not there" in said
 

@@ -28,7 +28,7 @@ from nanokv.codecs.tables import distortion
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
 from nanokv.engine.calibrate import first_pages
-from nanokv.kernels import ops
+from nanokv.kernels.linear import activation_dtype
 from nanokv.llm import LLM
 
 RANDOM_TOKENS, RANDOM_HEADS = 512, 32
@@ -90,7 +90,7 @@ def replay(llm: LLM, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, Ve
     llm.reset_prefix_cache()
     store, mixer = llm.engine.store, llm.engine.model.layers[layer].mixer
     batch = first_pages(torch.zeros(len(inputs), dtype=torch.int64), llm.config.page_size, store)
-    outputs = mixer(inputs.to(ops.activation_dtype(llm.device, llm.dtype), copy=True), store, batch).float()
+    outputs = mixer(inputs.to(activation_dtype(llm.device, llm.dtype), copy=True), store, batch).float()
     pages = batch.page_tables[0].long()
     if not mixer.codec.at(layer).is_raw:
         return outputs, mixer.pages.vectors(store.pool, pages)

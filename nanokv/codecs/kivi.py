@@ -21,7 +21,7 @@ from nanokv.codecs.side import array_of, plane
 from nanokv.core.batch import Batch
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.kernels import ops
+from nanokv.kernels.reference import join_codes, split_codes
 
 GROUPS = (32, 64)
 
@@ -125,7 +125,7 @@ class KiviPages:
     def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """As AttentionPages.attend."""
         heads = self._heads
-        ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
+        heads.ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
         x = qkv.unflatten(1, (-1, heads.head_dim)).float()
         q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
         self.centre(k)
@@ -136,7 +136,7 @@ class KiviPages:
         tables, sealed = batch.once(piece_tables, self._exact)
         k, v = (torch.cat((old, new.float())) for old, new in zip(self._decode(pool, sealed), native, strict=True))
         by_piece = replace(batch, request_starts=pieces.starts)
-        out = over_decoded(q, (k, v, None), by_piece, tables, heads.scale, attention_dtype(qkv))
+        out = over_decoded(heads.ops, q, (k, v, None), by_piece, tables, heads.scale, attention_dtype(qkv))
         return out.to(qkv.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,18 +157,18 @@ class KiviPages:
     def _seal(self, native: list[torch.Tensor], pool: torch.Tensor, pages: torch.Tensor, pieces: Pieces) -> None:
         k, v = (x[pieces.full].float() for x in native)
         codes, step, low = self._keys.encode(k)
-        parts = [ops.split_codes(codes, self._bits)[0], step.squeeze(-2), low.squeeze(-2)]
+        parts = [split_codes(codes, self._bits)[0], step.squeeze(-2), low.squeeze(-2)]
         codes, step, low = self._values.encode(v.unflatten(-1, (-1, self._group)))
-        parts += [ops.split_codes(codes.flatten(-2), self._bits)[0], step.squeeze(-1), low.squeeze(-1)]
+        parts += [split_codes(codes.flatten(-2), self._bits)[0], step.squeeze(-1), low.squeeze(-1)]
         for slot, numbers in zip((*self._k, *self._v), parts, strict=True):
             array_of(pool, slot)[pages] = numbers
 
     def _decode(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of full pages: float32 [pages, kv_heads, page_size, head_dim] each."""
         codes, step, low = (array_of(pool, slot)[pages] for slot in self._k)
-        k = Groups.decode(ops.join_codes([codes], self._bits), step.unsqueeze(-2), low.unsqueeze(-2))
+        k = Groups.decode(join_codes([codes], self._bits), step.unsqueeze(-2), low.unsqueeze(-2))
         codes, step, low = (array_of(pool, slot)[pages] for slot in self._v)
-        codes = ops.join_codes([codes], self._bits).unflatten(-1, (-1, self._group))
+        codes = join_codes([codes], self._bits).unflatten(-1, (-1, self._group))
         return k, Groups.decode(codes, step.unsqueeze(-1), low.unsqueeze(-1)).flatten(-2)
 
 

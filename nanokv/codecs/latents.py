@@ -10,7 +10,8 @@ from nanokv.codecs.pages import attention_dtype, decoded, over_decoded, prefilli
 from nanokv.codecs.side import Side, SidePages, array_of
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
-from nanokv.kernels import ops
+from nanokv.kernels.ops import Ops
+from nanokv.kernels.planes import KVPlanes
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Latent:
     norm, eps    of the latent
     cos_sin      float32 [positions, rope]
     scale        what scores are multiplied with
+    ops          Ops of the layer
     """
 
     rank: int
@@ -29,6 +31,7 @@ class Latent:
     eps: float
     cos_sin: torch.Tensor
     scale: float
+    ops: Ops
 
 
 class LatentPages:
@@ -40,7 +43,7 @@ class LatentPages:
     def __init__(self, side: Side, layout: PageLayout, layer: int, latent: Latent, exact: bool) -> None:
         self._latent = latent
         self._exact = exact
-        self._side = SidePages(side, "latent", layout, layer, 1, latent.rank, latent.cos_sin.device)
+        self._side = SidePages(side, "latent", layout, layer, 1, latent.rank, latent.cos_sin.device, latent.ops)
         self._rope = layout.paged(layer, "k_rope")
 
     def attend(
@@ -63,8 +66,8 @@ class LatentPages:
         raw_rows = None if self._exact else batch.once(prefilling)
         numbers = decoded(self._side, latents, pool, batch, used, raw_rows)
         queries = torch.cat((self._side.to(q.float()), q_rope.float()), dim=-1)
-        scratch, scale = (numbers, None, rope[used].float()), self._latent.scale
-        out = over_decoded(queries, scratch, batch, places, scale, attention_dtype(q)).float()
+        scratch, latent = (numbers, None, rope[used].float()), self._latent
+        out = over_decoded(latent.ops, queries, scratch, batch, places, latent.scale, attention_dtype(q)).float()
         return self._side.back(out.unflatten(1, (q.shape[1], -1))).to(q.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor]:
@@ -76,13 +79,13 @@ class LatentPages:
         with a slot for each row."""
         latent, rows = self._latent, kv.shape[0]
         page = torch.empty(1, 4 * rows * (latent.rank + latent.rope), dtype=torch.uint8, device=kv.device)
-        planes = ops.KVPlanes(
+        planes = KVPlanes(
             k_offset=0, v_offset=0, tail_offset=4 * rows * latent.rank, page_bytes=page.shape[1], page_size=rows,
             token_stride=4 * latent.rank, head_stride=0, tail_stride=4 * latent.rope, kv_heads=1,
             head_dim=latent.rank, value_dim=latent.rank, tail_dim=latent.rope, dtype=torch.float32,
         )  # fmt: skip
         slots = torch.arange(rows, dtype=torch.int32, device=kv.device)
         here = replace(batch, write_pages=torch.zeros_like(slots), write_slots=slots)
-        ops.store_latent(q_rope, kv, latent.norm, latent.eps, latent.cos_sin, page, planes, here)
+        latent.ops.store_latent(q_rope, kv, latent.norm, latent.eps, latent.cos_sin, page, planes, here)
         numbers = page.view(torch.float32)[0].split((rows * latent.rank, rows * latent.rope))
         return numbers[0].view(rows, 1, latent.rank), numbers[1].view(rows, latent.rope)

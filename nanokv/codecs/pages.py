@@ -20,9 +20,11 @@ import torch
 from nanokv.codecs.side import Side, SidePages, TableCoder
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
-from nanokv.kernels import ops
+from nanokv.kernels.ops import AUTO, Ops
+from nanokv.kernels.planes import LARGEST_SCALE, CodePlanes, HeadNorms
+from nanokv.kernels.reference import decoded_batch
 
-LARGEST = ops.LARGEST_SCALE
+LARGEST = LARGEST_SCALE
 """The largest number that is written: that of a float16, in which scales are kept."""
 
 
@@ -33,6 +35,7 @@ class Heads:
     scale     what scores are multiplied with
     cos_sin   float32 [positions, rotary dims]
     norms     HeadNorms of q and k, or None
+    ops       Ops of the layer
     """
 
     num_heads: int
@@ -40,7 +43,8 @@ class Heads:
     head_dim: int
     scale: float
     cos_sin: torch.Tensor
-    norms: ops.HeadNorms | None = None
+    norms: HeadNorms | None = None
+    ops: Ops = AUTO
 
 
 class Centre:
@@ -105,13 +109,13 @@ class AttentionPages:
         self._layout = layout
         device = heads.cos_sin.device
         self._k, self._v = (
-            SidePages(side, prefix, layout, layer, heads.kv_heads, heads.head_dim, device)
+            SidePages(side, prefix, layout, layer, heads.kv_heads, heads.head_dim, device, heads.ops)
             for side, prefix in ((k, "k"), (v, "v"))
         )
         self._planes = None
         if isinstance(self._k.coder, TableCoder) and isinstance(self._v.coder, TableCoder):
             k_plane, v_plane = (side.coder.placed(side.slots) for side in (self._k, self._v))
-            self._planes = ops.CodePlanes(k_plane, v_plane, layout.page_bytes, layout.page_size, heads.kv_heads)
+            self._planes = CodePlanes(k_plane, v_plane, layout.page_bytes, layout.page_size, heads.kv_heads)
         self.centre = Centre()
 
     @property
@@ -129,7 +133,7 @@ class AttentionPages:
         batch   rows with NaN, infinity or numbers beyond float16 are marked in batch.unwritable
         """
         heads = self._heads
-        ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
+        heads.ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
         x = qkv.unflatten(1, (-1, heads.head_dim)).float()
         q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
         self.centre(k)
@@ -150,15 +154,16 @@ class AttentionPages:
             q, k, v = basis.to(torch.cat((q, k, v), dim=1)).split((q.shape[1], k.shape[1], v.shape[1]), dim=1)
         else:
             q, k, v = self._k.to(q), self._k.to(k), self._v.to(v)
-        ops.store_codes(k, v, pool, self._planes, batch)
-        return ops.code_attention(q.to(dtype), pool, self._planes, batch, self._heads.scale)
+        self._heads.ops.store_codes(k, v, pool, self._planes, batch)
+        return self._heads.ops.code_attention(q.to(dtype), pool, self._planes, batch, self._heads.scale)
 
     def _attend_decoded(self, q, k, v, pool, batch, raw_rows, dtype) -> torch.Tensor:
         for side, x in ((self._k, k), (self._v, v)):
             side.write(x, pool, batch.write_pages.long(), batch.write_slots.long())
         pages, places = batch.once(used_pages)
         keys, values = (decoded(side, x, pool, batch, pages, raw_rows) for side, x in ((self._k, k), (self._v, v)))
-        return over_decoded(self._k.to(q), (keys, values, None), batch, places, self._heads.scale, dtype)
+        heads, scratch = self._heads, (keys, values, None)
+        return over_decoded(heads.ops, self._k.to(q), scratch, batch, places, heads.scale, dtype)
 
 
 def attention_dtype(activations: torch.Tensor) -> torch.dtype:
@@ -168,6 +173,7 @@ def attention_dtype(activations: torch.Tensor) -> torch.dtype:
 
 
 def over_decoded(
+    ops: Ops,
     q: torch.Tensor,
     decoded: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
     batch: Batch,
@@ -180,7 +186,7 @@ def over_decoded(
     decoded   k, v and tail, as decoded_batch takes them with `tables`
     """
     k, v, tail = (None if x is None else x.to(dtype) for x in decoded)
-    return ops.paged_attention(q.to(dtype), *ops.decoded_batch(k, v, tail, batch, tables), scale)
+    return ops.paged_attention(q.to(dtype), *decoded_batch(k, v, tail, batch, tables), scale)
 
 
 def used_pages(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

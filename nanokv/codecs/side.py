@@ -15,7 +15,9 @@ import torch
 
 from nanokv.codecs.basis import Basis, rotation
 from nanokv.core.spec import PageLayout, Plane, PlaneSlot
-from nanokv.kernels import ops
+from nanokv.kernels import reference
+from nanokv.kernels.ops import AUTO, Ops
+from nanokv.kernels.planes import CodePlane
 
 Arrays = tuple[torch.Tensor, ...]
 
@@ -44,7 +46,7 @@ class Side(Protocol):
 
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]: ...
 
-    def coder(self, dim: int, device: torch.device) -> Coder: ...
+    def coder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> Coder: ...
 
 
 def plane(name: str, heads: int, page_size: int, width: int | None, dtype: torch.dtype) -> Plane:
@@ -71,9 +73,17 @@ class SidePages:
     """
 
     def __init__(
-        self, side: Side, prefix: str, layout: PageLayout, layer: int, heads: int, dim: int, device: torch.device
+        self,
+        side: Side,
+        prefix: str,
+        layout: PageLayout,
+        layer: int,
+        heads: int,
+        dim: int,
+        device: torch.device,
+        ops: Ops,
     ) -> None:
-        self.coder = side.coder(dim, device)
+        self.coder = side.coder(dim, device, ops)
         planes = side.planes(prefix, heads, dim, layout.page_size)
         self.slots = [layout.paged(layer, plane.name) for plane in planes]
 
@@ -115,7 +125,7 @@ class RawSide:
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
         return (plane(prefix, heads, page_size, dim, self.dtype),)
 
-    def coder(self, dim: int, device: torch.device) -> RawSide:
+    def coder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> RawSide:
         return self
 
     def encode(self, x: torch.Tensor) -> Arrays:
@@ -151,24 +161,24 @@ class TableSide:
         codes = [plane(f"{prefix}_{name}", heads, page_size, dim * n // 8, torch.uint8) for name, n in parts]
         return (*codes, plane(f"{prefix}_scale", heads, page_size, None, torch.float16))
 
-    def coder(self, dim: int, device: torch.device) -> TableCoder:
-        return TableCoder(self, dim, device)
+    def coder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> TableCoder:
+        return TableCoder(self, dim, device, ops)
 
 
 class TableCoder:
-    def __init__(self, side: TableSide, dim: int, device: torch.device) -> None:
-        self.basis = rotation(dim, device) if side.rotated else None
-        self.code = ops.CodePlane(0, 0, 0, side.bits, dim, side.table(dim).to(device), side.scaling)
+    def __init__(self, side: TableSide, dim: int, device: torch.device, ops: Ops) -> None:
+        self.basis = rotation(dim, device, ops) if side.rotated else None
+        self.code = CodePlane(0, 0, 0, side.bits, dim, side.table(dim).to(device), side.scaling)
 
-    def placed(self, slots: list[PlaneSlot]) -> ops.CodePlane:
+    def placed(self, slots: list[PlaneSlot]) -> CodePlane:
         """Where the planes lie in a page: what kernels that read codes need."""
         offset, *high, scale = (slot.offset for slot in slots)
         return replace(self.code, offset=offset, high_offset=high[0] if high else 0, scale_offset=scale)
 
     def encode(self, x: torch.Tensor) -> Arrays:
-        codes, scale = ops.encode(x if self.basis is None else self.basis.to(x), self.code)
-        return *ops.split_codes(codes, self.code.bits), scale
+        codes, scale = reference.encode(x if self.basis is None else self.basis.to(x), self.code)
+        return *reference.split_codes(codes, self.code.bits), scale
 
     def decode(self, *arrays: torch.Tensor) -> torch.Tensor:
         *codes, scale = arrays
-        return ops.decode(ops.join_codes(codes, self.code.bits), scale, self.code)
+        return reference.decode(reference.join_codes(codes, self.code.bits), scale, self.code)

@@ -15,6 +15,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 _SCHEDULES = ("fcfs", "longest-prefix")
 _LOADS = ("auto", "dummy")
 _PREFILLS = ("exact", "fast")
+KERNELS = ("auto", "reference")
 
 
 def parse_bytes(value: int | str, field: str = "size") -> int:

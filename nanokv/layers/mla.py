@@ -1,4 +1,4 @@
-"""Multi-head latent attention: one latent and one rotated key per token serve all heads. Nothing expanded is kept."""
+"""Multi-head latent attention: all heads share one latent and one rotated key a token. Only these two are kept."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from nanokv.codecs import Codec
 from nanokv.codecs.latents import Latent, LatentPages
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.kernels import ops
+from nanokv.kernels.linear import PackedHeadLinear, head_linear
+from nanokv.kernels.ops import Ops
+from nanokv.kernels.planes import KVPlanes
+from nanokv.kernels.reference import read_latents
 from nanokv.layers.linear import Linear
 from nanokv.layers.norm import RMSNorm
 
 
 @dataclass(frozen=True)
 class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2): what is kept of a token is one latent and one rotated key."""
+    """Shapes of multi-head latent attention (DeepSeek-V2)."""
 
     q_rank: int | None
-    """q_lora_rank: width that queries are squeezed through; None projects them at once."""
+    """q_lora_rank: width of the low-rank projection of queries; None for a single projection."""
     kv_rank: int
     """kv_lora_rank: width of the latent."""
     nope_dim: int
     """qk_nope_head_dim: part of a head's query and key without positions."""
     rope_dim: int
-    """qk_rope_head_dim: part with rotary positions; its key is shared by all heads."""
+    """qk_rope_head_dim: part with rotary positions; all heads share its key."""
     value_dim: int
     """v_head_dim"""
     interleaved: bool
@@ -39,25 +42,28 @@ class MLA:
 
         key of head h     [W_UK_h c | k_rope]          value of head h     W_UV_h c
 
-    Two ways to the same result. Expanded: compute keys and values of all tokens, then attend as usual. Absorbed: move
-    W_UK into the query and W_UV behind the sum,
+    There are two ways to the same result. Expanded: compute the keys and values of all tokens, then attend as usual.
+    Absorbed: move W_UK into the query and W_UV behind the sum,
 
         q_h . W_UK_h c = (W_UK_h^T q_h) . c            sum_t p_t W_UV_h c_t = W_UV_h (sum_t p_t c_t)
 
-    so that all heads read the latents themselves: one KV head, K = [c | k_rope], V = c. `expands` says which is
-    cheaper.
+    so that all heads read the latents themselves: one KV head, K = [c | k_rope], V = c. `expands` finds the cheaper
+    one.
 
-    down      Linear to [q | latent | k_rope]; q is what q_up takes where queries have a rank, else the queries
+    down      Linear to [q | latent | k_rope]; q is the input of q_up, or the queries themselves without q_up
     q_norm    RMSNorm before q_up, or None
     q_up      Linear to the queries, or None; queries are all heads' nope_dim, then all heads' rope_dim
     kv_norm   RMSNorm of the latent
-    w_uk      heads of [rank, nope_dim] packed for ops.head_linear; w_uv heads of [value_dim, rank]
-    expand    Linear from the latent to [nope_dim | value_dim] of each head, or None: then every row is absorbed
-    codec     how latents are written into a page; codes are always attended absorbed
+    w_uk      PackedHeadLinear, heads of [rank, nope_dim]
+    w_uv      PackedHeadLinear, heads of [value_dim, rank]
+    expand    Linear from the latent to [nope_dim | value_dim] of each head; None: every row is absorbed
+    codec     Codec: writes latents into pages. Codes are always attended absorbed
+    scale     factor of the scores
+    ops       Ops
     Call      x [rows, width], store, batch -> [rows, width]
     """
 
-    planes: ops.KVPlanes
+    planes: KVPlanes
     pages: LatentPages
 
     def __init__(
@@ -66,8 +72,8 @@ class MLA:
         q_norm: RMSNorm | None,
         q_up: Linear | None,
         kv_norm: RMSNorm,
-        w_uk: ops.PackedHeadLinear,
-        w_uv: ops.PackedHeadLinear,
+        w_uk: PackedHeadLinear,
+        w_uv: PackedHeadLinear,
         expand: Linear | None,
         out: Linear,
         cos_sin: torch.Tensor,
@@ -75,6 +81,7 @@ class MLA:
         num_heads: int,
         shape: MLAConfig,
         scale: float,
+        ops: Ops,
     ) -> None:
         self.down = down
         self.q_norm = q_norm
@@ -89,24 +96,25 @@ class MLA:
         self.num_heads = num_heads
         self.shape = shape
         self.scale = scale
+        self.ops = ops
 
     @staticmethod
     def spec(codec: Codec, kv_rank: int, rope_dim: int, page_size: int) -> LayerSpec:
-        """What such a layer keeps: the latent and the rotated key of each token, once for all heads."""
+        """The planes of such a layer: the latent and the rotated key of each token, once for all heads."""
         k_rope = Plane("k_rope", (page_size, rope_dim), codec.dtype, token_axis=0)
         return LayerSpec(paged=(*codec.latent_spec(kv_rank, page_size).paged, k_rope))
 
     def bind(self, layout: PageLayout, layer: int) -> None:
-        """Tells the layer where its planes lie in a page; needed once before the first call."""
+        """Gives the layer the place of its planes in a page; needed once before the first call."""
         if not self.codec.is_raw:
             shape, norm = self.shape, self.kv_norm
-            latent = Latent(shape.kv_rank, shape.rope_dim, norm.weight, norm.eps, self.cos_sin, self.scale)
+            latent = Latent(shape.kv_rank, shape.rope_dim, norm.weight, norm.eps, self.cos_sin, self.scale, self.ops)
             self.pages = self.codec.latent_pages(layout, layer, latent)
             return
         latent, k_rope = layout.paged(layer, "latent"), layout.paged(layer, "k_rope")
         page_size, rank = latent.plane.shape
         rope_dim, size = k_rope.plane.shape[1], latent.plane.dtype.itemsize
-        self.planes = ops.KVPlanes(
+        self.planes = KVPlanes(
             k_offset=latent.offset, v_offset=latent.offset, tail_offset=k_rope.offset, page_bytes=layout.page_bytes,
             page_size=page_size, token_stride=rank * size, head_stride=0, tail_stride=rope_dim * size, kv_heads=1,
             head_dim=rank, value_dim=rank, tail_dim=rope_dim, dtype=latent.plane.dtype,
@@ -114,7 +122,7 @@ class MLA:
 
     @property
     def is_recordable(self) -> bool:
-        """Whether a decode step of this layer may stand in a CUDA graph."""
+        """Whether a CUDA graph can record a decode step of this layer."""
         return self.codec.is_raw or self.pages.is_recordable
 
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
@@ -126,10 +134,11 @@ class MLA:
         nope, rope = q.split((heads * shape.nope_dim, heads * shape.rope_dim), dim=1)
         nope, rope = nope.unflatten(1, (heads, -1)), rope.unflatten(1, (heads, -1))
         if not self.codec.is_raw:
-            absorbed = ops.head_linear(nope, self.w_uk)
+            absorbed = head_linear(nope, self.w_uk)
             latents = self.pages.attend(absorbed, rope, kv, store.pool, batch)
-            return self.out(ops.head_linear(latents, self.w_uv).flatten(1))
-        ops.store_latent(rope, kv, self.kv_norm.weight, self.kv_norm.eps, self.cos_sin, store.pool, self.planes, batch)
+            return self.out(head_linear(latents, self.w_uv).flatten(1))
+        norm = self.kv_norm
+        self.ops.store_latent(rope, kv, norm.weight, norm.eps, self.cos_sin, store.pool, self.planes, batch)
         expanding = self._expanding(batch)
         if not expanding:
             return self.out(self._absorbed(nope, rope, store, batch))
@@ -144,22 +153,22 @@ class MLA:
         return self.out(attended)
 
     def _absorbed(self, nope: torch.Tensor, rope: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
-        q = torch.cat((ops.head_linear(nope, self.w_uk), rope), dim=-1)
-        latents = ops.paged_attention(q, store.pool, self.planes, batch, self.scale)
-        return ops.head_linear(latents.unflatten(1, (self.num_heads, -1)), self.w_uv).flatten(1)
+        q = torch.cat((head_linear(nope, self.w_uk), rope), dim=-1)
+        latents = self.ops.paged_attention(q, store.pool, self.planes, batch, self.scale)
+        return head_linear(latents.unflatten(1, (self.num_heads, -1)), self.w_uv).flatten(1)
 
     def _expanded(self, nope: torch.Tensor, rope: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
-        """One request: expands all latents that its rows see into one scratch page of its own, and attends over that.
+        """One request: expands the latents of all its tokens into a scratch page and attends over that.
 
-        scratch   [tokens, heads * (nope_dim + value_dim) + rope_dim]: what the heads share stands at the end of a row
+        scratch   [tokens, heads * (nope_dim + value_dim) + rope_dim]: the shared rotated key ends each row
         """
         shape, planes, heads = self.shape, self.planes, self.num_heads
         length = int(batch.positions[-1]) + 1
         pages = batch.page_tables[0, : -(-length // planes.page_size)].long()
-        latent, k_rope = (part.to(nope.dtype) for part in ops.read_latents(store.pool, planes, pages, length))
+        latent, k_rope = (part.to(nope.dtype) for part in read_latents(store.pool, planes, pages, length))
         scratch = torch.cat((self.expand(latent), k_rope), dim=1)
         size, each = scratch.element_size(), shape.nope_dim + shape.value_dim
-        own = ops.KVPlanes(
+        own = KVPlanes(
             k_offset=0, v_offset=shape.nope_dim * size, tail_offset=heads * each * size, page_bytes=scratch.nbytes,
             page_size=length, token_stride=scratch.shape[1] * size, head_stride=each * size,
             tail_stride=scratch.shape[1] * size, kv_heads=heads, head_dim=shape.nope_dim, value_dim=shape.value_dim,
@@ -167,10 +176,10 @@ class MLA:
         )  # fmt: skip
         alone = replace(batch, page_tables=torch.zeros_like(batch.page_tables[:, :1]), page_size=length)
         pool = scratch.view(torch.uint8).view(1, -1)
-        return ops.paged_attention(torch.cat((nope, rope), dim=-1), pool, own, alone, self.scale)
+        return self.ops.paged_attention(torch.cat((nope, rope), dim=-1), pool, own, alone, self.scale)
 
     def _expanding(self, batch: Batch) -> list[int]:
-        """The requests of a step for which expanding is cheaper; none in a step that only decodes."""
+        """The requests of a step whose latents are cheaper to expand; none in a step of decodes alone."""
         if self.expand is None or batch.num_rows == batch.num_requests:
             return []
         starts = batch.request_starts.tolist()
@@ -180,16 +189,16 @@ class MLA:
 
 
 def expands(shape: MLAConfig, cached: int, rows: int) -> bool:
-    """Whether `rows` new rows over `cached` tokens cost fewer multiply-adds when latents are expanded.
+    """Whether `rows` new rows over `cached` tokens take fewer multiply-adds with expanded latents.
 
     For each head, with R = kv_rank, n = nope_dim, r = rope_dim, v = value_dim, T = cached + rows tokens and
-    P = rows * (cached + rows / 2) pairs of a query and a key that it sees:
+    P = rows * (cached + rows / 2) pairs of a query and a key visible to it:
 
         expanded    T * R * (n + v)  to expand        + P * ((n + r) + v)  to attend
         absorbed    rows * R * (n + v)  to absorb     + P * ((R + r) + R)  to attend
 
-    Expanding wins where   cached * R * (n + v) < P * (2 R - n - v):   always without a cached prefix, never for one
-    row over a long one. DeepSeek-V3 turns at 171 rows over a long prefix.
+    Expanding is cheaper where   cached * R * (n + v) < P * (2 R - n - v):   always without a cached prefix, never for
+    one row over a long one. For DeepSeek-V3 and a long prefix, from 171 rows.
     """
     pairs = rows * (cached + rows / 2)
     inner = shape.nope_dim + shape.value_dim

@@ -111,8 +111,8 @@ class Decoder:
 
     @property
     def is_recordable(self) -> bool:
-        """Whether a decode step may stand in a CUDA graph; once the decoder is bound."""
-        return all(layer.mixer.is_recordable for layer in self.layers)
+        """Whether a CUDA graph can record a decode step. Needs a bound decoder."""
+        return self.norm.ops.are_recordable and all(layer.mixer.is_recordable for layer in self.layers)
 
     def centres(self) -> list[Centre]:
         """Of the layers whose codec can take a mean off keys; once the decoder is bound."""

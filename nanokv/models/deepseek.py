@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from nanokv.codecs import Codec
-from nanokv.kernels import ops
 from nanokv.layers.linear import Linear
 from nanokv.layers.mla import MLA
 from nanokv.layers.norm import RMSNorm
@@ -34,33 +33,35 @@ def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -
 def _attention(weights: Weights, at: str, config: ModelConfig, codec: Codec, cos_sin: torch.Tensor) -> MLA:
     mla, heads, width = config.mla, config.num_heads, config.hidden_size
     q_width, rank = heads * (mla.nope_dim + mla.rope_dim), mla.kv_rank
+    activation, ops = weights.activation, weights.ops
     if mla.q_rank is None:
         down, q_norm, q_up = _by_part(weights.matrix(f"{at}.q_proj.weight", q_width, width), config), None, None
     else:
         down = weights.matrix(f"{at}.q_a_proj.weight", mla.q_rank, width)
-        q_norm = RMSNorm(weights.vector(f"{at}.q_a_layernorm.weight", mla.q_rank), NORM_EPS)
+        q_norm = RMSNorm(weights.vector(f"{at}.q_a_layernorm.weight", mla.q_rank), NORM_EPS, ops)
         stored = weights.matrix(f"{at}.q_b_proj.weight", q_width, mla.q_rank)
-        q_up = Linear(_by_part(stored, config), weights.activation)
+        q_up = Linear(_by_part(stored, config), activation, ops)
     latent, k_rope = weights.matrix(f"{at}.kv_a_proj_with_mqa.weight", rank + mla.rope_dim, width).split(
         (rank, mla.rope_dim)
     )
     kv_b = weights.matrix(f"{at}.kv_b_proj.weight", heads * (mla.nope_dim + mla.value_dim), rank)
     w_uk, w_uv = kv_b.view(heads, -1, rank).split((mla.nope_dim, mla.value_dim), dim=1)
     return MLA(
-        Linear(join([down, latent, _halves(k_rope, config)]), weights.activation),
+        Linear(join([down, latent, _halves(k_rope, config)]), activation, ops),
         q_norm,
         q_up,
-        RMSNorm(weights.vector(f"{at}.kv_a_layernorm.weight", rank), NORM_EPS),
-        ops.pack_head_linear(w_uk.transpose(1, 2), weights.activation),
-        ops.pack_head_linear(w_uv, weights.activation),
+        RMSNorm(weights.vector(f"{at}.kv_a_layernorm.weight", rank), NORM_EPS, ops),
+        ops.pack_head_linear(w_uk.transpose(1, 2), activation),
+        ops.pack_head_linear(w_uv, activation),
         # float32 never expands: results must not depend on which form a row happened to take; nor do codes
-        Linear(kv_b, weights.activation) if codec.is_raw and codec.dtype != torch.float32 else None,
+        Linear(kv_b, activation, ops) if codec.is_raw and codec.dtype != torch.float32 else None,
         parts.linear(weights, at, {"o_proj": width}, heads * mla.value_dim),
         cos_sin,
         codec,
         heads,
         mla,
         config.softmax_scale,
+        ops,
     )
 
 

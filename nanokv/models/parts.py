@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from nanokv.codecs import Codec
-from nanokv.kernels import ops
+from nanokv.kernels.planes import HeadNorms
 from nanokv.layers.attention import Attention
 from nanokv.layers.linear import Embedding, Linear, TiedEmbedding
 from nanokv.layers.mlp import MLP
@@ -31,12 +31,12 @@ def linear(weights: Weights, at: str, outs: dict[str, int], width: int, bias: bo
     parts = [weights.matrix(f"{at}.{name}.weight", rows, width) for name, rows in outs.items()]
     biases = [weights.vector(f"{at}.{name}.bias", rows) for name, rows in outs.items()] if bias else []
     weight = parts[0] if len(parts) == 1 else join(parts)
-    return Linear(weight, weights.activation, join(biases) if biases else None)
+    return Linear(weight, weights.activation, weights.ops, join(biases) if biases else None)
 
 
 def norm(weights: Weights, name: str, config: ModelConfig, size: int) -> RMSNorm:
     """A norm; where weights are stored around zero (norm_offset) they are kept in float32, so that 1 + w is exact."""
-    return RMSNorm(norm_weight(weights, name, config, size), config.norm_eps)
+    return RMSNorm(norm_weight(weights, name, config, size), config.norm_eps, weights.ops)
 
 
 def norm_weight(weights: Weights, name: str, config: ModelConfig, size: int) -> torch.Tensor:
@@ -57,20 +57,21 @@ def attention(
         qkv = linear(weights, at, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}, width, bias)
     else:
         k, v = (weights.matrix(f"{at}.{name}_proj.weight", kv_width, width) for name in "kv")
-        qkv = Linear(join([query[:q_width], k, v, query[q_width:]]), weights.activation)
+        qkv = Linear(join([query[:q_width], k, v, query[q_width:]]), weights.activation, weights.ops)
     norms = None
     if config.qk_norm:
         q_norm, k_norm = (norm_weight(weights, f"{at}.{name}_norm", config, config.head_dim) for name in "qk")
-        norms = ops.HeadNorms(q_norm, k_norm, config.norm_eps)
+        norms = HeadNorms(q_norm, k_norm, config.norm_eps)
     out = linear(weights, at, {"o_proj": width}, q_width, bias)
     return Attention(
-        qkv, out, cos_sin, codec, config.num_heads, config.num_kv_heads, config.head_dim, config.softmax_scale, norms
-    )
+        qkv, out, cos_sin, codec, config.num_heads, config.num_kv_heads, config.head_dim, config.softmax_scale,
+        weights.ops, norms,
+    )  # fmt: skip
 
 
 def mlp(weights: Weights, at: str, width: int, inner: int, bias: bool = False) -> MLP:
     gate_up = linear(weights, at, {"gate_proj": inner, "up_proj": inner}, width, bias)
-    return MLP(gate_up, linear(weights, at, {"down_proj": width}, inner, bias))
+    return MLP(gate_up, linear(weights, at, {"down_proj": width}, inner, bias), weights.ops)
 
 
 def feed_forward(weights: Weights, at: str, config: ModelConfig, layer: int) -> MLP | MoE:
@@ -78,7 +79,8 @@ def feed_forward(weights: Weights, at: str, config: ModelConfig, layer: int) -> 
     width, moe = config.hidden_size, config.moe
     if not config.is_moe(layer):
         return mlp(weights, at, width, config.intermediate_size, config.mlp_bias)
-    gate = Linear(weights.take(f"{at}.gate.weight", (moe.num_experts, width), torch.float32), torch.float32)
+    stored = weights.take(f"{at}.gate.weight", (moe.num_experts, width), torch.float32)
+    gate = Linear(stored, torch.float32, weights.ops)
     bias = None
     if moe.scoring == "sigmoid":
         bias = weights.take(f"{at}.gate.e_score_correction_bias", (moe.num_experts,), torch.float32)
@@ -90,7 +92,7 @@ def feed_forward(weights: Weights, at: str, config: ModelConfig, layer: int) -> 
         shared = mlp(weights, f"{at}.{name}", width, moe.shared_width)
     if moe.shared_gate:
         shared_gate = linear(weights, at, {"shared_expert_gate": 1}, width)
-    return MoE(router, experts, shared, shared_gate)
+    return MoE(router, experts, shared, shared_gate, weights.ops)
 
 
 def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int, mixer: BuildMixer) -> Decoder:
@@ -109,10 +111,10 @@ def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int,
 
     table = weights.matrix("model.embed_tokens.weight", config.vocab_size, width)
     if config.tie_embeddings:
-        head = Linear(table, weights.activation, keep=True)
+        head = Linear(table, weights.activation, weights.ops, keep=True)
         embedding = TiedEmbedding(head)
     else:
-        head = Linear(weights.matrix("lm_head.weight", config.vocab_size, width), weights.activation)
+        head = Linear(weights.matrix("lm_head.weight", config.vocab_size, width), weights.activation, weights.ops)
         embedding = Embedding(table, weights.activation)
     del table
     return Decoder(

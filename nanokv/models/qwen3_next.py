@@ -45,7 +45,7 @@ def _delta(weights: Weights, at: str, config: ModelConfig, codec: Codec) -> Gate
     projections = (_grouped if grouped else _flat)(weights, at, config)
     conv = weights.take(f"{at}.conv1d.weight", (delta.channels, 1, delta.kernel), torch.float32)
     return GatedDeltaNet(
-        Linear(projections, weights.activation),
+        Linear(projections, weights.activation, weights.ops),
         conv.squeeze(1).contiguous(),
         weights.take(f"{at}.A_log", (delta.value_heads,), torch.float32),
         weights.take(f"{at}.dt_bias", (delta.value_heads,), torch.float32),
@@ -53,6 +53,7 @@ def _delta(weights: Weights, at: str, config: ModelConfig, codec: Codec) -> Gate
         config.norm_eps,
         parts.linear(weights, at, {"out_proj": width}, inner),
         delta,
+        weights.ops,
     )
 
 

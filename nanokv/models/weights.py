@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 
+from nanokv.kernels.ops import AUTO, Ops
+
 BANK = 4_194_301
 """Random numbers that dummy weights are cut from; a prime, so that no two rows of a matrix are the same cut."""
 Read = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -19,11 +21,12 @@ Read = Callable[[str, tuple[int, ...]], torch.Tensor]
 
 
 class Weights:
-    """Tensors by name.
+    """Tensors by name, and what a builder needs beside them.
 
-    read         gives a tensor of the shape that the builder says
+    read         returns a tensor of the shape that the builder states
     dtype        of matrices
-    activation   of vectors (norms, biases), which are added to or multiplied with activations
+    activation   dtype of vectors (norms, biases): that of the activations they meet
+    ops          Ops of the layers
     progress     called with the number of tensors taken so far, or None
     """
 
@@ -33,11 +36,13 @@ class Weights:
         dtype: torch.dtype,
         activation: torch.dtype,
         device: torch.device,
+        ops: Ops,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.dtype = dtype
         self.activation = activation
         self.device = device
+        self.ops = ops
         self._read = read
         self._progress = progress
         self._taken = 0
@@ -76,7 +81,7 @@ def recorded(shapes: dict[str, tuple[int, ...]]) -> Weights:
         shapes[name] = shape
         return torch.empty(shape, device=meta)
 
-    return Weights(read, torch.float32, torch.float32, meta)
+    return Weights(read, torch.float32, torch.float32, meta, AUTO)
 
 
 def dummy(dtype: torch.dtype, seed: int) -> Read:
