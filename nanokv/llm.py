@@ -21,7 +21,7 @@ from nanokv.disagg.config import DisaggConfig
 from nanokv.engine.device import choose_device
 from nanokv.engine.engine import Engine
 from nanokv.hub.home import resolve_model
-from nanokv.kernels.ops import AUTO
+from nanokv.kernels.ops import Ops
 from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
 from nanokv.text.tokenizer import Tokenizer
@@ -80,6 +80,7 @@ class LLM:
                 page_size=self.config.page_size,
                 load=self.config.load,
                 seed=self.config.seed,
+                kernels=self.config.kernels,
             )
             prefiller = None if split is None else split.dispatcher
             self.engine = Engine(decoder, self.config, self.tokenizer, self.device, prefiller)
@@ -194,7 +195,8 @@ class LLM:
         remote_lost, worker_deaths                  attempts that came to nothing; workers that died or were killed
         stale_messages                              messages of an attempt or a pool that is gone: dropped
         """
-        return {**self.engine.stats(), "row_invariant": AUTO.row_invariant(self.dtype, self.device)}
+        row_invariant = Ops(self.config.kernels).row_invariant(self.dtype, self.device)
+        return {**self.engine.stats(), "row_invariant": row_invariant}
 
     def reset_prefix_cache(self) -> None:
         """Drop every cached page that no running request holds."""

@@ -29,6 +29,7 @@ from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
 from nanokv.engine.calibrate import first_pages
 from nanokv.kernels.linear import activation_dtype
+from nanokv.kernels.ops import AUTO, Ops
 from nanokv.llm import LLM
 
 RANDOM_TOKENS, RANDOM_HEADS = 512, 32
@@ -127,12 +128,13 @@ def model_errors(llm: LLM, recorded: Sequence[Recorded]) -> dict[str, float | No
 
 
 @torch.inference_mode()
-def random_errors(codec: Codec, dim: int, page_size: int) -> dict[str, float]:
+def random_errors(codec: Codec, dim: int, page_size: int, ops: Ops = AUTO) -> dict[str, float]:
     """Errors on random vectors of length 1, keys and values alike."""
     layout = PageLayout([codec.spec(RANDOM_HEADS, dim, page_size)], page_size)
     store = CacheStore(layout, layout.pages_for(RANDOM_TOKENS), num_states=1 if layout.state_bytes else 0)
     turned = torch.cat((torch.ones(RANDOM_TOKENS, dim // 2), torch.zeros(RANDOM_TOKENS, dim // 2)), dim=1)  # not at all
-    pages = codec.pages(layout, 0, Heads(RANDOM_HEADS, RANDOM_HEADS, dim, 1 / math.sqrt(dim), turned))
+    heads = Heads(RANDOM_HEADS, RANDOM_HEADS, dim, 1 / math.sqrt(dim), turned, ops=ops)
+    pages = codec.pages(layout, 0, heads)
     batch = first_pages(torch.zeros(RANDOM_TOKENS, dtype=torch.int64), page_size, store)
     noise = torch.randn(RANDOM_TOKENS, 3 * RANDOM_HEADS, dim, generator=torch.Generator().manual_seed(0))
     x = noise / noise.norm(dim=-1, keepdim=True)
