@@ -138,7 +138,7 @@ def test_a_hook_between_layers_sees_each_layer_and_changes_nothing(folders, fami
     assert torch.equal(watched, Rig(decoder).run(tokens, 9))
 
 
-@pytest.mark.parametrize("family", EXACT)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dropped_after", [0, 1])
 def test_a_hook_between_layers_may_drop_a_request(folders, family, dropped_after):
     decoder, tokens = load(folders(family)), oracles.prompt(18, seed=18)

@@ -19,8 +19,8 @@ class RopeConfig:
     kind        "default"; "linear" divides every frequency by `factor` (Chen et al. 2023); "llama3" divides only the
                 low ones, with wavelengths above original_max_positions / low_freq_factor, keeps those with wavelengths
                 below original_max_positions / high_freq_factor and interpolates between (Llama 3.1); "yarn" does the
-                same but interpolates over the pairs of dimensions instead of their wavelengths (Peng et al. 2023, who
-                call the two factors beta_slow and beta_fast)
+                same but interpolates over the pairs of dimensions instead of their wavelengths (Peng et al. 2023; the
+                two factors are called beta_slow and beta_fast there)
     amplitude   factor of cosines and sines (yarn)
     """
 

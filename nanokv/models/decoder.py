@@ -43,11 +43,17 @@ class Mixer(Protocol):
     """The half of a block that reads other tokens, and therefore the half with a cache."""
 
     @property
-    def is_recordable(self) -> bool: ...
+    def is_recordable(self) -> bool:
+        """Whether a CUDA graph can record a decode step. Needs a bound layer."""
+        ...
 
-    def bind(self, layout: PageLayout, layer: int) -> None: ...
+    def bind(self, layout: PageLayout, layer: int) -> None:
+        """Gives the layer the place of its planes; needed once before the first call."""
+        ...
 
-    def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
+        """[rows, width] -> [rows, width]; writes the rows into the layer's planes."""
+        ...
 
 
 FeedForward = Callable[[torch.Tensor], torch.Tensor]
@@ -77,9 +83,12 @@ class Block:
 class Decoder:
     """A language model over pages. `bind` a layout before the first step.
 
-    config   ModelConfig
-    specs    LayerSpec of each layer, for PageLayout
-    layers   list of Block
+    config      ModelConfig
+    specs       LayerSpec of each layer, for PageLayout
+    embedding   token ids -> the first x
+    layers      list of Block
+    norm        RMSNorm of the last residual stream
+    head        Linear to the vocabulary
     """
 
     def __init__(
@@ -130,10 +139,11 @@ class Decoder:
         """One step: writes the rows' keys, values and states into `store`. Returns logits, float32 [wanted, vocab].
 
         between   called after each layer, the last one included; None: no call. It may read rows, replace their values
-                  and drop rows. What it returns goes into the next layer, and the returned batch must describe exactly
+                  and drop rows. Its result is the input of the next layer, and the returned batch must describe exactly
                   the returned rows: a dropped row is gone from every field, and request_starts and logit_rows count the
-                  remaining rows. Later layers write nothing for a dropped row, so in their planes its slot keeps the
-                  previous content, which later rows of the same request read. An exception ends the step
+                  remaining rows. Later layers write nothing for a dropped row: in their planes its slot keeps the
+                  previous content, which later rows of the same request read. They mark unwritable rows in the returned
+                  batch alone. An exception ends the step
         """
         x, residual = self.embed(batch)
         for index, layer in enumerate(self.layers):

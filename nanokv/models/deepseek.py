@@ -1,7 +1,7 @@
 """DeepSeek-V2 and V3 (DeepSeek-AI 2024): multi-head latent attention, and experts behind a few dense layers.
 
-kv_b_proj holds for each head the rows that expand the latent to a key (W_UK), then those that expand it to a value
-(W_UV). They are packed twice: head by head for absorbed attention, and whole for expanding (layers/mla.py).
+kv_b_proj holds, for each head, the rows that expand the latent to a key (W_UK), then those that expand it to a value
+(W_UV). It is packed twice: head by head for absorbed attention, and whole for expanded attention (layers/mla.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from nanokv.models.decoder import Decoder
 from nanokv.models.weights import Weights, join
 
 NORM_EPS = 1e-6
-"""Of the norms inside the projections; the released code does not take it from the config."""
+"""Of the norms inside the projections. The released code has this constant and ignores the config's."""
 
 
 def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
-    """The decoder, its weights taken out of `weights` one block after the other."""
+    """The decoder. It takes its tensors from `weights`, one block after the other."""
 
     def mixer(layer: int, cos_sin: torch.Tensor) -> MLA:
         return _attention(weights, f"model.layers.{layer}.self_attn", config, codec.at(layer), cos_sin)
@@ -66,16 +66,16 @@ def _attention(weights: Weights, at: str, config: ModelConfig, codec: Codec, cos
 
 
 def _by_part(q: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Rows of all heads without positions, then rows of all heads with, instead of head by head."""
+    """Rows head by head -> the rows without positions of all heads, then the rotated rows of all heads."""
     mla, columns = config.mla, q.shape[1]
     nope, rope = q.view(config.num_heads, -1, columns).split((mla.nope_dim, mla.rope_dim), dim=1)
     return join([nope.reshape(-1, columns), _halves(rope, config).reshape(-1, columns)])
 
 
 def _halves(rope: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Rotated rows [..., rope_dim, in], pairs (0, 1), (2, 3), ... put as (0, n/2), (1, n/2 + 1), ...
+    """Rotated rows [..., rope_dim, in]: pairs (0, 1), (2, 3), ... become (0, n/2), (1, n/2 + 1), ...
 
-    Queries and keys are permuted alike, so their products stay what they were.
+    Queries and keys are permuted alike, so their products do not change.
     """
     if not config.mla.interleaved:
         return rope

@@ -1,6 +1,7 @@
 """Llama (Touvron et al. 2023; SmolLM2, TinyLlama, Llama 2 and 3), Qwen3 and Qwen3-MoE (Yang et al. 2025).
 
-Grouped-query attention in every layer. Qwen3 normalises each head of q and k, Qwen3-MoE has experts for feed-forward.
+Grouped-query attention in every layer. Qwen3 normalises each head of q and k; Qwen3-MoE has experts as feed-forward
+layers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from nanokv.models.weights import Weights
 
 
 def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
-    """The decoder, its weights taken out of `weights` one block after the other."""
+    """The decoder. It takes its tensors from `weights`, one block after the other."""
 
     def mixer(layer: int, cos_sin: torch.Tensor) -> Attention:
         return parts.attention(weights, f"model.layers.{layer}.self_attn", config, codec.at(layer), cos_sin, None)

@@ -1,7 +1,7 @@
-"""From a folder to a Decoder: says which tensors the model needs, checks them all before the first is read, builds.
+"""Builds the Decoder of a folder: lists the tensors of the model, checks all of them, then reads and packs them.
 
-Raises CheckpointError for whatever is wrong with a folder, in one line that names all of it: nothing is silently
-zero, converted or skipped.
+Every fault of a folder is a CheckpointError whose single line names all faults. No tensor is silently zero, converted
+or skipped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def load_model(
     kernels: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """The model of a folder, ready to be bound to a PageLayout.
+    """The model of a folder; the caller binds it to a PageLayout.
 
     folder     holds *.safetensors; not touched when load is "dummy"
     dtype      of the weights; activations have activation_dtype(device, dtype)
@@ -59,7 +59,7 @@ def load_model(
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this model holds: the builder, run without numbers."""
+    """Name and shape of every tensor in a checkpoint of this model, found by running the builder without numbers."""
     shapes: dict[str, tuple[int, ...]] = {}
     _builder(config)(config, recorded(shapes), RawCodec(torch.float32), 1)
     return shapes

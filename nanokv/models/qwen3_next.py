@@ -1,8 +1,8 @@
-"""Qwen3-Next and Qwen3.5: three layers of Gated DeltaNet, then one of gated attention, over and over.
+"""Qwen3-Next and Qwen3.5: three layers of Gated DeltaNet, then one of gated attention, repeated.
 
-Attention here normalises q and k, turns a part of each head only, and multiplies its result with a sigmoid gate. The
-two generations store the projections of Gated DeltaNet in different ways; both become one product, [q | k | v | z | b |
-a]. Sources: Yang et al. 2024 (Gated DeltaNet); the model code of transformers.
+Attention normalises q and k, rotates a part of each head only, and multiplies its result with a sigmoid gate. The two
+generations store the projections of Gated DeltaNet differently; both become one product, [q | k | v | z | b | a].
+Sources: Yang et al. 2024 (Gated DeltaNet); the model code of transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nanokv.models.weights import Weights, join
 
 
 def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
-    """The decoder, its weights taken out of `weights` one block after the other."""
+    """The decoder. It takes its tensors from `weights`, one block after the other."""
 
     def mixer(layer: int, cos_sin: torch.Tensor) -> Mixer:
         at = f"model.layers.{layer}"
@@ -32,7 +32,7 @@ def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -
 
 
 def _query_and_gate(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
-    """q_proj holds query and gate of the first head, then of the second, ...: here all queries, then all gates."""
+    """The rows of all queries, then those of all gates; q_proj holds query and gate of one head after the other."""
     heads, head_dim, width = config.num_heads, config.head_dim, config.hidden_size
     stored = weights.matrix(f"{at}.q_proj.weight", heads * 2 * head_dim, width)
     return stored.view(heads, 2, head_dim, width).transpose(0, 1).reshape(-1, width)
@@ -66,7 +66,7 @@ def _flat(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
 
 
 def _grouped(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
-    """Qwen3-Next: for each key head its q, k, and the v and z of its value heads; in another matrix their b and a."""
+    """Qwen3-Next: one matrix with q, k, v and z of one key head after the other, another with their b and a."""
     delta, width = config.delta, config.hidden_size
     inner, ratio = delta.value_heads * delta.value_dim, delta.value_heads // delta.key_heads
     keys, values = delta.key_heads * delta.key_dim, ratio * delta.value_dim
