@@ -1,15 +1,15 @@
 # %% [markdown]
 # # 1. One request
 #
-# > *"Everybody says the KV cache is what makes LLMs fast. Then somebody measures it and reports that a perfect cache
-# > hit saves 4 percent. Who is right?"*
+# > *"Every guide says that the KV cache makes LLMs fast. Then a measurement shows that a perfect cache hit saves 4
+# > percent. Which of the two is right?"*
 #
-# Both. They speak of two different caches, or better: of one cache with two different lifetimes. In this lesson we send
-# one request through the engine and count. You need no GPU. You need to know what a matrix product is.
+# Both are. They speak of one cache with two lifetimes: during a request, and after it. In this lesson we send one
+# request through the engine and count what it computes. You need no GPU. You need to know what a matrix product is.
 #
-# **What to expect.** Inside one request the cache saves most of the work, and the share it saves grows with every
-# word. Kept *after* the request, for the next one, it can save at most the part of the time that went into reading the
-# prompt. That is a ceiling, and we will measure it.
+# **What to expect.** Within one request the cache saves most of the work, and the share it saves grows with every
+# token. Kept *after* the request, for the next one, it can save at most the time that went into the prompt. That is a
+# ceiling, and we will measure it.
 
 # %%
 import json
@@ -35,7 +35,7 @@ llm = LLM("smollm2-135m-instruct", dtype="float32", device="cpu", kv_memory="256
 
 
 def rows_of_steps(first_step: int) -> list[int]:
-    """How many tokens the engine computed in each step after `first_step`, read from its own event log."""
+    """The number of rows of each step after `first_step`, read from the event log."""
     events = [json.loads(line) for line in log.read_text().splitlines()]
     return [event["tokens"] for event in events if event["event"] == "step" and event["step"] > first_step]
 
@@ -43,12 +43,12 @@ def rows_of_steps(first_step: int) -> list[int]:
 # %% [markdown]
 # ## Without a cache
 #
-# A language model is a function: all the words so far go in, the next word comes out. So the simplest way to write a
-# text is a loop. Ask for *one* word, append it, and ask again with the longer text.
+# A language model is a function: the text so far goes in, the next **token** comes out. A token is a word or a piece of
+# a word. So the simplest way to write a text is a loop. Ask for *one* token, append it, and ask again with the longer
+# text.
 #
-# A **token** is a word or a piece of one. A **row** is one token on its way through the model in one step. The rows
-# computed are the work done, so we count rows. `reset_prefix_cache` makes the engine forget, so that each question
-# starts from nothing.
+# A **row** is one token on its way through the model in one step. The rows computed are the work done, so we count
+# rows. `reset_prefix_cache` empties the cache, so that each call starts from nothing.
 
 # %%
 PROMPT = "A short list of the largest planets of our solar system, from the largest to the smallest: 1."
@@ -70,17 +70,17 @@ assert sum(recomputed) == 472
 print(llm.tokenizer.decode(text[len(prompt) :]))
 
 # %% [markdown]
-# The prompt has 22 tokens. The first answer token cost 22 rows, the second 23, then 24, and so on: 472 rows for 16
-# tokens. Somebody who writes an essay this way reads it from the beginning before each word.
+# The prompt has 22 tokens. The first answer token cost 22 rows, the second 23, the third 24, and so on: 472 rows for 16
+# tokens. Write an essay this way, and you reread it from the start before every word.
 #
 # ## With a cache
 #
-# Why is that wasteful? Inside the model, a token looks back at earlier tokens through two vectors that each of them
-# left: a **key** (what I am about) and a **value** (what I have to say). They depend on the token and on those before
+# Why is that wasteful? In each layer of the model, a token reads two vectors of each earlier token: a **key** (what the
+# token is about) and a **value** (what the token has to say). Both depend on their own token and on the tokens before
 # it, never on those after it. So they never change. Keep them, and an old token need not be computed again. This store
 # of keys and values is the **KV cache**.
 #
-# Now the same request, in one call. The engine keeps keys and values while it runs.
+# Now the same request in one call. The engine keeps the keys and values while the request runs.
 
 # %%
 llm.reset_prefix_cache()
@@ -110,18 +110,19 @@ figures.save(figure, "01_one_request-1")
 # %% [markdown]
 # ![Rows computed for each answer token, without and with a cache](img/01_one_request-1.svg)
 #
-# A bar shows which positions of the text were computed for which answer token. The coloured area is the work. With the
-# cache it is 37 rows, 13 times less, and the answer is the same to the last token. (If it gets its planets wrong: a
-# model of this size does. It gets them wrong in the same way both times.)
+# A bar shows which positions of the text were computed for one answer token. The coloured area is the work. With the
+# cache it is 37 rows, 13 times less, and all 16 tokens are the same. (The answer may get the planets wrong, as models
+# of this size do. It gets them wrong in the same way both times.)
 #
-# The two phases have names that you will meet everywhere. **Prefill**: many rows at once, the prompt. **Decode**: one
-# row a step. In nanokv these are not two modes but two shapes of the same step; lesson 3 shows why that matters.
+# The two phases have names that you will meet everywhere. **Prefill** computes the prompt: many rows at once.
+# **Decode** computes one row a step. In nanokv these are not two modes but two shapes of the same step; lesson 3 shows
+# why that matters.
 #
 # ## Two clocks
 #
-# A user feels two times. **TTFT**, time to first token: how long nothing happens. **TPOT**, time per output token: how
-# fast the text then runs. Here is how the engine defines them. Read the definition before you compare two benchmarks;
-# people count the first token in or out as they like.
+# A user notices two times. **TTFT**, time to first token, is the wait before the text begins. **TPOT**, time per output
+# token, is the pace of the text from then on. Here is how the engine defines them. Read such definitions before you
+# compare two benchmarks: some count the first token, others do not.
 
 # %%
 print(getsource(RequestMetrics.ttft.fget))
@@ -135,12 +136,12 @@ print(f"TTFT {clock.ttft * 1e3:.0f} ms, TPOT {clock.tpot * 1e3:.0f} ms, in all {
 # %% [markdown]
 # ## Why is a decode step so slow?
 #
-# Look at the two times above. The prefill computed 22 rows, a decode step computes 1. Is a decode step 22 times
-# faster? Let us measure: a step with one row, a step with sixteen rows (sixteen requests at once), and the price of a
+# Look at the two times above. The prefill computed 22 rows, a decode step computes 1. Is a decode step 22 times faster?
+# We measure three things: a step with one row, a step with sixteen rows (sixteen requests at once), and the price of a
 # row in a long prefill.
 
 # %%
-step_1 = min(1 / decode_speed(llm, batch=1, context=64, steps=5) for _ in range(4))  # others only ever slow us down
+step_1 = min(1 / decode_speed(llm, batch=1, context=64, steps=5) for _ in range(4))  # the least disturbed run
 step_16 = min(16 / decode_speed(llm, batch=16, context=64, steps=5) for _ in range(4))
 small = measure_request(llm, prompt_tokens=32, output_tokens=16)
 large = measure_request(llm, prompt_tokens=512, output_tokens=16)
@@ -150,26 +151,26 @@ limit = max(bandwidth(llm.device), bandwidth(llm.device))
 
 assert weights == 538_060_032  # 134,515,008 numbers of 4 bytes
 assert step_16 < 8 * step_1  # sixteen rows, but far from sixteen times the price
-assert prefill_row < step_1 / 2  # a row in company is cheaper than a row alone
-assert 0.05 < weights / step_1 / limit < 5  # a step alone runs in sight of the speed of memory
+assert prefill_row < step_1 / 2  # a row of a long prefill is cheaper than a row alone
+assert 0.05 < weights / step_1 / limit < 5  # a step of one row runs near the speed of memory
 ms = [round(1e3 * seconds, 1) for seconds in (step_1, step_16, prefill_row)]
 print(f"a step of 1 row takes {ms[0]} ms, one of 16 rows {ms[1]} ms, a row of a long prefill {ms[2]} ms")
 print(f"a step of one row moves {weights / step_1 / 1e9:.1f} GB/s of weights; memory gives {limit / 1e9:.1f} GB/s")
 
 # %% [markdown]
-# **The surprise.** Sixteen rows cost nothing like sixteen times one row (less than 8 times here, on most machines about
-# twice), and a row in a long prefill costs less than half of a row alone. The lonely row pays for something else:
-# to multiply by a matrix you have to *read* the matrix. SmolLM2 has 538,060,032 bytes of weights in float32, and every
-# step reads all of them, for one row or for a thousand.
+# **The surprise.** Sixteen rows cost much less than sixteen times one row (less than 8 times here, on most machines
+# about twice), and a row in a long prefill costs less than half of a row alone. A single row pays for something else:
+# to multiply by a matrix, the processor has to *read* the matrix. SmolLM2 has 538,060,032 bytes of weights in float32,
+# and every step reads all of them, for one row or for a thousand.
 #
-# So there are two limits, and the slower one wins. This is the **roofline** model (Williams et al. 2009):
+# So there are two limits, and the slower one decides. This is the **roofline** model (Williams et al. 2009):
 #
 # - time to compute: operations / operations per second
 # - time to read: bytes / bytes per second
 #
-# Their ratio, **FLOP per byte**, tells where you are. Every machine has a **ridge**, the FLOP per byte at which both
-# limits take the same time. An H100 does 989 TFLOP/s in bfloat16 and reads 3.35 TB/s, so its ridge is at 295. Below
-# it, computing is free and reading is what you pay for.
+# The ratio of operations to bytes, **FLOP per byte**, tells which limit applies. Every machine has a **ridge**, the
+# FLOP per byte at which both limits take the same time. An H100 does 989 TFLOP/s in bfloat16 and reads 3.35 TB/s, so
+# its ridge is at 295. Below the ridge, reading takes the time, and computing is free.
 #
 # What does a decode step read? The engine's own formula:
 
@@ -184,7 +185,7 @@ assert kv_bytes == 23_040 and llm.stats()["bytes_per_token"] == 2 * kv_bytes  # 
 
 
 def flop_per_byte(batch: int, context: int) -> float:
-    """Of one decode step in bfloat16: two operations a weight and row, four a key-value pair of each head."""
+    """One decode step in bfloat16: two operations a weight and row, four a cached token, head and dimension."""
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * context
     return batch * (2 * numbers + attention) / bytes_per_step(2 * numbers, batch, context, kv_bytes)
 
@@ -213,16 +214,16 @@ figures.save(figure, "01_one_request-2")
 # %% [markdown]
 # ![FLOP per byte of a decode step over the number of requests, for three contexts](img/01_one_request-2.svg)
 #
-# One request alone does about 1 FLOP per byte, where an H100 would like 295. Batching helps, because the weights are
-# read once for all. Then the lines bend. The weights are shared by the batch, but each request brings a cache of its
-# own, and the cache is read, too. At a context of 256, even 4,096 requests stay below 60 FLOP per byte. At 8,192 they
-# stay below 5. From there on, reading the *cache* is the price of a token.
+# A single request does about 1 FLOP per byte; an H100 needs 295. Batching helps, because the whole batch shares one
+# reading of the weights. Then the lines bend. Each request brings a cache of its own, and the step reads all these
+# caches, too. At a context of 256, even 4,096 requests stay below 60 FLOP per byte. At 8,192 they stay below 5. From
+# there on, the price of a token is the time to read the *cache*.
 #
-# That is why this engine has one subject. Later lessons waste less of the cache (2), share it (4), make it smaller
-# (5, 6, 7).
+# That is why this engine has one subject, the KV cache. Later lessons waste less of it (2), share it (4), and make it
+# smaller (5, 6, 7).
 #
-# For a bigger model the same sum is a well-known interview question: at how many cached tokens does Llama-3.1-8B read
-# more cache than weights?
+# For a bigger model the same calculation is a well-known interview question: at how many cached tokens does
+# Llama-3.1-8B read more cache than weights?
 
 # %%
 llama = ModelConfig.from_dict(CATALOG["llama-3.1-8b"].config)
@@ -237,9 +238,10 @@ assert round(llama_weights / llama_token, -2) == 122_500
 #
 # ## The ceiling of a perfect hit
 #
-# Now the 4 percent. When a request is done, its keys and values could be thrown away, or kept for a later request that
-# begins with the same text. What could that save at most? A **perfect hit** finds the whole prompt. Then the prefill
-# disappears, all but its last token: the cache holds keys and values, not the next word, so one row is always computed.
+# Now the 4 percent. When a request is done, the engine can discard its keys and values, or keep them for a later
+# request that begins with the same text. What can that save at most? A **perfect hit** finds the whole prompt. Then the
+# prefill disappears, except for the last token of the prompt: the cache holds keys and values, not the next token, so
+# one row is always computed.
 
 # %%
 print(getsource(prefill_share))
@@ -258,17 +260,18 @@ assert large["prefill_share"] > small["prefill_share"]
 assert large["hit_ttft_s"] < large["ttft_s"] / 4
 
 # %% [markdown]
-# The article that started this project measured Qwen3-30B-A3B on GPUs: 1K tokens in and 512 out can save 4 percent,
-# 16K in and 512 out can save 24 percent. Those requests have 2 and 32 prompt tokens for each answer token. Ours have
-# the same proportions, 32 in, 16 out and 512 in, 16 out, and on a CPU the ceiling lies much higher: between 2 and
-# 40 percent for the first (it depends on your machine), between 35 and 95 percent for the second.
+# The article that started this project measured Qwen3-30B-A3B on GPUs. With 1K tokens in and 512 out, a hit can save 4
+# percent; with 16K in and 512 out, 24 percent. Those requests have 2 and 32 prompt tokens for each answer token. Ours
+# have the same proportions, 32 in, 16 out and 512 in, 16 out, and on a CPU the ceiling is much higher: between 2 and 40
+# percent for the first (it depends on your machine), between 35 and 95 percent for the second.
 #
-# Why higher? Not because of the model. Call $r$ the price of a prefill row, measured in decode steps. The share is
+# Why is it higher? The model is not the reason. Call $r$ the price of a prefill row, measured in decode steps. The
+# share is
 #
 # $$\text{ceiling} = \frac{r \cdot \text{in}}{r \cdot \text{in} + \text{out}}$$
 #
-# A GPU computes hundreds of rows in the time that it takes to read the weights once, so its $r$ is about a hundredth.
-# A CPU computes a few, so its $r$ is a large fraction. Put the article's times into the formula and read $r$ off.
+# A GPU computes hundreds of rows in the time that it takes to read the weights once, so its $r$ is about a hundredth. A
+# CPU computes a few, so its $r$ is a large fraction. Put the article's times into the formula and read $r$ off.
 
 # %%
 r_gpu = (0.100 / 1024) / ((2.5 - 0.135) / 511), (0.769 / 16384) / ((3.200 - 0.769) / 511)
@@ -279,7 +282,7 @@ print(f"here a prefill row costs {r_here:.2f} of a decode step")
 
 
 def ceiling(ratio: float, r: float) -> float:
-    """What a perfect hit saves at most, where a prompt has `ratio` times as many tokens as its answer."""
+    """The most that a perfect hit saves, if the prompt has `ratio` times as many tokens as the answer."""
     return r * ratio / (r * ratio + 1)
 
 
@@ -305,44 +308,45 @@ figures.save(figure, "01_one_request-3")
 # %% [markdown]
 # ![The ceiling of a perfect hit over the ratio of prompt to answer](img/01_one_request-3.svg)
 #
-# So both people at the top were right. Inside a request nobody would work without the cache. Across requests, seen in
-# *one* request, it saves what the curve says: little for a short question with a long answer, nearly everything for a
-# long document with a short one. And one request is the wrong unit anyway. A prefill that is not computed is machine
-# time for somebody else, and under load that changes the picture: lesson 4.
+# So both claims at the top are right. Within a request the cache is indispensable. Across requests it saves, for *one*
+# request, what the curve says: little for a short question with a long answer, nearly everything for a long document
+# with a short answer. But one request is the wrong unit. A prefill that is not computed leaves machine time for other
+# requests, and under load that changes the picture: lesson 4.
 #
 # ## Read now
 #
-# A walk of five stops. Each is a page of code at most.
+# Five stops, each at most a page of code.
 #
 # 1. [`nanokv/llm.py`](../nanokv/llm.py), `LLM.generate`: a text becomes a request.
 # 2. [`nanokv/engine/engine.py`](../nanokv/engine/engine.py), `Engine.step`: plan, launch, resolve.
-# 3. [`nanokv/core/request.py`](../nanokv/core/request.py), the docstring and `Request.advance`: three numbers.
-# 4. [`nanokv/models/decoder.py`](../nanokv/models/decoder.py), `Decoder.forward`: the model, six lines.
+# 3. [`nanokv/core/request.py`](../nanokv/core/request.py), the docstring and `Request.advance`: how far a request is.
+# 4. [`nanokv/models/decoder.py`](../nanokv/models/decoder.py), `Decoder.forward`: the model in six lines.
 # 5. [`nanokv/bench/decode.py`](../nanokv/bench/decode.py): the roofline of a step as a benchmark.
 #
 # ## Exercises
 #
 # `nanokv learn list` shows them with their ids.
 #
-# - `nanokv.core.spec.LayerSpec.bytes_per_token`: what a token costs
-# - `nanokv.core.request.RequestMetrics.tpot`: the second clock
+# - `nanokv.core.spec.LayerSpec.bytes_per_token`: the bytes that a token takes
+# - `nanokv.core.request.RequestMetrics.tpot`: time per output token
 # - `nanokv.bench.request.prefill_share`: the ceiling
-# - `nanokv.bench.decode.bytes_per_step`: what a step must move
-# - `nanokv.engine.answer.Answer._take`: a stop text that comes in pieces
+# - `nanokv.bench.decode.bytes_per_step`: the bytes that a decode step moves
+# - `nanokv.engine.text_stream.TextStream._take`: a stop text that arrives in pieces
 # - `nanokv.engine.sampler._draw`: from probabilities to one token
 #
 # ## What you can now explain
 #
 # - Why keys and values of old tokens never change, and what follows from it.
-# - Prefill and decode, TTFT and TPOT, and why a lone decode step is limited by memory.
-# - Why batching helps until the cache is what is read.
+# - Prefill and decode, TTFT and TPOT, and why memory bandwidth limits a single decode step.
+# - Why batching helps only until the step reads mostly cache.
 # - Where the 4 and the 24 percent come from, and why your laptop shows a higher number.
 #
 # ## Where it loses
 #
-# - The cache is memory, 22.5 KiB a token here in bfloat16 and 128 KiB for an 8B model. It competes with the batch.
+# - The cache takes memory, 22.5 KiB a token here in bfloat16 and 128 KiB for an 8B model. More of it per request means
+#   fewer requests in a batch.
 # - A long answer to a short question gains next to nothing from a kept cache.
-# - Our row count flatters the cache a little: a row far down a long text costs more attention than a row at its start.
+# - Counting rows flatters the cache a little: a row far down a long text costs more attention than a row at its start.
 
 # %%
 assert kv_bytes / 1024 == 22.5

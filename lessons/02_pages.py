@@ -1,15 +1,15 @@
 # %% [markdown]
 # # 2. Pages
 #
-# > *"My card has room for 40,000 tokens of cache. Ten chats are open, none longer than 1,000 tokens, and the server
-# > says it is full. Where did the memory go?"*
+# > *"My GPU has room for 40,000 tokens of cache. Ten chats are open, none longer than 1,000 tokens, and the server says
+# > that it is full. Where did the memory go?"*
 #
-# It went where parking lots go when every car gets the space of a truck. Nobody knows in advance how long a chat will
-# become, so a simple server reserves the longest one for everybody. This lesson counts that waste, and then removes it
-# with an idea that operating systems have used since the 1960s.
+# It is reserved, and most of it is never used. The final length of a chat is not known in advance, so a simple server
+# reserves the greatest length for every chat. This lesson counts that waste. It then removes the waste with an idea
+# that operating systems have used since the 1960s.
 #
-# **What to expect.** Four small machines: a page table, a free list, a count of owners, and a copy at the last possible
-# moment. Each is a few lines of engine code. The model is a toy with random weights, because what it says does not
+# **What to expect.** Four small mechanisms: a page table, a free list, a count of owners, and a copy at the last
+# possible moment. Each is a few lines of engine code. The model is a toy with random weights, because its text does not
 # matter here.
 
 # %%
@@ -39,15 +39,15 @@ def greedy(tokens: int, n: int = 1) -> SamplingParams:
 
 
 def events(*names: str) -> list[dict]:
-    """Records of the engine's event log with these names."""
+    """Records of the event log with these names."""
     return [event for event in map(json.loads, log.read_text().splitlines()) if event["event"] in names]
 
 
 # %% [markdown]
 # ## Three kinds of waste
 #
-# Ten chats with lengths as they come in life: many short ones, a few long ones. The server may serve 4,096 tokens a
-# chat, so the simple way reserves 4,096 for each.
+# Ten chats of realistic lengths: many short ones, a few long ones. The server allows 4,096 tokens a chat, so the simple
+# way reserves 4,096 for each.
 
 # %%
 LONGEST, ROOM = 4096, 40_960
@@ -55,18 +55,18 @@ lengths = [40, 75, 110, 160, 210, 290, 380, 520, 700, 960]
 assert max(lengths) < 1000 and sum(lengths) == 3445
 
 reserved = LONGEST * len(lengths)
-assert reserved == ROOM  # the lot is full
+assert reserved == ROOM  # the server is full
 assert round(100 * sum(lengths) / reserved, 1) == 8.4
 
 # %% [markdown]
-# The ten chats use 3,445 tokens of memory and hold 40,960. Of what is reserved, 8.4 percent is used. The rest is lost
-# in three ways that have names:
+# The ten chats use 3,445 tokens of memory and hold 40,960. Of the reserved memory, 8.4 percent is used. The rest is
+# lost in three ways that have names:
 #
-# - **reserved**, for tokens that will come, but not yet;
+# - **reserved**, for tokens that will come later;
 # - **internal fragmentation**, for tokens that will never come, because the chat ends early;
-# - **external fragmentation**, holes between the chats, each too small for a new one.
+# - **external fragmentation**, gaps between the chats, each too small for a new one.
 #
-# Now the other way. Cut the memory into **pages** of 16 tokens, and give a chat a page when it has a token to put in
+# Now the other way. Cut the memory into **pages** of 16 tokens, and give a chat a page when it has a token to put into
 # it. Not before.
 
 # %%
@@ -79,27 +79,27 @@ for length in lengths:
     prompt = [generator.randrange(3, 512) for _ in range(length - 1)]
     llm.engine.add_request(Request(prompt, greedy(8)))
 while llm.engine.scheduler.waiting or any(one.is_prefilling for one in llm.engine.scheduler.running):
-    llm.engine.step()
+    llm.loop.step()
 running = list(llm.engine.scheduler.running)
-assert [one.num_tokens for one in running] == lengths  # each prompt, and the first token of its answer
+assert [one.num_tokens for one in running] == lengths  # each prompt and the first token of its answer
 
 held = llm.stats()["pages_held"]
-written = sum(one.num_computed for one in running)  # the newest token is sampled, its keys and values not yet computed
-assert held == sum(len(one.pages) for one in running) == 219
+written = sum(one.num_computed for one in running)  # the newest token has no keys and values yet
+assert held == sum(len(one.held.pages) for one in running) == 219
 assert held * PAGE == 3504
 assert round(100 * written / (held * PAGE)) == 98
 
 # %% [markdown]
 # The engine holds 219 pages, room for 3,504 tokens, and 98 percent of it is used. The other 2,341 pages are free for
-# somebody else. Reserved: nothing. External fragmentation: impossible, since all holes have the same size and any hole
-# will do. What is left is the last page of each chat, which is full by half on average.
+# other chats. Nothing is reserved. External fragmentation is impossible, because all gaps have the same size and any
+# gap will do. What is left is the last page of each chat, which is half full on average.
 
 # %%
 assert llm.stats()["pages_free"] == 2341
 figure, axes = figures.new(8.4, 3.2)
 for row, one in enumerate(reversed(running)):
     figures.box(axes, 0, row, LONGEST, 0.8, figures.PALE)
-    figures.box(axes, 0, row, len(one.pages) * PAGE, 0.8, figures.ORANGE)
+    figures.box(axes, 0, row, len(one.held.pages) * PAGE, 0.8, figures.ORANGE)
     figures.box(axes, 0, row, one.num_computed, 0.8, figures.BLUE)
 figures.bare(axes, (-20, LONGEST), (-0.2, 11))
 axes.text(0, 10.1, "blue: tokens in the cache.", color=figures.BLUE, va="bottom")
@@ -110,22 +110,22 @@ figures.save(figure, "02_pages-1")
 # %% [markdown]
 # ![Ten chats: used, left in the last page, and reserved by the simple way](img/02_pages-1.svg)
 #
-# If you cannot see the orange, that is the point.
+# The orange parts are almost too small to see. That is the point.
 #
 # ## A page table, read by hand
 #
-# A chat now lives in pages that lie anywhere. Its **page table** says where: entry *i* is the page that holds tokens
-# 16 *i* to 16 *i* + 15. Here is the longest of the ten, and what the engine hands to its kernels.
+# The pages of a chat may now lie anywhere. Its **page table** says where: entry *i* is the page that holds tokens 16
+# *i* to 16 *i* + 15. Here is the table of the longest of the ten, as the engine hands it to its kernels.
 
 # %%
 one = running[-1]
-print("page table:", list(one.pages))
-assert len(one.pages) == 60
+print("page table:", list(one.held.pages))
+assert len(one.held.pages) == 60
 
 # %% [markdown]
-# Find one number in there. Token 500, layer 1, key of head 1, dimension 5. Which byte of the pool is it? Page table
-# entry 500 // 16 = 31, slot 500 % 16 = 4. A page is one block of bytes, with a fixed place for each layer's keys and
-# values. `PageLayout` knows the places.
+# We look up one number: token 500, layer 1, key of head 1, dimension 5. Which byte of the pool is it? It is in page
+# table entry 500 // 16 = 31, at slot 500 % 16 = 4. A page is one block of bytes, with a fixed place for each layer's
+# keys and values. `PageLayout` knows the places.
 
 # %%
 print(getsource(PageLayout._place))
@@ -134,28 +134,28 @@ position, layer, head, dim = 500, 1, 1, 5
 entry, slot = divmod(position, PAGE)
 assert (entry, slot) == (31, 4)
 
-layout, pool = llm.engine.layout, llm.engine.store.pool
+layout, pool = llm.engine.layout, llm.engine.store.pages.data
 key = layout.paged(layer, "k")
 assert key.plane.shape == (2, 16, 16)  # heads, tokens of the page, dimensions
-byte = one.pages[entry] * layout.page_bytes + key.offset + 4 * ((head * PAGE + slot) * 16 + dim)
+byte = one.held.pages[entry] * layout.page_bytes + key.offset + 4 * ((head * PAGE + slot) * 16 + dim)
 by_hand = pool.flatten()[byte : byte + 4].view(torch.float32)
 
 planes = llm.engine.model.layers[layer].mixer.pages.planes
-by_engine = plane_view(pool, planes, planes.k_offset, planes.head_dim)[one.pages[entry], head, slot, dim]
+by_engine = plane_view(pool, planes, planes.k_offset, planes.head_dim)[one.held.pages[entry], head, slot, dim]
 assert by_hand.item() == by_engine.item() != 0
 while llm.engine.has_work:
-    llm.engine.step()
+    llm.loop.step()
 
 # %% [markdown]
-# That is the whole cost of the indirection: one division, one lookup, one multiplication. It is called PagedAttention
-# (Kwon et al. 2023), after the paging of operating systems. It is a friendly cousin, not a twin. There are no page
-# faults, nothing is swapped in behind your back, and each request has a table of its own that software reads.
+# That is the whole cost of the indirection: one division, one lookup, one multiplication. The method is called
+# PagedAttention (Kwon et al. 2023), after the paging of operating systems, but it is simpler. There are no page faults,
+# nothing is swapped in unnoticed, and each request has a page table of its own that software reads.
 #
-# ## Who owns a page? Count.
+# ## A page with several owners
 #
-# One question, three different answers: `n=3` asks for three samples of the same prompt. Their first pages are the
-# same, so why keep three copies? A page gets a **reference count**: how many own it. It is free when the count is 0.
-# This is all there is to it:
+# One question, three answers: `n=3` asks for three samples of the same prompt. Their first pages are the same, so why
+# keep three copies? Each page gets a **reference count**, the number of its owners. A page is free when its count is 0.
+# This is the whole mechanism:
 
 # %%
 print(getsource(PagePool.share))
@@ -165,14 +165,14 @@ pages = PagePool(4)
 (shared,) = pages.allocate(1)
 pages.share([shared])
 assert pages.count(shared) == 2
-assert pages.release([shared]) == []  # the other owner still needs it
+assert pages.release([shared]) == []  # the page still has an owner
 assert pages.release([shared]) == [shared]  # now it is free
 
 # %% [markdown]
-# Sharing is easy while everybody reads. Trouble starts with the first write. A prompt of 40 tokens fills two pages and
-# half of a third. All three samples want to write their next token into that third page, at the same slot. The rule is
-# **copy-on-write**: who wants to write into a shared page copies it first. Ask yourself, before you read on: how many
-# copies do three samples need?
+# Sharing is easy as long as all owners only read. Trouble starts with the first write. A prompt of 40 tokens fills two
+# pages and half of a third. All three samples write their next token into that third page, at the same slot. The rule
+# is **copy-on-write**: before a request writes to a shared page, it gets a copy of its own. Before you read on: how
+# many copies do three samples need?
 
 # %%
 print(getsource(CacheManager._copy_on_write))
@@ -188,7 +188,7 @@ assert len(copies) == 2 and copies[0]["pages"][0] == copies[1]["pages"][0]  # th
 assert len({tuple(sample.token_ids) for sample in samples}) == 3  # three different answers
 
 # %% [markdown]
-# Two. The third sample finds that it is the only owner left, and writes in place. Draw it, from the event log. Each
+# Two. After them, the last sample is the only owner left, and writes in place. We draw it from the event log. Each
 # column is a page, each row a moment, and the number is the count of owners.
 
 # %%
@@ -210,7 +210,7 @@ for event in events("alloc", "share", "copy", "free"):
         owners[own] = 1
         caption = f"sample {event['index']} copies {source} to {own}"
     else:
-        break  # the first of them is done
+        break  # the first sample is done
     moments.append((caption, dict(owners)))
 
 columns = list(owners)
@@ -231,8 +231,9 @@ figures.save(figure, "02_pages-2")
 # ![Owners of each page while three samples begin](img/02_pages-2.svg)
 #
 # Five pages instead of nine. **The surprise**: with the prefix cache on, which is the default, full pages never need a
-# copy at all. They stand in a tree, and nobody writes there (lesson 4). So copy-on-write concerns one page a fork, the
-# unfinished last one, and the count of copies is at most the samples less one, however long the prompt.
+# copy at all. They are part of a tree, and pages of the tree are never written again (lesson 4). So copy-on-write
+# concerns one page a fork, the unfinished last one, and the number of copies is at most the number of samples less one,
+# however long the prompt is.
 
 # %%
 assert 3 * layout.pages_for(40) == 9
@@ -241,10 +242,10 @@ assert layout.page_bytes == 2 * 2 * 2 * 16 * 16 * 4  # layers, k and v, heads, t
 assert layout.bytes_per_token == 512
 
 # %% [markdown]
-# ## What page size trades
+# ## The trade-off of the page size
 #
-# Why 16? Run the same ten requests with every page size that nanokv allows, plus one that shares 100 tokens with the
-# longest. Count three things: slots left empty, entries in the tables, and tokens that the late one found.
+# Why 16? Run the same ten requests with every page size that nanokv allows, plus a late one that shares 100 tokens with
+# the longest. Count three things: slots left empty, entries in the tables, and tokens that the late request found.
 
 # %%
 llm.close()
@@ -257,13 +258,13 @@ for size in sizes:
         for prompt in prompts:
             other.engine.add_request(Request(prompt, greedy(4)))
         while other.engine.scheduler.waiting or any(one.is_prefilling for one in other.engine.scheduler.running):
-            other.engine.step()
+            other.loop.step()
         running = other.engine.scheduler.running
-        empty.append(sum(len(one.pages) * size - one.num_computed for one in running) / len(running))
-        entries.append(sum(len(one.pages) for one in running))
+        empty.append(sum(len(one.held.pages) * size - one.num_computed for one in running) / len(running))
+        entries.append(sum(len(one.held.pages) for one in running))
         tokens: dict[str, list[int]] = {}
         while other.engine.has_work:
-            tokens |= {output.request_id: output.token_ids for output in other.engine.step()}
+            tokens |= {output.request_id: output.token_ids for output in other.loop.step()}
         answers.append([tokens[name] for name in sorted(tokens)])
         late = other.generate([[*prompts[-1][:100], 3, 4, 5]], greedy(1))[0]
         found.append(late.cached_tokens)
@@ -271,7 +272,7 @@ for size in sizes:
 assert empty == [0.0, 0.1, 0.7, 2.7, 5.9, 13.9, 26.7]
 assert entries == [3445, 1723, 863, 434, 219, 112, 58]
 assert found == [100, 100, 100, 96, 96, 96, 64]
-assert all(answer == answers[0] for answer in answers)  # and nothing else changes
+assert all(answer == answers[0] for answer in answers)  # the page size does not change them
 
 # %%
 figure, panels = figures.new(9, 2.8, 3)
@@ -288,12 +289,12 @@ for axes, values, colour, title in (
 figures.save(figure, "02_pages-3")
 
 # %% [markdown]
-# ![What page size trades: empty slots, table entries, shared tokens found](img/02_pages-3.svg)
+# ![The trade-off of the page size: empty slots, table entries, shared tokens found](img/02_pages-3.svg)
 #
 # A page of *P* tokens leaves *(P - 1) / 2* slots empty on average: 7.5 for 16, and our ten chats came to 5.9. Large
-# pages waste room, and they are the smallest thing that can be shared: with 64, the late request finds 64 of its 100
-# tokens. Small pages need long tables, and a kernel that changes page at every token has no runs to read. Between 8
-# and 32 nobody is hurt.
+# pages waste room. A page is also the smallest unit that can be shared: with 64, the late request finds 64 of its 100
+# tokens. Small pages need long tables, and a kernel that changes the page at every token has no contiguous memory to
+# read. Anything from 8 to 32 works well.
 #
 # One thing did not change: the answers. With page size 1 and with 64, every request gets the same tokens. In float32 on
 # a CPU they have the same *bits*, which is a law of this engine and takes some care (`docs/design.md`, Exactness).
@@ -306,18 +307,18 @@ assert empty[4] == 5.9 and found[6] == 64
 # ## Proof by recount
 #
 # How do you trust such bookkeeping? Every page is in exactly one of four states: free, held, cached, cached and locked.
-# `CacheManager.check` counts all of it again from the requests and compares. The tests call it after every step. Let us
-# break the books on purpose, and see it notice.
+# `CacheManager.check` counts all of it again from the requests and compares. The tests call it after every step. We
+# break the books on purpose, and see the check fail.
 
 # %%
 cache = CacheManager(layout, num_pages=8)
 request = Request(list(range(3, 43)))
 request.tokens, request.num_prompt = array("i", request.prompt_token_ids), 40
 cache.match(request)
-assert cache.reserve(request, 40) and len(request.pages) == 3
+assert cache.reserve(request, 40) and len(request.held.pages) == 3
 cache.check()
 
-request.pages.pop()  # a page is lost: counted as owned, but nobody has it
+request.held.pages.pop()  # a page is lost: it counts as owned, but no request has it
 complaint = ""
 try:
     cache.check()
@@ -330,27 +331,27 @@ assert complaint == "page 2 counts 1 owners and has 0"
 # ## Read now
 #
 # 1. [`nanokv/core/spec.py`](../nanokv/core/spec.py): a layer says what it keeps, `PageLayout` gives it a place.
-# 2. [`nanokv/cache/pool.py`](../nanokv/cache/pool.py), `PagePool`: two books that must agree.
-# 3. [`nanokv/cache/manager.py`](../nanokv/cache/manager.py), the picture at the top, then `reserve`, `fork`, `check`.
+# 2. [`nanokv/cache/pool.py`](../nanokv/cache/pool.py), `PagePool`: a free list and counts that must agree.
+# 3. [`nanokv/cache/manager.py`](../nanokv/cache/manager.py), the drawing at the top, then `reserve`, `fork`, `check`.
 # 4. [`nanokv/engine/inputs.py`](../nanokv/engine/inputs.py), `arrays_of`: page tables become an array.
 # 5. [`nanokv/kernels/reference/attention.py`](../nanokv/kernels/reference/attention.py): a kernel that reads them.
 #
 # ## Exercises
 #
-# - `nanokv.core.spec.PageLayout.pages_for`, `._place`: how many pages, and what lies where in one
+# - `nanokv.core.spec.PageLayout.pages_for`, `._place`: the number of pages, and the places in a page
 # - `nanokv.cache.pool.PagePool.allocate`, `.release`: the free list and the counts
-# - `nanokv.cache.store.CacheStore.copy_pages`: bytes behind the ids
+# - `nanokv.cache.store.Slots.copy`: the bytes behind the ids
 # - `nanokv.cache.manager.CacheManager._copy_on_write`: the copy at the last moment
 #
 # ## What you can now explain
 #
 # - Three kinds of waste, and which of them pages remove.
 # - The address of (layer, position, head) from a page table.
-# - When a copy-on-write happens, how often, and who frees what.
+# - When a copy-on-write happens, how often, and when a page is freed.
 # - Why 16, and what 1 and 64 would cost.
 #
 # ## Where it loses
 #
-# - If all requests have the same known length, one block each wastes nothing either, and its kernels are simpler.
-# - A kernel must look a page up for every 16 tokens. Ours works on strips of 64 tokens for that reason.
+# - If all requests have the same known length, one block each wastes nothing either, and the kernels are simpler.
+# - A kernel must look up a page for every 16 tokens. Ours works on tiles of 64 tokens for that reason.
 # - Pages do not make the cache smaller. They only stop wasting it: 8.4 percent used became 98, once.

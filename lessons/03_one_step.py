@@ -1,14 +1,15 @@
 # %% [markdown]
 # # 3. One step
 #
-# > *"My chat was writing nicely, word after word. Then somebody pasted a long document into* their *chat, and* mine
-# > *froze for two seconds. Whose fault is that, and can it be helped?"*
+# > *"My chat was writing nicely, word after word. Then another user pasted a long document into* their *chat, and* mine
+# > *froze for two seconds. What caused that, and can it be avoided?"*
 #
-# It is nobody's fault and it can be helped. An engine works in **steps**. In each step it decides anew who may compute
-# how many tokens. Everything about fairness lives in that decision, and the decision is one short function.
+# One long step caused it, and it can be avoided. An engine works in **steps**. In each step it decides anew which
+# request may compute how many tokens. All fairness lies in that decision, and the decision is one short function.
 #
-# **What to expect.** The function fits on your screen. We run it on a toy model, read the event log and draw who ran
-# when. No stopwatch: we count steps and rows. (A row is one token on its way through the model in one step, lesson 1.)
+# **What to expect.** The function fits on your screen. We run it on a toy model, read the event log, and draw which
+# request ran when. No stopwatch: we count steps and rows. (A row is one token on its way through the model in one step,
+# lesson 1.)
 
 # %%
 import json
@@ -38,15 +39,15 @@ def request(name: str, prompt_tokens: int, answer_tokens: int, seed: int) -> Req
 
 
 def drain(llm: LLM) -> dict[str, list[int]]:
-    """Steps until nothing is left to do; the answers by name."""
+    """Runs steps until no work is left. Returns the answers by name."""
     answers = {}
     while llm.engine.has_work:
-        answers |= {output.request_id: output.token_ids for output in llm.engine.step() if output.finished}
+        answers |= {output.request_id: output.token_ids for output in llm.loop.step() if output.finished}
     return answers
 
 
 def steps_of(llm: LLM) -> list[dict[str, int]]:
-    """What each step so far computed: request name -> rows. Read from the event log."""
+    """The rows of each step so far, by request name. Read from the event log."""
     events = map(json.loads, Path(llm.config.event_log).read_text().splitlines())
     return [{name: rows for name, _, rows in event["requests"]} for event in events if event["event"] == "step"]
 
@@ -58,9 +59,10 @@ def engine(name: str, **fields) -> LLM:
 # %% [markdown]
 # ## The bus and the moving walkway
 #
-# Twelve requests, room for four at a time, answers between 4 and 40 tokens. The old way is a bus. Four get in, and
-# nobody gets out before the last one has arrived: **static batching**. The other way is a moving walkway. Who is done
-# steps off, and the next one steps on in the same moment: **continuous batching** (Orca, Yu et al. 2022).
+# Twelve requests, room for four at a time, answers between 4 and 40 tokens. The old way is a bus: four passengers get
+# in, and all of them leave when the last one has arrived. This is **static batching**. The other way is a moving
+# walkway: each passenger steps off on arrival, and the next one steps on at once. This is **continuous batching**
+# (Orca, Yu et al. 2022).
 
 # %%
 ANSWERS = [4, 30, 6, 25, 8, 40, 5, 12, 33, 7, 20, 10]
@@ -86,7 +88,7 @@ assert answers_bus == answers_walkway
 
 
 def used(steps: list[dict[str, int]]) -> int:
-    """Percent of the places that somebody used."""
+    """Percent of the places that were used."""
     return round(100 * sum(len(step) for step in steps) / (4 * len(steps)))
 
 
@@ -95,7 +97,7 @@ assert (used(bus_steps), used(walkway_steps)) == (49, 86)
 
 # %%
 def lanes(steps: list[dict[str, int]]) -> list[tuple[int, int, int, str]]:
-    """(lane, first step, steps, name) of each request; a lane is given to the next one when it is free."""
+    """(lane, first step, steps, name) of each request. A request takes the first lane that is free."""
     spans: dict[str, list[int]] = {}
     for number, step in enumerate(steps):
         for name in step:
@@ -123,12 +125,12 @@ figures.save(figure, "03_one_step-1")
 # %% [markdown]
 # ![Twelve requests in four places, by static and by continuous batching](img/03_one_step-1.svg)
 #
-# The bus needs 103 steps and drives half empty: 49 percent of the places are used. The walkway needs 58, at 86
-# percent. Nobody computes faster; nobody waits for the slowest neighbour any more. The grey at the right end is what no
-# scheduler can fill: the last requests have no successors.
+# The bus needs 103 steps and drives half empty: 49 percent of the places are used. The walkway needs 58, at 86 percent.
+# No request is computed faster, but no request waits for the slowest of its group any more. No scheduler can fill the
+# grey at the right end: the last requests have no successors.
 #
-# What made it possible? A batch is not a thing that exists for a while. It is made anew for each step, as a flat list
-# of rows, and no row cares who its neighbours are. The answers are the same to the bit.
+# What makes this possible? A batch lives for one step only. The engine builds it anew for each step, as a flat list of
+# rows, and requests that are in it together do not depend on each other. The answers are the same to the bit.
 #
 # ## The whole scheduler
 #
@@ -138,26 +140,26 @@ figures.save(figure, "03_one_step-1")
 print(getsource(Scheduler.plan))
 
 # %% [markdown]
-# There is no prefill mode and no decode mode. A request has tokens that are known, and some of them are computed. The
-# difference is what it still wants: 1 when it decodes, many when it has just arrived. Running requests come first,
-# those that decode before those that still read their prompt. Then the waiting ones, while budget, places and pages
-# last.
+# There is no prefill mode and no decode mode. A request has known tokens, and some of them are computed. Requests
+# differ only in how many tokens are left to compute: 1 when a request decodes, many when it has just arrived. Running
+# requests come first, those that decode before those that still read their prompt. Waiting requests follow, while
+# budget, places and pages last.
 #
 # ## The pasted document
 #
-# Now the question at the top. Three chats are decoding. A prompt of 600 tokens arrives. With a budget of 2,048 all of
-# it fits into one step. With a budget of 64 it has to come in pieces: **chunked prefill** (Sarathi, Agrawal et al.
+# Now the question at the top. Three chats are decoding. A prompt of 600 tokens arrives. With a budget of 2,048, all of
+# it fits into one step. With a budget of 64, it is computed in pieces: **chunked prefill** (Sarathi, Agrawal et al.
 # 2023).
 
 
 # %%
 def paste(budget: int) -> tuple[list[dict[str, int]], dict[str, list[int]]]:
-    """Three chats decode; after their fifth token somebody pastes 600 tokens."""
+    """Three chats decode; after their fifth token a prompt of 600 tokens arrives."""
     with engine(f"paste-{budget}", max_step_tokens=budget) as llm:
         for i in range(3):
             llm.engine.add_request(request(f"chat {i}", 4, 60, 100 + i))
         for _ in range(5):
-            llm.engine.step()
+            llm.loop.step()
         llm.engine.add_request(request("document", 600, 4, 200))
         answers = drain(llm)
         return steps_of(llm), answers
@@ -192,19 +194,19 @@ figures.save(figure, "03_one_step-2")
 # %% [markdown]
 # ![Rows of each step with a budget of 2,048 and of 64](img/03_one_step-2.svg)
 #
-# Left: for one step, three people wait until 603 rows are computed. Their text freezes. Right: no step has more than
-# 64 rows, and in each of the ten steps that the document takes, every chat gets its next token.
+# Left: all three chats wait for one step of 603 rows, and their text freezes. Right: no step has more than 64 rows, and
+# in each of the ten steps that the document takes, every chat gets its next token.
 #
-# Is that free? No. Whoever pasted the document now waits for ten steps instead of one. Let us price it. A step costs
-# what its rows cost, but never less than reading the weights, which we set to the price of 32 rows (lesson 1: that
-# number is the machine's). Now sweep the budget.
+# Is that free? No. The document now takes ten steps instead of one. We need a price: a step costs what its rows cost,
+# but never less than reading the weights, which we set to the price of 32 rows (the real number depends on the machine,
+# lesson 1). Now sweep the budget.
 
 # %%
 READ_WEIGHTS = 32
 
 
 def price(step: dict[str, int]) -> int:
-    """What a step costs, in rows: it computes, or it waits for the weights."""
+    """The cost of a step in rows: the time to compute, or the time to read the weights."""
     return max(READ_WEIGHTS, sum(step.values()))
 
 
@@ -236,12 +238,12 @@ figures.save(figure, "03_one_step-3")
 # %% [markdown]
 # ![Longest gap of the chats against the first token of the document, for seven budgets](img/03_one_step-3.svg)
 #
-# **The surprise**: the chats' freeze shrinks from 603 to 64 rows, and the document pays 630 instead of 603, under 5
-# percent. Chunking is nearly free as long as a chunk is larger than what a step costs anyway. At a budget of 32 it is
-# still fine. At 16 it falls off a cliff: 1,504. Each step now reads all weights for 16 rows, half of what would come
-# for the same money.
+# **The surprise**: the longest gap of the chats shrinks from 603 to 64 rows, and the document pays 630 instead of 603,
+# less than 5 percent more. Chunking is nearly free as long as the rows of a chunk cost more than reading the weights. A
+# budget of 32 is still fine. A budget of 16 is far too small: the document pays 1,504. Each step now has 16 rows and
+# costs as much as 32, because it reads all weights.
 #
-# So the rule for the budget: as small as you like for the chats, but not below the machine's ridge.
+# So the budget may be as small as the chats need, but not below the machine's ridge.
 
 # %%
 assert round(630 / 603, 3) == 1.045
@@ -250,9 +252,9 @@ assert budgets[longest_gap.index(64)] == 64
 # %% [markdown]
 # ## When the pages run out
 #
-# Answers grow, and nobody knows how far. So the scheduler admits requests on good faith: what is known must fit, and a
-# page more for each. Sooner or later four growing texts need more pages than there are. Somebody has to leave:
-# **preemption**. Who, and what happens to the work?
+# Answers grow, and their final length is not known. So the scheduler admits requests optimistically: the known tokens
+# must fit, plus a page more for each request. Sooner or later four growing texts need more pages than there are. Then
+# one request has to give up its pages: **preemption**. Which one, and what happens to its work?
 
 # %%
 print(getsource(Scheduler._make_room))
@@ -298,31 +300,34 @@ figures.save(figure, "03_one_step-4")
 # %% [markdown]
 # ![Four requests over the steps; one is preempted and comes back](img/03_one_step-4.svg)
 #
-# The newest request goes, because it has done the least and waited the least. Its *tokens* are kept: they are a few
-# bytes. Its *pages* go, and they can be computed again from the tokens. When there is room it comes back and reads its
-# own text like a prompt (orange, in one step), and then goes on where it was. The answers are the same to the bit.
+# The scheduler preempts the newest request, because it has done the least and waited the least. Its *tokens* are kept:
+# they are a few bytes. Its *pages* are released: they can be computed again from the tokens. When there is room, the
+# request comes back, reads its own text like a prompt (orange, in one step), and then goes on where it was. The answers
+# are the same to the bit.
 #
-# How much is computed twice? Without a prefix cache 96 rows, everything it had. With it, 48 rows. Its full pages were
-# *published* before they were let go. They stay in the tree as long as nobody needs the room, and three of the six were
-# still there when it came back. Preemption costs what was evicted meanwhile, not what was written.
+# How much is computed twice? Without a prefix cache 96 rows, everything the request had. With it, 48 rows. The engine
+# *published* the full pages before it released them. They stay in the tree until their room is needed, and three of the
+# six were still there when the request came back. Preemption costs what was evicted in the meantime, not what was
+# computed.
 
 # %%
 assert rows_bare - rows_roomy == 96
 assert rows_tight - rows_roomy == 48
 
 # %% [markdown]
-# Could it go on for ever, two requests throwing each other out? No. The oldest running request is never preempted for
-# another, and a request that could not fit in the pool alone is refused on arrival. So the oldest always gets done.
+# Could it go on for ever, with two requests that preempt each other? No. The oldest running request is never preempted
+# for another, and a request that could not fit in the pool alone is refused on arrival. So the oldest request always
+# finishes.
 #
-# ## Who waits?
+# ## Which request waits?
 #
-# One more experiment, and not a flattering one. `old` runs and holds half of the pool. Then come `big`, which needs
-# more than the other half, and `small`, which needs a single page. There is room for `small` right now.
+# One more experiment, and not a flattering one. `old` runs and holds nearly half of the pool. Then come `big`, which
+# needs more than the rest, and `small`, which needs a single page. There is room for `small` right now.
 
 # %%
 queue = engine("queue", num_pages=24)
 queue.engine.add_request(request("old", 150, 40, 400))
-queue.engine.step()
+queue.loop.step()
 queue.engine.add_request(request("big", 250, 4, 401))
 queue.engine.add_request(request("small", 8, 4, 402))
 drain(queue)
@@ -333,38 +338,40 @@ assert queue.engine.layout.pages_for(150) == 10 and queue.engine.layout.pages_fo
 
 # %% [markdown]
 # `small` waits 40 steps behind `big`. The queue is first come, first served, and its head blocks it: **head-of-line
-# blocking**. Letting `small` pass is easy to write, and then a stream of small ones starves `big` for ever. Continuous
-# batching did not remove waiting. It moved it to one place, the queue, where you can choose whom it hits.
+# blocking**. Letting `small` pass is easy to write, but then a stream of small requests starves `big` for ever.
+# Continuous batching did not remove waiting. It moved waiting to one place, the queue, where a policy can choose which
+# request waits.
 #
 # ## Read now
 #
-# 1. [`nanokv/core/request.py`](../nanokv/core/request.py), the docstring: the three numbers and the laws.
+# 1. [`nanokv/core/request.py`](../nanokv/core/request.py), the docstring: known, computed and scheduled tokens, and the
+#    laws.
 # 2. [`nanokv/engine/scheduler.py`](../nanokv/engine/scheduler.py), `plan`, `_admit`, `_has_room`, `_make_room`.
 # 3. [`nanokv/engine/inputs.py`](../nanokv/engine/inputs.py), `arrays_of`: the plan becomes flat arrays.
-# 4. [`nanokv/core/batch.py`](../nanokv/core/batch.py): the same, documented.
-# 5. [`nanokv/engine/step.py`](../nanokv/engine/step.py), `launch` and `resolve`: the two halves of commit.
+# 4. [`nanokv/core/batch.py`](../nanokv/core/batch.py): the arrays of a step, documented.
+# 5. [`nanokv/engine/step.py`](../nanokv/engine/step.py), `launch` and `resolve`: the two halves of a step.
 #
 # ## Exercises
 #
-# - `nanokv.engine.inputs.num_logit_rows`: which rows need an answer at all?
+# - `nanokv.engine.inputs.num_logit_rows`: which rows need logits
 # - `nanokv.engine.inputs.arrays_of`: one step as flat arrays
-# - `nanokv.engine.scheduler.Scheduler._has_room`: admit or not?
-# - `nanokv.engine.scheduler.Scheduler._make_room`: who has to leave?
+# - `nanokv.engine.scheduler.Scheduler._has_room`: admit or not
+# - `nanokv.engine.scheduler.Scheduler._make_room`: which request to preempt
 # - `nanokv.engine.scheduler.Scheduler.plan`: the step itself
-# - `nanokv.bench.measure.percentile`: the wait that most stay below
+# - `nanokv.bench.measure.percentile`: the value below which a given share of the values lies
 #
 # ## What you can now explain
 #
 # - What is decided in each step, and why there is no prefill mode.
-# - What chunked prefill buys, what it costs, and how to pick the budget.
-# - Preemption by recompute: who goes, what is kept, why it ends.
+# - What chunked prefill gains, what it costs, and how to choose the budget.
+# - Preemption by recomputation: which request, what is kept, why it ends.
 # - Where head-of-line blocking comes back.
 #
 # ## Where it loses
 #
 # - One request alone gains nothing from any of this.
-# - A budget protects the chats from one long prompt. It does not make the prompt shorter; that is lesson 4's job.
-# - Recompute is one answer to preemption. Moving the pages to host memory is another, and better where prefill is
+# - A budget protects the chats from one long prompt. It does not make the prompt cheaper; lesson 4 does.
+# - Recomputation is one answer to preemption. Moving the pages to host memory is another, and better where prefill is
 #   expensive and the link is fast.
 
 # %%

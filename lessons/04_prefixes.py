@@ -1,15 +1,16 @@
 # %% [markdown]
 # # 4. Prefixes
 #
-# > *"All my users get the same system prompt, 2,000 tokens of it. Does the server really read it again for each
-# > question? And if it remembers: what exactly, for how long, and can one user notice what another one asked?"*
+# > *"All my users get the same system prompt, 2,000 tokens of it. Does the server really compute it again for each
+# > question? And if it keeps the prompt: what exactly, for how long, and can one user find out what another one
+# > asked?"*
 #
 # Keys and values of a token depend on that token and on everything before it, and on nothing after it (lesson 1). So
-# two requests that *begin* with the same tokens have the same keys and values there, bit for bit. Keep the pages of
-# the first, and the second can start where they part. This is **prefix caching**. The engine does it by default.
+# two requests that *begin* with the same tokens have the same keys and values there, bit for bit. Keep the pages of the
+# first, and the second can start where the two diverge. This is **prefix caching**. The engine does it by default.
 #
-# **What to expect.** A tree. It grows, splits, is locked and loses leaves, and each of these is a few lines. At the end
-# we put it under load and see why a saving of a few percent for one request becomes a factor for a busy machine.
+# **What to expect.** A tree. Its nodes are split, locked and evicted, and each of these takes a few lines. At the end
+# we put the tree under load and see why a saving of a few percent for one request becomes a factor for a busy machine.
 
 # %%
 import json
@@ -29,7 +30,7 @@ from nanokv.bench.workloads import shared_prefix_prompts
 from nanokv.cache.manager import CacheManager
 from nanokv.cache.radix import Node, RadixTree
 from nanokv.core.request import Request
-from nanokv.engine.scheduler import MIN_SHARED, Scheduler
+from nanokv.engine.admission_policy import MIN_SHARED, AdmissionPolicy
 
 PAGE = 16
 
@@ -66,11 +67,12 @@ assert only.cached_tokens == 32  # and not 48
 
 # %% [markdown]
 # The second user starts at token 48. A repeated question finds 80 of its 88 tokens, because only whole pages are
-# shared. Both are as hoped. The last line is not. The system prompt alone is 48 tokens, all of them are in the cache,
-# and the engine finds 32. A bug?
+# shared. Both are as expected. The last line is not. The system prompt alone is 48 tokens, all of them are in the
+# cache, and the engine finds 32. A bug?
 #
-# No, a law. The cache holds keys and values. It does not hold the *next word*, and to get that, at least one token has
-# to go through the model. So the match is cut at one token less than there are, and then at a page. Here is the line:
+# No, a law. The cache holds keys and values. It does not hold the *next token*, and to get that, at least one token has
+# to go through the model. So the match is cut to one token less than the prompt has, and then to whole pages. Here are
+# the two functions:
 
 # %%
 print(getsource(CacheManager._matchable))
@@ -79,8 +81,8 @@ print(getsource(CacheManager.match))
 # %% [markdown]
 # ## A tree that splits
 #
-# What has been read is kept in a **radix tree**. A node holds a *run* of tokens and the pages for them. Its children
-# are the ways in which texts went on. Start with an empty tree, and look at it three times.
+# Computed prefixes are kept in a **radix tree**. A node holds a sequence of tokens and the pages for them. Its children
+# are the different continuations. Start with an empty tree, and look at it three times.
 
 
 # %%
@@ -98,13 +100,13 @@ def layout(node: Node, left: float = 0.0, depth: int = 0) -> tuple[list, float]:
 
 
 def draw_tree(axes, tree: RadixTree, title: str, width: float = 2.2) -> None:
-    """Cards are runs; orange ones are locked by a request that runs. Numbers are pages."""
+    """One card for each node; orange nodes are locked by a running request. Numbers are pages."""
     root = next(node for node in tree.nodes() if node.parent is None)
     places = {node: (x * width, -depth) for node, x, depth in layout(root)[0]}
     for node, (x, y) in places.items():
         if node.parent is not None:
             axes.plot([x, places[node.parent][0]], [y, y + 1], color=figures.GREY, linewidth=1, zorder=0)
-        colour = figures.PALE if node.parent is None else figures.ORANGE if node.locks else figures.SKY
+        colour = figures.PALE if node.parent is None else figures.ORANGE if node.ref_count else figures.SKY
         figures.card(axes, x, y, 1.9, 0.5, colour, "root" if node.parent is None else " ".join(map(str, node.pages)))
     xs = [x for x, _ in places.values()]
     figures.bare(axes, (min(xs) - 1.1, max(xs) + 1.1), (-3.4, 0.4))
@@ -121,12 +123,12 @@ runs = [len(node.pages) for node in tree.nodes() if node.parent is not None]
 assert runs == [5]
 
 llm.engine.add_request(Request(system + question_b, params(40), "B"))
-llm.engine.step()
-draw_tree(panels[1], tree, "B parts from A")
+llm.loop.step()
+draw_tree(panels[1], tree, "B diverges from A")
 assert sorted(len(node.pages) for node in tree.nodes()) == [0, 1, 2, 3]
 
 llm.engine.add_request(Request(system + question_a[:16] + tokens(20, 4), params(40), "C"))
-llm.engine.step()
+llm.loop.step()
 draw_tree(panels[2], tree, "C shares a page of A's question")
 assert sorted(len(node.pages) for node in tree.nodes()) == [0, 1, 1, 1, 1, 3]
 figures.save(figure, "04_prefixes-1")
@@ -134,34 +136,34 @@ figures.save(figure, "04_prefixes-1")
 # %% [markdown]
 # ![The prefix tree at three moments](img/04_prefixes-1.svg)
 #
-# The numbers are pages. After A there is one run of five pages: prompt and answer alike. B shares the first three, so
-# the run is **split** there; splitting moves no bytes, it only cuts a list in two. C shares one page more, so A's rest
-# is split again. Orange runs are in use by a request that still runs. Here is the split, all of it:
+# The numbers are pages. After A there is one node of five pages, the full ones of its prompt. B shares the first three,
+# so the node is **split** there; a split moves no bytes, it only cuts a list in two. C shares one page more, so A's
+# rest is split again. Orange nodes are in use by a running request. Here is all of the split:
 
 # %%
 print(getsource(RadixTree._split))
 
 # %% [markdown]
-# ## Locks, and who is thrown out
+# ## Locks and eviction
 #
-# Pages in the tree cost nothing as long as nobody needs the room. When somebody does, a run may be **evicted**, but
-# never one that a running request reads. So a request **locks** the node where its match ends, and every node above
-# it. What is not locked is evicted from the leaves, least recently used first, and each leaf from its tail.
+# Pages in the tree cost nothing until their room is needed. Then a node may be **evicted**, but never one that a
+# running request reads. So a request **locks** the node where its match ends, and every node above it. Unlocked nodes
+# are evicted from the leaves, the least recently used first, and each leaf from its tail.
 
 # %%
 print(getsource(RadixTree.lock))
 held = llm.stats()
-assert (held["pages_cached"], held["pages_locked"]) == (7, 6)  # A's last page is the only one that nobody reads
+assert (held["pages_cached"], held["pages_locked"]) == (7, 6)  # no running request reads A's last page
 for name in ("B", "C"):
     llm.engine.abort(name)
 llm.engine.cache.check()
 assert llm.stats()["pages_locked"] == 0 and llm.stats()["pages_cached"] == 7
 
 # %% [markdown]
-# Why from the tail? Because a prefix without its end is still a prefix, and an end without its beginning is nothing.
+# Why from the tail? Because a prefix without its end is still a prefix, and an end without its beginning is useless.
 #
-# *Least recently used* sounds like common sense. Let us find out where it fails. A pool has 32 pages. People ask about
-# *n* documents of four pages each, one after the other, round and round.
+# *Least recently used* (LRU) sounds like common sense. We look for a case in which it fails. A pool has 32 pages. Users
+# ask about *n* documents of four pages each, one after the other, round and round.
 
 
 # %%
@@ -194,24 +196,25 @@ figures.save(figure, "04_prefixes-2")
 # %% [markdown]
 # ![Hit ratio over the number of documents in a cycle](img/04_prefixes-2.svg)
 #
-# **The surprise**: seven documents, 100 percent. Eight, which fill the pool to the last page, 75 percent. Nine, 0
-# percent. Not a little less: nothing. The one that will be needed next is always the one that was used longest ago,
-# and it has just been thrown out. Somebody who simply kept any seven of the nine would find 78 percent. Real workloads
-# are not round robins, and there LRU is hard to beat, but remember the cliff when a hit ratio falls over night.
+# **The surprise**: with seven documents, 100 percent of the tokens are found. With eight, which fill the pool to the
+# last page, 75 percent. With nine, 0 percent. Not a little less: nothing. The document that is needed next is always
+# the one that was used longest ago, and it has just been evicted. A policy that kept any seven of the nine would find
+# 78 percent. Real workloads are not round robins, and there LRU is hard to beat, but remember the cliff when a hit
+# ratio collapses overnight.
 #
 # ## Eight at once
 #
-# Here is a case that a naive cache misses. Eight requests with the same long beginning arrive in the same moment. None
+# Here is a case that a naive cache misses. Eight requests with the same long beginning arrive at the same moment. None
 # of it is in the cache yet. Do all eight compute it?
 
 # %%
-print(getsource(Scheduler._waits_for_prefix))
+print(getsource(AdmissionPolicy.waits_for_prefix))
 
 folder = Path(tempfile.mkdtemp())
 
 
 def rows_of(log: TextIO) -> list[int]:
-    """Rows of each step that the event log tells of since it was last read."""
+    """Rows of each step logged since the last call."""
     return [event["tokens"] for event in map(json.loads, log.readlines()) if event["event"] == "step"]
 
 
@@ -224,17 +227,17 @@ with tiny.engine(event_log=str(folder / "alone.jsonl"), prefix_cache=False) as a
     rows_alone = rows_of(StringIO(Path(alone.config.event_log).read_text()))
 
 assert MIN_SHARED == 32
-assert rows[:2] == [528, 1 + 7 * 16]  # the first reads all of it, then seven read their last page
+assert rows[:2] == [528, 1 + 7 * 16]  # the first computes all of it, then seven compute their last page
 assert (sum(rows), sum(rows_alone)) == (664, 4248)
 
 # %% [markdown]
-# One computes, seven wait for a step: 664 rows instead of 4,248. A request that would share at least 32 tokens with a
-# prefix **in the making** stays in the queue until it is there. It looks like a delay and is a gift: the seven would
-# have had to compute those rows themselves.
+# One request computes, seven wait for a step: 664 rows instead of 4,248. A request that would share at least 32 tokens
+# with a prefix that is **being computed** stays in the queue until the prefix is there. It looks like a delay, but it
+# is a saving: otherwise each of the seven would have computed those rows itself.
 #
 # ## What breaks a hit
 #
-# The rule is strict: the same tokens from the very first on, or nothing. Put the time of day in front of the system
+# The rule is strict: the same tokens from the very first on, or no hit. Put the time of day in front of the system
 # prompt, as many products do, and look.
 
 # %%
@@ -243,12 +246,12 @@ same = llm.generate([[*system, *question_a, 7]], params(1))[0]
 assert (stamped.cached_tokens, same.cached_tokens) == (0, 80)
 
 # %% [markdown]
-# One token in front, 0 found. The same token behind, 80 found. So: what never changes first, what changes last. Tools
-# in a fixed order, no clock on top.
+# One token in front, 0 found. The same token at the end, 80 found. So put the stable parts of a prompt first, and the
+# changing parts last: tools in a fixed order, no clock at the top.
 #
-# And can one user notice what another one asked? Yes! A hit is faster, and time can be measured. Whoever guesses a
-# secret beginning can tell from the TTFT that somebody else has sent it. The cure is a **salt**: a name for a tree of
-# one's own. Requests with different salts share nothing.
+# And can one user find out what another one asked? Yes! A hit is faster, and time can be measured. A user who guesses a
+# secret beginning can tell from the TTFT that another user has sent it. The cure is a **salt**, the name of a separate
+# tree. Requests with different salts share nothing.
 
 # %%
 mine = llm.generate([system + question_a], params(1, cache_salt="alice"))[0]
@@ -260,12 +263,12 @@ assert len([node for node in llm.engine.cache.tree.nodes() if node.parent is Non
 # %% [markdown]
 # ## Under load
 #
-# Now the experiment of the article that started this project. Prompts of fixed length, of which a growing part is
-# shared, asked by one client, by four, by sixteen. Each client sends its next request when the last is answered.
+# Now the experiment of the article that started this project. The prompts have a fixed length, and a growing part of it
+# is shared. One, four or sixteen clients send them. Each client sends its next request when the last is answered.
 #
 # Pictures in a lesson should not depend on how busy your machine is, so time here is a **row clock**. A step takes as
-# long as its rows, but at least as long as reading the weights, the price of 32 rows. What the engine does in each step
-# is real; only the seconds are replaced. The wall clock has its say below.
+# long as its rows, but at least as long as reading the weights, the price of 32 rows. The steps are real; only the
+# seconds are replaced. A measurement on the wall clock follows below.
 
 # %%
 READ_WEIGHTS, PROMPT, ANSWER = 32, 256, 8
@@ -278,7 +281,7 @@ def load(shared: int, clients: int) -> tuple[float, float, float]:
     busy.reset_prefix_cache()
     if shared:
         busy.generate(prompts[:2], params(1))
-    rows_of(log)  # what came before does not count
+    rows_of(log)  # skips the steps before
     waiting, live = prompts[2:], {}
     clock, latencies, found = 0, [], 0
     while waiting or live:
@@ -314,8 +317,8 @@ figures.save(figure, "04_prefixes-3")
 # %% [markdown]
 # ![Hit ratio, throughput and latency over the shared part, for three loads](img/04_prefixes-3.svg)
 #
-# Left, three lines lie on each other: the hit ratio knows nothing of the load. It ends below 1, at 0.94, because of the
-# token that must be computed, and the page it stands in. In the middle they fan out.
+# Left, three lines lie on each other: the hit ratio does not depend on the load. It ends below 1, at 0.94, because of
+# the token that must be computed, and the page that holds it. In the middle the lines fan out.
 
 # %%
 gain = {n: points[n, 256][1] / points[n, 0][1] for n in clients}
@@ -326,17 +329,17 @@ assert round(points[16, 0][2] / points[16, 256][2], 1) == 9.0
 none, full, none_again, full_again = (
     run_point(busy, PROMPT, ANSWER, shared, 16, 32, seed).requests_per_s for seed in (1, 2) for shared in (0, PROMPT)
 )
-none, full = max(none, none_again), max(full, full_again)  # others only ever slow us down
+none, full = max(none, none_again), max(full, full_again)  # the least disturbed run
 print(f"on the wall clock, 16 clients: {none:.0f} requests/s without sharing, {full:.0f} with")
 assert 1.1 < full / none < 40
 
 # %% [markdown]
 # One client gains a factor of 1.9 from a full hit, four gain 4.3, sixteen gain 9.0. Same cache, same hits. Why?
 #
-# Look at what one request costs the machine. The prompt is 256 rows for everybody. The answer is eight steps, and a
-# step costs 32 whether one request is in it or sixteen. Alone, a request pays for its steps in full, and the hit
-# removes the smaller half of the bill. In company of fifteen the steps are nearly free, and the prompt is nearly the
-# whole bill. The hit removes *that*.
+# Look at what one request costs the machine. The prompt is 256 rows for every request. The answer is eight steps, and a
+# step costs 32 whether it holds one request or sixteen. A single client pays for its steps in full, and the hit removes
+# the smaller half of the bill. Sixteen clients share the steps, so each pays little for them, and the prompt is nearly
+# the whole bill. And the hit removes the prompt.
 #
 # So a hit is worth little to one request, and much to a machine that is busy. The wall clock of your machine agrees in
 # direction (between 1.1 and 40 times for sixteen clients), though a toy model spends much of its time on other things.
@@ -344,29 +347,31 @@ assert 1.1 < full / none < 40
 # ## Read now
 #
 # 1. [`nanokv/cache/radix.py`](../nanokv/cache/radix.py), the docstring, then `match`, `_walk`, `_split`.
-# 2. The same file: `lock`, `unlock`, `evict`. Then `check`, which proves it.
-# 3. [`nanokv/cache/manager.py`](../nanokv/cache/manager.py), `match`, `commit` and `_publish`: who owns which pages.
-# 4. [`nanokv/engine/scheduler.py`](../nanokv/engine/scheduler.py), `_waits_for_prefix`: a prefix in the making.
+# 2. The same file: `lock`, `unlock`, `evict`. Then `check`, which verifies the tree.
+# 3. [`nanokv/cache/manager.py`](../nanokv/cache/manager.py), `match`, `commit` and `_publish`: which pages belong to a
+#    request, and which to the tree.
+# 4. [`nanokv/engine/admission_policy.py`](../nanokv/engine/admission_policy.py), `waits_for_prefix`: a prefix that is being
+#    computed.
 # 5. [`nanokv/bench/prefix.py`](../nanokv/bench/prefix.py): the three panels in seconds. Try `nanokv bench prefix`.
 #
 # ## Exercises
 #
-# - `nanokv.cache.radix.RadixTree._common_pages`, `._walk`, `._split`: finding and parting
-# - `nanokv.cache.radix.RadixTree.lock`, `.evict`: holding and letting go
-# - `nanokv.engine.scheduler._common_prefix`: what two requests share
+# - `nanokv.cache.radix.RadixTree._common_pages`, `._walk`, `._split`: find a prefix, split a node
+# - `nanokv.cache.radix.RadixTree.lock`, `.evict`: hold pages, evict pages
+# - `nanokv.engine.admission_policy.common_prefix`: the tokens that two requests share
 #
 # ## What you can now explain
 #
 # - Why a full hit still computes a token, and why hits come in whole pages.
-# - Split, lock, evict, and why leaves go first and from their tails.
-# - A workload that LRU handles worst, and one that salts protect.
+# - Split, lock, evict, and why eviction takes leaves first, from their tails.
+# - The worst workload for LRU, and what a salt protects.
 # - Why a hit ratio of 0.94 means 1.9 times for one client and 9.0 times for sixteen.
 #
 # ## Where it loses
 #
-# - No shared beginning, no hit. Retrieved documents in another order share everything and find nothing.
-# - Kept pages are a bet: room now, against a hit later. When the pool is full they are the first to go.
-# - Below 32 shared tokens nobody waits for anybody, and the same rows are computed twice.
+# - No shared beginning, no hit. Retrieved documents in another order share all their text and find nothing.
+# - Kept pages are a bet on a later hit. When the pool is full, they are the first to be evicted.
+# - Below 32 shared tokens no request waits for another, and the same rows are computed twice.
 
 # %%
 llm.close()

@@ -1,15 +1,16 @@
 # %% [markdown]
 # # 5. Smaller by design
 #
-# > *"DeepSeek-V3 has 671 billion parameters, Llama-3.1-8B has 8. So why does a token in DeepSeek's cache take half the
-# > room of one in the little Llama's?"*
+# > *"DeepSeek-V3 has 671 billion parameters, Llama-3.1-8B has 8 billion. So why does a token take half as much room in
+# > DeepSeek's cache as in the little Llama's?"*
 #
-# Because the size of a cache has nothing to do with the number of parameters. It has to do with what each layer
-# *keeps* of a token, and people have become very good at keeping less. This lesson goes through four designs in the
-# order of their invention, and takes the last one apart with our own hands.
+# The size of a cache does not depend on the number of parameters. It depends on what each layer *keeps* of a token, and
+# designers of models have become very good at keeping less. This lesson goes through four designs in the order of their
+# invention, and takes the last one apart by hand.
 #
 # **What to expect.** Some counting, then one piece of algebra, two lines long, which we check against the engine's own
-# weights. You need to know what attention does: a query meets keys, the weights it gets mix the values.
+# weights. You need to know what attention does: a query is compared with keys, and the resulting weights mix the
+# values.
 
 # %%
 from dataclasses import replace
@@ -20,6 +21,7 @@ import tiny
 import torch
 
 from nanokv import SamplingParams
+from nanokv.codecs.latents import RawLatentPages
 from nanokv.codecs.raw import RawCodec
 from nanokv.core.request import Request
 from nanokv.core.spec import PageLayout
@@ -37,16 +39,17 @@ def config_of(name: str) -> ModelConfig:
 
 
 def bytes_per_token(config: ModelConfig) -> int:
-    """What a token costs in bfloat16, from the very specs that the engine would allocate by."""
+    """Bytes of a token in bfloat16, from the same specs that the engine allocates by."""
     return PageLayout(layer_specs(config, RawCodec(torch.bfloat16), 16), 16).bytes_per_token
 
 
 # %% [markdown]
 # ## Heads that share
 #
-# Attention has many **heads**, each with queries, keys and values of its own. At the beginning every head also had its
-# own entry in the cache: **MHA**, multi-head attention. In 2019 Noam Shazeer asked what happens if all heads share one
-# key and one value: **MQA**, multi-query. In 2023 came the compromise, **GQA**, grouped-query: a few heads share.
+# Attention has many **heads**, each with queries, keys and values of its own. At first every head also had its own
+# entry in the cache: **MHA**, multi-head attention. In 2019 Noam Shazeer proposed that all heads share one key and one
+# value: **MQA**, multi-query attention. In 2023 came the compromise, **GQA**, grouped-query attention: a few heads
+# share.
 #
 # In the engine this is one number of the layer's spec.
 
@@ -61,17 +64,17 @@ assert 32 * 8 * 128 * 2 * 2 == 128 * 1024  # layers, KV heads, dimensions, key a
 
 # %% [markdown]
 # Llama-3.1-8B has 32 heads in 32 layers. As MHA a token would take 512 KiB, as MQA 16 KiB. It was released with 8 KV
-# heads, at 128 KiB. MQA costs quality, which is why hardly anybody goes that far. Can one keep little *and* give every
-# head a key of its own?
+# heads, at 128 KiB. MQA costs quality, so few models go that far. Can a model keep little *and* give every head a key
+# of its own?
 #
 # ## One latent for all
 #
-# **MLA**, multi-head latent attention (DeepSeek-V2, 2024): squeeze a token into one short vector, the **latent**, and
-# keep only that. Each head has two matrices that turn the latent *c* into its own key and value:
+# **MLA**, multi-head latent attention (DeepSeek-V2, 2024), compresses a token into one short vector, the **latent**,
+# and keeps that. Each head has two matrices that turn the latent *c* into its own key and value:
 #
 # $$k_h = W^{UK}_h c \qquad v_h = W^{UV}_h c$$
 #
-# Beside it stands one small key that carries the position. We come to that.
+# Beside the latent, MLA keeps one small key that carries the position; a later section explains it.
 
 # %%
 print(getsource(MLA.spec))
@@ -85,8 +88,8 @@ assert round(70_272 / 1024, 1) == 68.6
 assert round(bytes_per_token(llama) / bytes_per_token(deepseek), 2) == 1.87
 
 # %% [markdown]
-# 576 numbers a token and layer, 61 layers, 68.6 KiB in all. There is the answer to the question at the top: the little
-# Llama takes 1.87 times as much.
+# 576 numbers a token and layer, 61 layers, 68.6 KiB in all. This answers the question at the top: the little Llama
+# takes 1.87 times as much.
 #
 # How much does MLA save? You will read "28 times", and it is a nice exercise to find out where that comes from.
 
@@ -104,7 +107,7 @@ assert round(61 * keys_and_values * 2 / 2**20, 2) == 4.77  # MiB a token
 # holds both, and DeepSeek's keys have 192 dimensions. Written out as MHA, a token would take 40,960 numbers a layer,
 # 4.77 MiB in all. The factor is 71.
 #
-# One more popular mistake: "MLA keeps even less than MQA". MQA keeps one key and one value of 128 dimensions, 256
+# Another popular mistake: "MLA keeps even less than MQA". MQA keeps one key and one value of 128 dimensions, 256
 # numbers. MLA keeps 576, as much as GQA with 2.25 KV heads. It is not the smallest. It is the smallest in which every
 # head still has a key of its own.
 
@@ -135,12 +138,12 @@ figures.save(figure, "05_smaller_by_design-1")
 # %% [markdown]
 # ![Cache of one token for seven designs](img/05_smaller_by_design-1.svg)
 #
-# Grey bars are thought experiments; nobody released them. Look at Qwen3-0.6B: 112 KiB, nearly as much as an 8B model.
-# Layers times KV heads times dimensions; parameters do not occur.
+# Grey bars are thought experiments; these models do not exist. Look at Qwen3-0.6B: 112 KiB, nearly as much as an 8B
+# model. The size is layers times KV heads times dimensions; the number of parameters does not occur.
 #
 # ## Reading without unpacking
 #
-# A short latent is fine for keeping. But attention wants keys and values, for each of 128 heads, for each token of the
+# A short latent is cheap to keep. But attention needs keys and values, for each of 128 heads, for each token of the
 # context. Must a decode step unpack the whole cache? That would be a disaster: 40,960 numbers computed for every old
 # token, in every step.
 #
@@ -148,14 +151,14 @@ figures.save(figure, "05_smaller_by_design-1")
 #
 # $$q \cdot (W^{UK} c) = (W^{UK\,T} q) \cdot c$$
 #
-# Put the brackets elsewhere and the matrix moves from the *keys*, of which there are thousands, to the *query*, of
-# which there is one. The same for the values, where $p_t$ are the weights after the softmax:
+# Put the brackets elsewhere, and the matrix moves from the *keys*, of which there are thousands, to the *query*, of
+# which there is one. The same holds for the values, where $p_t$ are the weights after the softmax:
 #
 # $$\sum_t p_t \, (W^{UV} c_t) = W^{UV} \Big( \sum_t p_t \, c_t \Big)$$
 #
-# Mix the latents first, unpack the mixture once. The matrices are **absorbed** into query and result, and all heads
-# read the latents as they lie in the pages. Two lines; let us see whether the engine's own layer agrees. A toy with
-# DeepSeek's structure, and 50 tokens in its cache:
+# Mix the latents first, then unpack the mixture once. The matrices are **absorbed** into query and result, and all
+# heads read the latents as they lie in the pages. Does the engine's own layer agree with these two lines? We take a toy
+# with DeepSeek's structure, and 50 tokens in its cache:
 
 # %%
 TINY_MLA = {
@@ -168,12 +171,12 @@ TINY_MLA = {
 llm = tiny.engine(TINY_MLA, num_pages=64)
 request = Request(list(range(3, 53)), SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
 llm.engine.add_request(request)
-llm.engine.step()
+llm.loop.step()
 assert request.num_computed == 50 and llm.stats()["bytes_per_token"] == 2 * (32 + 8) * 4
 
 layer, store = llm.engine.model.layers[1].mixer, llm.engine.store
-pages = torch.tensor(request.pages, dtype=torch.int64)
-latents, rope_keys = reference.read_latents(store.pool, layer.planes, pages, 50)
+pages = torch.tensor(request.held.pages, dtype=torch.int64)
+latents, rope_keys = reference.read_latents(store.pages.data, layer.pages.planes, pages, 50)
 assert latents.shape == (50, 32) and rope_keys.shape == (50, 8)
 
 # %% [markdown]
@@ -197,42 +200,42 @@ assert keys.numel() + values.numel() == 50 * 8 * (16 + 16)  # unpacked numbers
 # And now the engine's way, which never unpacks anything:
 
 # %%
-print(getsource(MLA._absorbed))
+print(getsource(RawLatentPages.absorbed))
 
 request.num_scheduled = 1
-batch = batch_of(on_device(arrays_of([request], 16), store.pool.device), 16)
-batch = replace(batch, positions=batch.positions - 1)  # look at the 50 tokens that are there
-absorbed = layer._absorbed(q, q_rope, store, batch)[0]
+batch = batch_of(on_device(arrays_of([request], 16), store.device), 16)
+batch = replace(batch, positions=batch.positions - 1)  # read the 50 tokens that are in the cache
+absorbed = layer.pages.absorbed(q, q_rope, store.pages.data, batch)[0]
 
 difference = (absorbed - by_hand).abs().max().item()
 print(f"largest difference {difference:.1e}, largest value {by_hand.abs().max():.3f}")
 assert difference < 1e-5 * max(1.0, by_hand.abs().max().item())
 request.num_scheduled = 0
 while llm.engine.has_work:
-    llm.engine.step()
+    llm.loop.step()
 
 # %% [markdown]
 # The same numbers, up to rounding in the last places of float32. In the absorbed form MLA looks to the kernel like MQA
-# with one wide head: keys of 576 numbers, values that are the first 512 of the very same numbers. It is the kernel of
-# lesson 2, called with other sizes.
+# with one wide head: keys of 576 numbers, values that are the first 512 of the same numbers. It is the kernel of lesson
+# 2, called with other sizes.
 #
 # ## Why a second key?
 #
-# Positions enter attention by *rotating* queries and keys (RoPE): a key at position *t* is turned by an angle that
-# depends on *t*. Put the rotation $R_t$ between the matrices, and the trick is gone:
+# Positions enter attention by *rotating* queries and keys (RoPE): a key at position *t* is rotated by an angle that
+# depends on *t*. Put the rotation $R_t$ between the matrices, and absorption no longer works:
 #
 # $$q \cdot (R_t \, W^{UK} c_t) = (W^{UK\,T} R_t^T q) \cdot c_t$$
 #
-# The thing to absorb now depends on *t*, another one for each old token. So DeepSeek splits the job. The latent part
-# carries no position at all. A separate key of 64 numbers, shared by all heads, is rotated *before* it is kept, and its
-# score is simply added. That is the `k_rope` plane.
+# The matrix to absorb now depends on *t*, so each old token needs another one. DeepSeek therefore splits the key in
+# two. The latent part carries no position at all. A separate key of 64 numbers, shared by all heads, is rotated
+# *before* it is kept, and its score is added. That is the `k_rope` plane.
 #
 # ## The surprise: absorbing is not always cheaper
 #
-# Absorbed, a pair of query and token costs 576 + 512 multiplications a head. Unpacked it costs only 192 + 128. One
-# query over thousands of tokens: absorb, because unpacking would cost far more. A prompt of thousands of queries over
-# the same tokens: unpack once, and use it thousands of times. Somewhere in between the balance tips. The engine asks
-# this function, whose docstring derives it:
+# Absorbed, a pair of query and token costs 576 + 512 multiplications a head. Unpacked it costs only 192 + 128. For one
+# query over thousands of tokens, absorb: unpacking would cost far more. For a prompt of thousands of queries over the
+# same tokens, unpack once and use the result thousands of times. The two forms cost the same somewhere in between. The
+# engine decides by this function, whose docstring derives it:
 
 # %%
 print(getsource(expands))
@@ -276,13 +279,13 @@ figures.save(figure, "05_smaller_by_design-2")
 #
 # For one row over 8,192 tokens, unpacking costs 119 times as much. From 169 rows on it is cheaper (171 over very long
 # prefixes), and for 4,096 rows absorbing costs 3.1 times as much. So prefill and decode of the *same layer* want
-# different arithmetic over the *same bytes*. (In float32, where this engine promises equal bits, it always absorbs:
-# the two forms round differently.)
+# different arithmetic over the *same bytes*. (In float32, where this engine promises equal bits, it always absorbs: the
+# two forms round differently.)
 #
-# ## Small, and dense
+# ## Many operations for each byte
 #
-# Lesson 1 had a second number, FLOP per byte. A byte of the cache that many heads read is a byte well used. Count for
-# one cached token in bfloat16: two operations a multiplication, all heads, over the bytes read.
+# Lesson 1 introduced a second measure, FLOP per byte. A byte of the cache that many heads read is a byte well used.
+# Count for one cached token in bfloat16: two operations a multiplication, all heads, divided by the bytes read.
 
 
 # %%
@@ -319,13 +322,13 @@ figures.save(figure, "05_smaller_by_design-3")
 # %% [markdown]
 # ![FLOP per byte over the numbers kept, for four designs](img/05_smaller_by_design-3.svg)
 #
-# For grouped queries the answer is simply the group: 1 for MHA, 4 for Llama's GQA, 32 for MQA. MLA stands at 242, near
-# the ridge of an H100 at 295. It reads little and computes much, which is what such a machine wants. On a machine with
-# a low ridge the same layer is limited by computing.
+# For grouped queries the result is the size of the group: 1 for MHA, 4 for Llama's GQA, 32 for MQA. MLA reaches 242,
+# near the ridge of an H100 at 295. It reads little and computes much, which suits such a machine. On a machine with a
+# low ridge, computing limits the same layer.
 #
-# ## And the cache?
+# ## What changes in the cache?
 #
-# What had to change in pages, tree, scheduler for all that? Run the toy and see.
+# What had to change in pages, tree and scheduler for all that? Run the toy and see.
 
 # %%
 twice = [
@@ -336,39 +339,40 @@ assert twice[0].token_ids == twice[1].token_ids
 llm.engine.cache.check()
 
 # %% [markdown]
-# Nothing. The second time 96 of 100 tokens are found (and 48 the first time, left from the request above: same
-# beginning). The cache handles page ids. What is in a page is the layer's business: two planes called `latent` and
-# `k_rope` here, `k` and `v` there.
+# Nothing. The second time 96 of 100 tokens are found (and 48 the first time, left from the request above, which begins
+# with the same tokens). The cache handles page ids. Only the layer knows the content of a page: two planes called
+# `latent` and `k_rope` here, `k` and `v` there.
 #
 # ## Read now
 #
-# 1. [`nanokv/core/spec.py`](../nanokv/core/spec.py): `Plane`, `LayerSpec`, and how bytes follow.
+# 1. [`nanokv/core/spec.py`](../nanokv/core/spec.py): `Plane`, `LayerSpec`, and how the bytes follow.
 # 2. [`nanokv/codecs/raw.py`](../nanokv/codecs/raw.py): what grouped-query attention keeps.
-# 3. [`nanokv/layers/mla.py`](../nanokv/layers/mla.py): the docstring, `_absorbed`, `_expanded`, `expands`.
+# 3. [`nanokv/layers/mla.py`](../nanokv/layers/mla.py): the docstring, `expands`; and
+#    [`nanokv/codecs/latents.py`](../nanokv/codecs/latents.py), `RawLatentPages`: `absorbed`, `expanded`.
 # 4. [`nanokv/kernels/planes.py`](../nanokv/kernels/planes.py), `KVPlanes`: three layouts for one kernel.
-# 5. [`nanokv/cli/size.py`](../nanokv/cli/size.py): try `nanokv size deepseek-v3 llama-3.1-8b`.
+# 5. [`nanokv/bench/size.py`](../nanokv/bench/size.py): try `nanokv size deepseek-v3 llama-3.1-8b`.
 #
 # ## Exercises
 #
 # - `nanokv.codecs.raw.RawCodec.planes`: what grouped-query attention keeps
 # - `nanokv.layers.mla.MLA.spec`: what MLA keeps
-# - `nanokv.layers.mla.expands`: which form, when
-# - `nanokv.layers.rotary.frequencies`: the angles
-# - `nanokv.kernels.reference.store._rotate`: the turning itself
+# - `nanokv.layers.mla.expands`: which form is cheaper
+# - `nanokv.layers.rotary.frequencies`: the angles of the rotation
+# - `nanokv.kernels.reference.store._rotate`: the rotation itself
 # - `nanokv.layers.moe.Router._close_groups`: which groups of experts are open
 #
 # ## What you can now explain
 #
-# - Bytes per token of any model from its config, and why parameters do not occur.
+# - Bytes per token of any model from its config, and why the number of parameters does not occur.
 # - Absorption, on a whiteboard, and why RoPE needs a key of its own.
 # - Why "28 times" is 71, and why MLA is not smaller than MQA.
-# - When unpacking the latents is the better arithmetic.
+# - When it is cheaper to unpack the latents.
 #
 # ## Where it loses
 #
 # - None of this can be switched on later. A model is trained this way or it is not.
-# - MLA computes 3.4 times as much for a pair in decode. Where computing is dear, GQA may be faster.
-# - The cache still grows with every token. The next lesson does something about that.
+# - MLA computes 3.4 times as much for a pair in decode. Where computing is expensive, GQA may be faster.
+# - The cache still grows with every token. The next lesson changes that.
 
 # %%
 llm.close()

@@ -3,12 +3,12 @@
 #
 # > *"A person who reads a novel does not keep every word in mind. Why does a language model?"*
 #
-# It does not have to. There are layers that keep *nothing* per token. They carry one matrix along, the **state**, and
-# change it a little with every token. After ten tokens or a million it has the same size. Models like Qwen3.5 use such
-# layers for three quarters of their depth: **hybrids**.
+# It does not have to. Some layers keep *nothing* per token. They carry one matrix, the **state**, and change it a
+# little with every token. The state has the same size after ten tokens and after a million. Models like Qwen3.5 use
+# such layers for three quarters of their depth; they are called **hybrids**.
 #
-# **What to expect.** A memory of 32 by 32 numbers that we fill by hand, one formula in two shapes, and then the price:
-# a state can be carried forward and never back. That turns the prefix cache of lesson 4 upside down.
+# **What to expect.** We fill a memory of 32 by 32 numbers by hand, compute one formula in two ways, and then look at
+# the price: a state can be carried forward, but never taken back. That turns the prefix cache of lesson 4 upside down.
 
 # %%
 from dataclasses import replace
@@ -32,13 +32,13 @@ from nanokv.models.decoder import layer_specs
 # %% [markdown]
 # ## A matrix that remembers
 #
-# Attention stores pairs of key and value, and looks a query up among the keys. A matrix can do that, too. Write a pair
-# by adding the outer product of key and value. Read with a query by multiplying. If the keys are at right angles to
-# each other, every value comes back whole. This is **linear attention** (Katharopoulos et al. 2020).
+# Attention stores pairs of key and value, and looks up a query among the keys. A matrix can do that, too. To write a
+# pair, add the outer product of key and value. To read with a query, multiply. If the keys are orthogonal and have
+# length one, every value comes back exactly. This is **linear attention** (Katharopoulos et al. 2020).
 #
-# Adding has a flaw. Write a second value under the same key, and you read the sum of both. The **delta rule** (Widrow
-# and Hoff 1960; for language models Schlag et al. 2021) reads before it writes, and only stores what the memory got
-# *wrong*. Here are both, by hand.
+# Adding has a flaw. After a second write under the same key, a read returns the sum of both values. The **delta rule**
+# (Widrow and Hoff 1960; for language models Schlag et al. 2021) reads before it writes, and stores only the error of
+# what it read. Both rules by hand:
 
 # %%
 DIM = 32
@@ -61,11 +61,11 @@ torch.testing.assert_close(add(add(empty, key, old), key, new).T @ key, old + ne
 torch.testing.assert_close(delta(delta(empty, key, old), key, new).T @ key, new)
 
 # %% [markdown]
-# The sum returns both values on top of each other, the delta rule returns the new one. It can overwrite.
+# The sum returns both values on top of each other; the delta rule returns the new one. It can overwrite.
 #
-# Now fill the memory beyond what it can hold: 64 pairs with random keys, in a matrix that has room for 32 directions.
-# Then ask for each of the 64. How much of the answer points the right way? (1 is perfect, 0 is noise; average over 200
-# memories.)
+# Now fill the memory beyond its capacity: 64 pairs with random keys, in a matrix that has room for 32 directions. Then
+# query each of the 64. How closely does the answer point in the right direction? (A cosine of 1 is perfect, 0 is noise;
+# the plot shows the average over 200 memories.)
 
 # %%
 MEMORIES, WRITES = 200, 64
@@ -109,20 +109,19 @@ figures.save(figure, "06_a_state_instead-1")
 # %% [markdown]
 # ![How well each of 64 pairs is recalled, by age](img/06_a_state_instead-1.svg)
 #
-# Adding remembers everything equally badly, at about 0.58. The delta rule has the newest pair exactly, and lets the
-# oldest go. For what came in the last 15 writes it is better than adding, for what is more than 25 writes old it is
-# worse. That is a good habit for reading a text. It is also an honest limit: 1,024 numbers cannot hold 64 pairs of
-# 32 numbers and lose nothing. Attention can, because its memory grows. This is why hybrids keep *some* attention
-# layers: for the exact word from long ago.
+# Adding recalls everything equally badly, at about 0.58. The delta rule recalls the newest pair exactly and lets the
+# oldest fade. It is better than adding for the last 15 writes, and worse beyond 25. That is a good trade for reading a
+# text. It is also a hard limit: 1,024 numbers cannot hold 64 pairs of 32 numbers without loss. Attention can, because
+# its memory grows. This is why hybrids keep *some* attention layers: they recall the exact word from long ago.
 #
-# **Gated DeltaNet** (Yang et al. 2024) adds two knobs that the token itself turns: how much to forget first (decay),
-# and how strongly to correct (beta). With 1 and 1 it is our `delta`.
+# **Gated DeltaNet** (Yang et al. 2024) adds two gates that each token computes for itself: how much to forget first
+# (the decay), and how strongly to correct (beta). With both at 1 it is our `delta`.
 #
-# ## One rule, two shapes
+# ## One rule, two forms
 #
-# Token by token is fine for decode. For a prompt it would be terrible: thousands of tiny steps, each waiting for the
-# last. But the rule is linear, so many steps can be done at once, as a few matrix products and one triangular system.
-# The engine's readable twin does it in chunks of 64:
+# One token at a time is fine for decode. For a prompt it would be terrible: thousands of tiny steps, each waiting for
+# the one before. But the rule is linear, so many steps can be computed at once, as a few matrix products and one
+# triangular system. The engine's reference kernel does it in chunks of 64:
 
 # %%
 print(getsource(_chunk))
@@ -131,7 +130,7 @@ assert CHUNK == 64
 log_decay, beta = -0.1 * torch.rand(MEMORIES, WRITES), torch.rand(MEMORIES, WRITES)
 state = torch.zeros(MEMORIES, DIM, DIM)
 results = []
-for t in range(WRITES):  # one token after the other
+for t in range(WRITES):  # one token at a time
     k, v = keys[:, t], values[:, t]
     state = state * log_decay[:, t].exp()[:, None, None]
     wrong = v - torch.einsum("mkv,mk->mv", state, k)
@@ -140,16 +139,16 @@ for t in range(WRITES):  # one token after the other
 at_once, state_at_once = _chunk(torch.zeros(MEMORIES, DIM, DIM), keys, keys, values, log_decay, beta)
 
 difference = max((at_once - torch.stack(results, 1)).abs().max().item(), (state_at_once - state).abs().max().item())
-print(f"largest difference of the two shapes: {difference:.1e}")
+print(f"largest difference between the two forms: {difference:.1e}")
 assert difference < 1e-4
 
 # %% [markdown]
-# The same results and the same state, but for rounding. Rounding matters to this engine, though. It promises equal bits
-# however a prompt is cut into steps, so its CPU kernel runs one recurrence in prefill and in decode.
+# The results and the state are the same, up to rounding. Rounding matters to this engine, though: it promises equal
+# bits however a prompt is cut into steps. So its CPU kernel runs the same recurrence in prefill and in decode.
 #
 # ## What it costs
 #
-# No bytes per token, then. Some per sequence:
+# A layer like this costs no bytes per token. It costs a fixed number per sequence:
 
 # %%
 print(getsource(GatedDeltaNet.spec))
@@ -202,11 +201,12 @@ figures.save(figure, "06_a_state_instead-2")
 # %% [markdown]
 # ![Cache over context, all attention and hybrid](img/06_a_state_instead-2.svg)
 #
-# Qwen3.5-9B has 32 layers, and 8 of them are attention. A token costs 32 KiB instead of 128, and a sequence costs 49.1
-# MiB once. At 256K tokens that is 8.05 GiB instead of 32. At 1K it is 81 MiB instead of 128, not a great difference.
-# Below 524 tokens the hybrid is *larger*: a short chat pays for a memory that it never fills.
+# Qwen3.5-9B has 32 layers, and 8 of them are attention. A token costs 32 KiB instead of 128, and a sequence costs an
+# extra 49.1 MiB once. At 256K tokens the cache is 8.05 GiB instead of 32. At 1K it is 81 MiB instead of 128, not a
+# great difference. Below 524 tokens the hybrid is *larger*: a short chat pays for a memory that it never fills.
 #
-# There is a second bill. A decode step reads the cache of its context, but it reads **and writes** the whole state.
+# There is a second cost. A decode step only reads the cache of its context, but it reads **and writes** the whole
+# state.
 
 # %%
 moves_even = next(
@@ -218,12 +218,12 @@ moves_even = next(
 assert moves_even == 1048
 
 # %% [markdown]
-# So in bytes moved, the two are even at 1,048 tokens.
+# So in bytes moved, the break-even point is at 1,048 tokens.
 #
 # ## Only forward
 #
-# Now the surprise that costs serving people their sleep. Three users, one system prompt of 48 tokens (three pages of
-# 16), three questions. In lesson 4 the second user found 48 tokens. The same on a toy hybrid:
+# Now the surprise that keeps operators awake. Three users share a system prompt of 48 tokens (three pages of 16) and
+# ask three questions. In lesson 4 the second user found 48 tokens. Here is the same on a toy hybrid:
 
 # %%
 TINY_HYBRID = {
@@ -251,20 +251,20 @@ assert matched == {"A": (0, 0), "B": (48, 0), "C": (48, 48)}
 # %% [markdown]
 # B finds the pages of all 48 tokens, and can use none of them. Why?
 #
-# After A, the recurrent layers' state stands at the end of A's text. The state *at token 48* was there for a moment, on
-# the way, and is gone. A page can be cut out of the middle; a sum cannot be taken back to an earlier time. And a model
-# cannot start with its attention layers at token 48 and its recurrent layers at 0.
+# After A, the state of each recurrent layer is the one at the end of A's text. The state *at token 48* existed for a
+# moment on the way, and is gone. A page can be cut out of the middle of a sequence; a state cannot be taken back to an
+# earlier position. And a model cannot start its attention layers at token 48 and its recurrent layers at 0.
 #
-# So a prefix can be reused only where somebody kept a copy of the state, a **checkpoint**. Here is where this engine
-# keeps them. B computes everything once more, and as it passes token 48, where it parts from A, it leaves a checkpoint.
-# C finds it.
+# So a prefix can be reused only where a copy of the state was kept, a **checkpoint**. The code below decides where this
+# engine keeps them. B computes the prompt once more, and leaves a checkpoint at token 48, where its text diverges from
+# A's. C finds it.
 
 # %%
 print(getsource(States._is_kept))
 
 counts = llm.stats()
 print({name: counts[name] for name in ("states_total", "states_held", "states_cached")})
-assert counts["states_cached"] == 4  # one where they part, and one at the last page boundary of each prompt
+assert counts["states_cached"] == 4  # one where they diverge, and one at the last page boundary of each prompt
 repeat = llm.generate([system + questions["A"]], one_token)[0]
 assert (len(system + questions["A"]), repeat.cached_tokens) == (78, 64)
 llm.engine.cache.check()
@@ -276,23 +276,25 @@ for place, (name, user) in enumerate(rows):
     y = -place
     figures.box(axes, 0, y, user.cached_tokens, 0.8, figures.BLUE, "state found" if user.cached_tokens else "")
     lost = user.kv_matched_tokens - user.cached_tokens
-    figures.box(axes, user.cached_tokens, y, lost, 0.8, figures.YELLOW, "pages found, no state: again" if lost else "")
+    figures.box(
+        axes, user.cached_tokens, y, lost, 0.8, figures.YELLOW, "pages found, no state: recomputed" if lost else ""
+    )
     rest = 78 - user.kv_matched_tokens
     figures.box(axes, user.kv_matched_tokens, y, rest, 0.8, figures.ORANGE, "computed")
     axes.text(-1, y + 0.4, name, ha="right", va="center")
 axes.plot([48, 48], [-3.1, 0.95], color=figures.BLACK, linestyle="--", linewidth=1)
-axes.text(48, 1.0, "here the questions part", ha="center", va="bottom")
+axes.text(48, 1.0, "the questions diverge here", ha="center", va="bottom")
 figures.bare(axes, (-11, 79), (-3.2, 1.5))
 figures.save(figure, "06_a_state_instead-3")
 
 # %% [markdown]
 # ![What four requests found and computed](img/06_a_state_instead-3.svg)
 #
-# The *second* user of a prompt pays, the *third* gains. A repeated question finds 64 of its 78 tokens: the last page
-# boundary of each prompt has a checkpoint, too.
+# The *second* user of a prompt pays, the *third* gains. A repeated question finds 64 of its 78 tokens, because the last
+# page boundary of each prompt has a checkpoint, too.
 #
-# Why not keep a checkpoint at every page? Because a checkpoint of Qwen3.5-9B takes as much room as 1,572 tokens of its
-# pages. There is a dial, `state_interval`, that sets one every so many tokens. Watch what it buys:
+# Why not keep a checkpoint at every page? Because a checkpoint of Qwen3.5-9B takes as much room as the pages of 1,572
+# tokens. The option `state_interval` sets one every so many tokens. Here is what it buys:
 
 # %%
 with tiny.engine(TINY_HYBRID, num_pages=128, num_states=24, state_interval=16) as often:
@@ -302,18 +304,18 @@ with tiny.engine(TINY_HYBRID, num_pages=128, num_states=24, state_interval=16) a
     assert [dense[name].token_ids for name in "ABC"] == [users[name].token_ids for name in "ABC"]
 
 # %% [markdown]
-# With one every 16 tokens the second user gains at once. It takes 6 checkpoints instead of 4 here, and on a long prompt
-# one for each page. The answers are the same to the bit.
+# With a checkpoint every 16 tokens the second user gains at once. That takes 6 checkpoints instead of 4 here, and one
+# for each page of a long prompt. The answers are bitwise the same.
 #
-# Always look at *two* numbers in such a system: how many tokens of pages were found, and how many of state. Public
-# issue trackers tell of a server (vLLM, issue 45238) whose hits fell from 52 of 64 requests to none because the
-# shared part became 100 tokens shorter, without a word in any log. nanokv reports both, as `kv_matched_tokens` and
+# Always look at *two* numbers in such a system: the tokens whose pages were found, and the tokens that could be reused.
+# A public issue of vLLM (45238) reports a server whose hits fell from 52 of 64 requests to none because the shared part
+# became 100 tokens shorter. No log said a word. nanokv reports both numbers, as `kv_matched_tokens` and
 # `cached_tokens`.
 #
 # ## Read now
 #
-# 1. [`nanokv/kernels/reference/delta_rule.py`](../nanokv/kernels/reference/delta_rule.py): three lines of rule, then
-#    the two shapes.
+# 1. [`nanokv/kernels/reference/delta_rule.py`](../nanokv/kernels/reference/delta_rule.py): the rule in three lines,
+#    then its two forms.
 # 2. [`nanokv/layers/deltanet.py`](../nanokv/layers/deltanet.py): the layer around it.
 # 3. [`nanokv/cache/states.py`](../nanokv/cache/states.py), the docstring, then `chunk` and `checkpoint`.
 # 4. [`nanokv/cache/manager.py`](../nanokv/cache/manager.py), `_open`: pages found, pages used.
@@ -322,23 +324,23 @@ with tiny.engine(TINY_HYBRID, num_pages=128, num_states=24, state_interval=16) a
 # ## Exercises
 #
 # - `nanokv.layers.deltanet.GatedDeltaNet.spec`: what such a layer keeps
-# - `nanokv.kernels.reference.delta_rule.short_conv`: the little convolution in front
-# - `nanokv.kernels.reference.delta_rule.delta_rule_step`: the rule, token by token
-# - `nanokv.kernels.reference.delta_rule._chunk`: the rule, 64 at once
+# - `nanokv.kernels.reference.delta_rule.short_conv`: the short convolution before the rule
+# - `nanokv.kernels.reference.delta_rule.delta_rule_step`: the rule, one token at a time
+# - `nanokv.kernels.reference.delta_rule._chunk`: the rule, 64 tokens at once
 # - `nanokv.cache.states.States.reachable`, `.chunk`: where to start, where to stop
 #
 # ## What you can now explain
 #
-# - Linear attention and the delta rule, and what a fixed memory must forget.
-# - Why prefill needs the chunk form.
-# - From which context on a hybrid is smaller, and why not below.
+# - Linear attention and the delta rule, and what a memory of fixed size must forget.
+# - Why prefill needs the chunked form.
+# - From what context length on a hybrid is smaller, and why it is larger below that.
 # - Why the second user of a prompt pays, and where checkpoints belong.
 #
 # ## Where it loses
 #
-# - Short contexts: below 524 tokens it is larger, below 1,048 it moves more bytes.
-# - Looking up an exact detail from far back. That is left to the attention layers.
-# - Prefix reuse becomes coarse, and each checkpoint is dear. Undoing half an answer means computing it again.
+# - Short contexts: below 524 tokens the cache is larger, below 1,048 a step moves more bytes.
+# - Exact details from far back: the attention layers must recall them.
+# - Prefix reuse becomes coarse, and each checkpoint is expensive. Taking back half an answer means computing it again.
 
 # %%
 llm.close()

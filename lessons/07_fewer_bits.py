@@ -5,10 +5,10 @@
 # > colleague's 3 bits do better than my 4. Are my bits defective?"*
 #
 # No. But "4 bits" says neither how much is stored nor what is lost. So far we have kept fewer numbers. Now we keep the
-# same numbers, and write each with fewer bits. A way to do so is called a **codec**, and this engine has a whole family
+# same numbers, and store each with fewer bits. A method to do so is called a **codec**. This engine has a whole family
 # of them, from a rule of two lines to ideas that are a year old.
 #
-# **What to expect.** We take real keys and values out of SmolLM2, write them in ever cleverer ways, and count two
+# **What to expect.** We take real keys and values out of SmolLM2, encode them in ever cleverer ways, and count two
 # things each time: the bits, all of them, and the error.
 
 # %%
@@ -26,11 +26,11 @@ from nanokv.cache.store import CacheStore
 from nanokv.codecs import resolve_codec
 from nanokv.codecs.basis import haar
 from nanokv.codecs.kivi import Groups
-from nanokv.codecs.polarquant import PolarCoder, PolarSide
-from nanokv.codecs.qjl import QJLSide
-from nanokv.codecs.side import TableSide
+from nanokv.codecs.papers.polarquant import PolarEncoder, PolarQuantizer
+from nanokv.codecs.papers.qjl import QJLQuantizer
+from nanokv.codecs.papers.turboquant_prod import ProdQuantizer
+from nanokv.codecs.quantizer import TableQuantizer
 from nanokv.codecs.tables import distortion, lloyd_max, uniform
-from nanokv.codecs.turboquant_prod import ProdSide
 from nanokv.core.spec import PageLayout
 from nanokv.engine.calibrate import first_pages
 from nanokv.hub.pull import pull
@@ -54,16 +54,16 @@ assert keys.shape == values.shape == (30, 192, 3, 64)  # layers, tokens, KV head
 
 
 def near(x: float, said: float, by: float = 0.05) -> bool:
-    """Equal but for `by` of it: other machines round in other places."""
+    """Equal within a share `by`: other machines round differently."""
     return abs(x - said) <= by * said
 
 
 # %% [markdown]
 # ## A code and a scale
 #
-# Four bits can name 16 things. Agree on a table of 16 numbers, say -7.5, -6.5, ..., 7.5. Of each number of a vector
-# keep which entry of the table is nearest: its **code**. A vector may be larger or smaller than the table, so keep one
-# more number, the **scale**, chosen such that the largest one just fits.
+# Four bits can tell 16 values apart. Agree on a table of 16 numbers, say -7.5, -6.5, ..., 7.5. For each number of a
+# vector, keep the index of the nearest entry in the table: its **code**. Vectors may be larger or smaller than the
+# table, so keep one more number for each vector, the **scale**, chosen so that the largest number just fits.
 
 # %%
 key = keys[10, 100, 0]
@@ -75,18 +75,18 @@ assert table[0] == -7.5 and len(table) == 16 and int(code.max()) <= 15
 assert (decoded - key).abs().max() <= scale / 2 + 1e-6
 
 engine = resolve_codec("int4", torch.float32)
-coder = TableSide("int4", 4, lambda dim: uniform(4), "absmax", rotated=False).coder(DIM, key.device)
-assert (coder.decode(*coder.encode(key[None]))[0] - decoded).abs().max() < 1e-3 * key.abs().max()
+encoder = TableQuantizer("int4", 4, lambda dim: uniform(4), "absmax", rotated=False).encoder(DIM, key.device)
+assert (encoder.decode(*encoder.encode(key[None]))[0] - decoded).abs().max() < 1e-3 * key.abs().max()
 
 
 # %% [markdown]
-# No number is off by more than half a scale. And the bits? Sixteen for the scale, shared by 64 numbers. Ask the engine
-# what its pages really hold, as it would before it allocates them:
+# No number is off by more than half a scale. And the bits? Add sixteen for the scale, shared by 64 numbers. The
+# engine's page layout says what a page really holds, before any memory is allocated:
 
 
 # %%
 def bits(name: str) -> float:
-    """What one number costs in a page, scales and all."""
+    """Bits of one number in a page, scales included."""
     spec = resolve_codec(name, torch.float16).spec(3, DIM, PAGE)
     return PageLayout([spec], PAGE).bytes_per_token * 8 / (2 * 3 * DIM)
 
@@ -95,13 +95,13 @@ assert bits("int4") == 4 + 16 / 64 == 4.25
 assert (bits("raw"), bits("int8"), bits("kivi4"), bits("kivi2")) == (16, 8.25, 5, 3)
 
 # %% [markdown]
-# 4.25, that is the "little more" in the question. These are **true bits**. Always ask for them: a codec called "2 bits"
+# The 4.25 is the "little more" in the question. These are **true bits**. Always ask for them: a codec called "2 bits"
 # may take 3, as we shall see.
 #
 # ## Why int4 hurts
 #
-# Here is how large the numbers of keys are, dimension by dimension (people say **channel**), and beside them those of
-# values, in one head of one layer.
+# The figure shows how large the numbers of keys are in each dimension (the usual word is **channel**), and beside them
+# those of values, in one head of one layer. Keys are taken as the cache stores them: after RoPE.
 
 # %%
 size = keys.abs().mean(1)
@@ -122,13 +122,14 @@ figures.save(figure, "07_fewer_bits-1")
 # %% [markdown]
 # ![Size of the numbers of each channel, keys and values](img/07_fewer_bits-1.svg)
 #
-# In keys a few channels are always large. In the middle over all heads, the largest is 10 times the size of an
-# ordinary one, and 18.5 times in this head. In values it is 2.4 times. Now think of int4: the large channel sets the
-# scale, the steps become coarse, and the small channels crowd together on a few codes around zero.
+# In keys a few channels are always large. In the median over all heads, the largest is 10 times the size of an ordinary
+# one; in this head it is 18.5 times. In values it is 2.4 times. Now think of int4: the large channel sets the scale,
+# the steps become coarse, and the numbers of the small channels share a few codes around zero.
 #
-# What is lost, in numbers? Two measures for everything that follows: the share of a vector's squared length that goes
-# astray, and, since vectors exist only to be attended to, how far the *result* of attention moves. The engine's pages
-# do the work; we bring queries, keys and values of all 30 layers.
+# How much is lost? Two measures serve for everything that follows. The first is the error of a vector: the squared
+# length of the error, as a share of the vector's squared length. The second is the error of attention: how far the
+# *result* of attention moves, since vectors exist only to be attended to. The engine's pages do the work; we bring
+# queries, keys and values of all 30 layers.
 
 
 # %%
@@ -142,9 +143,9 @@ def through(name: str) -> tuple[list[torch.Tensor], float, float]:
         store = CacheStore(layout, len(tokens) // PAGE, num_states=1 if layout.state_bytes else 0)
         pages = codec.pages(layout, 0, mixer.heads)
         batch = first_pages(torch.zeros(len(tokens), dtype=torch.int64), PAGE, store)
-        results.append(pages.attend(mixer.qkv(one.inputs), store.pool, store.states, batch))
+        results.append(pages.attend(mixer.qkv(one.inputs), store.pages.data, store.states.data, batch))
         if name != "raw":
-            stored = pages.vectors(store.pool, batch.page_tables[0].long())
+            stored = pages.vectors(store.pages.data, batch.page_tables[0].long())
             errors.append([relative_mse(x, by_token(s)) for x, s in zip(one.vectors, stored, strict=True)])
     k, v = (mean(side) for side in zip(*errors, strict=True)) if errors else (0.0, 0.0)
     return results, k, v
@@ -168,14 +169,15 @@ assert near(of_keys["int4"], 0.034) and near(of_values["int4"], 0.015)
 assert near(attention["int8"], 0.02, 0.1) and near(attention["int4"], 0.36)
 
 # %% [markdown]
-# Eight bits: the result moves by 2 %, nobody will notice. Four bits: by 36 %. Keys lose 3.4 % of their square, values
-# 1.5 %, with the very same code. There is the outlier.
+# With eight bits the result moves by 2 percent, and no reader will notice. With four bits it moves by 36 percent. Keys
+# lose 3.4 percent of their squared length, values 1.5 percent, with the very same code. The outlier channels make the
+# difference.
 #
-# ## Way 1: a scale for each channel (KIVI)
+# ## Remedy 1: a scale for each channel (KIVI)
 #
 # If channels differ, give each *channel* a scale, over the tokens of a page. Values have no such channels, so they keep
-# theirs by token. That is **KIVI** (Liu et al. 2024). It also keeps the smallest number of a group beside the step, so
-# that a group need not lie around zero.
+# one scale for each token. That is **KIVI** (Liu et al. 2024). It also stores the smallest number of a group beside the
+# step, so the numbers of a group need not lie around zero.
 
 # %%
 print(getsource(Groups.encode))
@@ -186,16 +188,16 @@ assert attention["kivi2"] < attention["int4"] and near(attention["kivi2"], 0.32)
 assert bits("kivi2") == 2 + 2 * 16 / 32
 
 # %% [markdown]
-# The error of keys falls to less than a fifteenth. Even two bits now do better than int4's four. But look at the bill:
-# a step and a minimum for 32 numbers are another bit each, so "kivi2" takes 3 bits and "kivi4" 5. And a page can be
-# written only when it is full, so the last tokens of each sequence wait as they are, in a **tail**. (They are in this
-# measurement, too: the tokens of one page see each other as they are. That flatters KIVI a little.)
+# The error of keys falls to less than a fifteenth. Even two bits now do better than the four of int4. But look at the
+# cost: a step and a minimum for each 32 numbers add one bit to each number, so "kivi2" takes 3 bits and "kivi4" 5. And
+# a page can be encoded only when it is full, so the last tokens of each sequence wait unquantised, in a **partial
+# page**. (In this measurement, too, the tokens of one page see each other unquantised. That flatters KIVI a little.)
 #
-# ## Way 2: turn it
+# ## Remedy 2: a random rotation
 #
 # Suppose we rotate a vector, all 64 dimensions at once, by a fixed random rotation. Lengths and angles do not change,
-# so scores stay what they are if the query is rotated, too. But the large channel is spread over all 64. There is no
-# outlier left, whatever the model was like.
+# so scores stay the same if the query is rotated, too. But the large channel is spread over all 64. No outlier is left,
+# whatever the model.
 
 # %%
 print(getsource(haar))
@@ -229,15 +231,17 @@ assert near(of_keys["rot4"], 0.010) and near(of_values["rot4"], 0.010) and near(
 # %% [markdown]
 # ![Distribution of the numbers of keys before and after a rotation](img/07_fewer_bits-2.svg)
 #
-# The largest number of a key was 4.7 times the mean size, now it is 2.5 times. Keys and values now lose the same, 1 %,
-# and the result moves by 19 % instead of 36. Same bits, nothing learned, no data looked at.
+# The largest number of a key was 4.7 times the mean size; now it is 2.5 times. Keys and values now lose the same, 1
+# percent, and the result moves by 19 percent instead of 36. The bits are the same, nothing was learned, and no data was
+# needed.
 #
 # ## The best table
 #
-# There is more. After the rotation we *know* how numbers are distributed: nearly as a bell curve, for any vector. So
-# why a table with even steps? Make it dense where the numbers are. The best table has each value at the mean of
-# everything that is rounded to it, and each border half way between two values. Start somewhere, repeat both until
-# nothing moves: **Lloyd-Max**. With a rotation this is **TurboQuant** (Zandieh et al. 2025), here tq2, tq3 and tq4.
+# A better table gains more. After the rotation we *know* how the numbers are distributed: nearly as a bell curve, for
+# any vector. So why should the table have even steps? Make it dense where the numbers are. In the best table each value
+# is the mean of all numbers that are rounded to it, and each border lies half way between two values. Start with a
+# guess, and repeat both until nothing moves: this is the **Lloyd-Max** algorithm. Together with a rotation it is
+# **TurboQuant** (Zandieh et al. 2025), here tq2, tq3 and tq4.
 
 # %%
 print(getsource(lloyd_max))
@@ -252,31 +256,31 @@ assert bits("tq3") == 3.25 and attention["tq3"] < attention["int4"]
 assert near(attention["tq4"], 0.175) and near(attention["tq3"], 0.347)
 
 # %% [markdown]
-# Theory says that 4 bits lose 0.9 % of the square, 3 bits 3.3 %, 2 bits 11.5 %. The engine measures just that, on keys
-# that a real model made. And there is the colleague: 3.25 true bits, and a result that moves no more than with int4's
-# 4.25.
+# Theory says that 4 bits lose 0.9 percent of the squared length, 3 bits 3.3 percent, 2 bits 11.5 percent. The engine
+# measures exactly that, on keys of a real model. And this is the colleague's codec: 3.25 true bits, and a result that
+# moves no more than with the 4.25 of int4.
 #
-# ## The surprise: honest on average, and worse
+# ## The surprise: right on average, and worse
 #
-# Rounding to means makes products too small. Take the plainest case, the product of a vector with itself: with tq2, the
-# decoded vector has the right length, but points a bit aside. The product comes out 6 % short, always short. It is
-# **biased**. There is a way to be right on average, with one bit a number. Take the sign of the product with each of
-# many random directions (a **sketch**). From signs alone one can estimate a product, and the errors cancel out: **QJL**
-# (Zandieh et al. 2024). TurboQuant_prod gives one bit of its budget to such signs, of what the other codes have left
-# over, the **residual**. It is called tqp here.
+# Rounding to means makes products too small. Take the plainest case, the product of a vector with itself. With tq2, the
+# decoded vector has the right length, but points a bit aside, so the product comes out 6 percent short, every time. It
+# is **biased**. One bit a number is enough to be right on average. Take the sign of the product with each of many
+# random directions (a **sketch**). Signs alone suffice to estimate a product, and the errors cancel out: **QJL**
+# (Zandieh et al. 2024). TurboQuant_prod spends one bit of its budget on such signs of the **residual**, which is the
+# error that the other codes leave. The engine calls it tqp.
 
 # %%
 torch.manual_seed(0)
 x = torch.nn.functional.normalize(torch.randn(4000, DIM), dim=-1)
-sides = {
-    "tq2": TableSide("tq2", 2, lambda dim: lloyd_max(2, dim), "length", rotated=True),
-    "tqp3": ProdSide("tqp3", 3, orthogonal=False),
-    "qjl": QJLSide("qjl"),
+quantizers = {
+    "tq2": TableQuantizer("tq2", 2, lambda dim: lloyd_max(2, dim), "length", rotated=True),
+    "tqp3": ProdQuantizer("tqp3", 3, orthogonal=False),
+    "qjl": QJLQuantizer("qjl"),
 }
 products = {}
-for name, side in sides.items():
-    coder = side.coder(DIM, x.device)
-    product = (coder.basis.back(coder.decode(*coder.encode(x))) * x).sum(-1)
+for name, quantizer in quantizers.items():
+    encoder = quantizer.encoder(DIM, x.device)
+    product = (encoder.basis.back(encoder.decode(*encoder.encode(x))) * x).sum(-1)
     products[name] = (product.mean().item(), product.std().item())
     print(f"{name:5} the product with itself, which is 1: {product.mean():.3f} +- {product.std():.3f}")
 assert near(products["tq2"][0], 0.94, 0.01) and products["tq2"][1] < 0.03
@@ -289,32 +293,34 @@ assert near(attention["tqp4"], 0.40) and attention["tqp3"] > 2 * attention["tq3"
 assert attention["tq3"] < attention["tqp3-orth"] < attention["tqp3"] and attention["qjl"] > 0.8
 
 # %% [markdown]
-# Unbiased, as promised. And attention is worse by far: with tqp4 the result moves by 40 %, with tq4, which has fewer
-# bits, by 17.5. What went wrong? Nothing. The estimate is right *on average over many sketches*, but a step of
-# attention draws only one. What counts is how far it is off this time, and the sign of the residual is a coarse thing:
-# at three bits the error of keys is more than five times that of tq3. Besides, a bias that shortens *all* scores by the
-# same 6 % is a slightly warmer softmax, which hardly matters. Noise, different for each key, picks wrong winners.
+# The estimate is unbiased, as promised. And attention is worse by far: with tqp4 the result moves by 40 percent, with
+# tq4, which has fewer bits, by 17.5. What went wrong? Nothing. The estimate is right *on average over many sketches*,
+# but a step of attention draws only one. What counts is the error of this one, and the sign of the residual is a coarse
+# measure: at three bits the error of keys is more than five times that of tq3. Besides, a bias that shortens *all*
+# scores by the same 6 percent acts like a slightly higher temperature of the softmax, which hardly matters. Noise that
+# differs from key to key makes the wrong keys win.
 #
-# (Directions at right angles, `-orth`, take away much of the noise. Still tq3 is better.) The best estimate of *one*
-# number is not the best thing to put under a softmax. Measure what you will use.
+# (Orthogonal directions, `-orth`, remove much of the noise. Still tq3 is better.) The best estimate of *one* number is
+# not the best input for a softmax. Measure the result that you will use.
 #
 # ## The polar tree
 #
-# One more idea, for its beauty. Two numbers are a point; write it as radius and angle. Then take two radii, and do it
-# again, until one radius and a tree of angles are left: **PolarQuant** (Han et al. 2025). After a rotation the
-# distribution of each angle is known as well. Only the first level needs a full circle.
+# One more idea, for its beauty. Two numbers are a point; write it as a radius and an angle. Then take two radii as a
+# point, and so on, until one radius and a tree of angles are left: **PolarQuant** (Han et al. 2025). After a rotation
+# the distribution of each angle is known as well. Only the first level needs a full circle.
 
 # %%
-print(getsource(PolarCoder.encode))
+print(getsource(PolarEncoder.encode))
 assert 8 * 4 + (4 + 2 + 1) * 2 + 16 == 62  # a block of 16: first level, the other three, the radius
 assert bits("polar") == 62 / 16 == 3.875
-assert [plane.shape[-1] for plane in PolarSide("polar").planes("k", 3, DIM, PAGE)] == [16, 4, 2, 1, 4]
+assert [plane.shape[-1] for plane in PolarQuantizer("polar").planes("k", 3, DIM, PAGE)] == [16, 4, 2, 1, 4]
 measure("polar")
 assert near(of_keys["polar"], of_keys["tq3"]) and near(attention["polar"], attention["tq3"], 0.08)
 
 # %% [markdown]
-# 62 bits for 16 numbers, 3.875 each, and as good as tq3 with 3.25. A radius for each 16 numbers is dear, and angles
-# are no better than a good table. (Beware of names: elsewhere "PolarQuant" sometimes means the rotation with a table.)
+# It takes 62 bits for 16 numbers, 3.875 each, and is as good as tq3 with 3.25. A radius for each 16 numbers is
+# expensive, and angles are no better than a good table. (Mind the name: elsewhere "PolarQuant" sometimes means the
+# rotation with a table.)
 
 # %%
 figure, axes = figures.new(7.6, 4)
@@ -340,11 +346,11 @@ figures.save(figure, "07_fewer_bits-3")
 # %% [markdown]
 # ![True bits and error of attention for eleven codecs](img/07_fewer_bits-3.svg)
 #
-# Low and left is good. The pale line joins the codecs that no other beats in both.
+# Low and left is good. The pale line joins the codecs that no other codec beats in both bits and error.
 #
 # ## What breaks first
 #
-# Keys, or values? A codec may be chosen for each side: "int4/raw" is int4 for keys only.
+# Keys, or values? A codec can be chosen for each of them: "int4/raw" is int4 for keys only.
 
 # %%
 measure("int4/raw", "raw/int4")
@@ -354,13 +360,13 @@ assert near(of_keys["tq3/raw"], of_values["raw/tq3"])
 assert attention["tq3/raw"] / attention["raw/tq3"] > 2
 
 # %% [markdown]
-# Keys. With int4 on keys alone the result moves by 34 %, with int4 on values alone by 11. One reason are the outliers.
-# But with tq3, which treats both alike (both lose 3.3 %), keys still hurt more than twice as much. An error in a
-# value is averaged with those of all other values. An error in a key stands in an exponent. So if bits are short, spend
-# them on keys.
+# Keys break first. With int4 on keys alone the result moves by 34 percent, with int4 on values alone by 11. One reason
+# is the outliers. But with tq3, which treats both alike (both lose 3.3 percent), keys still hurt more than twice as
+# much. An error in a value is averaged with the errors of all other values. An error in a key sits in an exponent. So
+# if bits are scarce, spend them on keys.
 #
 # Does a moved result also give a wrong answer? Not at once. A tiny model that comes with this repository was trained to
-# look things up. It gets twelve keys in a text of over 300 tokens, and is asked for each: 48 questions about four
+# look things up. It reads twelve keys in a text of over 300 tokens, and is asked for each: 48 questions about four
 # texts.
 
 # %%
@@ -393,26 +399,28 @@ assert all(right["raw"] - right[name] <= 3 for name in ("int4", "tq4", "tq3", "t
 assert near(right["tqp2"], 24, 0.25)
 
 # %% [markdown]
-# The raw cache answers 44 of 48, int4, tq4 and tq3 about as many, and so does tq2, whose result moved by two thirds on
-# SmolLM2. Then tqp2 falls to about half. Two things to learn from that. Errors do nothing for a long time, until the
-# wrong key wins, and then everything breaks at once. And a test that every codec passes says nothing: a tiny model with
-# clear facts has room to spare, a long chain of thought has none. Choose by an error that you can measure finely, and
-# check with answers.
+# The raw cache answers 44 of 48 correctly, int4, tq4 and tq3 about as many, and so does tq2, whose result moved by two
+# thirds on SmolLM2. Then tqp2 falls to about half. This shows two things. First, errors do nothing for a long time,
+# until the wrong key wins, and then everything breaks at once. Second, a test that every codec passes says nothing: a
+# tiny model with clear facts has room for errors, and a long chain of thought has none. Choose a codec by an error that
+# you can measure finely, and check it with answers.
 #
 # ## Read now
 #
-# 1. [`nanokv/kernels/reference/codes.py`](../nanokv/kernels/reference/codes.py): codes, scales, how they share bytes.
-# 2. [`nanokv/codecs/side.py`](../nanokv/codecs/side.py): what a codec is, and the table of tables.
+# 1. [`nanokv/kernels/reference/codes.py`](../nanokv/kernels/reference/codes.py): codes, scales, and how codes share
+#    bytes.
+# 2. [`nanokv/codecs/quantizer.py`](../nanokv/codecs/quantizer.py): what a codec is, and the list of table codecs.
 # 3. [`nanokv/codecs/tables.py`](../nanokv/codecs/tables.py) and [`basis.py`](../nanokv/codecs/basis.py): the
 #    mathematics.
-# 4. [`nanokv/codecs/kivi.py`](../nanokv/codecs/kivi.py), the docstring and `Pieces`: pages that wait until full.
-# 5. [`nanokv/codecs/pages.py`](../nanokv/codecs/pages.py), `AttentionPages.attend`: the query is turned, not each key.
+# 4. [`nanokv/codecs/kivi.py`](../nanokv/codecs/kivi.py), the docstring and `Pieces`: pages that wait until they are
+#    full.
+# 5. [`nanokv/codecs/pages.py`](../nanokv/codecs/pages.py), `AttentionPages.attend`: the query is rotated, not each key.
 #
 # ## Exercises
 #
 # - `nanokv.kernels.reference.codes.pack_codes`: several codes in a byte
 # - `nanokv.codecs.kivi.Groups.encode`: a minimum and a step
-# - `nanokv.codecs.basis.haar`: a rotation, all equally likely
+# - `nanokv.codecs.basis.haar`: a random rotation, all equally likely
 # - `nanokv.codecs.tables.lloyd_max`: the best table
 # - `nanokv.kernels.reference.codes.encode`: from a vector to codes and a scale
 #
@@ -426,10 +434,11 @@ assert near(right["tqp2"], 24, 0.25)
 #
 # ## Where it loses
 #
-# - Every code must be decoded when it is read. Where a step waits for arithmetic and not for memory, that costs time.
-# - A short context gains nothing: there the weights are what is read.
-# - Errors of a cache add up over layers and over a long answer. A good number on one layer is a necessary condition.
-# - KIVI's tail takes room beside each sequence, and its pages can be shared only when they are full.
+# - Every code must be decoded when it is read. Where a step is bound by arithmetic and not by memory, that costs time.
+# - A short context gains nothing: there a step mostly reads weights.
+# - Errors of a cache add up over layers and over a long answer. A good number on one layer is necessary, but not
+#   sufficient.
+# - KIVI's partial page takes room beside each sequence, and its pages can be shared only when they are full.
 
 # %%
 llm.close()

@@ -4,13 +4,13 @@
 # > *"In the paper, attention is one line. In the engine I find it three times, and each time it is longer. What is all
 # > that code for, and how do I dare to touch it?"*
 #
-# The formula says what comes out. It does not say in which order memory is read, who waits for whom, or what fits
-# where. A **kernel** is a function that says these things. This engine has each kernel in three forms with one
-# signature, its **twins**: one to read, one for CPUs, one for GPUs. We take the most important one, attention over
-# pages, through all three, and use the first to judge the others.
+# The formula says what the result is. It does not say in which order memory is read, what runs in parallel, or what
+# fits where. A **kernel** is a function that decides these things. This engine has each kernel in three versions with
+# one signature, its **twins**: one to read, one for CPUs, one for GPUs. We follow the most important one, attention
+# over pages, through all three, and use the first to check the others.
 #
 # **What to expect.** A pool that we fill by hand, softmax without seeing all the numbers, and a GPU kernel that runs on
-# your CPU, slowly and faithfully. If the package `triton` is missing, those cells say so and go on.
+# your CPU, slowly and faithfully. If the package `triton` is missing, those cells say so and continue.
 
 # %%
 import importlib.util
@@ -35,7 +35,7 @@ from nanokv.kernels.reference.attention import paged_attention, plane_view
 torch.manual_seed(0)
 HEADS, KV_HEADS, DIM, NUM_PAGES = 4, 2, 16, 12
 LENGTHS, TABLES = [40, 23], [[7, 2, 9], [4, 11, 0]]
-"""Two requests, and the pages in which their tokens lie."""
+"""Two requests, and the pages that hold their tokens."""
 
 
 def planes_for(page_size: int) -> KVPlanes:
@@ -61,7 +61,7 @@ def batch_of(rows: dict[int, list[int]], tables: list[list[int]], page_size: int
 
 
 def filled(keys: list[torch.Tensor], values: list[torch.Tensor], tables: list[list[int]], planes: KVPlanes):
-    """A pool in which keys and values [kv_heads, length, dim] of each request stand in its pages."""
+    """A pool that holds keys and values [kv_heads, length, dim] of each request in its pages."""
     pool = torch.zeros((NUM_PAGES * 16 // planes.page_size + 1, planes.page_bytes), dtype=torch.uint8)
     for offset, side in ((planes.k_offset, keys), (planes.v_offset, values)):
         view = plane_view(pool, planes, offset, DIM)
@@ -75,8 +75,8 @@ def filled(keys: list[torch.Tensor], values: list[torch.Tensor], tables: list[li
 # %% [markdown]
 # ## The problem
 #
-# Two requests with 40 and 23 tokens. Their keys and values lie in pages, anywhere in the pool. In this step the first
-# computes one row, its newest: a decode. The second computes 7 rows at once: a piece of prefill.
+# Two requests have 40 and 23 tokens. Their keys and values lie in pages, anywhere in the pool. In this step the first
+# request computes one row, its newest token: a decode. The second computes 7 rows at once: a chunk of prefill.
 
 # %%
 keys, values = ([torch.randn(KV_HEADS, length, DIM) for length in LENGTHS] for _ in "kv")
@@ -124,21 +124,21 @@ assert first.shape == (8, HEADS * DIM) and (first - truth).abs().max() < 1e-5
 assert 2048 * 2048 * 32 * 4 == 512 * 2**20
 
 # %% [markdown]
-# Right, and easy to check. Its job is to be believed. But it copies every page it reads, and it writes the scores of
-# all rows and tokens to memory: for a prompt of 2,048 tokens and 32 heads, 512 MiB.
+# It is right, and easy to check. It exists to be trusted. But it copies every page that it reads, and it writes the
+# scores of all rows and tokens to memory: for a prompt of 2,048 tokens and 32 heads, 512 MiB.
 #
 # ## Softmax without seeing all of it
 #
-# Softmax divides by a sum over *all* tokens, and to be safe against overflow subtracts the largest score of *all*. So
-# it seems that one needs all scores first. One does not. Walk over the tokens in strips, and keep three things: the
-# largest score so far, the sum of weights so far, and the weighted sum of values so far. If a strip brings a larger
-# score, shrink what has been collected by the right factor, and go on. This **online softmax** (Milakov and
+# Softmax divides by a sum over *all* tokens, and to be safe against overflow it subtracts the largest score of *all*.
+# So it seems to need all scores first. It does not. Walk over the tokens in blocks, called strips here, and keep three
+# things: the largest score so far, the sum of weights so far, and the weighted sum of values so far. If a strip brings
+# a larger score, scale down the two sums by the right factor, and go on. This **online softmax** (Milakov and
 # Gimelshein 2018) is the heart of FlashAttention (Dao et al. 2022).
 
 
 # %%
 def online(row: torch.Tensor, k: torch.Tensor, v: torch.Tensor, strip: int) -> tuple[torch.Tensor, list[float]]:
-    """Attention of one query over k, v [tokens, dim], a strip at a time; the factor by which each strip faded."""
+    """Attention of one query over k, v [tokens, dim], a strip at a time; and the factors that shrank the sums."""
     best, total, acc, fades = torch.tensor(-torch.inf), torch.tensor(0.0), torch.zeros(DIM), []
     for start in range(0, len(k), strip):
         scores = k[start : start + strip] @ row * DIM**-0.5
@@ -170,13 +170,13 @@ figures.save(figure, "08_kernels-2")
 # %% [markdown]
 # ![Scores of a query and their running maximum](img/08_kernels-2.svg)
 #
-# Strips of 1, 8, 16 or 40 tokens: one result. Only a few tokens bring a new maximum. Scores live for one strip and are
-# never written to memory. You will find `best`, `total`, `acc` and `fade` again in both fast twins.
+# Strips of 1, 8, 16 or 40 tokens give one result. Only a few tokens bring a new maximum. The scores of a strip are used
+# at once and never written to memory. You will find `best`, `total`, `acc` and `fade` again in both fast twins.
 #
 # ## Twin 2: for a CPU
 #
-# `nanokv/kernels/cpu/attention.py` is Python compiled by numba. It reads pages where they lie, in strips of 64 keys,
-# and knows one more thing: the order of every sum is fixed by the *position* of a token, and by nothing else.
+# `nanokv/kernels/cpu/attention.py` is Python compiled by numba. It reads pages in place, in strips of 64 keys. It has
+# one more property: the order of every sum depends on the *position* of a token, and on nothing else.
 
 # %%
 second = cpu.paged_attention(q, pool, planes, batch, DIM**-0.5)
@@ -191,12 +191,12 @@ elsewhere = batch_of({0: [39], 1: list(range(16, 23))}, small_tables, 8)
 assert torch.equal(cpu.paged_attention(q, pages_of_8, small, elsewhere, DIM**-0.5), second)
 
 # %% [markdown]
-# Look at the second and third check: `equal`, not "close". Alone or with others, in pages of 16 or of 8 in other
-# places: the same *bits*. Floating-point sums depend on their order, (a + b) + c is not a + (b + c), so this does not
-# come by itself. Most fast kernels choose their order by the size of the batch. Then one and the same request may get
-# another answer when the server is busy. Here it cannot, on a CPU in float32.
+# Look at the second and third check: `equal`, not "close". Alone or in a batch, in pages of 16 or of 8 in other places:
+# the same *bits*. Floating-point sums depend on their order, since (a + b) + c is not always a + (b + c), so this takes
+# deliberate work. Most fast kernels choose the order by the size of the batch. Then the same request may get another
+# answer when the server is busy. Here it cannot, on a CPU in float32.
 #
-# How fast are they? Sixteen decodes over 512 tokens, both twins in turns:
+# How fast are they? Sixteen decodes over 512 tokens, both twins in turn:
 
 # %%
 many = torch.randn(16, HEADS, DIM)
@@ -215,14 +215,16 @@ print(f"the reference takes {ratio:.1f} times as long")
 assert ratio > 2
 
 # %% [markdown]
-# More than twice as fast, and often ten times. Now you see why there are two. Nobody could tell from the fast twin
-# whether it is right. From the slow one one can, and the tests compare the two on every shape that matters.
+# The CPU twin is more than twice as fast, and often ten times. This is why there are two. Reading the fast twin does
+# not tell you whether it is right. Reading the slow one does, and the tests compare the two on every shape that
+# matters.
 #
 # ## Twin 3: for a GPU
 #
 # A GPU has over a hundred processors, each of which runs many **programs** at once. You write one program, and say how
-# many of it to start. In Triton, a program handles small blocks of numbers instead of single ones. Here is the simplest
-# kernel of this engine that has all the parts, RMS norm, from the file's text, so that you can read it without triton:
+# many instances of it to start. In Triton, a program works on small blocks of numbers instead of single ones. RMS norm
+# is the simplest kernel of this engine that has all the parts. The cell prints its source from the file, so you can
+# read it without triton:
 
 # %%
 kernels = Path(reference.__file__).parents[1] / "cuda"
@@ -236,17 +238,17 @@ print(attention[begin : attention.index("    return acc, total, best", begin)])
 assert all(word in attention for word in ("best", "total", "acc", "fade"))
 
 # %% [markdown]
-# Read the first line by line. `program_id`: which row am I? `arange`: the numbers from 0 to BLOCK - 1, as a block.
-# BLOCK must be a power of two, so `mask` switches off what is too much. `load`, compute in float32, `store`. No loop
-# over the row, no threads: the compiler deals them out.
+# Read the first kernel line by line. `program_id`: which row is mine? `arange`: the numbers from 0 to BLOCK - 1, as a
+# block. BLOCK must be a power of two, so `mask` switches off the excess. `load`, compute in float32, `store`. There is
+# no loop over the row and there are no threads: the compiler assigns the numbers to threads.
 #
-# In the second you know everything. The page is looked up (`table + tokens // page_size`), the address computed in
-# bytes, and then comes your online softmax, with powers of 2 because a GPU has an instruction for these.
+# The second holds nothing new. The page is looked up (`table + tokens // page_size`), the address is computed in bytes,
+# and then comes your online softmax, with powers of 2 because a GPU has an instruction for them.
 #
 # ## A GPU kernel without a GPU
 #
 # Triton has an **interpreter**: with `TRITON_INTERPRET=1` set before the import, a kernel runs in Python, program after
-# program, on ordinary tensors. It is settled at import, so we give it a process of its own.
+# program, on ordinary tensors. The choice is made at import, so we run it in a process of its own.
 
 # %%
 has_triton = importlib.util.find_spec("triton") is not None
@@ -256,7 +258,7 @@ root = Path(reference.__file__).parents[3]
 
 
 def own_process(program: str, **environment: str) -> str:
-    """Runs Python code in the repository with these variables; what it printed."""
+    """Runs Python code in the repository with these environment variables. Returns what it printed."""
     paths = os.pathsep.join([str(root), str(root / "scripts"), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, str(folder)], capture_output=True, text=True,
@@ -282,19 +284,19 @@ else:
     print("triton is not installed here: this kernel was not run")
 
 # %% [markdown]
-# The kernel of the GPU gives the reference's numbers, on this CPU. You can put a `print` into it, or a breakpoint. Try
-# to change something: forget a mask, and look at what the comparison says. This is how to dare.
+# The GPU kernel gives the numbers of the reference, on this CPU. You can put a `print` into it, or a breakpoint. Change
+# something: remove a mask, and see what the comparison says. That is how to dare to touch it.
 #
-# What the interpreter cannot tell: how fast it is, and whether two programs get in each other's way, because it runs
-# one after another. And not everything is computed just so: its products of bfloat16 are wrong in triton 3.9, which is
-# why `dot` widens them there, and only there.
+# The interpreter cannot tell how fast a kernel is, nor whether two programs disturb each other, because it runs one
+# after another. And a few operations differ: its products of bfloat16 are wrong in triton 3.9, which is why `dot`
+# widens them there, and only there.
 #
 # ## What the compiler reports
 #
-# For the rest there is the compiler, and it needs no GPU either. A program has two kinds of fast memory: **registers**,
-# at most 255 for each thread, and **shared memory**, at most 227 KiB on an H100. If registers do not suffice, numbers
-# are moved out to slow memory: they **spill**, and a kernel that spills in its inner loop is lost.
-# `scripts/compile_kernels.py` builds every kernel for every shape; that takes minutes. We build one.
+# The compiler can tell more, and it needs no GPU either. A program has two kinds of fast memory: **registers**, at most
+# 255 for each thread, and **shared memory**, at most 227 KiB on an H100. If the registers do not suffice, numbers are
+# moved to slow memory: they **spill**, and a kernel that spills in its inner loop is slow. `scripts/compile_kernels.py`
+# builds every kernel for every shape, which takes minutes. We build one.
 
 # %%
 COMPILED = """
@@ -315,38 +317,39 @@ else:
     print("no triton or no scripts/compile_kernels.py here: nothing was compiled")
 
 # %% [markdown]
-# The attention of Llama-3.1-8B for 32 decodes on an H100: no local bytes, so nothing spills. More in one program (a
-# larger block) means fewer loads of the same thing, but more registers and more shared memory, so fewer programs at
-# once on each processor. Choosing block sizes is this trade, and the report is how to see it.
+# This is the attention of Llama-3.1-8B for 32 decodes on an H100. It uses no local bytes, so nothing spills. A program
+# with a larger block loads the same data less often, but needs more registers and more shared memory, so fewer programs
+# fit on each processor. Choosing block sizes is this trade-off, and the report shows it.
 #
-# It is no measurement. A kernel may need few registers and still wait for memory all day. Only a GPU says how fast.
+# The report is not a measurement. A kernel may need few registers and still wait for memory most of the time. Only a
+# GPU says how fast it is.
 #
 # ## Read now
 #
-# 1. [`nanokv/kernels/ops.py`](../nanokv/kernels/ops.py): one signature, and how an implementation is selected.
-# 2. [`nanokv/kernels/reference/attention.py`](../nanokv/kernels/reference/attention.py): the twin to believe.
+# 1. [`nanokv/kernels/ops.py`](../nanokv/kernels/ops.py): one signature, and the choice of the twin.
+# 2. [`nanokv/kernels/reference/attention.py`](../nanokv/kernels/reference/attention.py): the twin to trust.
 # 3. [`nanokv/kernels/cpu/strip.py`](../nanokv/kernels/cpu/strip.py): 64 keys at a time, in a fixed order.
 # 4. [`nanokv/kernels/cuda/attention.py`](../nanokv/kernels/cuda/attention.py): `attend`, then how decodes are split.
 # 5. [`nanokv/kernels/cuda/launch.py`](../nanokv/kernels/cuda/launch.py): a launch, run or recorded for the report.
 #
 # ## Exercises
 #
-# - `nanokv.kernels.reference.elementwise.rms_norm`: where a norm is rounded
+# - `nanokv.kernels.reference.elementwise.rms_norm`: the place where a norm is rounded
 # - `nanokv.kernels.reference.elementwise.silu_mul`: a gated product
 # - `nanokv.kernels.reference.attention.plane_view`: a view into every page at once
 # - `nanokv.kernels.reference.attention.paged_attention`: attention over pages
-# - `nanokv.kernels.reference.store.rope_and_store`: rotate, and write to pages
+# - `nanokv.kernels.reference.store.rope_and_store`: rotate keys, and write them to pages
 #
 # ## What you can now explain
 #
 # - Online softmax, on a whiteboard, and why it saves memory.
-# - What a twin is for, and how to judge a kernel that nobody can read.
-# - Why the same request may get other bits in another batch, and what it takes that it does not.
+# - What a twin is for, and how to check a kernel that is hard to read.
+# - Why the same request may get other bits in another batch, and what it takes to prevent that.
 # - A Triton kernel: programs, blocks, masks.
 # - Registers, shared memory, spills, and what a compile report cannot say.
 #
 # ## Where it loses
 #
-# - Three twins are three times the work for each new op.
-# - A fixed order of sums forbids tricks, such as to cut a context wherever it suits the number of cores.
-# - The vendors' own kernels are faster on their newest machines than what one can write in 300 lines.
+# - Three twins are three times the work for each new kernel.
+# - A fixed order of sums rules out tricks such as splitting a context wherever it suits the number of cores.
+# - The vendors' own kernels are faster on their newest GPUs than what fits into 300 lines.

@@ -1,11 +1,11 @@
-"""Figures of the lessons: one look, colours that colour-blind readers tell apart, and the same bytes each time.
+"""Figures of the lessons: one style, colours that colour-blind readers can tell apart, and the same bytes each time.
 
     figure, axes = figures.new(8, 3)
     ...
     figures.save(figure, "02_pages-1")          writes img/02_pages-1.svg beside the lessons
 
-A lesson shows the picture in the Markdown cell that follows, as `![what it shows](img/02_pages-1.svg)`.
-NANOKV_LESSONS_IMG names another folder, so that a check can draw without touching the pictures that stand here.
+A lesson shows the picture in the next Markdown cell, as `![a description](img/02_pages-1.svg)`.
+NANOKV_LESSONS_IMG names another folder, so that a check can draw without overwriting the pictures in img/.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-# Okabe and Ito 2008: eight colours that stay apart under every common colour blindness.
+# Okabe and Ito 2008: eight colours that remain distinct under every common form of colour blindness.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, RED, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY, PALE = "#8A8A8A", "#ECECEC"
@@ -28,9 +28,9 @@ _DARK = {BLACK, BLUE, RED, GREEN, GREY}
 
 matplotlib.rcParams.update(
     {
-        "svg.hashsalt": "nanokv",  # ids in the file follow from its content alone
-        "svg.fonttype": "path",  # letters are outlines: the picture needs no font on the reader's machine
-        "font.family": "DejaVu Sans",  # travels with matplotlib
+        "svg.hashsalt": "nanokv",  # ids in the file depend on its content alone
+        "svg.fonttype": "path",  # letters are outlines: the reader's machine needs no font
+        "font.family": "DejaVu Sans",  # part of matplotlib
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -44,7 +44,7 @@ matplotlib.rcParams.update(
 
 
 def new(width: float, height: float, panels: int = 1, **subplots) -> tuple[Figure, Axes]:
-    """A figure of so many inches, and its axes: one, or an array of `panels` side by side."""
+    """A figure, with width and height in inches, and its axes: one, or an array of `panels` side by side."""
     figure = Figure((width, height), layout="constrained")
     return figure, figure.subplots(1, panels, **subplots)
 
@@ -68,7 +68,7 @@ def box(
     text: object = "",
     size: float = 8,
 ) -> None:
-    """A filled rectangle with its lower left corner at (x, y), and a text in its middle that can be read on it."""
+    """A filled rectangle with its lower left corner at (x, y), and a text in its middle."""
     axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="white", linewidth=1))
     if text != "":
         ink = "white" if colour in _DARK else "black"
@@ -86,7 +86,7 @@ def card(axes: Axes, x: float, y: float, width: float, height: float, colour: st
 
 
 def bare(axes: Axes, x: tuple[float, float], y: tuple[float, float]) -> None:
-    """No frame, no ticks: a drawing instead of a plot, with these limits."""
+    """Turns a plot into a drawing: no frame, no ticks, and the limits `x` and `y`."""
     axes.set(xlim=x, ylim=y, xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)

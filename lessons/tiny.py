@@ -1,7 +1,7 @@
-"""Tiny models for the lessons: a config.json and no weights. The engine fills them with seeded noise (load="dummy").
+"""Tiny models for the lessons: a config.json and no weights. The engine fills in seeded noise (load="dummy").
 
-What a model says does not matter in these lessons; what is computed, kept, shared and moved does. A step of such a
-model takes about a millisecond.
+These lessons need no meaningful text, only the computation and the memory behind it. A step of such a model takes
+about a millisecond.
 """
 
 from __future__ import annotations

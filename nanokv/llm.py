@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from threading import RLock
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from nanokv.core.request import Request, RequestOutput, SamplingParams
 from nanokv.disagg.config import DisaggConfig
 from nanokv.engine.device import choose_device
 from nanokv.engine.engine import Engine
+from nanokv.engine.loop import EngineLoop, Ticket
 from nanokv.hub.home import resolve_model
 from nanokv.kernels.ops import Ops
 from nanokv.models.config import ModelConfig
@@ -65,12 +64,12 @@ class LLM:
         codec = codec_of(self.config, self.dtype, self.model_config.attention_layers)
         self.tokenizer = Tokenizer.from_folder(self.folder)
         with ExitStack() as stack:
-            split = None
+            self.cluster = cluster = None
             if disagg is not None:
-                from nanokv.disagg.split import Split  # its messages need msgspec, which nothing else does
+                from nanokv.disagg.cluster import DisaggCluster  # its messages need msgspec, which nothing else does
 
-                split = Split(disagg, self.folder, self.config, self.device, self.dtype)
-                stack.callback(split.close)
+                self.cluster = cluster = DisaggCluster(disagg, self.folder, self.config, self.device, self.dtype)
+                stack.callback(cluster.close)
             decoder = load_model(
                 self.folder,
                 self.model_config,
@@ -82,15 +81,14 @@ class LLM:
                 seed=self.config.seed,
                 kernels=self.config.kernels,
             )
-            prefiller = None if split is None else split.dispatcher
-            self.engine = Engine(decoder, self.config, self.tokenizer, self.device, prefiller)
-            if split is not None:
-                split.open(self.engine, self.model_config)
-                weakref.finalize(self, split.abandon)  # for whoever forgets close()
+            connectors = () if cluster is None else (cluster.dispatcher,)
+            allocate = None if cluster is None else cluster.dispatcher.allocate
+            self.engine = Engine(decoder, self.config, self.tokenizer, self.device, connectors, allocate)
+            if cluster is not None:
+                cluster.open(self.engine, self.model_config)
+                weakref.finalize(self, cluster.abandon)  # where close() is forgotten
             stack.pop_all()
-        self._inbox: dict[str, deque[RequestOutput]] = {}
-        self._lock = RLock()  # held while a request is queued, stepped or dropped, and its outputs handed out
-        self._closed = False
+        self.loop = EngineLoop(self.engine)
         self._pid = os.getpid()
 
     # ---- generating -----------------------------------------------------------------------------------------------
@@ -112,24 +110,22 @@ class LLM:
         each = list(params) if several else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"params: {len(each)} for {len(batch)} prompts; give one, or one for each prompt")
-        ids: list[str] = []
+        tickets: list[Ticket] = []
         try:
             for prompt, chosen in zip(batch, each, strict=True):
-                ids.append(self._submit(Request(self._encode(prompt), chosen)))
-            while self._step_for(ids):
-                pass
-            finished = [output for request_id in ids for output in self._inbox[request_id] if output.finished]
+                tickets.append(self.loop.submit(Request(self._encode(prompt), chosen)))
+            finished = [[output for output in ticket if output.finished] for ticket in tickets]
         finally:
-            self._forget(ids)
-        order = {request_id: place for place, request_id in enumerate(ids)}
-        return sorted(finished, key=lambda output: (order[output.request_id], output.index))
+            for ticket in tickets:
+                ticket.close()
+        return [output for samples in finished for output in sorted(samples, key=lambda output: output.index)]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Outputs of one prompt as they come, the new text of each in `.delta`. Closing the iterator aborts it.
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Ticket:
+        """Iterator over the outputs of one prompt as they come, the new text of each in `.delta`. Closing it aborts.
 
         The request is checked and queued at once; streams may be interleaved with each other and with generate().
         """
-        return _Stream(self, self._submit(Request(self._encode(prompt), params)))
+        return self.loop.submit(Request(self._encode(prompt), params))
 
     def chat(
         self, messages: list[dict[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
@@ -141,7 +137,7 @@ class LLM:
 
     def stream_chat(
         self, messages: list[dict[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
-    ) -> Iterator[RequestOutput]:
+    ) -> Ticket:
         """chat(), as a stream."""
         return self.stream(self._render(messages, template_kwargs), params)
 
@@ -157,59 +153,34 @@ class LLM:
     def score_blocks(self, token_ids: list[int]) -> Iterator[torch.Tensor]:
         """score() as an iterator of row blocks, so that a long text need not fit in memory as logits."""
         request = Request(token_ids, SamplingParams(max_tokens=1))
-        request.logit_blocks = []
-        request_id = self._submit(request)
+        blocks = request.logit_blocks = []
+        ticket = self.loop.submit(request)
         try:
-            while True:
-                if request.logit_blocks:
-                    yield request.logit_blocks.pop(0)
-                elif not self._step_for([request_id]) and not request.logit_blocks:
-                    break
+            while ticket.advance() or blocks:
+                ticket.take()
+                while blocks:
+                    yield blocks.pop(0)
             if request.finish_reason != "length":
                 raise NanokvError(f"scoring ended early: {request.error or request.finish_reason}")
         finally:
-            self._forget([request_id])
+            ticket.close()
 
     # ---- the rest -------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int | float | bool]:
-        """Plain numbers since the LLM was made.
-
-        bytes_per_token, page_size, page_bytes      what the cache costs (payload; page_bytes with padding)
-        pages_total, pages_free, pages_held         pages that are free, or private to running requests
-        pages_cached, pages_locked                  pages in the prefix tree; those of them that running requests use
-        state_bytes                                 one sequence's recurrent state; where there is one, also:
-        states_total, states_free, states_held      states that are free, or belong to running requests
-        states_cached, state_evictions              checkpoints in the prefix tree; those dropped for room
-        hit_tokens, queried_tokens                  prompt tokens that the prefix cache saved, and that were looked up
-        kv_hit_tokens                               prompt tokens whose pages were found: more than hit_tokens only
-                                                    where a recurrent state was missing
-        evictions, copies                           cached pages dropped for room; shared pages copied before a write
-        preemptions, steps                          requests sent back to the queue; engine steps
-        requests_running, requests_waiting          right now
-        row_invariant                               whether this machine's matrix products give a row the same bits
-                                                    whatever its batch mates, which exactness rests on
-        with disagg also:
-        prefill_workers_ready, requests_remote      right now; requests whose pages another process may write into
-        remote_prefills, remote_tokens              attempts handed over, and their uncached tokens
-        remote_lost, worker_deaths                  attempts that came to nothing; workers that died or were killed
-        stale_messages                              messages of an attempt or a pool that is gone: dropped
-        """
-        row_invariant = Ops(self.config.kernels).row_invariant(self.dtype, self.device)
-        return {**self.engine.stats(), "row_invariant": row_invariant}
+        """Plain numbers since the LLM was made, by the names of core/stats.py."""
+        invariant = Ops(self.config.kernels).row_invariant(self.dtype, self.device)
+        return {**self.loop.call(lambda engine: engine.stats()), "row_invariant": invariant}
 
     def reset_prefix_cache(self) -> None:
-        """Drop every cached page that no running request holds."""
-        self.engine.reset_prefix_cache()
+        """Drops every cached page that no running request holds."""
+        self.loop.call(lambda engine: engine.reset_prefix_cache())
 
     def close(self) -> None:
-        """Abort what runs, end other processes and close the event log; no request is taken after that. Safe to call
+        """Aborts what runs, ends other processes and closes the event log; no request is taken after that. Safe to call
         twice. With disagg it does nothing in a forked child: the other processes work for the parent."""
-        if self.disagg is not None and os.getpid() != self._pid:
-            return
-        with self._lock:
-            self._closed = True
-            self.engine.close()
+        if self.disagg is None or os.getpid() == self._pid:
+            self.loop.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -228,64 +199,6 @@ class LLM:
         if self.tokenizer is None:
             raise RequestError(f"messages: {self.folder} has no tokenizer.json; use generate() with token ids")
         return self.tokenizer.chat(messages, **template_kwargs)
-
-    def _submit(self, request: Request) -> str:
-        with self._lock:
-            if self._closed:
-                raise NanokvError("this LLM is closed: make a new one")
-            request_id = self.engine.add_request(request)
-            self._inbox[request_id] = deque()
-            return request_id
-
-    def _step_for(self, ids: list[str]) -> bool:
-        """One step if any of these requests still runs; False, with all their outputs in the inbox, if none does."""
-        with self._lock:
-            if not any(request_id in self.engine for request_id in ids):
-                return False
-            foreign = []  # of requests that the caller gave to the engine, and will ask it for
-            for output in self.engine.step():
-                self._inbox.get(output.request_id, foreign).append(output)
-            self.engine.put_back(foreign)
-            return True
-
-    def _forget(self, ids: list[str]) -> None:
-        with self._lock:
-            for request_id in ids:
-                if request_id in self.engine:
-                    self.engine.abort(request_id)
-                self._inbox.pop(request_id, None)
-
-
-class _Stream:
-    """Iterator over the outputs of one request; a generator would not abort it if closed before the first output."""
-
-    def __init__(self, llm: LLM, request_id: str) -> None:
-        self._llm = llm
-        self.request_id = request_id
-
-    def __iter__(self) -> _Stream:
-        return self
-
-    def __next__(self) -> RequestOutput:
-        inbox = self._llm._inbox.get(self.request_id)
-        while inbox is not None:
-            with self._llm._lock:
-                if inbox:
-                    output = inbox.popleft()
-                    if output.finished and not inbox and self.request_id not in self._llm.engine:
-                        self.close()
-                    return output
-                if not self._llm._step_for([self.request_id]):  # somebody else stepped the engine and has its outputs
-                    self.close()
-                    break
-        raise StopIteration
-
-    def close(self) -> None:
-        """Abort the request if it still runs."""
-        self._llm._forget([self.request_id])
-
-    def __del__(self) -> None:
-        self.close()
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

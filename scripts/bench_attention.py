@@ -1,4 +1,4 @@
-"""Times paged attention on this CPU: SmolLM2-135M's heads, and those of DeepSeek-V2-Lite over latents (absorbed MLA).
+"""Times paged attention on this CPU: SmolLM2-135M's heads, and DeepSeek-V2-Lite's over latents (absorbed MLA).
 
 python scripts/bench_attention.py
 """
@@ -20,14 +20,14 @@ PAGE_SIZE, LAYERS, REPEATS = 16, 30, 9
 
 
 def smollm2(dtype: torch.dtype) -> tuple[PageLayout, list[KVPlanes], int]:
-    """Pages of 30 layers of 3 KV heads of 64 dims, and 9 query heads."""
+    """Pages of 30 layers with 3 KV heads of 64 dimensions. Returns the layout, the planes and the 9 query heads."""
     codec = RawCodec(dtype)
     layout = PageLayout([LayerSpec(codec.planes(3, 64, PAGE_SIZE))] * LAYERS, PAGE_SIZE)
     return layout, [codec.bind(layout, layer) for layer in range(LAYERS)], 9
 
 
 def deepseek_v2_lite(dtype: torch.dtype) -> tuple[PageLayout, list[KVPlanes], int]:
-    """Pages of one layer of latents of 512 and rotated keys of 64, and 16 query heads."""
+    """Pages of one layer with latents of 512 and rotated keys of 64. Returns as `smollm2`, with 16 query heads."""
     planes = Plane("latent", (PAGE_SIZE, 512), dtype, 0), Plane("k_rope", (PAGE_SIZE, 64), dtype, 0)
     layout, size = PageLayout([LayerSpec(planes)], PAGE_SIZE), dtype.itemsize
     return layout, [
@@ -40,7 +40,7 @@ def deepseek_v2_lite(dtype: torch.dtype) -> tuple[PageLayout, list[KVPlanes], in
 
 
 def batch_of(requests: int, length: int, rows: int) -> tuple[Batch, int]:
-    """The last `rows` positions of each request, its pages shuffled; and how many pages there are."""
+    """A step over the last `rows` positions of each request, with shuffled pages; and the number of pages."""
     pages = -(-length // PAGE_SIZE)
     tables = torch.randperm(requests * pages).int().view(requests, pages)
     positions = torch.arange(length - rows, length).repeat(requests).int()
@@ -55,7 +55,7 @@ def batch_of(requests: int, length: int, rows: int) -> tuple[Batch, int]:
 def milliseconds(
     model: Callable, dtype: torch.dtype, requests: int, length: int, rows: int, layers: int
 ) -> list[float]:
-    """Times of all `layers` calls of one step, fastest first."""
+    """Milliseconds of the attention of one step over `layers` layers, fastest first."""
     layout, planes, heads = model(dtype)
     batch, pages = batch_of(requests, length, rows)
     pool = torch.randn(pages * layout.page_bytes // dtype.itemsize).to(dtype).view(torch.uint8)

@@ -8,7 +8,7 @@ In this order: every codec of `nanokv bench codecs` on the model; each on keys a
 ways of some; then on the tiny shipped checkpoints the quality on held-out text of their corpus, and recall: a key told
 once and asked for later, with so many tokens between (scripts/make_corpus.py), answered greedily through the cache.
 
-Each row is written when it is measured. What fails is named in the JSON and on stderr, is tried again by the next run,
+Each row is written when it is measured. A failure is named in the JSON and on stderr, is tried again by the next run,
 and makes the exit code 1; a codec that cannot serve a model (ConfigError) is left out and named, which is no failure.
 Both are named anew by each run, which tries whatever has no rows.
 """
@@ -53,7 +53,7 @@ Row = dict[str, Any]
 class Result:
     """The JSON file, written anew with every row.
 
-    settings   what the numbers depend on
+    settings   of the run, on which the numbers depend
     Raises     SystemExit when the file holds numbers of other settings or another machine
     """
 
@@ -84,7 +84,7 @@ class Result:
         self.save()
 
     def save(self) -> None:
-        """In one piece: who is broken off in the middle of it keeps the old file."""
+        """Replaces the file at once: an interruption leaves the old one."""
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(part, self.path)
@@ -140,8 +140,10 @@ def on_model(result: Result, name: str, plan: Plan) -> None:
 
 
 def prefill(open_llm: Callable[..., LLM], raw: LLM, codec: str, turns: int) -> Iterator[Row]:
-    """What it costs that a prompt reads its own keys and values through the codec. Raises ConfigError for a model that
-    is too short."""
+    """Prefill in both modes, which is the cost of reading a prompt's own keys and values through the codec.
+
+    Raises ConfigError for a model that is too short.
+    """
     check_length(raw, PREFILL_TOKENS, 1)
     fields = {"codec": codec, "page_size": page_size_of(codec)}
     with open_llm(prefill="exact", **fields) as exact, open_llm(prefill="fast", **fields) as fast:
@@ -197,7 +199,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less of everything")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="(%(default)s); the figure stands beside it")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="(%(default)s); the figure goes beside it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     plan = QUICK if options.quick else FULL

@@ -1,4 +1,4 @@
-"""Times decode attention on codes on this CPU, against raw bfloat16, in turns: SmolLM2-135M's heads, 30 layers.
+"""Times decode attention on codes against raw bfloat16 on this CPU, in turn: SmolLM2-135M's heads, 30 layers.
 
 python scripts/bench_codes.py [--requests 1] [--tokens 2048] [--json docs/benchmarks/codes.json]
 """
@@ -31,7 +31,7 @@ TABLES = {
 
 
 def planes_of(table: torch.Tensor) -> list[CodePlanes]:
-    """The planes of all layers, K and V alike."""
+    """The planes of all layers; K and V use the same table."""
     bits, end, layers = len(table).bit_length() - 1, 0, []
     vectors = KV_HEADS * PAGE_SIZE
     for _ in range(2 * LAYERS):
@@ -44,7 +44,7 @@ def planes_of(table: torch.Tensor) -> list[CodePlanes]:
 
 
 def measure(requests: int, length: int) -> list[dict]:
-    """A row for raw and for each table: milliseconds of all layers, and the ratio to raw in the same turn."""
+    """A row for raw and for each table: milliseconds of all layers, and the ratio to raw in the same round."""
     torch.manual_seed(0)
     layout, raw, heads = smollm2(torch.bfloat16)
     batch, pages = batch_of(requests, length, 1)
@@ -53,7 +53,7 @@ def measure(requests: int, length: int) -> list[dict]:
     runs = {"raw": (AUTO.paged_attention, numbers.view(torch.uint8).view(pages, -1), raw)}
     for name, table in TABLES.items():
         planes = planes_of(table)
-        pool = torch.full((pages, planes[0].page_bytes), 0x35, dtype=torch.uint8)  # as a float16 about a third
+        pool = torch.full((pages, planes[0].page_bytes), 0x35, dtype=torch.uint8)  # a scale of about a third in float16
         runs[name] = AUTO.code_attention, pool, planes
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(REPEATS + 1):  # the first one compiles
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--tokens", type=int, default=2048, help="of context (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times to FILE")
     options = parser.parse_args()
     runs = []
     for threads in sorted({1, torch.get_num_threads()}):

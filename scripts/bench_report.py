@@ -1,8 +1,8 @@
-"""Tables of docs/benchmarks.md and the README's figure, from what bench_peers.py, bench_families.py, bench_codecs.py
-and `nanokv bench disagg` wrote.
+"""Tables of docs/benchmarks.md and the README's figure, from the JSON of bench_peers.py, bench_families.py,
+bench_codecs.py and `nanokv bench disagg`.
 
     python scripts/bench_report.py            rewrites the generated blocks of docs/benchmarks.md, draws cpu.svg
-    python scripts/bench_report.py --check    exit code 1 when the blocks are not those of the JSON
+    python scripts/bench_report.py --check    exit code 1 when the blocks do not match the JSON
 
 A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; all other text is written by hand and kept.
 """
@@ -31,7 +31,7 @@ CEILING_LEAST = 0.85
 
 
 def least_ratios(row: dict) -> dict[str, float]:
-    """Peer -> the ratio that nanokv should reach in this row (for seconds: stay below)."""
+    """Peer -> the ratio that nanokv should reach in this row (for seconds: the highest allowed)."""
     if row["measure"] == "seconds":
         return {"transformers": 0.5}
     if row["measure"] == "requests_per_s":
@@ -57,7 +57,7 @@ def cell(runs: dict | None) -> str:
 
 
 def ratios(result: dict) -> Iterator[tuple[dict, str, str, float, float | None]]:
-    """(row, nanokv's name, peer's name, nanokv / peer, least) wherever both were measured at the same dtype."""
+    """(row, nanokv's name, peer's name, nanokv / peer, target) for each pair that was measured at the same dtype."""
     for row in result["rows"]:
         for own, mine in row["engines"].items():
             engine, dtype = own.split()
@@ -78,7 +78,7 @@ def is_reached(row: dict, ratio: float, least: float) -> bool:
 
 
 def machine(result: dict) -> str:
-    """What ran, and where."""
+    """The machine, the settings and the versions."""
     hardware, settings = result["hardware"], result["settings"]
     memory = hardware["memory_bytes"] / 2**30
     lines = [
@@ -114,7 +114,7 @@ def speed(result: dict) -> str:
 
 
 def targets(result: dict) -> str:
-    """The numbers to reach, row by row."""
+    """The targets, row by row."""
     rows = []
     for row, own, other, ratio, least in ratios(result):
         if least is None:
@@ -153,7 +153,7 @@ def targets(result: dict) -> str:
 
 
 def losses(result: dict) -> str:
-    """The rows where a peer at the same dtype is faster, and those where the fastest peer at any dtype is."""
+    """The rows in which a peer is faster, at any dtype."""
     rows = []
     for row in result["rows"]:
         sign = -1 if is_less_better(row) else 1
@@ -204,7 +204,7 @@ def prefix(result: dict) -> str:
 
 
 def families(result: dict) -> str:
-    """Two ways side by side, from families.json, which stands beside the peers' numbers and knows its own machine."""
+    """Two implementations side by side, from families.json, which names its own machine."""
     result = json.loads(FAMILIES.read_text(encoding="utf-8"))
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     lines = [f"{result['hardware']['cpu']}, {result['threads']} threads, {versions}. Medians (lowest to highest).", ""]
@@ -239,7 +239,7 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
 
 
 def fill(page: str, result: dict) -> str:
-    """The page with every block replaced. Raises ValueError when the page has not exactly the blocks of BLOCKS."""
+    """The page with every block replaced. Raises ValueError unless the page has exactly the blocks of BLOCKS."""
     found = re.findall(r"<!-- begin (\w+) -->", page)
     if sorted(found) != sorted(BLOCKS):
         raise ValueError(f"the page has the blocks {', '.join(found)}; expected {', '.join(BLOCKS)}, each once")
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=JSON, help="(%(default)s)")
     parser.add_argument("--page", type=Path, default=PAGE, help="(%(default)s)")
     parser.add_argument("--figure", type=Path, default=FIGURE, help="(%(default)s)")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail when the page is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when the page is out of date")
     options = parser.parse_args()
     result = json.loads(options.json.read_text(encoding="utf-8"))
     old = options.page.read_text(encoding="utf-8")

@@ -37,7 +37,7 @@ def _spread(row: dict, name: str, digits: str) -> str:
 
 
 def codecs_bytes(_: dict) -> str:
-    """What each codec stores, and its errors on random vectors."""
+    """Bytes of each codec, and its errors on random vectors."""
     result = _result()
     hardware, settings = result["hardware"], result["settings"]
     plan = settings["plan"]
@@ -86,7 +86,7 @@ QUALITY = [
 
 
 def codecs_quality(_: dict) -> str:
-    """What the model still says, mean ± standard deviation over texts."""
+    """Quality of each codec, mean ± standard deviation over texts."""
     return markdown(QUALITY, _quality([row for row in _rows(_result(), "codec") if not is_one_sided(row)]))
 
 

@@ -1,4 +1,4 @@
-"""Blocks of docs/benchmarks.md about prefill elsewhere, from docs/benchmarks/disagg.json (`nanokv bench disagg`)."""
+"""Blocks of docs/benchmarks.md on disaggregated prefill, from docs/benchmarks/disagg.json (`nanokv bench disagg`)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def disagg(_: dict) -> str:
 
 
 def disagg_targets(_: dict) -> str:
-    """The numbers to reach that this bench measures."""
+    """The targets that this benchmark measures."""
     one_step, chunked, split = _result()["rows"]
     found = []
     for entry in split["hand_overs"]:

@@ -1,10 +1,10 @@
-"""Everything that only a GPU can tell, in one go: tests, kernels, the engine. One JSON, one markdown table.
+"""Everything that needs a GPU, in one run: tests, kernels, the engine. One JSON file, one markdown table.
 
     python scripts/gpu_report.py [--json FILE] [--markdown FILE] [--device cuda] [--budget 530] [--only PART] [--quick]
 
-Needs no network. Each part runs in a process of its own, under a time limit, and hands its rows over as they come: a
-part that fails, hangs or misses a package leaves its error and the rows it had, and the rest goes on. Both files are
-written again after every part. --quick --device cpu runs all parts at sizes that mean nothing, to see that they run.
+Needs no network. Each part runs in a process of its own with a time limit and reports its rows one by one. A part that
+fails, hangs or misses a package leaves its error and its rows so far, and the next part runs. Both files are rewritten
+after every part. --quick --device cpu runs all parts at meaningless sizes, to check that they run.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ LIMITS = {
     "engine qwen3-0.6b": 60, "engine qwen3-8b": 60, "prefix": 100, "engine qwen3.5-4b": 70,
     "engine deepseek-v2-lite": 90, "engine qwen3-1.7b": 50, "transformers": 50,
 }  # fmt: skip
-"""Part -> seconds that it may take, the most telling first: together more than the budget, which ends the last ones.
-"about" is run always."""
+"""Part -> its limit in seconds, the most informative first. The sum exceeds the budget, which ends the last parts.
+"about" always runs."""
 
 
 def rows_of(part: str, device: str, quick: bool) -> Iterable[dict]:
-    """The rows of a part; what it needs is imported here, so that a missing package is that part's error."""
+    """The rows of a part. Its imports are here, so that a missing package is an error of this part alone."""
     if part == "about":
         return [about_device(device)]
     if part == "tests":
@@ -59,9 +59,9 @@ def rows_of(part: str, device: str, quick: bool) -> Iterable[dict]:
 
 
 def run_tests(quick: bool) -> dict:
-    """The GPU tests by pytest: its last lines, and the names of what failed."""
+    """The GPU tests by pytest: its last line, and the names of the failed tests."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
-    command += ["--continue-on-collection-errors"]  # a test that needs a package that is missing
+    command += ["--continue-on-collection-errors"]  # some tests need packages that may be missing
     done = subprocess.run([*command, *(["--collect-only"] if quick else [])], cwd=ROOT, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
@@ -70,7 +70,7 @@ def run_tests(quick: bool) -> dict:
 
 
 def run_part(part: str, device: str, quick: bool, limit: float) -> dict[str, Any]:
-    """A part in its own process: {"part", "seconds", "rows", and "error" where it did not get to its end}."""
+    """A part in its own process: {"part", "seconds", "rows", and "error" if it did not finish}."""
     command = [sys.executable, __file__, "--part", part, "--device", device, *(["--quick"] if quick else [])]
     begin, result = time.perf_counter(), {"part": part}
     process = subprocess.Popen(
@@ -82,7 +82,7 @@ def run_part(part: str, device: str, quick: bool, limit: float) -> dict[str, Any
             last = err.strip().splitlines()[-1:] or [f"exit {process.returncode}"]
             result["error"] = last[0][:300]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # its children too: pytest, compilers
+        os.killpg(process.pid, 9)  # its children, too: pytest, compilers
         out, _ = process.communicate()
         result["error"] = f"stopped after {limit:.0f} s"
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
@@ -101,7 +101,7 @@ def about() -> dict[str, Any]:
 
 
 def about_device(device: str) -> dict[str, Any]:
-    """The device, and what "auto" would take. A broken driver may hang in here."""
+    """The device, and the choice of "auto". A broken driver may hang here."""
     import torch
 
     from nanokv.engine.device import choose_device
@@ -116,7 +116,7 @@ def about_device(device: str) -> dict[str, Any]:
 
 
 def with_shares(parts: list[dict]) -> None:
-    """Adds each row's share of the limits that were measured in the same run."""
+    """Adds each row's share of the limits measured in the same run."""
     measured = [row for part in parts if part["part"] == "limits" for row in part["rows"]]
     for unit in ("bytes_per_s", "flops_per_s"):
         limit = max((row[unit] for row in measured if unit in row), default=None)
@@ -127,7 +127,7 @@ def with_shares(parts: list[dict]) -> None:
 
 
 def markdown(report: dict) -> str:
-    """One table of all rows, then what did not work."""
+    """One table of all rows, then the errors."""
     lines = [
         "| part | what | shape | time | tokens/s | GB/s | of copy | TFLOP/s |",
         "|---|---|---|---|---|---|---|---|",
@@ -164,8 +164,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda or cpu (%(default)s)")
     parser.add_argument("--budget", type=float, default=530, help="seconds for everything (%(default)s)")
     parser.add_argument("--only", choices=list(LIMITS), action="append", help="this part alone; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="sizes that mean nothing")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # how a part's own process is started
+    parser.add_argument("--quick", action="store_true", help="meaningless sizes, to check that all parts run")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # for the process of a part
     options = parser.parse_args()
     if options.part:
         for row in rows_of(options.part, options.device, options.quick):

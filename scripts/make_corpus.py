@@ -1,13 +1,13 @@
-"""The corpus of the tiny models: documents to train on, questions to ask, and the tokenizer made from them.
+"""The corpus of the tiny models: training documents, questions, and the tokenizer trained on them.
 
     python scripts/make_corpus.py --documents 5                     a few rows of training text
     python scripts/make_corpus.py --items "recall 256" --number 2   questions of a test, with their answers
     python scripts/make_corpus.py --tests                           the names of all tests
     python scripts/make_corpus.py --tokenizer FILE                  a new tokenizer for these documents
 
-Everything is drawn from one seeded generator and nothing is stored: training makes its rows on the fly and never
-sees one twice. The tokenizer is kept, in tiny/tokenizer.json: documents may change, token ids may not. The functions
-that make questions are documented in tiny/items.py; programs take them from here:
+Everything is drawn from one seeded generator and nothing is stored: training makes its rows on the fly and never uses
+one twice. Only the tokenizer is stored, in tiny/tokenizer.json: documents may change, token ids may not. tiny/items.py
+documents the functions that make questions; other programs import them from here:
 
     from make_corpus import across_chunk, chat, items, recall, two_chunk
 """
@@ -53,11 +53,11 @@ LEVEL = Level(facts=8, pairs=4, filler=0.3)
 def train_tokenizer(seed: int = 0, rows: int = 1500) -> Tokenizer:
     """A byte-level BPE tokenizer in which every word of the corpus is one token, with and without a space before it.
 
-    Raises ValueError naming a word that is not.
+    Raises ValueError that names a word with several tokens.
     """
     rng = random.Random(seed)
     texts = ["".join(text for text, _ in row(rng, EVERYTHING, LEVEL, 256)) for _ in range(rows)]
-    # Special tokens cut a text before BPE sees it. Each word is added a few times: none may be rare by chance.
+    # Special tokens cut a text before BPE. Each word is added a few times, so that none is rare by chance.
     cut = [piece for text in texts for piece in _cut(text)] + [form for w in lexicon() for form in (w, f" {w}")] * 5
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -84,7 +84,7 @@ def _cut(text: str) -> list[str]:
 
 
 class Encoder:
-    """Text to token ids by looking pieces up: what the tokenizer gives for texts of the corpus, many times faster."""
+    """Text to token ids by table look-up: equal to the tokenizer for texts of the corpus, and many times faster."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -92,11 +92,11 @@ class Encoder:
         self._texts: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
-        """Token ids; nothing is added at the front."""
+        """Token ids, without a token added at the front."""
         found = self._texts.get(text)
         if found is None:
             found = [token_id for piece in PIECE.findall(text) for token_id in self._piece(piece)]
-            if len(text) < 32:  # heads and values of facts, said again and again
+            if len(text) < 32:  # heads and values of facts, which repeat often
                 self._texts[text] = found
         return found
 

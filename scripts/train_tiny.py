@@ -1,12 +1,12 @@
-"""Trains a tiny model that really looks facts up in its context, and measures it.
+"""Trains a tiny model that looks facts up in its context, and measures it.
 
     python scripts/train_tiny.py tiny-gqa --out weights --work build/tiny-gqa
     python scripts/train_tiny.py tiny-gqa --out weights --work build/tiny-gqa --evaluate
 
-Training goes through stages: very short and dense documents first, until binding a name to a value has formed (a sudden
-step; how soon depends on the seed), then sentences, then longer rows. A stage ends when its gate is passed, exact
-answers on held-out questions, or at its limit. Each evaluation writes a checkpoint with everything that matters (both
-optimisers and the generator included), so a run that was killed and is started again goes on as if nothing had been.
+Training has stages: first very short and dense documents, until the model binds a name to a value (a sudden step, at a
+time that depends on the seed), then sentences, then longer rows. A stage ends when its gate is passed (a share of exact
+answers on held-out questions) or at its limit. Each evaluation writes a checkpoint with the complete state, including
+both optimisers and the generator, so a run that was killed continues exactly when it is started again.
 
 Source   Muon: Jordan et al. 2024. Skipped positions: Zhu et al. 2023 (PoSE), so that rows of 512 tokens teach
          distances of 2,000.
@@ -27,7 +27,7 @@ from pathlib import Path
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 MEMORY |= {"MALLOC_TOP_PAD_": "268435456", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 if __name__ == "__main__" and not MEMORY.keys() <= os.environ.keys():
-    # glibc reads these when a process starts. Without them it hands every large activation back to the kernel.
+    # glibc reads these when a process starts. Without them it returns the memory of every large activation.
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MEMORY)
 
 import torch  # noqa: E402
@@ -52,16 +52,16 @@ WEIGHTS[TEXT], WEIGHTS[ANSWER], WEIGHTS[NEW] = 1.0, 5.0, 0.1
 
 @dataclass(frozen=True)
 class Stage:
-    """One lesson.
+    """One stage of training.
 
     length, batch   tokens of a row, rows of a step
     mix             kinds of documents and their weights
-    gate            test -> share of exact answers at which the stage ends; every test is passed at one evaluation
-    watch           further tests that are reported
-    steps           the limit
+    gate            test -> share of exact answers; the stage ends when one evaluation passes every test
+    watch           further tests to report
+    steps           the limit of steps
     rate            learning rate at the beginning and at the limit, as a share of the full one
     skip            share of rows whose positions jump, up to CONTEXT
-    required        whether a run that fails the gate is worth nothing
+    required        whether a run that fails the gate is aborted
     """
 
     name: str
@@ -79,7 +79,7 @@ class Stage:
 
 DENSE = Level(facts=6, pairs=5, filler=0.0)
 BLINDED = 0.85
-"""Share of across-chunk documents with blind questions, once what "it" means is found when it is read."""
+"""Share of across-chunk documents with blind questions, once the model resolves "it" while reading."""
 FILL = {"lists": 0.3, "owners": 0.2, "recall": 1.0, "two": 1.5, "direct": 0.7, "across": 2.5, "order": 0.3}
 GAPS = {**FILL, "across": 3.0, "chat": 0.7}
 TALK = {"lists": 0.2, "recall": 1.0, "far": 0.7, "two": 1.5, "direct": 0.4, "across": 2.5, "chat": 1.7, "story": 0.5}
@@ -97,10 +97,10 @@ def gate(length: int, share: float) -> dict[str, float]:
 
 
 STAGES = (
-    # One lookup: every short form of a fact must have formed before a question needs two of them.
+    # One lookup: the model must know every short form of a fact before a question needs two of them.
     Stage("bind", 64, 64, {"seeds": 1.0}, DENSE, 900, {"seeds": 0.97}, required=True),
     Stage("one", 64, 64, {"seeds": 0.2, "owners": 1.0, "lists": 1.0}, DENSE, 300, {"recall 64": 0.97}),
-    # Two lookups, in documents of nothing else; then the same with other words between.
+    # Two lookups, in documents with no other content; then with other words between.
     Stage(
         "compose", 64, 64, {"seeds": 0.1, "owners": 0.4, "lists": 0.4, "order": 2.0, "direct": 1.5, "two": 0.3}, DENSE,
         500, {"two-chunk direct 128": 0.9}, ("across-chunk 96",),
@@ -121,22 +121,22 @@ WARM_UP = 50
 
 @dataclass
 class Progressed:
-    """How far a run is: what a checkpoint keeps besides tensors and the generator."""
+    """The progress of a run: the part of a checkpoint besides tensors and the generator."""
 
     stage: int = 0
     step: int = 0
-    """Of the stage."""
+    """Steps of the current stage."""
     total: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """Of training, without evaluation."""
+    """Seconds of training, without evaluation."""
     stage_began: float = 0.0
     finished: bool = False
     history: list[dict] = field(default_factory=list)
 
 
 class Trainer:
-    """One run: a model, its optimisers, the generator of its documents, and how far it is."""
+    """One run: a model, its optimisers, the generator of its documents, and its progress."""
 
     def __init__(self, options: argparse.Namespace, stages: tuple[Stage, ...], console: Console) -> None:
         self.options, self.stages, self.console = options, stages, console
@@ -157,7 +157,7 @@ class Trainer:
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def _loss(self, ids: Tensor, kinds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted mean, and the loss of each token."""
+        """The weighted mean loss, and the loss of each token."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.options.bfloat16):
             seen = (kinds[:, :-1, None] & BLIND == 0) | (kinds[:, None, :-1] & HIDDEN == 0)
             hidden = self.model.model(
@@ -182,7 +182,7 @@ class Trainer:
         return ids, torch.tensor([kinds for _, kinds in rows]), positions
 
     def jump(self, ids: Tensor, positions: Tensor) -> None:
-        """Moves what follows one to three full stops further away: the words within a sentence stay together."""
+        """Shifts the positions after one to three full stops: the words of a sentence stay together."""
         stops = (ids[: len(positions) - 1] == self.stop_token).nonzero().flatten().tolist()
         room = CONTEXT - len(positions)
         for place in self.rng.sample(stops, min(len(stops), self.rng.randint(1, 3))):
@@ -209,7 +209,7 @@ class Trainer:
     # ---- the run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Trains from where the checkpoint is to the end; exports. Raises SystemExit where a run is worth nothing."""
+        """Trains from the checkpoint to the end and exports. Raises SystemExit if a required gate is failed."""
         self.restore()
         columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
         quiet = not self.console.is_terminal
@@ -246,7 +246,7 @@ class Trainer:
         return False
 
     def progress(self, stage: Stage) -> float:
-        """Of the stage, in steps or, with --minutes, in time, whichever is further. 1 is the end."""
+        """Progress of the stage from 0 to 1, in steps or, with --minutes, in time: the larger of the two."""
         steps = self.at.step / stage.steps
         if self.options.minutes is None:
             return steps
@@ -256,7 +256,7 @@ class Trainer:
         return max(steps, spent / max(1e-9, deadline - self.at.stage_began))
 
     def evaluate(self, stage: Stage, losses: list[tuple[float, float]]) -> dict[str, float]:
-        """Exact answers on held-out items; one line, and one entry of the history."""
+        """Exact answers on held-out items. Prints one line and adds one entry to the history."""
         scores = {}
         for test in (*stage.gate, *stage.watch):
             asked = items(test, 16 if "1024" in test else 32, seed=0)
@@ -290,7 +290,7 @@ class Trainer:
         os.replace(new, self.checkpoint)
 
     def restore(self) -> None:
-        """Goes on from the checkpoint where there is one. Raises SystemExit where it is another run's."""
+        """Continues from the checkpoint if there is one. Raises SystemExit if it belongs to another run."""
         if not self.checkpoint.exists():
             return
         state = torch.load(self.checkpoint)
@@ -302,7 +302,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
-        self.console.print(f"going on from step {self.at.total}")
+        self.console.print(f"continuing from step {self.at.total}")
 
 
 def evaluate(options: argparse.Namespace, console: Console) -> None:
@@ -338,12 +338,16 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=NAMES)
-    parser.add_argument("--out", type=Path, default=Path("weights"), help="where MODEL is exported to (%(default)s)")
-    parser.add_argument("--work", type=Path, help="checkpoints and measurements (build/MODEL)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("weights"), help="the folder for the exported MODEL (%(default)s)"
+    )
+    parser.add_argument("--work", type=Path, help="the folder for checkpoints and measurements (build/MODEL)")
     parser.add_argument("--seed", type=int, default=1, help="of weights and documents (%(default)s)")
-    parser.add_argument("--minutes", type=float, help="end each stage at its share of this, at the latest")
+    parser.add_argument("--minutes", type=float, help="time limit of the run; each stage gets its share")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--bfloat16", action="store_true", help="autocast; for processors with bfloat16 instructions")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="use autocast, on processors with bfloat16 instructions"
+    )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="train without torch.compile")
     parser.add_argument("--evaluate", action="store_true", help="measure the exported model instead of training")
     options = parser.parse_args()

@@ -18,7 +18,7 @@ def main(rank: int, host: str, port: int, mine: str) -> None:
     spec = LayerSpec(paged=tuple(Plane(name, (3, 16, 64), torch.bfloat16, 1) for name in "kv"))
     layout = PageLayout([spec] * 30, 16)  # SmolLM2: 2,048 tokens
     store = CacheStore(layout, PAGES)
-    store.pool.random_(generator=torch.Generator().manual_seed(1))
+    store.pages.data.random_(generator=torch.Generator().manual_seed(1))
     rendezvous = dist.TCPStore(host, port, 2, is_master=rank == 0, timeout=timedelta(seconds=60))
     group = join_group(rendezvous, rank, torch.device("cpu"), mine, 60)
     bounds = [round(30 * part / GROUPS) for part in range(GROUPS + 1)]
@@ -27,8 +27,8 @@ def main(rank: int, host: str, port: int, mine: str) -> None:
         Layers(generation=1, request="r", attempt=1, places=pack_ints(places), first=first, last=last)
         for first, last in zip(bounds[:-1], bounds[1:], strict=True)
     ]
-    whole, token = torch.empty(store.pool.numel(), dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
-    expected = store.pool.clone()
+    whole, token = torch.empty(store.pages.data.numel(), dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    expected = store.pages.data.clone()
     sender, receiver = PageSender(group, store, lambda layers: None), PageReceiver(group, store)
     times: dict[str, list[float]] = {"pages": [], "bare": []}
     for _ in range(ROUNDS):
@@ -40,9 +40,9 @@ def main(rank: int, host: str, port: int, mine: str) -> None:
                         sender.send(layers, range(PAGES))
                     sender.drain()
                 else:
-                    group.send([store.pool.view(-1)], 1, 0).wait()
+                    group.send([store.pages.data.view(-1)], 1, 0).wait()
                 continue
-            store.pool.zero_()
+            store.pages.data.zero_()
             group.send([token], 0, 0).wait()
             start = time.perf_counter()
             if kind == "pages":
@@ -53,9 +53,9 @@ def main(rank: int, host: str, port: int, mine: str) -> None:
                 group.recv([whole], 0, 0).wait()
             times[kind].append(time.perf_counter() - start)
             if kind == "pages":
-                assert torch.equal(store.pool[places], expected)
+                assert torch.equal(store.pages.data[places], expected)
     if rank == 1:
-        print(store.pool.numel(), min(times["pages"]), min(times["bare"]), flush=True)
+        print(store.pages.data.numel(), min(times["pages"]), min(times["bare"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from array import array
 import torch
 
 from nanokv.cache import CacheManager
-from nanokv.core.events import EventLog
+from nanokv.core.event_log import EventLog
+from nanokv.core.events import Events
 from nanokv.core.request import Request, SamplingParams
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
 
@@ -94,12 +95,21 @@ class House:
     tokens each recurrent state has seen."""
 
     def __init__(
-        self, num_pages: int, page_size: int = 4, prefix_cache: bool = True, event_log=None, num_states=0, interval=None
+        self,
+        num_pages: int,
+        page_size: int = 4,
+        prefix_cache: bool = True,
+        event_log=None,
+        num_states=0,
+        interval=None,
+        observers=(),
     ) -> None:
         self.page_size = page_size
-        self.events = EventLog(event_log)
+        self.events = Events()
+        if event_log is not None:
+            self.events.subscribe(EventLog(event_log))
         self.cache = CacheManager(
-            layout_of(page_size, num_states > 0), num_pages, prefix_cache, self.events, num_states, interval
+            layout_of(page_size, num_states > 0), num_pages, prefix_cache, self.events, num_states, interval, observers
         )
         self.states = [None] * num_states
         self.slots = [[None] * page_size for _ in range(num_pages)]
@@ -117,7 +127,7 @@ class House:
         """Match and reserve, as the scheduler does: everything still to compute, or `num_tokens` of it."""
         self.cache.match(request)
         wanted = request.num_to_compute if num_tokens is None else min(num_tokens, request.num_to_compute)
-        if not self.schedule(request, self.cache.chunk(request, wanted)):
+        if not self.schedule(request, self.cache.limit_chunk(request, wanted)):
             self.cache.release(request)
             return False
         self.running.append(request)
@@ -143,9 +153,10 @@ class House:
 
     def run(self, next_token: int = 0, come_back: bool = True) -> None:
         """One step: copies, forward pass, commit. With come_back=False its tokens are still on their way."""
-        for src, dst in self.cache.take_copies():
+        moves = self.cache.drain_moves()
+        for src, dst in moves.pages:
             self.slots[dst] = list(self.slots[src])
-        for src, dst in self.cache.take_state_copies():
+        for src, dst in moves.states:
             self.states[dst] = self.states[src]
         for page, slots in enumerate(self.slots):
             if self.cache._pool.count(page) == 0:
@@ -154,13 +165,15 @@ class House:
         stepped = [(request, request.num_scheduled) for request in self.running]
         for request, count in stepped:
             for position in range(request.num_computed, request.num_computed + count):
-                page = request.pages[position // self.page_size]
+                page = request.held.pages[position // self.page_size]
                 assert page not in in_tree, "a published page is written"
                 self.slots[page][position % self.page_size] = self._value(request, position)
-            if request.state_id is not None and count:
+            if request.held.state_id is not None and count:
                 start = request.num_computed
-                assert start == 0 or self.states[request.state_id] == self._value(request, start - 1), "a foreign state"
-                self.states[request.state_id] = self._value(request, start + count - 1)
+                assert start == 0 or self.states[request.held.state_id] == self._value(request, start - 1), (
+                    "a foreign state"
+                )
+                self.states[request.held.state_id] = self._value(request, start + count - 1)
             request.advance()
         for request, count in stepped:
             self.cache.commit(request, in_flight=0 if come_back else count)
@@ -172,7 +185,7 @@ class House:
         """Steps until the last known token is computed: one, or one for each checkpoint on the way."""
         self.run(next_token)
         while request.num_to_compute > 1:
-            assert self.schedule(request, self.cache.chunk(request, request.num_to_compute))
+            assert self.schedule(request, self.cache.limit_chunk(request, request.num_to_compute))
             self.run(next_token)
 
     def serve(self, tokens, answer=(), salt: str | None = None) -> Request:
@@ -186,7 +199,7 @@ class House:
                 answer.pop(0)
                 if not answer:
                     break
-            assert self.schedule(request, self.cache.chunk(request, request.num_to_compute))
+            assert self.schedule(request, self.cache.limit_chunk(request, request.num_to_compute))
         self.drop(request)
         return request
 
@@ -195,7 +208,7 @@ class House:
         self.cache.check()
         for request in self.running:
             for position in range(request.num_computed):
-                slot = self.slots[request.pages[position // self.page_size]][position % self.page_size]
+                slot = self.slots[request.held.pages[position // self.page_size]][position % self.page_size]
                 assert slot == self._value(request, position), f"{request} reads {slot} at {position}"
         for (salt, tokens), page in standing(self.cache._tree).items():
             for slot, end in enumerate(range(len(tokens) - self.page_size + 1, len(tokens) + 1)):
@@ -216,7 +229,7 @@ def _end_of(node) -> tuple:
     """What the state at the end of a node has seen: namespace, and all tokens on the way."""
     run = b""
     while node.parent is not None:
-        run = bytes(node.run) + run
+        run = bytes(node.tokens) + run
         node = node.parent
     return node.salt, run
 
@@ -226,7 +239,7 @@ def standing(tree) -> dict[tuple, int]:
     contents, before = {}, {}
     for node in tree.nodes():
         salt, tokens = before[node.parent] if node.parent is not None else (node.salt, ())
-        own = tuple(array("i", bytes(node.run)))
+        own = tuple(array("i", bytes(node.tokens)))
         before[node] = salt, tokens + own
         size = len(own) // len(node.pages) if node.pages else 0
         for place, page in enumerate(node.pages):

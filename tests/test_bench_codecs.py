@@ -122,7 +122,7 @@ def test_sizes_are_those_of_the_pool(open_llm, raw):
         found = sizes(raw, codec)
         with open_llm(codec=codec) as llm:
             store = llm.engine.store
-            assert found["pool_bytes_per_token"] == store.pool.nbytes / store.num_pages / 16
+            assert found["pool_bytes_per_token"] == store.pages.data.nbytes / len(store.pages) / 16
         assert found["bytes_per_token"] == expected
         assert found["true_bits"] == 8 * expected / (2 * 2 * 2 * 16)
         assert found["tokens_in_1gib"] == 2**30 // (16 * expected) * 16
@@ -132,7 +132,7 @@ def test_smaller_codes_let_more_requests_run(bench, raw):
     found = {codec: bench._requests_at_once(codec)["requests_at_once"] for codec in ("raw", "fp8", "tq4")}
     assert found["raw"] == PLAN.requests
     assert found["raw"] < found["fp8"] < found["tq4"]
-    assert requests_at_once(raw, 64) == raw.engine.store.num_pages // 5
+    assert requests_at_once(raw, 64) == len(raw.engine.store.pages) // 5
     assert raw.stats()["pages_cached"] == raw.stats()["requests_running"] == 0
 
 

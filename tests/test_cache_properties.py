@@ -24,7 +24,7 @@ class TreeAgainstADict(RuleBasedStateMachine):
         self.num_made = 0
 
     def take(self, salt, tokens):
-        node, matched = self.tree.match(blob(tokens), salt)
+        node, matched = self.tree.match_prefix(blob(tokens), salt)
         keys = self.naive.find(salt, tokens)
         assert list(matched) == [self.naive.pages[key] for key in keys]
         self.naive.touch(keys)
@@ -38,7 +38,7 @@ class TreeAgainstADict(RuleBasedStateMachine):
 
     @rule(salt=salts, tokens=prompts)
     def length(self, salt, tokens):
-        assert self.tree.length(blob(tokens), salt) == len(self.naive.find(salt, tokens))
+        assert self.tree.prefix_length(blob(tokens), salt) == len(self.naive.find(salt, tokens))
 
     @precondition(lambda self: self.held)
     @rule(which=st.integers(0, 99), more=prompts)
@@ -47,7 +47,7 @@ class TreeAgainstADict(RuleBasedStateMachine):
         more = more[: len(more) // 2 * 2]
         fresh = list(range(self.num_made, self.num_made + len(more) // 2))
         self.num_made += len(fresh)
-        node, stands = self.tree.extend(node, blob(more), array("i", fresh))
+        node, stands = self.tree.insert(node, blob(more), array("i", fresh))
         assert list(stands) == self.naive.extend(salt, tokens + more, fresh)
         self.held.append((node, salt, tokens + more))
 
@@ -66,7 +66,7 @@ class TreeAgainstADict(RuleBasedStateMachine):
     def agree(self):
         self.tree.check(node for node, _, _ in self.held)
         assert standing(self.tree) == self.naive.pages
-        assert (self.tree.num_pages, self.tree.num_locked) == (len(self.naive.pages), len(self.naive.locked()))
+        assert (self.tree.num_pages, self.tree.num_protected) == (len(self.naive.pages), len(self.naive.locked()))
 
 
 TestTreeAgainstADict = TreeAgainstADict.TestCase
@@ -89,22 +89,22 @@ class Walk:
         return self.rng.choice(self.house.running)
 
     def boundary(self, request):
-        return request.params.cache_salt, list(request.tokens[: request.num_published * 2])
+        return request.params.cache_salt, list(request.tokens[: request.held.num_published * 2])
 
     def reserve(self, request, count) -> bool:
         cache, first = self.house.cache, request.num_computed // 2
-        copy = first < len(request.pages) and cache._pool.count(request.pages[first]) > 1
-        needed = max(0, -(-(request.num_computed + count) // 2) - len(request.pages)) + copy
-        held = {page for live in cache._live for page in live.pages[live.num_published :]}
+        copy = first < len(request.held.pages) and cache._pool.count(request.held.pages[first]) > 1
+        needed = max(0, -(-(request.num_computed + count) // 2) - len(request.held.pages)) + copy
+        held = {page for live in cache._live for page in live.held.pages[live.held.num_published :]}
         free = self.NUM_PAGES - len(held) - len(self.naive.pages)
         fits = needed <= free + len(self.naive.pages) - len(self.naive.locked())
-        before = list(request.pages)
+        before = list(request.held.pages)
         assert self.house.schedule(request, count) == fits
         if fits:
-            assert len(request.pages) == len(before) + needed - copy
+            assert len(request.held.pages) == len(before) + needed - copy
             self.naive.evict(needed - free)
         else:
-            assert list(request.pages) == before
+            assert list(request.held.pages) == before
         return fits
 
     def drop(self, request):
@@ -114,11 +114,11 @@ class Walk:
     def publish(self, request, before, pages, num_resolved):
         """What the commit just done should have changed: `before` pages were published, `pages` were its pages."""
         shared = [place for place in range(before, len(pages)) if self.counts[pages[place]] > 1]
-        assert request.num_published == max(before, min([num_resolved // 2, *shared]))
-        if request.num_published > before:
+        assert request.held.num_published == max(before, min([num_resolved // 2, *shared]))
+        if request.held.num_published > before:
             salt, tokens = self.boundary(request)
-            stands = self.naive.extend(salt, tokens, pages[before : request.num_published])
-            assert list(request.pages) == pages[:before] + stands + pages[request.num_published :]
+            stands = self.naive.extend(salt, tokens, pages[before : request.held.num_published])
+            assert list(request.held.pages) == pages[:before] + stands + pages[request.held.num_published :]
 
     def count_owners(self):
         self.counts = [self.house.cache._pool.count(page) for page in range(self.NUM_PAGES)]
@@ -128,7 +128,7 @@ class Walk:
         keys = self.naive.find(salt, known)
         assert self.house.cache.prefix_length(request) == 2 * len(keys)
         assert self.house.cache.match(request) == 2 * len(keys)
-        assert list(request.pages) == [self.naive.pages[key] for key in keys]
+        assert list(request.held.pages) == [self.naive.pages[key] for key in keys]
         self.naive.touch(keys)
         self.naive.lock(salt, known[: 2 * len(keys)])
         self.house.running.append(request)
@@ -164,11 +164,11 @@ class Walk:
         if len(self.house.running) < self.MOST:
             self.count_owners()
             parent = self.pick()
-            before, pages = parent.num_published, list(parent.pages)
+            before, pages = parent.held.num_published, list(parent.held.pages)
             child = self.house.fork(parent, self.rng.randint(0, 1))
             self.publish(parent, before, pages, parent.num_computed)
             self.naive.lock(*self.boundary(child))
-            assert child.num_computed == parent.num_computed and child.num_published == parent.num_published
+            assert child.num_computed == parent.num_computed and child.held.num_published == parent.held.num_published
             if self.rng.random() < 0.5:  # a copy of a copy, where the parent has just got its own tail
                 self.reserve(child, 1)
 
@@ -178,7 +178,10 @@ class Walk:
                 self.reserve(request, 1)
         self.count_owners()
         come_back = self.rng.random() < 0.7
-        before = [(r, r.num_published, list(r.pages), 0 if come_back else r.num_scheduled) for r in self.house.running]
+        before = [
+            (r, r.held.num_published, list(r.held.pages), 0 if come_back else r.num_scheduled)
+            for r in self.house.running
+        ]
         self.house.run(self.rng.randint(0, 1), come_back)
         for request, published, pages, in_flight in before:
             self.publish(request, published, pages, request.num_computed - in_flight)

@@ -1,4 +1,4 @@
-"""Interview cards: every number holds, every file is there, every command is one, and the quiz asks them."""
+"""Interview cards: the numbers are right, files and commands exist, and the quiz asks them."""
 
 import os
 import shlex
@@ -16,7 +16,7 @@ from nanokv.learn.cards import Card, load_cards, topics, wrong_numbers
 ROOT = Path(__file__).parents[1]
 CARDS = load_cards()
 WORDS = 150
-"""What is said in a minute."""
+"""Words of a minute."""
 
 
 def each(values):
@@ -39,24 +39,24 @@ def test_there_are_sixty_cards_on_ten_topics_and_no_question_twice():
 
 
 @each(CARDS)
-def test_the_numbers_of_a_card_hold(one):
+def test_the_numbers_of_a_card_are_right(one):
     assert one.numbers(), "a card without numbers"
     assert not wrong_numbers(one)
 
 
 @each(CARDS)
-def test_a_card_is_said_in_a_minute_and_asked_on(one):
+def test_a_card_takes_a_minute_and_has_follow_ups(one):
     assert len(one.answer.split()) <= WORDS and len(one.follow_ups) >= 2
     assert one.question.endswith(("?", ")", ".")) and all(text.endswith(("?", ".")) for text in one.follow_ups)
 
 
 @pytest.mark.parametrize("name", sorted({one.file for one in CARDS}))
-def test_a_file_to_show_is_there(name):
+def test_the_file_to_show_exists(name):
     assert (ROOT / name).is_file()
 
 
 @pytest.mark.parametrize("line", sorted({one.command for one in CARDS}))
-def test_a_command_to_show_is_one(line):
+def test_the_command_to_show_is_valid(line):
     program, *words = shlex.split(line)
     command, context = main, main.make_context(program, words)
     assert program == "nanokv"
@@ -107,13 +107,13 @@ def test_a_pipe_that_ends_early_ends_the_quiz_with_a_count():
     assert quiz("-n", "3", typed="\ny\n\n")[1].endswith("1 of 1 known\n")
 
 
-def test_bad_input_is_one_clear_line():
+def test_bad_input_is_one_line():
     assert quiz("--topic", "page") == (1, f"nanokv: topic 'page': expected one of {', '.join(topics())}\n")
     code, said = quiz("-n", "0")
     assert code == 2 and said.count("\n") == 1 and "'-n': 0 is not in the range" in said
 
 
-def test_a_quiz_works_in_a_pipe_and_waits_for_nothing_heavy():
+def test_a_quiz_works_in_a_pipe_and_imports_nothing_heavy():
     code = (
         "import sys; from nanokv.cli.main import main\n"
         "try: main(['learn', 'quiz', '-n', '60'])\n"

@@ -1,4 +1,4 @@
-"""nanokv chat: answers, Ctrl-C, what is typed, and the command itself. On a scripted model, see chat_desk.py."""
+"""nanokv chat: answers, Ctrl-C, typed lines, and the command itself, on the scripted model of fake_terminal.py."""
 
 import io
 import os
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_desk import VOCABULARY, Desk, ScriptedLLM, Tty
 from click.testing import CliRunner
+from fake_terminal import VOCABULARY, FakeTerminal, ScriptedLLM, Tty
 
 import nanokv.cli.repl.turn as turn_module
 from nanokv import EngineConfig, SamplingParams
@@ -29,37 +29,39 @@ STATS = (
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk()
+def terminal() -> FakeTerminal:
+    return FakeTerminal()
 
 
 # ---- answers ----------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_goes_to_stdout_and_its_numbers_to_stderr(desk):
-    out, err = desk.enter("Hi", "Hello, you.")
+def test_an_answer_goes_to_stdout_and_its_numbers_to_stderr(terminal):
+    out, err = terminal.enter("Hi", "Hello, you.")
     assert out == "Hello, you.\n"
     assert err.startswith("12 tok · ") and " · TTFT " in err and err.count("\n") == 1
-    assert err.endswith(" · prompt 21 (cached 0) · KV 32 tok / 2 pages / 512 B\n")  # the last token is never written
+    assert err.endswith(
+        " · prompt 21 (cached 0) · KV 32 tok / 2 pages / 512 B\n"
+    )  # 32, not 33: the last token has no K and V
 
 
-def test_numbers_have_the_form_that_the_help_describes(desk):
-    _, err = desk.enter("Hi", "Hello")
+def test_numbers_have_the_form_that_the_help_describes(terminal):
+    _, err = terminal.enter("Hi", "Hello")
     assert re.fullmatch(STATS, err.strip())
     assert re.match(STATS, COMMANDS["/stats"].details)
 
 
-def test_the_second_turn_finds_the_first_in_the_cache(desk):
-    desk.enter("A first question, long enough for some pages", "and an answer")
-    said = len(desk.session.conversation.token_ids)
-    _, err = desk.enter("And?", "More.")
+def test_the_second_turn_finds_the_first_in_the_cache(terminal):
+    terminal.enter("A first question, long enough for some pages", "and an answer")
+    said = len(terminal.session.conversation.token_ids)
+    _, err = terminal.enter("And?", "More.")
     assert f"(cached {(said - 1) // 16 * 16})" in err
 
 
-def test_characters_of_many_tokens_come_out_whole(desk):
+def test_characters_of_several_tokens_are_shown_whole(terminal):
     pieces = []
-    desk.session.terminal.say = pieces.append
-    desk.enter("Hi", "日本 🎉")
+    terminal.session.terminal.say = pieces.append
+    terminal.enter("Hi", "日本 🎉")
     assert pieces == ["日", "本", " ", "🎉", "\n"]
 
 
@@ -73,7 +75,7 @@ def test_control_characters_of_a_model_do_not_reach_a_terminal():
 
 
 @pytest.mark.parametrize("name, value", [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_colour_only_where_it_is_welcome(monkeypatch, name, value):
+def test_no_color_and_a_dumb_terminal_turn_colour_off(monkeypatch, name, value):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     err = Tty()
@@ -85,16 +87,16 @@ def test_colour_only_where_it_is_welcome(monkeypatch, name, value):
     assert err.getvalue() == "error: what\n"
 
 
-def test_a_model_whose_numbers_are_not_finite_is_one_error_line(desk):
-    desk.llm.model.forward = lambda batch, pool: torch.full((len(batch.logit_rows), VOCABULARY), float("nan"))
-    out, err = desk.enter("Hi")
-    assert out == "" and desk.said == []
+def test_logits_that_are_not_finite_are_one_error_line(terminal):
+    terminal.llm.model.forward = lambda batch, pool: torch.full((len(batch.logit_rows), VOCABULARY), float("nan"))
+    out, err = terminal.enter("Hi")
+    assert out == "" and terminal.said == []
     assert err.startswith("error: ") and "logits are not finite" in err and err.count("\n") == 1
 
 
-def press_at(desk: Desk, *steps: int) -> None:
+def press_at(terminal: FakeTerminal, *steps: int) -> None:
     """Ctrl-C in the middle of these steps."""
-    desk.llm.model.before_step = lambda step: step in steps and signal.raise_signal(signal.SIGINT)
+    terminal.llm.model.before_step = lambda step: step in steps and signal.raise_signal(signal.SIGINT)
 
 
 @pytest.fixture
@@ -102,27 +104,27 @@ def no_grace(monkeypatch):
     monkeypatch.setattr(turn_module, "SAME_GENERATION_S", 0.0)
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(desk, no_grace):
-    press_at(desk, 3)
-    out, err = desk.enter("Hi", "abcdef")
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(terminal, no_grace):
+    press_at(terminal, 3)
+    out, err = terminal.enter("Hi", "abcdef")
     assert out == "abc\n" and err.startswith("^C after 3 tok · ")
-    assert desk.said == [("user", "Hi"), ("assistant", "abc")]
-    press_at(desk)
-    out, err = desk.enter("Go on", "def")
+    assert terminal.said == [("user", "Hi"), ("assistant", "abc")]
+    press_at(terminal)
+    out, err = terminal.enter("Go on", "def")
     assert out == "def\n" and "(cached 16)" in err
-    assert desk.said[-1] == ("assistant", "def")
+    assert terminal.said[-1] == ("assistant", "def")
 
 
-def test_ctrl_c_stops_between_the_chunks_of_a_long_prompt(desk, no_grace):
-    press_at(desk, 2)
-    out, err = desk.enter("x" * 300, "never said")
+def test_ctrl_c_stops_between_the_chunks_of_a_long_prompt(terminal, no_grace):
+    press_at(terminal, 2)
+    out, err = terminal.enter("x" * 300, "never said")
     assert out == "\n" and err.startswith("^C after 0 tok · prompt ") and "KV 128 tok" in err
-    assert desk.said == [("user", "x" * 300), ("assistant", "")]
-    press_at(desk)
-    assert desk.enter("/regen", "now")[0] == "now\n"
+    assert terminal.said == [("user", "x" * 300), ("assistant", "")]
+    press_at(terminal)
+    assert terminal.enter("/regen", "now")[0] == "now\n"
 
 
-def test_a_second_ctrl_c_leaves_with_130(desk, no_grace, monkeypatch):
+def test_a_second_ctrl_c_leaves_with_130(terminal, no_grace, monkeypatch):
     class Left(BaseException):
         pass
 
@@ -130,54 +132,54 @@ def test_a_second_ctrl_c_leaves_with_130(desk, no_grace, monkeypatch):
         raise Left(code)
 
     monkeypatch.setattr(os, "_exit", leave)
-    desk.llm.model.before_step = lambda step: step == 2 and [signal.raise_signal(signal.SIGINT) for _ in range(2)]
-    desk.llm.model.will_say("abcdef")
+    terminal.llm.model.before_step = lambda step: step == 2 and [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    terminal.llm.model.will_say("abcdef")
     with pytest.raises(Left, match="130"):
-        desk.session.handle("Hi")
+        terminal.session.handle("Hi")
 
 
-def test_the_prompt_comes_back_only_when_a_double_press_is_over(desk, monkeypatch):
+def test_the_prompt_returns_only_after_the_time_of_a_double_press(terminal, monkeypatch):
     monkeypatch.setattr(turn_module, "SAME_GENERATION_S", 0.2)
-    press_at(desk, 1)
+    press_at(terminal, 1)
     began = time.perf_counter()
-    desk.enter("Hi", "abc")
+    terminal.enter("Hi", "abc")
     assert time.perf_counter() - began >= 0.2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_step_that_fails_costs_one_answer_and_nothing_else(desk):
-    desk.enter("One", "1")
+def test_a_failed_step_costs_one_answer_and_nothing_else(terminal):
+    terminal.enter("One", "1")
 
     def fail(step):
         raise ValueError("broken kernel")
 
-    desk.llm.model.before_step = fail
-    out, err = desk.enter("Two", "2")
+    terminal.llm.model.before_step = fail
+    out, err = terminal.enter("Two", "2")
     assert out == "" and err == "error: the engine could not finish this answer: ValueError: broken kernel\n"
-    desk.llm.model.before_step = lambda step: None
-    assert desk.said == [("user", "One"), ("assistant", "1")]
-    assert desk.enter("Three", "3")[0] == "3\n"
+    terminal.llm.model.before_step = lambda step: None
+    assert terminal.said == [("user", "One"), ("assistant", "1")]
+    assert terminal.enter("Three", "3")[0] == "3\n"
 
 
-def test_a_full_context_is_told_and_nothing_is_lost():
-    desk = Desk(ScriptedLLM(max_positions=100))
-    desk.enter("Hi", "yes")
-    before = desk.said
-    _, err = desk.enter("x" * 100)
+def test_a_full_context_is_one_error_line_and_nothing_is_lost():
+    terminal = FakeTerminal(ScriptedLLM(max_positions=100))
+    terminal.enter("Hi", "yes")
+    before = terminal.said
+    _, err = terminal.enter("x" * 100)
     assert err.startswith("error: the context is full: ") and "/clear" in err and err.count("\n") == 1
-    assert desk.said == before
-    assert desk.enter("Hm", "ok")[0] == "ok\n"
+    assert terminal.said == before
+    assert terminal.enter("Hm", "ok")[0] == "ok\n"
 
 
 def test_an_answer_that_fills_the_context_says_so():
-    desk = Desk(ScriptedLLM(max_positions=60))
-    out, err = desk.enter("Hi", "a" * 100)
+    terminal = FakeTerminal(ScriptedLLM(max_positions=60))
+    out, err = terminal.enter("Hi", "a" * 100)
     assert len(out) > 10 and "cut: context full" in err and "the context is full: /clear" in err
 
 
-def test_an_answer_cut_at_max_tokens_says_so(desk):
-    desk.enter("/set max_tokens 3")
-    assert desk.enter("Hi", "abcdef")[1].endswith(" · cut at max_tokens 3\n")
+def test_an_answer_cut_at_max_tokens_says_so(terminal):
+    terminal.enter("/set max_tokens 3")
+    assert terminal.enter("Hi", "abcdef")[1].endswith(" · cut at max_tokens 3\n")
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -213,11 +215,11 @@ def read_lines(monkeypatch, *lines: str) -> list[str | None]:
         (['"""', "/etc/passwd", '"""'], ["//etc/passwd"]),
     ],
 )
-def test_blocks_are_put_together(monkeypatch, lines, messages):
+def test_the_lines_of_a_block_become_one_message(monkeypatch, lines, messages):
     assert read_lines(monkeypatch, *lines) == messages
 
 
-def test_ctrl_d_inside_a_block_takes_the_block_back_and_does_not_leave(monkeypatch):
+def test_ctrl_d_inside_a_block_drops_the_block_and_stays(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         read_lines(monkeypatch, '"""', "a")
 
@@ -324,7 +326,7 @@ def test_a_wrong_option_is_a_usage_error(command, options, complaint):
     assert result.exit_code == 2 and complaint in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_a_model_that_is_not_there_is_one_error_line():
+def test_an_unknown_model_is_one_error_line():
     result = CliRunner().invoke(main, ["chat", "no-such-model", "-p", "Hi"])
     assert result.exit_code == 1 and result.stderr.count("\n") == 1 and "no-such-model" in result.stderr
 
@@ -336,7 +338,7 @@ def test_ctrl_c_in_a_one_shot_answer_exits_130(command, no_grace):
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
-def test_a_step_that_fails_shows_its_traceback_only_where_it_is_asked_for(debug):
+def test_a_failed_step_shows_its_traceback_only_with_debug(debug):
     program = """if True:
         from nanokv.cli.main import main
         from nanokv.models.decoder import Decoder
@@ -355,7 +357,7 @@ def test_a_step_that_fails_shows_its_traceback_only_where_it_is_asked_for(debug)
     assert ("Traceback" in result.stderr) == bool(debug)
 
 
-def test_nothing_pulled_means_the_default_is_pulled(monkeypatch, tmp_path):
+def test_the_default_model_is_pulled_where_it_is_missing(monkeypatch, tmp_path):
     pulled = []
     monkeypatch.setenv("NANOKV_HOME", str(tmp_path))
     monkeypatch.setattr("nanokv.hub.pull.pull", lambda what, **options: pulled.append(what) or tmp_path)
@@ -364,7 +366,7 @@ def test_nothing_pulled_means_the_default_is_pulled(monkeypatch, tmp_path):
     assert result.exit_code == 1  # the mock pulled nothing, and the folder says so
 
 
-def test_help_waits_for_no_heavy_import():
+def test_help_imports_nothing_heavy():
     code = (
         "import sys; from nanokv.cli.main import main\n"
         "try: main(['chat', '--help'])\n"

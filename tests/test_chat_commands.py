@@ -1,4 +1,4 @@
-"""What may be done between two answers: slash commands, settings, saved chats, the drawing of the cache."""
+"""Between two answers: slash commands, settings, saved chats, the drawing of the cache."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import random
 from array import array
 
 import pytest
-from chat_desk import Desk
+from fake_terminal import FakeTerminal
 
 from nanokv import SamplingParams
 from nanokv.cache.radix import RadixTree
@@ -17,91 +17,91 @@ from nanokv.core.errors import CheckpointError, RequestError
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk()
+def terminal() -> FakeTerminal:
+    return FakeTerminal()
 
 
 # ---- slash commands -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("line, near", [("/claer", "/clear"), ("/sho", "/show"), ("/Bye", "/bye"), ("/xyzzy", None)])
-def test_an_unknown_command_is_one_error_line_and_no_message(desk, line, near):
-    out, err = desk.enter(line)
+def test_an_unknown_command_is_one_error_line_and_no_message(terminal, line, near):
+    out, err = terminal.enter(line)
     assert out == "" and err.startswith(f"error: unknown command {line}") and err.count("\n") == 1
     assert (f"did you mean {near}?" in err) if near else ("did you mean" not in err)
-    assert desk.said == [] and not desk.session.leaving
+    assert terminal.said == [] and not terminal.session.leaving
 
 
-def test_two_slashes_send_a_literal_one(desk):
-    desk.enter("//etc/passwd is what?", "A file.")
-    assert desk.said[0] == ("user", "/etc/passwd is what?")
+def test_two_slashes_send_a_literal_one(terminal):
+    terminal.enter("//etc/passwd is what?", "A file.")
+    assert terminal.said[0] == ("user", "/etc/passwd is what?")
 
 
-def test_empty_lines_are_nothing(desk):
-    assert desk.enter("") == desk.enter("   ") == ("", "")
+def test_empty_lines_do_nothing(terminal):
+    assert terminal.enter("") == terminal.enter("   ") == ("", "")
 
 
-def test_every_command_has_help_and_aliases_share_it(desk):
-    out, _ = desk.enter("/?")
+def test_every_command_has_help_and_aliases_share_it(terminal):
+    out, _ = terminal.enter("/?")
     for name in COMMANDS:
         assert name in out
-        out += desk.enter(f"/? {name[1:]}")[0]
-    out += desk.enter("/show")[0]
+        out += terminal.enter(f"/? {name[1:]}")[0]
+    out += terminal.enter("/show")[0]
     assert all(len(line) <= 80 or " tok/s · " in line for line in out.splitlines())
-    assert desk.enter("/help set") == desk.enter("/? /set")
-    assert "did you mean /clear" in desk.enter("/? claer")[1]
+    assert terminal.enter("/help set") == terminal.enter("/? /set")
+    assert "did you mean /clear" in terminal.enter("/? claer")[1]
 
 
 @pytest.mark.parametrize("line", ["/bye", "/exit", "/quit"])
-def test_leaving(desk, line):
-    desk.enter(line)
-    assert desk.session.leaving
+def test_bye_and_its_aliases_leave(terminal, line):
+    terminal.enter(line)
+    assert terminal.session.leaving
 
 
-def test_undo_takes_turns_back_one_by_one(desk):
-    desk.enter("One", "1")
-    desk.enter("Two", "2")
-    assert desk.enter("/undo")[1] == "last turn taken back; 1 turn left\n"
-    assert desk.said == [("user", "One"), ("assistant", "1")]
-    desk.enter("/undo")
-    assert desk.said == []
-    assert desk.enter("/undo")[1].startswith("error: nothing to undo")
+def test_undo_takes_turns_back_one_by_one(terminal):
+    terminal.enter("One", "1")
+    terminal.enter("Two", "2")
+    assert terminal.enter("/undo")[1] == "last turn removed; 1 turn left\n"
+    assert terminal.said == [("user", "One"), ("assistant", "1")]
+    terminal.enter("/undo")
+    assert terminal.said == []
+    assert terminal.enter("/undo")[1].startswith("error: nothing to undo")
 
 
-def test_regen_answers_again_from_the_cache(desk):
-    assert "nothing to answer again" in desk.enter("/regen")[1]
-    desk.enter("One", "1")
-    desk.enter("Two", "2")
-    desk.enter("/undo")
-    out, err = desk.enter("/regen", "uno")
+def test_regen_answers_again_from_the_cache(terminal):
+    assert "nothing to answer again" in terminal.enter("/regen")[1]
+    terminal.enter("One", "1")
+    terminal.enter("Two", "2")
+    terminal.enter("/undo")
+    out, err = terminal.enter("/regen", "uno")
     assert out == "uno\n" and "(cached 16)" in err
-    assert desk.said == [("user", "One"), ("assistant", "uno")]
+    assert terminal.said == [("user", "One"), ("assistant", "uno")]
 
 
-def test_a_regen_that_fails_keeps_the_old_answer(desk):
-    desk.enter("One", "1")
-    desk.session.params = SamplingParams(max_tokens=0)
-    assert "max_tokens=0" in desk.enter("/regen", "never")[1]
-    assert desk.said == [("user", "One"), ("assistant", "1")]
+def test_a_regen_that_fails_keeps_the_old_answer(terminal):
+    terminal.enter("One", "1")
+    terminal.session.params = SamplingParams(max_tokens=0)
+    assert "max_tokens=0" in terminal.enter("/regen", "never")[1]
+    assert terminal.said == [("user", "One"), ("assistant", "1")]
 
 
 def test_clear_keeps_the_system_message_and_its_pages():
-    desk = Desk(system="You are a patient and very thorough teacher of arithmetic.")
-    desk.enter("One", "1")
-    desk.enter("/clear")
-    assert desk.said == [("system", "You are a patient and very thorough teacher of arithmetic.")]
-    _, err = desk.enter("Two", "2")
+    terminal = FakeTerminal(system="You are a patient and very thorough teacher of arithmetic.")
+    terminal.enter("One", "1")
+    terminal.enter("/clear")
+    assert terminal.said == [("system", "You are a patient and very thorough teacher of arithmetic.")]
+    _, err = terminal.enter("Two", "2")
     assert "(cached 64)" in err
 
 
-def test_another_system_message_changes_the_conversation_so_far(desk):
-    desk.enter("One", "1")
-    desk.enter("/set system You are terse.")
-    assert desk.said[0] == ("system", "You are terse.")
-    desk.enter("/regen", "2")
-    assert desk.said[1:] == [("user", "One"), ("assistant", "2")]
-    desk.enter("/set system none")
-    assert desk.session.conversation.system is None
+def test_another_system_message_changes_the_conversation_so_far(terminal):
+    terminal.enter("One", "1")
+    terminal.enter("/set system You are terse.")
+    assert terminal.said[0] == ("system", "You are terse.")
+    terminal.enter("/regen", "2")
+    assert terminal.said[1:] == [("user", "One"), ("assistant", "2")]
+    terminal.enter("/set system none")
+    assert terminal.session.conversation.system is None
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,9 @@ def test_another_system_message_changes_the_conversation_so_far(desk):
         ("/set stop none", "stop", ()),
     ],
 )
-def test_set(desk, line, name, value):
-    assert desk.enter(line)[1].startswith(f"{name} = ")
-    assert getattr(desk.session.params, name) == value
+def test_set_changes_one_parameter(terminal, line, name, value):
+    assert terminal.enter(line)[1].startswith(f"{name} = ")
+    assert getattr(terminal.session.params, name) == value
 
 
 @pytest.mark.parametrize(
@@ -143,48 +143,48 @@ def test_set(desk, line, name, value):
         ("/save", "usage: /save FILE"),
     ],
 )
-def test_a_bad_argument_is_one_error_line_and_changes_nothing(desk, line, complaint):
-    before = desk.session.params
-    _, err = desk.enter(line)
+def test_a_bad_argument_is_one_error_line_and_changes_nothing(terminal, line, complaint):
+    before = terminal.session.params
+    _, err = terminal.enter(line)
     assert err.startswith(f"error: {complaint}") and err.count("\n") == 1
-    assert desk.session.params == before
+    assert terminal.session.params == before
 
 
-def test_show(desk):
-    out, _ = desk.enter("/show")
+def test_show_prints_model_parameters_and_messages(terminal):
+    out, _ = terminal.enter("/show")
     for expected in ("scripted, 1 layers", "float32 on cpu", "1,024 tokens", "temperature", "system"):
         assert expected in out
-    assert desk.enter("/set")[0] == desk.enter("/show params")[0]
-    desk.enter("One", "1")
-    assert desk.enter("/show messages")[0] == "[user] One\n[assistant] 1\n"
+    assert terminal.enter("/set")[0] == terminal.enter("/show params")[0]
+    terminal.enter("One", "1")
+    assert terminal.enter("/show messages")[0] == "[user] One\n[assistant] 1\n"
 
 
-def test_stats_can_be_switched_off(desk):
-    desk.enter("/stats off")
-    assert desk.enter("Hi", "Hello")[1] == ""
-    desk.enter("/stats on")
-    assert "tok" in desk.enter("Hi", "Hello")[1]
+def test_stats_can_be_switched_off(terminal):
+    terminal.enter("/stats off")
+    assert terminal.enter("Hi", "Hello")[1] == ""
+    terminal.enter("/stats on")
+    assert "tok" in terminal.enter("Hi", "Hello")[1]
 
 
-def test_a_file_goes_out_before_the_next_message(desk, tmp_path):
+def test_the_text_of_read_precedes_the_next_message(terminal, tmp_path):
     (tmp_path / "notes.txt").write_text("Line of notes.", encoding="utf-8")
-    assert "14 tokens" in desk.enter(f"/read {tmp_path / 'notes.txt'}")[1]
-    desk.enter("What does it say?", "Notes.")
-    desk.enter("And now?", "Nothing.")
-    assert [text for role, text in desk.said if role == "user"] == [
+    assert "14 tokens" in terminal.enter(f"/read {tmp_path / 'notes.txt'}")[1]
+    terminal.enter("What does it say?", "Notes.")
+    terminal.enter("And now?", "Nothing.")
+    assert [text for role, text in terminal.said if role == "user"] == [
         "Line of notes.\n\nWhat does it say?",
         "And now?",
     ]
 
 
-def test_a_file_that_cannot_be_read_is_one_error_line(desk, tmp_path):
+def test_a_file_that_cannot_be_read_is_one_error_line(terminal, tmp_path):
     (tmp_path / "bad").write_bytes(b"ab\xff")
     (tmp_path / "empty").write_bytes(b" \n")
-    assert "not valid UTF-8 at byte 2" in desk.enter(f"/read {tmp_path / 'bad'}")[1]
-    assert "the file is empty" in desk.enter(f"/read {tmp_path / 'empty'}")[1]
-    assert "No such file" in desk.enter(f"/read {tmp_path / 'none'}")[1]
-    assert "Is a directory" in desk.enter(f"/read {tmp_path}")[1]
-    assert desk.session.attached == []
+    assert "not valid UTF-8 at byte 2" in terminal.enter(f"/read {tmp_path / 'bad'}")[1]
+    assert "the file is empty" in terminal.enter(f"/read {tmp_path / 'empty'}")[1]
+    assert "No such file" in terminal.enter(f"/read {tmp_path / 'none'}")[1]
+    assert "Is a directory" in terminal.enter(f"/read {tmp_path}")[1]
+    assert terminal.session.attached == []
 
 
 def test_the_tab_key_completes_commands_names_and_paths(tmp_path, monkeypatch):
@@ -200,27 +200,27 @@ def test_the_tab_key_completes_commands_names_and_paths(tmp_path, monkeypatch):
 # ---- files --------------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_chat_goes_on_where_it_stopped(desk, tmp_path):
+def test_a_loaded_chat_continues_where_it_was_saved(terminal, tmp_path):
     path = tmp_path / "chat.json"
-    desk.enter("/set system Be kind.")
-    desk.enter("/set stop END")
-    desk.enter("One", "1 🎉")
-    assert desk.enter(f"/save {path}")[1] == f"saved to {path}\n"
-    other = Desk()
+    terminal.enter("/set system Be kind.")
+    terminal.enter("/set stop END")
+    terminal.enter("One", "1 🎉")
+    assert terminal.enter(f"/save {path}")[1] == f"saved to {path}\n"
+    other = FakeTerminal()
     assert other.enter(f"/load {path}")[1] == f"loaded 1 turn from {path}\n"
-    assert other.said == desk.said and other.session.params == desk.session.params
+    assert other.said == terminal.said and other.session.params == terminal.session.params
     assert other.enter("/regen", "2")[0] == "2\n"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_save_overwrites_only_when_told(desk, tmp_path):
+def test_only_save_with_a_bang_overwrites(terminal, tmp_path):
     path = tmp_path / "chat.json"
     path.write_text("precious")
-    assert f"exists already; /save! {path} overwrites it" in desk.enter(f"/save {path}")[1]
+    assert f"exists already; /save! {path} overwrites it" in terminal.enter(f"/save {path}")[1]
     assert path.read_text() == "precious"
-    desk.enter(f"/save! {path}")
+    terminal.enter(f"/save! {path}")
     assert json.loads(path.read_text())["format"] == "nanokv-chat"
-    assert "No such file" in desk.enter(f"/save {tmp_path / 'no' / 'where'}")[1]
+    assert "No such file" in terminal.enter(f"/save {tmp_path / 'no' / 'where'}")[1]
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -240,8 +240,8 @@ def test_save_overwrites_only_when_told(desk, tmp_path):
         (lambda d: d["messages"].append("x"), "expected a message"),
     ],
 )
-def test_a_file_that_is_no_saved_chat_changes_nothing(desk, tmp_path, change, complaint):
-    desk.enter("One", "1")
+def test_an_invalid_saved_chat_changes_nothing(terminal, tmp_path, change, complaint):
+    terminal.enter("One", "1")
     document = {
         "format": "nanokv-chat",
         "version": 1,
@@ -252,13 +252,13 @@ def test_a_file_that_is_no_saved_chat_changes_nothing(desk, tmp_path, change, co
     change(document)
     path = tmp_path / "chat.json"
     path.write_text(json.dumps(document))
-    before = desk.session.params
-    _, err = desk.enter(f"/load {path}")
+    before = terminal.session.params
+    _, err = terminal.enter(f"/load {path}")
     assert err.startswith("error: ") and complaint in err and err.count("\n") == 1
-    assert desk.said == [("user", "One"), ("assistant", "1")] and desk.session.params == before
+    assert terminal.said == [("user", "One"), ("assistant", "1")] and terminal.session.params == before
 
 
-def test_a_file_that_is_not_json_is_told(tmp_path):
+def test_a_saved_chat_that_is_not_json_is_an_error(tmp_path):
     path = tmp_path / "chat.json"
     path.write_text("{")
     with pytest.raises(RequestError, match="not JSON"):
@@ -268,7 +268,7 @@ def test_a_file_that_is_not_json_is_told(tmp_path):
         load_chat(path)
 
 
-def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_file(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -291,7 +291,7 @@ def test_defaults_come_from_generation_config(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"temperature": "warm"}', '{"top_p": 3}'])
-def test_a_broken_generation_config_is_told(tmp_path, text):
+def test_a_broken_generation_config_is_an_error_that_names_it(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match="generation_config"):
         settings.model_defaults(tmp_path)
@@ -300,11 +300,11 @@ def test_a_broken_generation_config_is_told(tmp_path, text):
 # ---- drawing ------------------------------------------------------------------------------------------------------
 
 
-def test_cache_draws_pages_tree_and_pool(desk):
-    assert "0 tokens = 0 cached pages" in desk.enter("/cache")[0]
-    desk.enter("Tell me something about rivers and lakes", "The Nile is long.")
-    desk.enter("/regen", "A lake is a pool of water.")
-    out, _ = desk.enter("/cache")
+def test_cache_draws_pages_tree_and_pool(terminal):
+    assert "0 tokens = 0 cached pages" in terminal.enter("/cache")[0]
+    terminal.enter("Tell me something about rivers and lakes", "The Nile is long.")
+    terminal.enter("/regen", "A lake is a pool of water.")
+    out, _ = terminal.enter("/cache")
     assert "* shared with another branch of the tree" in out
     assert "in no page: the next turn computes them again" in out
     assert "prefix tree: 6 pages in 3 nodes" in out
@@ -317,7 +317,7 @@ def width(line: str) -> int:
     return sum(map(cache_view._columns, line))
 
 
-def test_drawing_fits_80_columns_whatever_the_tree():
+def test_a_drawing_of_any_tree_fits_80_columns():
     random_ = random.Random(0)
     tree, page = RadixTree(2), 0
     sequences = []
@@ -327,11 +327,11 @@ def test_drawing_fits_80_columns_whatever_the_tree():
         tokens = tokens[: len(tokens) // 2 * 2]
         sequences.append(tokens)
         blob = array("i", tokens).tobytes()
-        node, pages = tree.match(blob)
+        node, pages = tree.match_prefix(blob)
         tree.lock(node)
         fresh = array("i", range(page, page + len(tokens) // 2 - len(pages)))
         page += 10_000
-        node, _ = tree.extend(node, blob[len(pages) * 8 :], fresh)
+        node, _ = tree.insert(node, blob[len(pages) * 8 :], fresh)
         if random_.random() < 0.9:
             tree.unlock(node)
     for tokens in sequences:
@@ -351,23 +351,23 @@ def test_a_long_conversation_is_drawn_in_few_lines():
     assert len(lines) < 25 and any("more pages" in line for line in lines)
 
 
-def test_a_file_that_does_not_fit_is_refused_and_the_chat_goes_on(desk, tmp_path):
+def test_a_file_too_long_for_the_context_is_refused(terminal, tmp_path):
     (tmp_path / "long").write_text("x" * 2000)
-    assert "2,000 tokens; 1,023 more fit" in desk.enter(f"/read {tmp_path / 'long'}")[1]
+    assert "2,000 tokens; 1,023 more fit" in terminal.enter(f"/read {tmp_path / 'long'}")[1]
     (tmp_path / "nearly").write_text("x" * 1020)
-    desk.enter(f"/read {tmp_path / 'nearly'}")
-    assert "the files of /read are dropped" in desk.enter("and this")[1]
-    assert desk.enter("hello", "hi")[0] == "hi\n"
+    terminal.enter(f"/read {tmp_path / 'nearly'}")
+    assert "the files of /read are dropped" in terminal.enter("and this")[1]
+    assert terminal.enter("hello", "hi")[0] == "hi\n"
 
 
-def test_stats_alone_shows_what_the_engine_has_counted(desk):
-    assert "pages_total" in desk.enter("/stats")[0]
+def test_stats_alone_shows_the_engines_counters(terminal):
+    assert "pages_total" in terminal.enter("/stats")[0]
 
 
-def test_a_message_that_is_not_unicode_names_the_character(desk):
-    assert "not valid Unicode at character 4" in desk.enter("caf \udce9")[1]
+def test_a_message_that_is_not_unicode_names_the_character(terminal):
+    assert "not valid Unicode at character 4" in terminal.enter("caf \udce9")[1]
 
 
-def test_parameters_may_be_spelt_as_options(desk):
-    desk.enter("/set max-tokens 7")
-    assert desk.session.params.max_tokens == 7
+def test_parameters_may_be_spelt_as_options(terminal):
+    terminal.enter("/set max-tokens 7")
+    assert terminal.session.params.max_tokens == 7

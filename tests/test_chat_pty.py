@@ -1,4 +1,4 @@
-"""nanokv chat as people meet it: the real command and SmolLM2 in a pseudo-terminal."""
+"""nanokv chat as a user meets it: the real command and SmolLM2 in a pseudo-terminal."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 
 pexpect = pytest.importorskip("pexpect")
 
-PATIENCE = 120  # seconds; a machine may be slow, a hang is longer
+PATIENCE = 120  # seconds: long enough for a slow machine
 STATS = re.compile(
     r"(?P<tok>\d+) tok( · [\d.]+ tok/s)? · TTFT [\d.]+ m?s · prompt (?P<prompt>\d+) \(cached (?P<cached>\d+)\)"
     r" · KV \d+ tok / \d+ pages? / [\d.]+ [KMG]iB"
@@ -20,7 +20,7 @@ LONG = "Tell me a long story about a dragon, a river and a king."
 
 
 def hear_ctrl_c() -> None:
-    """A shell that runs the tests in the background has them ignore it, and what they start inherits that."""
+    """A shell makes background jobs ignore Ctrl-C, and their child processes inherit that. This undoes it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -55,17 +55,17 @@ class Chat:
         return self.process.match
 
     def prompt(self) -> str:
-        """What came before the next prompt, without readline's switches of the paste mode."""
+        """The output before the next prompt, without readline's switches of the paste mode."""
         self.expect(re.escape(">>> "))
         return re.sub(r"\x1b\[\?2004[hl]\r?", "", self.process.before)
 
     def enter(self, text: str) -> str:
-        """Type a line; what came until the next prompt, without the line itself."""
+        """Types a line. Returns the output until the next prompt, without the line itself."""
         self.process.sendline(text)
         return self.prompt().partition("\n")[2]
 
     def ask(self, text: str) -> re.Match:
-        """Type a line; the numbers of its answer."""
+        """Types a line. Returns the numbers of its answer."""
         shown = self.enter(text)
         numbers = STATS.search(shown)
         assert numbers, shown
@@ -92,7 +92,7 @@ def running(smollm2, home):
 
 @pytest.fixture
 def chat(running) -> Chat:
-    """The same process for most tests, each with a conversation of its own."""
+    """One process for most tests, with a new conversation for each."""
     running.enter("/clear")
     running.enter("/set max_tokens 12")
     return running
@@ -139,7 +139,7 @@ def test_a_block_of_several_lines_is_one_message(chat):
     assert "[user] First line\r\n\r\nlast line\r\n" in chat.enter("/show messages")
 
 
-def test_emoji_and_cjk_go_in_and_come_out_whole(chat):
+def test_emoji_and_cjk_are_read_and_shown_whole(chat):
     chat.enter("/set max_tokens 24")
     chat.ask("Repeat this text exactly, nothing else: 日本語 🎉 naïve")
     shown = chat.enter("/show messages")

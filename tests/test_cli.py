@@ -1,4 +1,4 @@
-"""The command group: help, exit codes, errors in one line, and what commands share."""
+"""The command group: help, exit codes, errors of one line, and the parts that commands share."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_every_command_has_help_with_an_example(command):
     assert "--debug" in result.stdout
 
 
-def test_help_and_version_wait_for_nothing_heavy():
+def test_help_and_version_import_nothing_heavy():
     code = (
         "import sys, nanokv.cli.main as m\n"
         "try: m.main(['--help'])\n"
@@ -50,7 +50,7 @@ def test_help_and_version_wait_for_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def test_the_version():
+def test_version_prints_the_version():
     result = run("--version")
     assert (result.exit_code, result.stdout) == (0, f"nanokv {nanokv.__version__}\n")
 
@@ -115,7 +115,7 @@ def test_an_interrupt_is_code_130(monkeypatch):
     assert (result.exit_code, result.stdout, result.stderr.strip()) == (130, "", "")
 
 
-def test_a_reader_that_leaves_is_no_error():
+def test_a_closed_pipe_is_no_error():
     command = [sys.executable, "-m", "nanokv.cli.main", "size", *["smollm2-135m-instruct"] * 1000]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     writer = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -130,7 +130,7 @@ def test_pull_prints_the_folder(smollm2):
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{smollm2}\n", "")
 
 
-def test_the_default_model_is_pulled_when_it_is_not_there(tmp_path, monkeypatch, smollm2):
+def test_the_default_model_is_pulled_where_it_is_missing(tmp_path, monkeypatch, smollm2):
     assert common.model_folder(None) == smollm2 == weights_dir() / "smollm2-135m-instruct"
     monkeypatch.setenv("NANOKV_HOME", str(tmp_path))
     pulled = []
@@ -156,7 +156,7 @@ def test_progress_shows_on_a_terminal_only(capfd):
     child.expect("done")
 
 
-def test_the_json_envelope_says_where_numbers_come_from(capsys):
+def test_the_json_envelope_names_command_version_and_hardware(capsys):
     common.emit_json("bench decode", "some-model", {"page_size": 16}, [{"output_tokens_per_s": 1.5}])
     value = json.loads(capsys.readouterr().out)
     assert list(value) == ["command", "version", "hardware", "model", "settings", "rows"]
@@ -173,7 +173,7 @@ def test_a_figure_without_matplotlib_says_what_to_install(monkeypatch):
         common.new_figure(1, 1)
 
 
-def test_bytes_for_people():
+def test_bytes_are_printed_in_binary_units():
     assert [common.binary(n) for n in (0, 1023, 1024, 5.6 * 2**20, 2**30, 2**41)] == [
         "0 B", "1023 B", "1.0 KiB", "5.6 MiB", "1.0 GiB", "2.0 TiB"
     ]  # fmt: skip

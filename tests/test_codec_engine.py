@@ -1,4 +1,4 @@
-"""Codecs through the engine: the exactness law for each of them, every family, forks, tails, and clear refusals."""
+"""Codecs through the engine: the exactness law for each of them, every family, forks, partial pages, refusals."""
 
 import oracles
 import pytest
@@ -94,7 +94,7 @@ def test_every_family_keeps_the_law_in_codes(family, codec):
 def test_decode_steps_are_padded_where_every_layer_can_be_recorded(wide, fields, are_padded):
     with LLM(wide, page_size=32, num_pages=16, graphs=True, **fields) as llm:
         assert (llm.engine.runner._graphs is not None) == are_padded
-        assert llm.engine.store.num_pages == 16 + are_padded  # the page of padding
+        assert len(llm.engine.store.pages) == 16 + are_padded  # the page of padding
         assert llm.stats()["pages_total"] == 16
 
 
@@ -166,8 +166,9 @@ def test_finer_codecs_are_closer_to_raw_and_the_order_is_that_of_their_errors(wi
     order = sorted(loss, key=loss.get)
     assert order == ["int8", "fp8", "tq4", "tqp4-orth", "tq3", "tqp4", "tq2"] or order[:3] == ["int8", "fp8", "tq4"]
     assert loss["fp8"] < loss["tq4"] / 5 and loss["tqp4-orth"] < loss["tqp4"]
-    native = divergence(raw, score("tq3", native_layers="first1"))
-    assert 0 < native < loss["tq3"]
+    mixed = score("tq3", native_layers="first1")
+    assert 0 < divergence(raw, mixed) < loss["tq3"]
+    assert torch.equal(score("tq3", unquantized_layers="first1"), mixed)
     assert torch.equal(score("tq3", native_layers="first1,last1"), raw)
 
 
@@ -188,7 +189,7 @@ def test_fast_prefill_reads_a_chunk_as_it_is(wide, codec):
         assert len(one) == len(fast.generate([text], LONG)[0].token_ids) == 20
 
 
-def test_centred_keys_keep_what_attention_computes_and_lose_less_of_biased_ones(tmp_path):
+def test_centered_keys_keep_what_attention_computes_and_lose_less_of_biased_ones(tmp_path):
     import safetensors.torch
 
     folder = oracles.llama(tmp_path, head_dim=64, attention_bias=True)
@@ -203,20 +204,20 @@ def test_centred_keys_keep_what_attention_computes_and_lose_less_of_biased_ones(
 
     def score(**fields) -> tuple[torch.Tensor, list[torch.Tensor]]:
         with LLM(folder, page_size=32, num_pages=16, **fields) as llm:
-            return llm.score(text), [centre.mean for centre in llm.engine.model.centres()]
+            return llm.score(text), [one.mean for one in llm.engine.model.key_means()]
 
     raw, _ = score()
     plain, _ = score(codec="tq4")
-    centred, means = score(codec="tq4", center_keys=True)
-    assert divergence(raw, centred) < divergence(raw, plain) / 4
+    centered, means = score(codec="tq4", center_keys=True)
+    assert divergence(raw, centered) < divergence(raw, plain) / 4
     again = score(codec="tq4", center_keys=True)[1]
     assert means and all(torch.equal(mean, other) for mean, other in zip(means, again, strict=True))
-    # Keys as they are, less a mean: the same softmax.
-    values_only, native = score(codec="raw/int8")[0], score(codec="raw/int8", center_keys=True)[0]
-    assert torch.allclose(values_only, native, atol=1e-2) and not torch.equal(values_only, native)
+    # Unquantized keys less a mean: the same softmax.
+    plain, centered = score(codec="raw/int8")[0], score(codec="raw/int8", center_keys=True)[0]
+    assert torch.allclose(plain, centered, atol=1e-2) and not torch.equal(plain, centered)
 
 
-# ---- tails of KIVI ------------------------------------------------------------------------------------------------
+# ---- partial pages of KIVI ----------------------------------------------------------------------------------------
 
 
 def test_a_request_of_kivi_starts_at_any_page_and_holds_one_state(wide):
@@ -231,7 +232,7 @@ def test_a_request_of_kivi_starts_at_any_page_and_holds_one_state(wide):
         )  # layers, sides, heads, tokens, numbers, bytes
 
 
-def test_tails_take_half_of_the_memory_at_most(wide):
+def test_partial_pages_take_half_of_the_memory_at_most(wide):
     with LLM(wide, codec="kivi2", page_size=32, kv_memory="1MiB") as llm:
         stats = llm.stats()
         assert stats["states_total"] * stats["state_bytes"] <= 2**19
@@ -252,6 +253,7 @@ def test_tails_take_half_of_the_memory_at_most(wide):
         ({"codec": "kivi4"}, "page_size=16: codec kivi4 makes a group of a page; allowed are 32 and 64"),
         ({"codec": "tq4", "native_layers": "some"}, "native_layers='some': expected such as 'first2,last2'"),
         ({"codec": "tq4", "native_layers": "last3"}, "native_layers='last3': this model has 2 layers with attention"),
+        ({"native_layers": "first1", "unquantized_layers": "first1"}, "are the same option: give one of them"),
         ({"codec": "tq4", "prefill": "slow"}, "prefill='slow': allowed are exact, fast"),
         ({"center_keys": True}, "center_keys=True: no layer of this model writes keys in codes"),
     ],
@@ -280,7 +282,7 @@ def test_latents_take_one_codec_that_is_good_for_values(tmp_path):
 
 
 def poison(llm: LLM, monkeypatch, position: int, value: float) -> None:
-    """The last layer's last value of whoever stands at `position` becomes `value`."""
+    """The last number of the last layer's value at `position` becomes `value`."""
     mixer, forward = llm.engine.model.layers[1].mixer, llm.engine.model.forward
     project, rows = mixer.qkv, []
 
@@ -338,7 +340,7 @@ def test_latents_that_no_scale_holds_end_their_request_only(at, tmp_path, monkey
             return latents, keys
 
         monkeypatch.setattr(LatentPages, "_compute", broken)
-        assert isinstance(mixer.pages, LatentPages)
+        assert isinstance(mixer.held.pages, LatentPages)
         well, ill = llm.generate(texts, GREEDY)
         assert (well.token_ids, ill.finish_reason) == (truth[0][0], "error")
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanokv.codecs import _SIDES, polarquant, tables
+from nanokv.codecs import _QUANTIZERS, tables
 from nanokv.codecs.basis import Basis, haar, sketch
 from nanokv.codecs.kivi import Groups
-from nanokv.codecs.side import TableSide
-from nanokv.codecs.turboquant_prod import ProdSide
+from nanokv.codecs.papers import polarquant
+from nanokv.codecs.papers.turboquant_prod import ProdQuantizer
+from nanokv.codecs.quantizer import TableQuantizer
 from nanokv.kernels import reference
 from nanokv.kernels.ops import AUTO
 from nanokv.kernels.planes import CodePlane
@@ -78,7 +79,7 @@ def test_a_basis_turns_back_what_it_turned():
     x = noise(5, 3, 64)
     for matrix in (haar(64), torch.cat((haar(64), sketch(64, 64, False) @ haar(64))), sketch(128, 64, True)):
         basis = Basis(matrix, CPU, AUTO)
-        assert torch.allclose(basis.back(basis.exactly(x)), x, atol=1e-4)
+        assert torch.allclose(basis.back(basis.solve(x)), x, atol=1e-4)
     assert torch.allclose(Basis(haar(64), CPU, AUTO).to(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
 
 
@@ -141,21 +142,21 @@ def test_products_of_turboquant_prod_are_unbiased_with_the_variance_of_theory(bi
     dim, draws, pairs = 64, 60, 400
     truth, estimates, errors = 0.0, 0.0, []
     for draw in range(draws):
-        monkeypatch.setattr("nanokv.codecs.turboquant_prod.haar", lambda d, s=draw: haar(d, 5000 + s))
+        monkeypatch.setattr("nanokv.codecs.papers.turboquant_prod.haar", lambda d, s=draw: haar(d, 5000 + s))
         matrix = sketch(dim, dim, orthogonal, seed=9000 + draw)
-        monkeypatch.setattr("nanokv.codecs.turboquant_prod.sketch", lambda *_, m=matrix: m)
+        monkeypatch.setattr("nanokv.codecs.papers.turboquant_prod.sketch", lambda *_, m=matrix: m)
         rotation = Basis(haar(dim, 5000 + draw), CPU, AUTO)
-        monkeypatch.setattr("nanokv.codecs.turboquant_prod.rotation", lambda *_, r=rotation: r)
-        monkeypatch.setattr("nanokv.codecs.turboquant_prod._basis", _fresh_basis)
-        coder = ProdSide("prod", bits, orthogonal).coder(dim, CPU)
+        monkeypatch.setattr("nanokv.codecs.papers.turboquant_prod.rotation", lambda *_, r=rotation: r)
+        monkeypatch.setattr("nanokv.codecs.papers.turboquant_prod._basis", _fresh_basis)
+        encoder = ProdQuantizer("prod", bits, orthogonal).encoder(dim, CPU)
         x = unit(noise(pairs, dim, seed=draw))
         across = noise(pairs, dim, seed=700 + draw)
         across = unit(across - (across * x).sum(-1, keepdim=True) * x)
-        s = coder.decode(*coder.encode(x))
-        errors.append((coder.basis.to(across) * s).sum(-1))  # the truth is 0
+        s = encoder.decode(*encoder.encode(x))
+        errors.append((encoder.basis.to(across) * s).sum(-1))  # the truth is 0
         for cos in (0.3, 0.7):
             y = cos * x + math.sqrt(1 - cos * cos) * across
-            estimates += (coder.basis.to(y) * s).sum().item()
+            estimates += (encoder.basis.to(y) * s).sum().item()
             truth += cos * pairs
     assert estimates / truth == pytest.approx(1, abs=0.01)
     rest = tables.distortion(bits - 1, dim) if bits > 1 else 1.0
@@ -164,14 +165,14 @@ def test_products_of_turboquant_prod_are_unbiased_with_the_variance_of_theory(bi
 
 
 def _fresh_basis(dim, orthogonal, device, ops):
-    from nanokv.codecs import turboquant_prod as prod
+    from nanokv.codecs.papers import turboquant_prod as prod
 
     rotation = prod.haar(dim)
     return Basis(torch.cat((rotation, prod.sketch(dim, dim, orthogonal) @ rotation)), device, ops)
 
 
 def test_one_bit_of_turboquant_prod_is_a_sketch_alone():
-    planes = ProdSide("prod", 1, False).planes("k", 1, 64, 16)
+    planes = ProdQuantizer("prod", 1, False).planes("k", 1, 64, 16)
     assert [plane.name for plane in planes] == ["k_signs", "k_scale", "k_rest"]
 
 
@@ -187,8 +188,8 @@ def test_the_angles_of_polarquant_and_its_error():
     expected = [[17.75, 36.32, 53.68, 72.25], [24.42, 38.64, 51.36, 65.58], [30.04, 40.45, 49.55, 59.96]]
     assert torch.allclose(torch.stack(degrees), torch.tensor(expected).double(), atol=0.02)
     x = unit(noise(20_000, 64))
-    coder = _SIDES["polar"].coder(64, CPU)
-    decoded = coder.basis.back(coder.decode(*coder.encode(x)))
+    encoder = _QUANTIZERS["polar"].encoder(64, CPU)
+    decoded = encoder.basis.back(encoder.decode(*encoder.encode(x)))
     assert (decoded - x).square().sum(-1).mean().item() == pytest.approx(0.0321, rel=0.02)
 
 
@@ -232,20 +233,21 @@ def test_byte_j_holds_coordinate_j_below_and_its_partner_of_the_other_half_above
 # ---- vectors that break careless code -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", _SIDES)
+@pytest.mark.parametrize("name", _QUANTIZERS)
 def test_zero_small_and_large_vectors_come_back(name):
     dim = 64
-    coder = _SIDES[name].coder(dim, CPU)
+    quantizer = _QUANTIZERS[name]
+    encoder = quantizer.encoder(dim, CPU)
     x = torch.stack(
         [torch.zeros(dim), unit(noise(dim)) * 1e-3, noise(dim), unit(noise(dim)) * 6e4, torch.full((dim,), 6e4)]
     )
     q = unit(noise(200, dim, seed=5))
-    back = (lambda s: s) if coder.basis is None else coder.basis.back
-    decoded = back(coder.decode(*coder.encode(x)))
+    back = (lambda s: s) if encoder.basis is None else encoder.basis.back
+    decoded = back(encoder.decode(*encoder.encode(x)))
     assert decoded.isfinite().all() and (decoded[0] == 0).all()
-    if _SIDES[name].is_sketch or isinstance(_SIDES[name], ProdSide):  # right on the average of products, only
-        queries = q if coder.basis is None else coder.basis.to(q)
-        error = (queries @ coder.decode(*coder.encode(x)).T - q @ x.T).square().mean(0).sqrt()
+    if quantizer.is_sketch or isinstance(quantizer, ProdQuantizer):  # right on the average of products, only
+        queries = q if encoder.basis is None else encoder.basis.to(q)
+        error = (queries @ encoder.decode(*encoder.encode(x)).T - q @ x.T).square().mean(0).sqrt()
         assert (error <= 0.3 * x.norm(dim=-1)).all()
     else:
         assert ((decoded - x).norm(dim=-1) <= 0.45 * x.norm(dim=-1)).all()
@@ -255,18 +257,18 @@ def test_zero_small_and_large_vectors_come_back(name):
 def test_a_dimension_need_not_be_a_power_of_two(dim):
     x = unit(noise(8000, dim))
     for bits in (2, 3, 4):
-        coder = _SIDES[f"tq{bits}"].coder(dim, CPU)
-        error = (coder.basis.back(coder.decode(*coder.encode(x))) - x).square().sum(-1).mean().item()
+        encoder = _QUANTIZERS[f"tq{bits}"].encoder(dim, CPU)
+        error = (encoder.basis.back(encoder.decode(*encoder.encode(x))) - x).square().sum(-1).mean().item()
         # A scale that keeps the length of each vector changes the error a little.
         assert 0.93 < error / tables.distortion(bits, dim) < 1.03
 
 
-@pytest.mark.parametrize("name", [name for name, side in _SIDES.items() if isinstance(side, TableSide)])
+@pytest.mark.parametrize("name", [name for name, one in _QUANTIZERS.items() if isinstance(one, TableQuantizer)])
 def test_more_bits_lose_less(name):
     limit = {"fp8": 9e-4, "int8": 6e-5, "int4": 0.016, "rot4": 0.0125, "tq4": 0.0095, "tq3": 0.0345, "tq2": 0.121}
     x = unit(noise(4000, 64))
-    coder = _SIDES[name].coder(64, CPU)
-    s = coder.decode(*coder.encode(x))
-    decoded = s if coder.basis is None else coder.basis.back(s)
+    encoder = _QUANTIZERS[name].encoder(64, CPU)
+    s = encoder.decode(*encoder.encode(x))
+    decoded = s if encoder.basis is None else encoder.basis.back(s)
     error = (decoded - x).square().sum(-1).mean().item()
     assert 0.5 * limit[name] < error < limit[name]

@@ -1,4 +1,4 @@
-"""Codecs in pages: what they cost, that pages hold what the arithmetic gives, and attention over what they hold."""
+"""Codecs in pages: their bytes, the codes they hold, and attention over them."""
 
 import math
 from dataclasses import replace
@@ -9,9 +9,9 @@ from harness import step_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanokv.codecs import _SIDES, NAMES, kivi, pages, resolve_codec
+from nanokv.codecs import _QUANTIZERS, NAMES, kivi, pages, resolve_codec
 from nanokv.codecs.pages import Heads
-from nanokv.codecs.side import TableSide
+from nanokv.codecs.quantizer import TableQuantizer
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import LayerSpec, PageLayout
 from nanokv.kernels import reference
@@ -43,11 +43,11 @@ def test_groups_of_64_halve_the_metadata_of_kivi():
     assert resolve_codec("kivi2", torch.bfloat16).spec(1, 128, 64).bytes_per_token == 80
 
 
-def test_native_layers_count_those_with_attention_from_both_ends():
+def test_unquantized_layers_count_those_with_attention_from_both_ends():
     attention = [3, 7, 11, 15]
     codec = resolve_codec("tq4", torch.float32, native_layers="first1,last2", layers=attention)
-    assert [codec.at(layer).is_raw for layer in attention] == [True, False, True, True]
-    assert resolve_codec("raw", torch.float32, native_layers="first1", layers=attention).is_raw
+    assert [codec.at(layer).name for layer in attention] == ["raw", "tq4", "raw", "raw"]
+    assert resolve_codec("raw", torch.float32, native_layers="first1", layers=attention).name == "raw"
 
 
 def test_every_name_makes_a_codec():
@@ -116,7 +116,7 @@ def test_neither_pages_nor_mates_change_a_row(name):
     assert torch.equal(moved, alone[0])
 
 
-@pytest.mark.parametrize("name", [*_SIDES, "kivi2", "kivi4"])
+@pytest.mark.parametrize("name", [*_QUANTIZERS, "kivi2", "kivi4"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2), (7, 1), (8, 1)])
 def test_attention_over_pages_is_attention_over_decoded_vectors(name, heads, kv_heads):
     """Groups of 1, 4, 7 and 8 queries; the last row of a page, the first of the next, and one in between."""
@@ -152,11 +152,11 @@ def decoded(name: str, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, 
             parts.append(torch.cat(((codes * step + low).reshape(full, *x.shape[1:]), x[full:])))
         return parts[0], parts[1]
     codec = resolve_codec(name, torch.float32)
-    coders = [side.coder(64, torch.device("cpu")) for side in (codec._k, codec._v)]
+    encoders = [one.encoder(64, torch.device("cpu")) for one in (codec._k, codec._v)]
     return tuple(
-        s if coder.basis is None else coder.basis.back(s)
-        for coder, x in zip(coders, (k, v), strict=True)
-        for s in [coder.decode(*coder.encode(x.contiguous()))]
+        s if encoder.basis is None else encoder.basis.back(s)
+        for encoder, x in zip(encoders, (k, v), strict=True)
+        for s in [encoder.decode(*encoder.encode(x.contiguous()))]
     )
 
 
@@ -187,13 +187,13 @@ def keys_of(kind: str) -> torch.Tensor:
     return k
 
 
-def loss(name: str, k: torch.Tensor, is_centred: bool = False) -> float:
+def loss(name: str, k: torch.Tensor, is_centered: bool = False) -> float:
     """Divergence of the weights of 64 queries over coded keys from those over the keys themselves."""
     q = torch.randn(64, 64, generator=torch.Generator().manual_seed(12))
-    coder = _SIDES[name].coder(64, torch.device("cpu"))
-    coded = k - k.mean(0) if is_centred else k
-    s = coder.decode(*coder.encode(coded))
-    turned = q if coder.basis is None else coder.basis.to(q)
+    encoder = _QUANTIZERS[name].encoder(64, torch.device("cpu"))
+    coded = k - k.mean(0) if is_centered else k
+    s = encoder.decode(*encoder.encode(coded))
+    turned = q if encoder.basis is None else encoder.basis.to(q)
     truth = (q @ k[:, 0].T / 8).log_softmax(-1)
     return (truth.exp() * (truth - (turned @ s[:, 0].T / 8).log_softmax(-1))).sum(-1).mean().item()
 
@@ -207,18 +207,18 @@ def test_more_bits_keep_attention_closer_and_a_sketch_of_the_rest_does_not_pay(k
         assert loss(f"tq{bits}", k) < loss(f"tqp{bits}-orth", k) < loss(f"tqp{bits}", k)
 
 
-def test_a_rotation_saves_keys_with_large_channels_and_centring_those_with_a_bias():
+def test_a_rotation_saves_keys_with_large_channels_and_centering_those_with_a_bias():
     outliers, biased = keys_of("outliers"), keys_of("biased")
     assert loss("tq4", outliers) < loss("int4", outliers) / 3
     assert loss("rot4", outliers) < loss("int4", outliers) / 3
-    assert loss("tq4", biased, is_centred=True) < loss("tq4", biased) / 5
-    assert loss("tq4", biased, is_centred=True) == pytest.approx(loss("tq4", keys_of("normal")), rel=0.5)
+    assert loss("tq4", biased, is_centered=True) < loss("tq4", biased) / 5
+    assert loss("tq4", biased, is_centered=True) == pytest.approx(loss("tq4", keys_of("normal")), rel=0.5)
 
 
 @pytest.mark.parametrize("name", ["tq4", "qjl", "raw/int8", "kivi4"])
 def test_keys_are_checked_as_they_are_written_without_their_mean(name):
     layer = Layer(name)
-    layer.pages.centre.mean = torch.full((3, 64), -4e4)
+    layer.pages.key_mean.mean = torch.full((3, 64), -4e4)
     qkv = heads_of(4)
     qkv[1, 6 * 64] = 6e4  # a float16 holds it, but not when it is 1e5 from the mean
     qkv[2, 6 * 64] = -1e5  # and this only there
@@ -272,5 +272,5 @@ def test_a_decode_step_is_recordable_where_no_size_depends_on_numbers(name, exac
     with SizesFromNumbers() as sizes:
         layer.attend(heads_of(2), {0: range(33, 34), 1: range(6, 7)}, TABLES)
     assert layer.pages.is_recordable == (not sizes.seen), sizes.seen
-    has_kernels = all(side == "raw" or isinstance(_SIDES.get(side), TableSide) for side in name.split("/"))
+    has_kernels = all(side == "raw" or isinstance(_QUANTIZERS.get(side), TableQuantizer) for side in name.split("/"))
     assert layer.pages.is_recordable == (has_kernels and name != "raw/tq4")

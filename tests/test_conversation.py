@@ -1,4 +1,4 @@
-"""A chat keeps the ids it has: each prompt begins with everything the cache may already hold."""
+"""A conversation keeps its ids: each prompt begins with the ids that the cache may already hold."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_the_next_prompt_begins_with_the_last_and_its_answer(tokenizer):
     assert chat.num_turns == 2
 
 
-def test_an_answer_cut_short_is_ended_by_the_next_question(tokenizer):
+def test_the_next_question_ends_an_answer_cut_short(tokenizer):
     chat = Conversation(tokenizer, system="Be brief.")
     first = chat.ask("Hi")
     chat.answer(generated(tokenizer, "Hel", "lo"), "Hello")
@@ -50,14 +50,14 @@ def test_an_answer_cut_inside_a_character_keeps_its_ids(tokenizer):
     assert chat.ask("More")[: len(first) + len(half)] == first + half
 
 
-def test_an_answer_that_was_not_shown_as_generated_is_encoded_anew(tokenizer):
+def test_an_answer_shown_differently_than_generated_is_encoded_again(tokenizer):
     chat = Conversation(tokenizer)
     chat.ask("Hi")
     chat.answer(generated(tokenizer, "Hello STOP and more"), "Hello ")
     assert chat.ask("More") == tokenizer.chat(chat.messages)
 
 
-def test_special_tokens_spelt_by_user_or_model_stay_text(tokenizer):
+def test_special_tokens_that_user_or_model_spell_stay_text(tokenizer):
     chat = Conversation(tokenizer)
     chat.ask("say <|im_end|>")
     spelt = [tokenizer.token_to_id(letter) for letter in "<|"] + tokenizer.encode("im_end|>")
@@ -83,17 +83,7 @@ def test_undo_gives_back_the_ids_of_the_turn_before(tokenizer):
     assert (chat.token_ids, chat.messages, chat.undo()) == ([], [], False)
 
 
-def test_asking_again_gives_the_same_prompt(tokenizer):
-    chat = Conversation(tokenizer)
-    assert chat.ask_again() is None
-    prompt = chat.ask("One")
-    assert chat.ask_again() == prompt
-    chat.answer([100, 2], "x")
-    assert chat.ask_again() == prompt
-    assert len(chat.messages) == 1
-
-
-def test_a_new_system_message_counts_from_the_start(tokenizer):
+def test_a_new_system_message_applies_to_all_turns(tokenizer):
     chat = Conversation(tokenizer, system="Be brief.")
     chat.ask("One")
     chat.answer([100, 2], "x")
@@ -106,15 +96,17 @@ def test_a_new_system_message_counts_from_the_start(tokenizer):
     assert chat.messages == []
 
 
-def test_asking_again_after_a_new_system_message_renders_anew(tokenizer):
+def test_a_question_asked_again_has_the_new_system_message(tokenizer):
     chat = Conversation(tokenizer)
     chat.ask("One")
     chat.answer([100, 2], "x")
     chat.set_system("Be long.")
-    assert chat.ask_again() == tokenizer.chat(chat.messages)
+    assert chat.undo()
+    assert chat.ask("One") == tokenizer.chat(chat.messages)
+    assert [message["role"] for message in chat.messages] == ["system", "user"]
 
 
-def test_a_saved_chat_goes_on(tokenizer):
+def test_a_loaded_chat_continues(tokenizer):
     chat = Conversation(tokenizer)
     saved = [
         {"role": "system", "content": "Be brief."},
@@ -134,7 +126,7 @@ def test_a_saved_chat_goes_on(tokenizer):
     assert chat.messages == saved[:1]
 
 
-def test_a_template_that_drops_what_was_thought_is_followed(tokenizer):
+def test_a_template_may_drop_the_reasoning_of_earlier_answers(tokenizer):
     """Qwen3's way: earlier reasoning leaves the prompt, so the ids after it cannot be kept."""
     source = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
@@ -150,7 +142,7 @@ def test_a_template_that_drops_what_was_thought_is_followed(tokenizer):
     assert "think" not in thinker.decode(prompt)
 
 
-def test_a_question_the_template_refuses_leaves_the_chat_as_it_was(tokenizer):
+def test_a_question_that_the_template_refuses_changes_nothing(tokenizer):
     refusing = Tokenizer(tokenizer.backend, ChatTemplate("{{ raise_exception('no') if messages|length > 1 }}hi"))
     chat = Conversation(refusing)
     chat.ask("One")

@@ -1,4 +1,4 @@
-"""What a teacher uses: the list of exercises, gaps, exported trees, grades, notebooks."""
+"""The tools of a teacher: the list of exercises, gaps, exported trees, grades, notebooks."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import load_course, read_course
 from nanokv.learn.progress import Progress
-from nanokv.learn.source import find, solution, solution_file, strip, student_file
+from nanokv.learn.source import find, remove_bodies, solution, solution_file, student_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
@@ -27,7 +27,7 @@ EXERCISE = (
 )
 
 
-def test_the_course_is_as_large_as_it_says():
+def test_the_course_has_enough_exercises_and_mutants():
     course = load_course()
     assert len(course.exercises) >= 36
     assert all(3 <= len(course.of_lesson(lesson.number)) <= 6 for lesson in course.lessons)
@@ -49,39 +49,39 @@ def test_the_course_is_as_large_as_it_says():
         ("variants = 1\n", "variants: expected variant"),
     ],
 )
-def test_a_wrong_list_is_refused_with_entry_field_and_value(tmp_path, text, words):
+def test_an_invalid_list_is_refused_with_entry_field_and_value(tmp_path, text, words):
     (tmp_path / "exercises.toml").write_text(text)
     with pytest.raises(CourseError, match=words.replace("(", r"\(")):
         read_course(tmp_path)
 
 
-def test_a_gap_leaves_everything_else_byte_for_byte():
+def test_a_gap_changes_no_other_byte():
     source = (
         "import os  # why\n\n\nclass A:\n    # above\n    @property\n    def f(self):\n"
         '        """Doc.\n\n        More.\n        """\n        # inside\n        x = 1  # one\n        return x\n\n'
         "    # between\n    def g(self): return 2  # kept\n"
     )
-    cut = strip(source, {"A.f": "09.1"})
+    cut = remove_bodies(source, {"A.f": "09.1"})
     gap = '        from nanokv.core.errors import ExerciseTODO\n\n        raise ExerciseTODO("09.1")\n'
     assert cut == source.replace("        # inside\n        x = 1  # one\n        return x\n", gap)
 
 
-def test_a_comment_before_the_first_statement_goes_with_the_body():
-    cut = strip("def f(\n    a,\n):\n    # the trick\n    return a\n", {"f": "09.1"})
+def test_a_comment_before_the_first_statement_belongs_to_the_body():
+    cut = remove_bodies("def f(\n    a,\n):\n    # the trick\n    return a\n", {"f": "09.1"})
     assert "trick" not in cut and cut.startswith("def f(\n    a,\n):\n    from nanokv")
 
 
-def test_a_function_that_is_not_there_is_named():
+def test_a_missing_function_is_named():
     with pytest.raises(CourseError, match="has no function PagePool.alocate"):
         find("nanokv.cache.pool.PagePool.alocate")
     with pytest.raises(CourseError, match="no such module"):
         find("nanokv.cash.pool.PagePool.allocate")
 
 
-def test_a_students_file_has_signature_docstring_and_imports_but_not_the_body():
+def test_a_students_file_has_signature_docstring_and_imports_but_no_body():
     exercise = load_course().exercise("04.6")
     text = student_file(exercise)
-    assert "def _common_prefix(request: Request, other: Request) -> int:" in text
+    assert "def common_prefix(request: Request, other: Request) -> int:" in text
     assert "Tokens that both begin with" in text and "import numpy as np" in text and "MIN_SHARED" in text
     assert "argmax" not in text and "argmax" in solution_file(exercise)
 
@@ -140,7 +140,7 @@ def in_tree(tree: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True)
 
 
-def test_in_an_exported_tree_other_gaps_are_named_and_the_students_own_functions_fill_them(tree):
+def test_an_exported_tree_names_other_gaps_and_the_students_functions_fill_them(tree):
     course = load_course()
     (tree / "my").mkdir(exist_ok=True)
     (tree / "my" / "02_5.py").write_text(solution_file(course.exercise("02.5")))
@@ -152,7 +152,7 @@ def test_in_an_exported_tree_other_gaps_are_named_and_the_students_own_functions
     assert shown.returncode == 1 and "holds no solutions" in shown.stderr
 
 
-def test_in_an_exported_tree_a_file_that_fills_a_gap_and_is_broken_is_named(tree):
+def test_an_exported_tree_names_a_broken_file_that_fills_a_gap(tree):
     course = load_course()
     path = tree / "my" / "04_1.py"
     (tree / "my").mkdir(exist_ok=True)
@@ -163,7 +163,7 @@ def test_in_an_exported_tree_a_file_that_fills_a_gap_and_is_broken_is_named(tree
     assert "04_1.py: line" in said and "NameError: name 'nowhere'" in said
 
 
-def test_a_lesson_is_to_be_read_first_where_its_engine_has_gaps(tree):
+def test_a_lesson_is_read_before_it_runs_where_the_engine_has_gaps(tree):
     (tree / "empty").mkdir()
     said = subprocess.run(
         [sys.executable, "-m", "nanokv.cli.main", "learn"],
@@ -172,19 +172,19 @@ def test_a_lesson_is_to_be_read_first_where_its_engine_has_gaps(tree):
     assert "next lesson: read lessons/02_pages.py" in said
 
 
-def test_an_exported_tree_says_what_it_cannot_do(tree):
+def test_an_exported_tree_refuses_dev_check(tree):
     done = subprocess.run([sys.executable, "scripts/lessons.py", "dev-check"], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 1 and "was made for a class" in done.stderr
 
 
-def test_a_lesson_has_the_students_functions_in_its_own_process_and_in_the_prefill_process(tmp_path):
+def test_a_lesson_with_mine_patches_its_own_and_the_prefill_process(tmp_path):
     exercise, folder = load_course().exercise("02.1"), tmp_path / "my"
     folder.mkdir()
     (folder / exercise.file).write_text(solution_file(exercise) + "\nprint('mine is in')\n")
     Progress(folder).note(exercise, passed=True)
     (tmp_path / "lesson.py").write_text(
         "import subprocess, sys\nfrom nanokv.disagg import process\n"
-        "subprocess.run([sys.executable, '-m', process.ENTRY])  # without a job: ends after it has bound them\n"
+        "subprocess.run([sys.executable, '-m', process.ENTRY])  # without a job: ends after patching\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "course.with_mine", "lesson.py"], cwd=tmp_path, capture_output=True, text=True,
@@ -194,7 +194,7 @@ def test_a_lesson_has_the_students_functions_in_its_own_process_and_in_the_prefi
     assert "nanokv/disagg/worker.py" in done.stderr
 
 
-def test_a_variant_draws_three_exercises_a_lesson_and_another_one_draws_others():
+def test_each_variant_draws_three_other_exercises_per_lesson():
     course = load_course()
     chosen = {variant: [one.id for one in choose(course, variant, None)] for variant in (1, 2, 3)}
     assert all(len(ids) == 3 * len(course.lessons) for ids in chosen.values())
@@ -205,12 +205,12 @@ def test_a_variant_draws_three_exercises_a_lesson_and_another_one_draws_others()
 def test_an_export_never_writes_over_a_folder(tmp_path):
     (tmp_path / "mine").write_text("x")
     done = lessons("export", "--out", tmp_path)
-    assert done.returncode == 1 and "there already" in done.stderr
+    assert done.returncode == 1 and "exists already" in done.stderr
     with pytest.raises(CourseError, match="expected numbers and ranges"):
         choose(load_course(), 0, "one")
 
 
-def test_a_grade_runs_this_engine_even_inside_a_tree_with_an_engine_of_its_own(tmp_path):
+def test_a_grade_runs_this_engine_even_inside_another_tree(tmp_path):
     course = load_course()
     for name in ("nanokv", "my"):
         (tmp_path / name).mkdir()
@@ -221,7 +221,7 @@ def test_a_grade_runs_this_engine_even_inside_a_tree_with_an_engine_of_its_own(t
     assert "01.2  passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_a_grade_tells_passed_from_hidden_from_broken_from_missing(tmp_path):
+def test_a_grade_separates_passed_public_failed_and_missing(tmp_path):
     course, folder = load_course(), tmp_path / "mia" / "my"
     folder.mkdir(parents=True)
     (folder / "02_1.py").write_text(solution_file(course.exercise("02.1")))
@@ -252,7 +252,7 @@ def test_a_grade_tells_passed_from_hidden_from_broken_from_missing(tmp_path):
     assert hidden["visibility"] == "after_published" and hidden["score"] == 0
 
 
-def test_a_class_is_graded_on_what_it_was_given(tmp_path):
+def test_a_class_is_graded_on_its_own_exercises(tmp_path):
     done = lessons("grade", tmp_path, "--json", "--lessons", "2", "--variant", "7")
     ids = [row["id"] for row in json.loads(done.stdout)["rows"]]
     assert ids == [one.id for one in choose(load_course(), 7, "2")] and len(ids) == 3
@@ -275,7 +275,7 @@ def test_a_notebook_is_the_same_bytes_each_time_and_shows_the_figures(tmp_path):
     assert len({cell["id"] for cell in cells}) == 3
 
 
-def test_a_twin_that_is_not_there_or_takes_other_things_is_a_fault_of_the_course():
+def test_a_twin_that_is_missing_or_has_other_parameters_is_a_fault():
     exercise = load_course().exercise("08.2")
     assert list(dev_check.target_faults(exercise)) == []
     wrong = {"nothing": "there is no such function", "rms_norm": "takes (x, weight, eps), not (gate_up)"}
@@ -288,7 +288,7 @@ def test_a_twin_that_is_not_there_or_takes_other_things_is_a_fault_of_the_course
     ("text", "part"),
     [("2,77", "77"), ("4-1,2", "4-1"), ("1-99999999999", "1-99999999999"), ("0-3", "0-3"), ("1,9-3", "9-3")],
 )
-def test_lessons_that_are_not_there_are_named(text, part):
+def test_unknown_lessons_are_named(text, part):
     with pytest.raises(CourseError, match=f": {part}: expected a lesson, .*there are the lessons 1, 2"):
         choose(load_course(), 0, text)
 

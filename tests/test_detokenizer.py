@@ -1,4 +1,4 @@
-"""The detokenizer: whole characters only, and in the end the same text as decoding everything at once."""
+"""The detokenizer: deltas are whole characters and add up to the text of decoding all ids at once."""
 
 import time
 
@@ -28,7 +28,7 @@ def deltas(tokenizer: Tokenizer, ids: list[int], skip_special: bool = True) -> l
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 @pytest.mark.parametrize("text", [*TEXTS, "กำลังทดสอบภาษาไทย", "👩‍🚀🧑🏿‍🤝‍🧑🏻", " leading", "a\ufffdb"])
-def test_a_text_comes_back_in_whole_characters(kind, text):
+def test_deltas_are_whole_characters_and_add_up_to_the_text(kind, text):
     tokenizer = _LOADED[kind]
     ids = tokenizer.encode(text)
     for skip in (True, False):
@@ -39,23 +39,23 @@ def test_a_text_comes_back_in_whole_characters(kind, text):
 
 @given(st.lists(st.integers(0, 49200) | st.integers(17, 300), max_size=60), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_any_ids_give_what_decoding_them_at_once_gives(ids, skip):
+def test_deltas_of_any_ids_add_up_to_decoding_them_at_once(ids, skip):
     tokenizer = _LOADED["bytes"]
     assert "".join(deltas(tokenizer, ids, skip)) == tokenizer.decode(ids, skip_special=skip)
 
 
 @given(st.text(max_size=30), st.integers(0, 3))
 @settings(max_examples=80, deadline=None)
-def test_pieces_cut_short_give_what_decoding_them_at_once_gives(text, cut):
+def test_deltas_of_truncated_pieces_add_up_to_decoding_them_at_once(text, cut):
     tokenizer = _LOADED["pieces"]
     ids = tokenizer.encode(text)
     ids = [1, *ids[: len(ids) - cut], 2]
-    # a run of bytes with a broken end is garbage as a whole to the library, also its beginning, shown long before
+    # the library decodes a run of bytes with a broken end as garbage, its beginning included, which was shown before
     if "\ufffd" not in tokenizer.decode(ids):
         assert "".join(deltas(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_a_truncated_character_shows_when_no_more_tokens_come():
+def test_a_truncated_character_is_shown_at_the_end():
     for kind in ("bytes", "pieces"):
         tokenizer = _LOADED[kind]
         ids = tokenizer.encode("hello 👍")[:-1]
@@ -64,14 +64,14 @@ def test_a_truncated_character_shows_when_no_more_tokens_come():
         assert pieces[-1] == tokenizer.decode(ids).removeprefix("hello ")
 
 
-def test_pieces_that_never_become_a_character_are_not_held_back_forever():
+def test_bytes_that_never_become_a_character_are_shown_after_a_while():
     tokenizer = _LOADED["pieces"]
     pieces = deltas(tokenizer, [3 + 0xFF] * 40)
     assert sum("\ufffd" in piece for piece in pieces) >= 4
     assert "".join(pieces) == "\ufffd" * 40
 
 
-def test_special_and_unknown_tokens_between_the_bytes_of_a_character_do_not_break_it():
+def test_special_and_unknown_tokens_inside_a_character_do_not_break_it():
     tokenizer = _LOADED["bytes"]
     first, *rest = tokenizer.encode("👍")
     assert "".join(deltas(tokenizer, [first, 2, 99999, *rest])) == "👍"

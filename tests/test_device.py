@@ -23,7 +23,7 @@ def fake_torch(monkeypatch, version="12.8", available=True, count=1, capability=
 
 
 def fake_probe(monkeypatch, adds) -> None:
-    monkeypatch.setitem(sys.modules, "nanokv.engine.triton_probe", SimpleNamespace(adds=adds))
+    monkeypatch.setitem(sys.modules, "nanokv.engine.check_triton", SimpleNamespace(adds=adds))
 
 
 def raising(error: Exception):
@@ -51,7 +51,7 @@ def test_what_torch_lacks_is_said_in_one_line(monkeypatch, found, words):
 
 def test_a_triton_that_is_missing_broken_or_wrong_is_said_in_one_line(monkeypatch):
     fake_torch(monkeypatch)
-    monkeypatch.setitem(sys.modules, "nanokv.engine.triton_probe", None)
+    monkeypatch.setitem(sys.modules, "nanokv.engine.check_triton", None)
     assert "cannot be imported" in cuda_obstacle(0)
     fake_probe(monkeypatch, raising(RuntimeError("Failed to find C compiler.\nPlease specify one")))
     assert cuda_obstacle(0) == "triton cannot compile a kernel (Failed to find C compiler.)"

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams, codecs
 from nanokv.core.errors import ConfigError
 from nanokv.core.request import Request, RequestOutput
-from nanokv.disagg import prefiller, split
+from nanokv.disagg import cluster
 from nanokv.disagg.channel import Channel, wait
 from nanokv.disagg.dispatcher import Dispatcher
-from nanokv.disagg.memory import SharedPool, map_pool
+from nanokv.disagg.granted_cache import GrantedCache, GrantedPages
 from nanokv.disagg.messages import (
     VERSION,
     Abort,
@@ -32,8 +32,8 @@ from nanokv.disagg.messages import (
     Done,
     Failed,
     Hello,
-    Memory,
     Ping,
+    PoolMemory,
     Prefill,
     ProtocolError,
     Sampling,
@@ -43,9 +43,9 @@ from nanokv.disagg.messages import (
     take_frames,
     unpack_ints,
 )
-from nanokv.disagg.pages import FixedPages, Given
-from nanokv.disagg.prefiller import PrefillLoop
-from nanokv.disagg.worker import Job, Model, refusal, run
+from nanokv.disagg.prefill_loop import PrefillLoop
+from nanokv.disagg.shared_buffer import SharedBuffer, map_pool
+from nanokv.disagg.worker import PrefillModel, WorkerSpec, refusal, run
 from nanokv.engine.engine import Engine
 
 LENGTHS = (1, 3, 17, 64, 130)
@@ -66,16 +66,16 @@ PARAMS = [
 class Thread:
     """A prefill worker as a thread of this process: a process of its own takes seconds to import torch."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         ours, theirs = socket.socketpair()
-        self.name, self.why, self.channel = job.name, None, Channel(ours)
+        self.name, self.why, self.channel = spec.name, None, Channel(ours)
         self._end, end = os.pipe()
-        self._thread = threading.Thread(target=self._run, args=(job, Channel(theirs), end))
+        self._thread = threading.Thread(target=self._run, args=(spec, Channel(theirs), end))
         self._thread.start()
 
-    def _run(self, job: Job, channel: Channel, end: int) -> None:
+    def _run(self, spec: WorkerSpec, channel: Channel, end: int) -> None:
         with contextlib.suppress(EOFError):
-            run(job, channel)
+            run(spec, channel)
         channel.close()
         os.close(end)
 
@@ -99,7 +99,7 @@ def test_every_family_answers_as_one_process_does(family, tmp_path, monkeypatch)
     """Greedy and sampled, several samples, log-probabilities, with hits and without."""
     family, _, in_a_process = family.partition(" ")
     if not in_a_process:
-        monkeypatch.setattr(split, "LocalWorker", Thread)
+        monkeypatch.setattr(cluster, "LocalWorker", Thread)
     folder = oracles.checkpoint(family, tmp_path)
     room = {"num_pages": 256, "num_states": 40, "debug_checks": True}
     with LLM(folder, **room) as llm:
@@ -121,7 +121,7 @@ def wide(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("codec", [*(name for name in codecs.NAMES if name != "raw"), "tq4/int8", "tq4 qwen3_next"])
 def test_every_codec_answers_as_one_process_does(codec, wide, tmp_path, monkeypatch):
-    monkeypatch.setattr(split, "LocalWorker", Thread)
+    monkeypatch.setattr(cluster, "LocalWorker", Thread)
     codec, _, family = codec.partition(" ")
     folder = oracles.checkpoint(family, tmp_path) if family else wide
     room = {"num_pages": 64, "page_size": 32, "num_states": 40, "codec": codec, "debug_checks": True}
@@ -136,7 +136,7 @@ def test_every_codec_answers_as_one_process_does(codec, wide, tmp_path, monkeypa
 
 
 def test_two_prefill_workers_share_the_work(tiny_llama, monkeypatch):
-    monkeypatch.setattr(split, "LocalWorker", Thread)
+    monkeypatch.setattr(cluster, "LocalWorker", Thread)
     batch = [oracles.prompt(100, seed=20 + i) for i in range(6)]
     greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     with LLM(tiny_llama, num_pages=128) as llm:
@@ -146,14 +146,14 @@ def test_two_prefill_workers_share_the_work(tiny_llama, monkeypatch):
         for prompt in batch:
             llm.engine.add_request(Request(prompt, greedy))
         llm.engine.step()
-        shares = [len(place.grants) for place in llm.engine.prefiller._places]
+        shares = [len(place.grants) for place in llm.cluster.dispatcher.workers.slots]
         assert shares == [3, 3] or sum(shares) < 6  # some are back already
         llm.reset_prefix_cache()
         assert [output.token_ids for output in llm.generate(batch, greedy)] == alone
 
 
 def test_short_suffixes_are_computed_here(tiny_llama, monkeypatch):
-    monkeypatch.setattr(split, "LocalWorker", Thread)
+    monkeypatch.setattr(cluster, "LocalWorker", Thread)
     greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
     with LLM(tiny_llama, disagg=DisaggConfig(min_tokens=50), num_pages=64) as llm:
         text = oracles.prompt(120, seed=1)
@@ -170,25 +170,25 @@ def test_short_suffixes_are_computed_here(tiny_llama, monkeypatch):
 @pytest.fixture
 def with_three_back(tiny_llama, monkeypatch):
     """An engine, three greedy prompts that have come back to it and were not looked at, and the right answers."""
-    monkeypatch.setattr(split, "LocalWorker", Thread)
+    monkeypatch.setattr(cluster, "LocalWorker", Thread)
     greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     texts = [oracles.prompt(100, seed=30 + i) for i in range(3)]
     with LLM(tiny_llama, num_pages=64) as llm:
         alone = [output.token_ids for output in llm.generate(texts, greedy)]
     with LLM(tiny_llama, disagg=DisaggConfig(), num_pages=64, debug_checks=True) as llm:
-        ids, dispatcher = [llm.engine.add_request(Request(text, greedy)) for text in texts], llm.engine.prefiller
+        ids, dispatcher = [llm.engine.add_request(Request(text, greedy)) for text in texts], llm.cluster.dispatcher
         with monkeypatch.context() as deaf:
             deaf.setattr(dispatcher, "_listen", lambda: None)
             llm.engine.step()
         while len(dispatcher._results) < 3:
-            dispatcher._select(0.05)
+            dispatcher.workers.select(0.05)
             dispatcher._listen()
         yield llm.engine, dict(zip(ids, alone, strict=True))
 
 
 def test_pages_behind_logits_that_are_not_finite_are_published_to_nobody(with_three_back):
     engine, alone = with_three_back
-    results = engine.prefiller._results
+    results = engine.transfers.connectors[0]._results
     results[0] = replace(results[0], tokens=(None,))
     first = results[0].request.request_id
     ends = finished(engine)
@@ -196,7 +196,7 @@ def test_pages_behind_logits_that_are_not_finite_are_published_to_nobody(with_th
     assert ill.finish_reason == "error" and "not finite" in ill.error
     assert all(ends[name].token_ids == alone[name] for name in ends)
     engine.cache.check()
-    assert engine.cache.tree.length(array("i", ill.prompt_token_ids).tobytes(), None) == 0
+    assert engine.cache.tree.prefix_length(array("i", ill.prompt_token_ids).tobytes(), None) == 0
 
 
 def finished(engine: Engine) -> dict[str, RequestOutput]:
@@ -211,9 +211,9 @@ def test_what_came_back_beside_a_result_that_fails_is_not_lost(with_three_back, 
     engine, alone = with_three_back
     adopt, first = engine.cache.adopt, next(iter(alone))
 
-    def failing(request):
+    def failing(request, num_tokens):
         monkeypatch.setattr(engine.cache, "adopt", adopt)
-        adopt(request)
+        adopt(request, num_tokens)
         raise failure("as the test wished")
 
     monkeypatch.setattr(engine.cache, "adopt", failing)
@@ -232,7 +232,7 @@ def test_what_came_back_beside_a_result_that_fails_is_not_lost(with_three_back, 
 @pytest.mark.parametrize("where", ["before the scheduler", "behind the scheduler"])
 def test_pages_of_an_aborted_request_come_back_though_ctrl_c_comes_with_them(with_three_back, monkeypatch, where):
     engine, alone = with_three_back
-    first = engine.prefiller._results[0].request.request_id
+    first = engine.transfers.connectors[0]._results[0].request.request_id
     engine.abort(first)
     owner, name = (engine.scheduler, "remove") if where == "before the scheduler" else (engine.cache, "release")
 
@@ -261,7 +261,7 @@ class Interrupted(dict):
 
 def test_a_result_that_ctrl_c_parts_from_its_grant_comes_back_once(played):
     dispatcher, stranger = played
-    (place,) = dispatcher._places
+    (place,) = dispatcher.workers.slots
     place.grants = Interrupted()
     answered(dispatcher, stranger, (5,))
     with pytest.raises(KeyboardInterrupt):
@@ -273,7 +273,7 @@ def test_a_result_that_ctrl_c_parts_from_its_grant_comes_back_once(played):
 
 def test_a_start_that_ctrl_c_interrupts_is_made_up_for(played, monkeypatch):
     dispatcher, stranger = played
-    (place,) = dispatcher._places
+    (place,) = dispatcher.workers.slots
     starts = iter([KeyboardInterrupt(), None])
 
     def start() -> Stranger:
@@ -288,28 +288,30 @@ def test_a_start_that_ctrl_c_interrupts_is_made_up_for(played, monkeypatch):
     assert place.peer is not None and place.peer is not stranger and place.state == "starting"
 
 
-@pytest.mark.parametrize("what", ["copy", "start"])
-def test_a_hand_over_that_fails_ends_what_it_was_for_and_nothing_else(tiny_llama, monkeypatch, what):
+@pytest.mark.parametrize("what", ["move", "start"])
+def test_a_transfer_that_fails_ends_what_it_was_for_and_nothing_else(tiny_llama, monkeypatch, what):
     """A step whose copies were not made is not run: its pages would hold other tokens than their request."""
-    monkeypatch.setattr(split, "LocalWorker", Thread)
+    monkeypatch.setattr(cluster, "LocalWorker", Thread)
     greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     long, short = oracles.prompt(100, seed=1), oracles.prompt(9, seed=2)
     with LLM(tiny_llama, disagg=DisaggConfig(), num_pages=64, debug_checks=True) as llm:
         engine, launched = llm.engine, []
         (alone,) = (output.token_ids for output in llm.generate([short], greedy))
-        run, owner = engine.runner.run, engine.runner if what == "copy" else engine.prefiller
+        run, owner = engine.runner.run, engine.runner if what == "move" else llm.cluster.dispatcher
 
         def failing(*arguments):
             monkeypatch.delattr(owner, what)
             raise RuntimeError("as the test wished")
 
         monkeypatch.setattr(owner, what, failing, raising=False)
-        monkeypatch.setattr(engine.runner, "run", lambda plan, late: launched.append(plan) or run(plan, late))
+        monkeypatch.setattr(
+            engine.runner, "run", lambda requests, late: launched.append(requests) or run(requests, late)
+        )
         ids = [engine.add_request(Request(text, greedy)) for text in (long, short)]
         outputs = engine.step()
         ends = {output.request_id: output for output in outputs if output.finish_reason is not None} | finished(engine)
         assert "as the test wished" in ends[ids[0]].error
-        if what == "copy":
+        if what == "move":
             assert not launched and "as the test wished" in ends[ids[1]].error
         else:
             assert ends[ids[1]].token_ids == alone
@@ -437,14 +439,15 @@ def test_numbers_that_no_codec_holds_fail_their_attempt_and_no_other(tiny_llama,
 
 def test_what_a_step_has_done_before_it_fails_is_told_and_the_rest_fails(tiny_llama, monkeypatch):
     with LLM(tiny_llama, num_pages=12, page_size=8) as llm:
-        loop, sample = PrefillLoop(llm.engine.model, llm.engine.store, llm.config, generation=7), prefiller.sample
+        loop = PrefillLoop(llm.engine.model, llm.engine.store, llm.config, generation=7)
+        append = loop.append
 
-        def failing(logits, requests, *arguments):
-            if requests[0].request_id == "2":
+        def failing(request, *arguments):
+            if request.request_id == "2":
                 raise RuntimeError("as the test wished")
-            return sample(logits, requests, *arguments)
+            append(request, *arguments)
 
-        monkeypatch.setattr(prefiller, "sample", failing)
+        monkeypatch.setattr(loop, "append", failing)
         for number in (1, 2, 3):
             pages = pack_ints(range(3 * number, 3 * number + 3))
             loop.accept(msgspec.structs.replace(PREFILL, request=str(number), attempt=number, pages=pages))
@@ -509,7 +512,7 @@ def test_a_worker_that_does_not_fit_gets_no_prompts(answer, caplog):
             stranger.mouth.sendall(encode(msgspec.structs.replace(answer, generation=dispatcher.generation)))
         return stranger
 
-    dispatcher.add(start)
+    dispatcher.workers.add(start)
     if isinstance(answer, Failed):
         with pytest.raises(ConfigError, match="another model there"):
             dispatcher.open(256, 4, 0, "d")
@@ -518,7 +521,9 @@ def test_a_worker_that_does_not_fit_gets_no_prompts(answer, caplog):
             dispatcher.open(256, 4, 0, "d")
         assert len(strangers) == 3  # tried again, then given up
     assert dispatcher.stats()["prefill_workers_ready"] == 0
-    assert not dispatcher.wants(Request([5] * 100, SamplingParams()), 100)
+    request = Request([5] * 100, SamplingParams())
+    request.tokens = array("i", request.prompt_token_ids)
+    assert dispatcher.offers(request, 0) == 0
     dispatcher.close()
 
 
@@ -533,7 +538,7 @@ def answered(dispatcher: Dispatcher, stranger: Stranger, tokens: tuple[int | Non
     """One request of 100 tokens is handed over and comes back as DONE with these tokens."""
     request = Request([5] * 100, SamplingParams(), "r")
     request.tokens, request.num_prompt = array("i", request.prompt_token_ids), 100
-    dispatcher.start(request, [])
+    dispatcher.start(request, request.num_tokens, [])
     done = Done(
         generation=dispatcher.generation, request="r", attempt=1, tokens=tokens, logprobs=(None,) * len(tokens),
         finished=0.0,
@@ -548,7 +553,7 @@ def played():
     dispatcher.allocate(4096, torch.device("cpu"))
     stranger.mouth.sendall(encode(hello_of(dispatcher)))
     peers = [stranger]
-    dispatcher.add(lambda: peers.pop())
+    dispatcher.workers.add(lambda: peers.pop())
     dispatcher.open(256, 4, 0, "d")
     yield dispatcher, stranger
     dispatcher.close()
@@ -560,17 +565,17 @@ def test_attempts_that_came_to_something_are_not_counted_against_a_request(playe
     while not dispatcher.collect(wait=True):
         pass
     request = dispatcher.collect(wait=False)[0].request
-    assert request.num_handed_over == 0 and dispatcher.stats()["remote_prefills"] == 1
+    assert request.num_attempts == 0 and dispatcher.stats()["remote_prefills"] == 1
 
 
 @pytest.mark.parametrize("token", [256, -1])
 def test_a_token_beyond_the_vocabulary_joins_nothing(played, token):
     dispatcher, stranger = played
-    dispatcher._closed = True  # no other one is started
+    dispatcher.workers._closed = True  # no other one is started
     answered(dispatcher, stranger, (token,))
     while dispatcher.stats()["requests_remote"]:
         dispatcher._listen()
-    assert [back.tokens for back in dispatcher.collect(wait=False)] == [None]
+    assert [back.tokens for back in dispatcher.collect(wait=False)] == [()]
     assert dispatcher.stats()["worker_deaths"] == 1
 
 
@@ -579,7 +584,7 @@ def test_a_token_beyond_the_vocabulary_joins_nothing(played, token):
 
 def test_two_mappings_are_the_same_bytes_and_nothing_has_a_name():
     names = set(Path("/dev/shm").iterdir()) if Path("/dev/shm").exists() else set()
-    pool = SharedPool(8192, torch.device("cpu"))
+    pool = SharedBuffer(8192, torch.device("cpu"))
     other = map_pool(pool.export(), os.dup(pool.descriptor), 8192)
     other[5000] = 77
     assert pool.tensor[5000] == 77 and pool.tensor.sum() == 77
@@ -590,11 +595,11 @@ def test_two_mappings_are_the_same_bytes_and_nothing_has_a_name():
 
 
 def test_a_pool_of_another_size_is_refused():
-    pool = SharedPool(4096, torch.device("cpu"))
+    pool = SharedBuffer(4096, torch.device("cpu"))
     with pytest.raises(ProtocolError, match="4,096 bytes where 8,192"):
         map_pool(pool.export(), os.dup(pool.descriptor), 8192)
     with pytest.raises(ProtocolError, match="expected memfd or cuda"):
-        map_pool(Memory(kind="tape", num_bytes=4096), None, 4096)
+        map_pool(PoolMemory(kind="tape", num_bytes=4096), None, 4096)
     pool.close()
 
 
@@ -632,32 +637,32 @@ def test_workers_of_this_host_are_as_many_as_were_said(fields, workers):
 
 
 def test_another_system_is_refused_in_one_line(tiny_llama, monkeypatch):
-    monkeypatch.setattr(split.sys, "platform", "darwin")
+    monkeypatch.setattr(cluster.sys, "platform", "darwin")
     with pytest.raises(ConfigError, match="disagg: processes that share pages need Linux"):
-        split.Split(DisaggConfig(), tiny_llama, EngineConfig(), torch.device("cpu"), torch.float32)
+        cluster.DisaggCluster(DisaggConfig(), tiny_llama, EngineConfig(), torch.device("cpu"), torch.float32)
 
 
 def test_the_digest_tells_models_and_layouts_apart(tiny_llama, tmp_path):
     other = oracles.llama(tmp_path, seed=1)
     digests = {
-        Model(folder, EngineConfig(page_size=size), "cpu", dtype).digest
+        PrefillModel(folder, EngineConfig(page_size=size), "cpu", dtype).digest
         for folder in (tiny_llama, other)
         for size in (8, 16)
         for dtype in ("float32", "bfloat16")
     }
     assert len(digests) == 8
-    assert Model(tiny_llama, EngineConfig(page_size=8), "cpu", "float32").digest in digests
+    assert PrefillModel(tiny_llama, EngineConfig(page_size=8), "cpu", "float32").digest in digests
 
 
 def test_a_request_that_is_aborted_leaves_no_copy_behind():
     """Its checkpoint's slot is somebody else's from then on."""
-    pages, request = FixedPages(4), Request(list(range(9)))
-    pages.give(request, Given(array("i", [0, 1, 2]), 0, state=1, checkpoints={4: 2}))
+    pages, request = GrantedCache(4), Request(list(range(9)))
+    pages.give(request, GrantedPages(array("i", [0, 1, 2]), 0, state=1, checkpoints={4: 2}))
     pages.match(request)
     request.num_computed = 4
     pages.commit(request)
     pages.release(request)
-    assert pages.take_state_copies() == []
+    assert pages.drain_moves().states == []
 
 
 def test_descriptors_may_be_as_high_as_they_like():

@@ -89,7 +89,7 @@ def plan(shared, fault: str) -> None:
 
 
 def worker_pid(llm: LLM) -> int:
-    return llm.engine.prefiller._places[0].peer.pid
+    return llm.cluster.dispatcher.workers.slots[0].peer.pid
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tes
 from nanokv import LLM, DisaggConfig, SamplingParams
 from nanokv.core.request import Request
 llm = LLM(sys.argv[1], disagg=DisaggConfig(min_tokens=8), num_pages=64, page_size=8)
-print(llm.engine.prefiller._places[0].peer.pid, flush=True)
+print(llm.cluster.dispatcher.workers.slots[0].peer.pid, flush=True)
 llm.engine.add_request(Request(list(range(3, 203)), SamplingParams(max_tokens=4)))
 while True:
     llm.engine.step()
@@ -286,7 +286,8 @@ if not second:
     os._exit(0)
 llm.generate([list(range(3, 103))], SamplingParams(max_tokens=4))
 stats = llm.stats()
-print(stats["remote_prefills"], stats["worker_deaths"], llm.engine.prefiller._places[0].peer.pid, second, flush=True)
+worker = llm.cluster.dispatcher.workers.slots[0].peer
+print(stats["remote_prefills"], stats["worker_deaths"], worker.pid, second, flush=True)
 time.sleep(120)
 """
 

@@ -18,7 +18,7 @@ from nanokv.core.errors import ConfigError
 from nanokv.disagg import server
 from nanokv.disagg.config import split_address
 from nanokv.disagg.transport import bind
-from nanokv.disagg.worker import Model
+from nanokv.disagg.worker import PrefillModel
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}"}
@@ -150,7 +150,7 @@ def test_codes_travel_where_both_hosts_name_the_same_codec_layers_and_prefill(tm
 
 
 def test_the_memory_for_pages_is_taken_once_and_not_for_each_that_comes(tiny_llama, monkeypatch):
-    """Memory that is short later ends no server and keeps nobody out."""
+    """A shortage of memory later ends no server and refuses no decode process."""
     address, taken = free_address(), server.memory_for_pages
 
     def once(*arguments):
@@ -161,7 +161,7 @@ def test_the_memory_for_pages_is_taken_once_and_not_for_each_that_comes(tiny_lla
         raise ConfigError("kv_memory='8MiB': but only 0 bytes are free")
 
     monkeypatch.setattr(server, "memory_for_pages", once)
-    model = Model(tiny_llama, EngineConfig(page_size=8, kv_memory="8MiB"), "cpu", "float32")
+    model = PrefillModel(tiny_llama, EngineConfig(page_size=8, kv_memory="8MiB"), "cpu", "float32")
     threading.Thread(target=server.listen, args=(model, bind(split_address(address))), daemon=True).start()
     with LLM(tiny_llama, **ROOM) as llm:
         alone = answers(llm)

@@ -22,16 +22,16 @@ from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
 from nanokv import llm as llm_module
 from nanokv.core.errors import ConfigError
 from nanokv.core.request import Request
-from nanokv.disagg import dispatcher, link, prefiller, server, split, transport
+from nanokv.disagg import cluster, dispatcher, link, prefill_loop, server, supervisor, transport
 from nanokv.disagg.channel import Channel
+from nanokv.disagg.cluster import DisaggCluster
 from nanokv.disagg.config import split_address
-from nanokv.disagg.messages import Abort, AbortAck, Done, Failed, Layers, Memory, Prefill, encode
-from nanokv.disagg.prefiller import PrefillLoop
-from nanokv.disagg.split import Split
+from nanokv.disagg.messages import Abort, AbortAck, Done, Failed, Layers, PoolMemory, Prefill, encode
+from nanokv.disagg.prefill_loop import PrefillLoop
 from nanokv.disagg.transport import bind
-from nanokv.disagg.worker import Model
+from nanokv.disagg.worker import PrefillModel
 
-SENT = Memory(kind="sent", num_bytes=0)
+SENT = PoolMemory(kind="sent", num_bytes=0)
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 
 
@@ -39,7 +39,7 @@ GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 def address(tiny_llama) -> str:
     """Of a prefill process that is a thread."""
     address = free_address()
-    model = Model(tiny_llama, EngineConfig(page_size=8, kv_memory="8MiB"), "cpu", "float32")
+    model = PrefillModel(tiny_llama, EngineConfig(page_size=8, kv_memory="8MiB"), "cpu", "float32")
     threading.Thread(target=server.listen, args=(model, bind(split_address(address))), daemon=True).start()
     while True:
         with contextlib.suppress(ConnectionRefusedError), socket.create_connection(split_address(address)):
@@ -56,7 +56,7 @@ def test_a_prompt_whose_layers_flow_for_longer_than_the_heartbeat_kills_nobody(a
 
     monkeypatch.setattr(server.SendingSession, "after_layer", slow)
     monkeypatch.setattr(server, "GROUP_BYTES", 1)  # each layer is sent
-    monkeypatch.setattr(prefiller, "STEP_TOKENS", 16)
+    monkeypatch.setattr(prefill_loop, "STEP_TOKENS", 16)
     with LLM(tiny_llama, **ROOM) as llm:
         alone = llm.generate([prompt], GREEDY)[0].token_ids
     with LLM(tiny_llama, disagg=DisaggConfig(connect=address, heartbeat_s=1.0), **ROOM) as llm:
@@ -214,13 +214,13 @@ def test_a_decode_process_that_leaves_during_a_prompt_is_one_line_on_the_server(
     assert len(lines) == 1 and not any(record.exc_info for record in caplog.records)
 
 
-def split_of(folder, **fields) -> Split:
-    return Split(DisaggConfig(**fields), folder, EngineConfig(page_size=8), torch.device("cpu"), torch.float32)
+def split_of(folder, **fields) -> DisaggCluster:
+    return DisaggCluster(DisaggConfig(**fields), folder, EngineConfig(page_size=8), torch.device("cpu"), torch.float32)
 
 
 def test_a_wrong_address_beside_a_right_one_lets_the_right_one_go_and_starts_nothing(tiny_llama, monkeypatch):
     started = []
-    monkeypatch.setattr(split, "LocalWorker", started.append)
+    monkeypatch.setattr(cluster, "LocalWorker", started.append)
     with socket.create_server(("127.0.0.1", 0)) as right:
         addresses = f"127.0.0.1:{right.getsockname()[1]}", free_address()
         with pytest.raises(ConfigError, match=re.escape(f"connect='{addresses[1]}'")):
@@ -235,7 +235,7 @@ def test_a_port_of_another_service_is_named(tiny_llama):
     with socket.create_server(("127.0.0.1", 0)) as other:
 
         def greet():
-            for _ in range(dispatcher.MAX_DEATHS):
+            for _ in range(supervisor.MAX_DEATHS):
                 sock, _ = other.accept()
                 greeted.append(sock)
                 sock.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
@@ -251,7 +251,7 @@ def test_a_port_of_another_service_is_named(tiny_llama):
 
 def test_a_worker_that_cannot_be_started_ends_those_before_it(tiny_llama, monkeypatch):
     strangers = [Stranger()]
-    monkeypatch.setattr(split, "LocalWorker", lambda job: strangers[int(job.name[-1])])
+    monkeypatch.setattr(cluster, "LocalWorker", lambda spec: strangers[int(spec.name[-1])])
     with pytest.raises(IndexError):
         split_of(tiny_llama, prefill_workers=2)
     assert strangers[0].gone
@@ -275,7 +275,7 @@ def test_a_decode_process_that_loads_for_long_is_waited_for(address, tiny_llama,
 
 
 def test_who_is_waited_for_is_told_once(address, tiny_llama, monkeypatch, caplog):
-    monkeypatch.setattr(dispatcher, "TELL_S", 0.1)
+    monkeypatch.setattr(supervisor, "TELL_S", 0.1)
     monkeypatch.setattr(server, "HELLO_S", 1.0)
     with socket.create_connection(split_address(address)):
         LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM).close()
@@ -284,7 +284,7 @@ def test_who_is_waited_for_is_told_once(address, tiny_llama, monkeypatch, caplog
 
 
 def test_a_worker_that_is_started_again_and_never_ready_is_killed(monkeypatch):
-    monkeypatch.setattr(dispatcher, "START_S", 0.05)
+    monkeypatch.setattr(supervisor, "START_S", 0.05)
     strangers, ours = [], dispatcher.Dispatcher(DisaggConfig())
     ours.allocate(4096, torch.device("cpu"))
 
@@ -294,7 +294,7 @@ def test_a_worker_that_is_started_again_and_never_ready_is_killed(monkeypatch):
             strangers[0].mouth.sendall(encode(hello_of(ours)))
         return strangers[-1]
 
-    ours.add(start)
+    ours.workers.add(start)
     ours.open(256, 4, 0, "d")
     strangers[0].gone = True
     deadline = time.monotonic() + 10
@@ -330,7 +330,7 @@ def test_a_host_that_is_lost_is_told_once(address, tiny_llama, monkeypatch, capl
 @pytest.mark.parametrize(("memory", "lived_s", "starts"), [(SENT, 60.0, 7), (None, 60.0, 3), (None, -1.0, 7)])
 def test_deaths_in_a_row_end_where_a_host_is_back_or_a_worker_has_lived(memory, lived_s, starts, monkeypatch, caplog):
     """Six disconnects without a prompt between."""
-    monkeypatch.setattr(dispatcher, "LIVED_S", lived_s)
+    monkeypatch.setattr(supervisor, "LIVED_S", lived_s)
     strangers, ours = [], dispatcher.Dispatcher(DisaggConfig())
     ours.allocate(4096, torch.device("cpu"))
 
@@ -339,7 +339,7 @@ def test_deaths_in_a_row_end_where_a_host_is_back_or_a_worker_has_lived(memory, 
         strangers[-1].mouth.sendall(encode(hello_of(ours)))
         return strangers[-1]
 
-    ours.add(start, memory)
+    ours.workers.add(start, memory)
     ours.open(256, 4, 0, "d")
     for _ in range(6):
         strangers[-1].gone = True
@@ -362,7 +362,7 @@ def raising(error: Exception):
 @pytest.mark.parametrize("level", ["WARNING", "DEBUG"])
 def test_a_worker_that_cannot_load_says_why_in_one_line(tmp_path, level):
     """With its traceback where somebody debugs."""
-    job = msgspec.json.encode({"name": "prefill 0", "folder": str(tmp_path), "device": "cpu", "dtype": "float32",
+    spec = msgspec.json.encode({"name": "prefill 0", "folder": str(tmp_path), "device": "cpu", "dtype": "float32",
                                "config": {"nothing": 1}}).decode()  # fmt: skip
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -371,7 +371,7 @@ def test_a_worker_that_cannot_load_says_why_in_one_line(tmp_path, level):
             f"logging.getLogger('nanokv').setLevel('{level}'); sys.exit(worker.main(sys.argv[1:]))"
         )
         ended = subprocess.run(
-            [sys.executable, "-c", program, str(theirs.fileno()), job],
+            [sys.executable, "-c", program, str(theirs.fileno()), spec],
             pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
         )  # fmt: skip
     first, *more = ended.stderr.splitlines()

@@ -208,7 +208,7 @@ def test_a_request_object_serves_once(llm):
 def test_an_exception_in_a_step_ends_its_requests_and_the_engine_goes_on(llm, monkeypatch, step_that_fails, place):
     owner, name = {
         "run": (llm.engine.runner, "run"),
-        "sample": (llm.engine, "_sampler"),
+        "sample": (llm.engine, "_sample"),
         "plan": (llm.engine.scheduler, "plan"),
     }[place]
     original, calls = getattr(owner, name), itertools.count(1)
@@ -335,10 +335,10 @@ def test_outputs_of_the_engines_own_requests_are_kept_for_the_engine(llm):
     assert [len(output.token_ids) for output in own] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_stream_whose_outputs_another_took_ends(llm):
+def test_a_stream_gets_its_outputs_whoever_steps_the_engine(llm):
     stream = llm.stream(prompt(12), GREEDY)
-    run(llm)
-    assert list(stream) == []
+    assert run(llm) == []
+    assert [len(output.token_ids) for output in stream] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_full_disk_ends_the_event_log_and_nothing_else(tiny_llama, tmp_path, monkeypatch):
@@ -348,9 +348,10 @@ def test_a_full_disk_ends_the_event_log_and_nothing_else(tiny_llama, tmp_path, m
             def write(self, text):
                 raise OSError(28, "No space left on device")
 
-        llm.engine.events._file = Full()
+        monkeypatch.setattr(llm.engine._log, "_file", Full())
         assert llm.generate([prompt(20)], GREEDY)[0].finish_reason == "length"
-        assert not llm.engine.events.on
+        assert not llm.engine.events
+        monkeypatch.undo()
         assert_all_pages_back(llm)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanokv import SamplingParams
-from nanokv.cli import size
+from nanokv.bench import size
 from nanokv.core.errors import ConfigError, RequestError
 from nanokv.core.request import Request
 from nanokv.hub.catalog import CATALOG
@@ -150,7 +150,7 @@ def test_a_checkpoint_whose_copy_never_ran_is_forgotten(hybrid, monkeypatch, fai
             raise failure("before any copy")
 
         with monkeypatch.context() as patch:
-            patch.setattr(llm.engine.store, "copy_pages", fail)
+            patch.setattr(llm.engine.store.pages, "copy", fail)
             if failure is KeyboardInterrupt:
                 with pytest.raises(KeyboardInterrupt):
                     llm.engine.step()
@@ -193,7 +193,7 @@ def test_mla_keeps_one_latent_and_one_key_per_token_and_layer(tmp_path, family):
     with LLM(folder, num_pages=8) as llm:
         assert llm.stats()["bytes_per_token"] == 3 * (32 + 8) * 4
         assert llm.engine.layout.page_payload == 16 * llm.stats()["bytes_per_token"]
-        assert llm.engine.store.pool.shape == (8, llm.engine.layout.page_bytes)
+        assert llm.engine.store.pages.data.shape == (8, llm.engine.layout.page_bytes)
 
 
 def test_the_cache_of_deepseek_v3_is_576_numbers_per_token_and_layer_and_what_size_says(tmp_path):
@@ -205,5 +205,5 @@ def test_the_cache_of_deepseek_v3_is_576_numbers_per_token_and_layer_and_what_si
     with LLM(tmp_path, load="dummy", num_pages=8, max_model_len=128) as llm:
         assert llm.stats()["bytes_per_token"] == said["bytes_per_token"] == 2 * 576 * 2
         assert llm.engine.layout.page_payload == said["page_payload_bytes"] == 16 * 2 * 576 * 2
-        assert llm.engine.store.pool.nbytes == said["padded_bytes"] == said["payload_bytes"]
+        assert llm.engine.store.pages.data.nbytes == said["padded_bytes"] == said["payload_bytes"]
         assert llm.generate([5, 6, 7], SamplingParams(max_tokens=2, ignore_eos=True))[0].finish_reason == "length"

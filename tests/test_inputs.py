@@ -7,7 +7,7 @@ import torch
 
 from nanokv.core.request import Request, SamplingParams
 from nanokv.engine.graphs import page_ladder, row_ladder
-from nanokv.engine.inputs import Block, arrays_of, batch_of, on_device, padded, take_late
+from nanokv.engine.inputs import Block, arrays_of, batch_of, on_device, padded, take_in_flight
 
 CPU = torch.device("cpu")
 
@@ -15,8 +15,8 @@ CPU = torch.device("cpu")
 def request(tokens, computed: int, scheduled: int, pages, in_flight: int | None = None, state=None) -> Request:
     made = Request(list(tokens), SamplingParams())
     made.tokens, made.num_prompt, made.max_tokens = array("i", tokens), len(tokens), 100
-    made.num_computed, made.num_scheduled, made.pages = computed, scheduled, array("i", pages)
-    made.in_flight, made.state_id = in_flight, state
+    made.num_computed, made.num_scheduled, made.held.pages = computed, scheduled, array("i", pages)
+    made.in_flight, made.held.state_id = in_flight, state
     return made
 
 
@@ -32,7 +32,7 @@ def test_a_step_mixes_chunks_decodes_and_tokens_in_flight():
     assert arrays["request_starts"].tolist() == [0, 5, 6, 7]
     assert arrays["logit_rows"].tolist() == [5, 6]
     views = on_device(arrays, CPU)
-    take_late(views, torch.tensor([100, 101, 102, 103]))
+    take_in_flight(views, torch.tensor([100, 101, 102, 103]))
     assert batch_of(views, 4).token_ids.tolist() == [12, 13, 14, 15, 16, 34, 103]
 
 

@@ -15,7 +15,7 @@ from nanokv.codecs import RawCodec
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError
 from nanokv.core.request import SamplingParams
-from nanokv.disagg.worker import Model
+from nanokv.disagg.worker import PrefillModel
 from nanokv.kernels import cpu, reference
 from nanokv.kernels.ops import AUTO, Ops
 from nanokv.llm import LLM
@@ -107,4 +107,4 @@ def test_two_models_of_one_process_may_differ(folders):
 
 def test_a_prefill_process_computes_with_the_kernels_of_its_engine(folders):
     config = EngineConfig(**json.loads(json.dumps(asdict(EngineConfig(kernels="reference")))))  # as they travel
-    assert Model(folders("llama"), config, "cpu", "float32").decoder.norm.ops == Ops("reference")
+    assert PrefillModel(folders("llama"), config, "cpu", "float32").decoder.norm.ops == Ops("reference")

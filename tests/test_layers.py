@@ -104,7 +104,7 @@ def test_attention_sees_its_own_request_up_to_itself():
     layout = PageLayout([Attention.spec(codec, kv_heads, dim, page_size)] * 2, page_size)
     attention.bind(layout, 1)
     store = CacheStore(layout, 8)
-    pool = store.pool
+    pool = store.pages.data
     x = normal(9, 32)
     sequences = [Sequence([0] * 6, [5, 2]), Sequence([0] * 3, [7])]
     got = attention(x, store, make_batch([(sequences[0], 6), (sequences[1], 3)], page_size))

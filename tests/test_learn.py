@@ -1,4 +1,4 @@
-"""nanokv learn: what a student meets, from the first file to the whole engine; nothing of theirs is ever lost."""
+"""nanokv learn, from the first file to the whole engine. No command loses a student's file."""
 
 import json
 import os
@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from nanokv.cli.main import main
 from nanokv.core.errors import ExerciseTODO
 from nanokv.learn import checking
-from nanokv.learn.binding import bind, bind_gap, ours, raw
 from nanokv.learn.cards import load_cards
 from nanokv.learn.course import PACKAGE, load_course
-from nanokv.learn.mine import bind_passed
+from nanokv.learn.mine import patch_passed
+from nanokv.learn.patching import function_at, patch, patch_gaps, reference
 from nanokv.learn.progress import Progress
 from nanokv.learn.source import solution, solution_file, split_name, student_file
 
@@ -28,8 +28,8 @@ ALLOCATE = "02.3"
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch) -> Path:
-    """A folder to work in; `my` is inside it."""
+def workspace(tmp_path, monkeypatch) -> Path:
+    """The current folder; `my` is inside it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -56,7 +56,7 @@ def solve(exercise_id: str) -> None:
     Path("my", exercise.file).write_text(solution_file(exercise))
 
 
-def test_what_comes_next_follows_the_last_that_passed_and_skipped_ones_come_at_the_end(desk):
+def test_the_next_exercise_follows_the_last_pass_and_skipped_ones_come_last(workspace):
     course, progress = load_course(), Progress(Path("my"))
     first, *_, last = course.exercises
 
@@ -68,39 +68,41 @@ def test_what_comes_next_follows_the_last_that_passed_and_skipped_ones_come_at_t
     passes(course.exercise("02.2"))
     assert progress.current(course).id == "02.3"
     write("01.2", "return 1")
-    assert progress.current(course).id == "01.2"  # what is begun comes first
+    assert progress.current(course).id == "01.2"  # a started exercise comes first
     Path("my/01_2.py").unlink()
     passes(last)
     assert progress.current(course) is first
 
 
-def test_a_check_that_cannot_begin_says_what_is_not_installed(desk, monkeypatch):
+def test_a_check_that_cannot_begin_names_the_missing_package(workspace, monkeypatch):
     Path("sitecustomize.py").write_text("import sys; sys.modules['torch'] = None")  # as if it were not installed
-    monkeypatch.setenv("PYTHONPATH", str(desk))
+    monkeypatch.setenv("PYTHONPATH", str(workspace))
     solve(ALLOCATE)
     code, said = learn("check", ALLOCATE)
     assert code == 1 and "before your file was run: ModuleNotFoundError: import of torch halted" in said
 
 
-def test_a_function_put_into_the_engine_takes_no_other_ones_place():
+def test_a_patched_function_replaces_no_other_name():
     for exercise in load_course().exercises:
         names = [split_name(target) for target in (exercise.target, *exercise.also)]
         for module, _, qualname in names:
             if "." not in qualname:
                 known = [
-                    name for name, value in vars(import_module(module)).items() if value is raw(f"{module}.{qualname}")
+                    name
+                    for name, value in vars(import_module(module)).items()
+                    if value is function_at(f"{module}.{qualname}")
                 ]
                 assert known == [qualname], f"{exercise.id}: one function under the names {known}"
 
 
-def test_a_newcomer_is_told_where_to_start(desk):
+def test_the_first_call_says_where_to_start(workspace):
     code, said = learn()
     assert code == 0
     assert "python lessons/01_one_request.py" in said and "nanokv learn start 01.1" in said
     assert not Path("my").exists()
 
 
-def test_a_first_check_fails_says_that_it_should_and_gives_one_hint(desk):
+def test_a_first_check_fails_says_that_it_should_and_gives_one_hint(workspace):
     assert learn("start", ALLOCATE)[0] == 0
     code, said = learn("check", ALLOCATE)
     assert code == 1
@@ -108,40 +110,40 @@ def test_a_first_check_fails_says_that_it_should_and_gives_one_hint(desk):
     assert load_course().exercise(ALLOCATE).hint in said
 
 
-def test_a_solved_exercise_passes_its_public_checks_within_seconds(desk):
+def test_a_solved_exercise_passes_its_public_checks_within_seconds(workspace):
     solve(ALLOCATE)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     code, said = learn("check", ALLOCATE)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert code == 0 and "public checks passed" in said and "all tests" not in said
-    # The number to reach is 3 s on the clock of a quiet machine. Measured: 1.7, as much as torch takes to be imported.
-    # Tests run beside each other, so this is processor time, which grows to 2.4 where two programs share a core. Four
-    # lets that pass, and nothing that costs as much as torch once more.
+    # The goal is 3 s of wall-clock time on a quiet machine; measured: 1.7 s, about the time of importing torch. Tests
+    # run in parallel, so this is processor time, which grows to 2.4 s where two programs share a core. A limit of four
+    # allows that, and no second import as large as torch.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4
     assert Progress(Path("my")).status(load_course().exercise(ALLOCATE)) == "passed"
 
 
-def test_a_wrong_one_is_told_what_was_expected_and_what_came(desk):
+def test_a_wrong_answer_shows_the_expected_and_the_given_value(workspace):
     write(ALLOCATE, "return self._free[:num_pages]")
     code, said = learn("check", ALLOCATE)
     assert code == 1
     assert "the first three of five pages" in said and "expected [0, 1, 2], got [4, 3, 2]" in said
 
 
-def test_tensors_are_told_by_row_and_column(desk):
+def test_a_wrong_tensor_is_located_by_row_and_column(workspace):
     write("08.2", "return gate_up.float().chunk(2, dim=-1)[1]")
     said = learn("check", "08.2")[1]
     assert "at row 0, dim 0: expected 0, got 5" in said
 
 
-def test_an_exception_points_at_the_line_of_the_students_file(desk):
+def test_an_exception_points_at_the_line_of_the_students_file(workspace):
     path = write(ALLOCATE, "return self._fre.pop()")
     line = path.read_text().splitlines().index("    return self._fre.pop()") + 1
     said = learn("check", ALLOCATE)[1]
     assert f"line {line}: AttributeError" in said and "<- return self._fre.pop()" in said
 
 
-def test_a_forgotten_return_is_named(desk):
+def test_a_forgotten_return_is_suspected(workspace):
     write("01.3", "(ttft_s - tpot_s) / total_s")
     assert "is a return missing?" in learn("check", "01.3")[1]
 
@@ -149,13 +151,13 @@ def test_a_forgotten_return_is_named(desk):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("def allocate(self, num_pages:\n", "no valid Python"),
+        ("def allocate(self, num_pages:\n", "not valid Python"),
         ("def alocate(self, num_pages):\n    return []\n", "no function allocate; it has alocate"),
         ("def allocate(self, n):\n    return []\n", "takes (self, n), the course has (self, num_pages)"),
         ("import nowhere_at_all\ndef allocate(self, num_pages):\n    return []\n", "No module named 'nowhere_at_all'"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_told_in_one_line_and_left_alone(desk, text, words):
+def test_an_unusable_file_is_one_line_and_stays_unchanged(workspace, text, words):
     path = write(ALLOCATE, "")
     path.write_text(text)
     code, said = learn("check", ALLOCATE)
@@ -163,7 +165,7 @@ def test_a_file_that_cannot_be_used_is_told_in_one_line_and_left_alone(desk, tex
     assert path.read_text() == text
 
 
-def test_an_endless_loop_is_stopped_and_its_prints_are_cut(desk):
+def test_an_endless_loop_is_stopped_and_its_prints_are_cut(workspace):
     write(ALLOCATE, "while True:\n        print('round and round')")
     outcome = checking.check(load_course(), load_course().exercise(ALLOCATE), Path("my"), cpu_limit=6)
     assert outcome.failure.kind == "timeout" and "an endless loop?" in outcome.failure.message
@@ -171,7 +173,7 @@ def test_an_endless_loop_is_stopped_and_its_prints_are_cut(desk):
     assert 0 < len(outcome.printed) <= 5000
 
 
-def test_what_a_students_file_has_started_ends_with_the_check(desk):
+def test_processes_and_threads_of_a_students_file_end_with_the_check(workspace):
     path = write(ALLOCATE, "pass")
     path.write_text(
         solution_file(load_course().exercise(ALLOCATE))
@@ -187,14 +189,14 @@ def test_what_a_students_file_has_started_ends_with_the_check(desk):
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits to be buried does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
-def test_prints_are_shown_beside_the_result(desk):
+def test_prints_are_shown_beside_the_result(workspace):
     write(ALLOCATE, f"print('free:', self._free)\n    {_body(ALLOCATE)}")
     code, said = learn("check", ALLOCATE)
     assert code == 0 and "your file printed:" in said and "free: [4, 3, 2, 1, 0]" in said
@@ -205,66 +207,66 @@ def _body(exercise_id: str) -> str:
     return "\n".join(lines[2:]).strip()
 
 
-def test_a_call_of_ours_meets_a_gap_and_is_told_so_with_its_line(desk):
-    write(ALLOCATE, "return OURS(self, num_pages)")
+def test_a_call_of_the_solution_meets_a_gap_and_its_line_is_shown(workspace):
+    write(ALLOCATE, "return SOLUTION(self, num_pages)")
     path = Path("my/02_3.py")
-    path.write_text(path.read_text().replace("def allocate", "OURS = PagePool.allocate\n\n\ndef allocate"))
+    path.write_text(path.read_text().replace("def allocate", "SOLUTION = PagePool.allocate\n\n\ndef allocate"))
     code, said = learn("check", ALLOCATE)
-    assert code == 1 and "calls the engine's own allocate, which is not there" in said
-    assert "<- return OURS(self, num_pages)" in said and "a first check fails" not in said
+    assert code == 1 and "calls the engine's own allocate, which is a gap" in said
+    assert "<- return SOLUTION(self, num_pages)" in said and "a first check fails" not in said
 
 
-def test_a_call_of_ours_by_its_name_comes_back_to_the_students_and_is_told_in_plain_words(desk):
+def test_a_call_of_the_solution_by_name_recurses_and_is_explained(workspace):
     write(ALLOCATE, "return PagePool.allocate(self, num_pages)")
     code, said = learn("check", ALLOCATE)
     assert code == 1 and "allocate calls itself without end" in said and "RecursionError" not in said
 
 
-def test_a_faster_twin_of_ours_is_out_of_reach_as_well(desk):
+def test_a_faster_twin_of_the_solution_is_a_gap_too(workspace):
     write("08.2", "from nanokv.kernels.ops import AUTO\n    return AUTO.silu_mul(gate_up)")
     code, said = learn("check", "08.2")
-    assert code == 1 and "calls the engine's own silu_mul, which is not there" in said
+    assert code == 1 and "calls the engine's own silu_mul, which is a gap" in said
 
 
-def test_while_an_exercise_is_checked_ours_and_its_twins_are_gaps_and_hidden_tests_still_reach_ours():
+def test_a_check_hides_solution_and_twins_but_hidden_tests_reach_the_reference():
     for exercise in load_course().exercises:
         places = [exercise.target, *exercise.also]
-        before = [raw(target) for target in places]
-        undo = bind_gap(exercise)
+        before = [function_at(target) for target in places]
+        undo = patch_gaps(exercise)
         try:
             for target, function in zip(places, before, strict=True):
                 with pytest.raises(ExerciseTODO, match=exercise.id):
-                    raw(target)()
+                    function_at(target)()
                 if "." not in split_name(target)[2]:
-                    assert ours(raw(target)) is function
+                    assert reference(function_at(target)) is function
         finally:
             undo()
-        assert [raw(target) for target in places] == before
+        assert [function_at(target) for target in places] == before
 
 
-def test_start_never_writes_over_a_file_and_reset_keeps_it(desk):
+def test_start_never_writes_over_a_file_and_reset_keeps_it(workspace):
     path = write(ALLOCATE, "return []  # mine")
     code, said = learn("start", ALLOCATE)
-    assert code == 1 and "there already" in said and "# mine" in path.read_text()
+    assert code == 1 and "exists already" in said and "# mine" in path.read_text()
     for number in (1, 2):
         assert learn("reset", ALLOCATE)[0] == 0
         assert path.with_suffix(f".py.{number}").exists()
     assert "# mine" in path.with_suffix(".py.1").read_text() and "TODO" in path.read_text()
 
 
-def test_an_unknown_id_names_the_nearest(desk):
+def test_an_unknown_id_names_the_nearest(workspace):
     code, said = learn("check", "02.33")
     assert code == 1 and "did you mean 02.3?" in said and len(said.strip().splitlines()) == 1
 
 
-def test_a_file_of_an_older_course_is_left_as_it_is(desk):
+def test_a_file_of_an_older_course_stays_unchanged(workspace):
     Path("my").mkdir()
     Path("my/02_99.py").write_text("mine")
     assert "02_99.py: this course has no such exercise" in learn("list")[1]
     assert Path("my/02_99.py").read_text() == "mine"
 
 
-def test_a_pass_belongs_to_the_file_as_it_was(desk):
+def test_a_pass_belongs_to_the_content_of_the_file(workspace):
     solve(ALLOCATE)
     assert learn("check", ALLOCATE)[0] == 0
     with open("my/02_3.py", "a") as file:
@@ -272,27 +274,27 @@ def test_a_pass_belongs_to_the_file_as_it_was(desk):
     assert Progress(Path("my")).status(load_course().exercise(ALLOCATE)) == "changed"
 
 
-def test_damaged_progress_is_one_clear_line(desk):
+def test_damaged_progress_is_one_line(workspace):
     Path("my").mkdir()
     Path("my/progress.json").write_text("{")
     code, said = learn("progress")
     assert code == 1 and "my/progress.json: not readable" in said
 
 
-def test_the_solution_comes_after_a_pass_or_to_those_who_give_up(desk):
+def test_the_solution_needs_a_pass_or_give_up(workspace):
     assert learn("solution", ALLOCATE)[0] == 1
     code, said = learn("solution", ALLOCATE, "--give-up")
     assert code == 0 and "def allocate(self, num_pages: int)" in said
 
 
-def test_progress_counts_by_lesson(desk):
+def test_progress_counts_by_lesson(workspace):
     solve(ALLOCATE)
     learn("check", ALLOCATE)
     said = learn("progress")[1]
     assert "1 of 6" in next(line for line in said.splitlines() if line.startswith("02_pages"))
 
 
-def test_chat_answers_with_the_students_functions_in_the_engine(desk, smollm2):
+def test_chat_answers_with_the_students_functions_in_the_engine(workspace, smollm2):
     solve(ALLOCATE)
     solve("08.4")
     write("02.4", "return []")
@@ -314,25 +316,25 @@ def test_chat_answers_with_the_students_functions_in_the_engine(desk, smollm2):
     assert "without 02.4" in done.stderr
 
 
-def test_chat_with_nothing_passed_says_so(desk):
+def test_chat_with_nothing_passed_says_so(workspace):
     result = CliRunner().invoke(main, ["chat", "--mine", "-p", "hello"])
     assert result.exit_code == 1 and "no exercise has passed" in result.output
 
 
-def test_chat_leaves_out_a_function_whose_shape_a_newer_course_has_changed(desk):
+def test_chat_leaves_out_a_function_whose_parameters_a_newer_course_changed(workspace):
     folder, course = Path("my"), load_course()
     for exercise_id, text in (("02.1", None), (ALLOCATE, "def give(self, n):\n    return []\n")):
         solve(exercise_id)
         if text is not None:
             Path("my", course.exercise(exercise_id).file).write_text(text)
         Progress(folder).note(course.exercise(exercise_id), passed=True)
-    before = raw(course.exercise("02.1").target)
-    bound, waiting = bind_passed(folder)
-    bind(course.exercise("02.1").target, before)
-    assert [one.id for one in bound] == ["02.1"] and [one.id for one in waiting] == [ALLOCATE]
+    before = function_at(course.exercise("02.1").target)
+    patched, waiting = patch_passed(folder)
+    patch(course.exercise("02.1").target, before)
+    assert [one.id for one in patched] == ["02.1"] and [one.id for one in waiting] == [ALLOCATE]
 
 
-def test_chat_names_the_file_that_a_newer_engine_cannot_load(desk):
+def test_chat_names_the_file_that_a_newer_engine_cannot_load(workspace):
     solve("02.1")
     path = Path("my/02_1.py")
     path.write_text("from nanokv.core.spec import Sheet\n" + path.read_text().replace("from __future__", "# from"))
@@ -342,23 +344,23 @@ def test_chat_names_the_file_that_a_newer_engine_cannot_load(desk):
     assert "my/02_1.py: line 1: ImportError: cannot import name 'Sheet'" in result.output
 
 
-def test_chat_with_the_students_functions_has_no_second_process_that_would_use_ours(desk):
+def test_chat_mine_refuses_a_prefill_process_without_the_students_functions(workspace):
     result = CliRunner().invoke(main, ["chat", "--mine", "--disagg", "-p", "hello"])
-    assert result.exit_code == 2 and "--mine and --disagg: the prefill process computes with our" in result.output
+    assert result.exit_code == 2 and "--mine and --disagg: prefill processes run the engine's own" in result.output
 
 
-def test_in_a_lesson_the_faster_twin_stays_ours_so_that_the_two_can_be_compared(desk):
+def test_a_lesson_keeps_the_faster_twin_for_comparison(workspace):
     exercise = load_course().exercise("08.2")
     solve(exercise.id)
     Progress(Path("my")).note(exercise, passed=True)
-    ours_, twin = raw(exercise.target), raw(exercise.also[0])
-    bind_passed(Path("my"), twins=False)
-    mine = raw(exercise.target)
-    bind(exercise.target, ours_)
-    assert mine is not ours_ and raw(exercise.also[0]) is twin
+    engine, twin = function_at(exercise.target), function_at(exercise.also[0])
+    patch_passed(Path("my"), twins=False)
+    mine = function_at(exercise.target)
+    patch(exercise.target, engine)
+    assert mine is not engine and function_at(exercise.also[0]) is twin
 
 
-def test_watch_checks_what_is_saved_and_listens_to_keys(desk):
+def test_watch_checks_saved_files_and_reads_keys(workspace):
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "TERM": "dumb"}
     with pexpect.spawn(
         sys.executable, ["-m", "nanokv.cli.main", "learn", "watch", ALLOCATE], env=environment, encoding="utf-8",
@@ -380,7 +382,7 @@ def test_watch_checks_what_is_saved_and_listens_to_keys(desk):
     assert Path("my/02_4.py").exists()
 
 
-def test_watch_writes_the_same_first_file_as_start_and_ends_when_all_has_passed(desk, monkeypatch):
+def test_watch_writes_the_file_of_start_and_ends_when_all_have_passed(workspace, monkeypatch):
     from nanokv.cli import learn_watch
 
     exercise = load_course().exercise(ALLOCATE)
@@ -394,15 +396,15 @@ def test_watch_writes_the_same_first_file_as_start_and_ends_when_all_has_passed(
     assert learn()[1].endswith(learn("watch")[1])
 
 
-def test_watch_without_a_terminal_says_how_to_check_by_hand(desk):
+def test_watch_without_a_terminal_names_the_command_to_check_by_hand(workspace):
     code, said = learn("watch", ALLOCATE)
     assert code == 1 and f"by hand: nanokv learn check {ALLOCATE}" in said
 
 
-def test_the_wheel_carries_the_course(desk):
+def test_the_wheel_carries_the_course(workspace):
     root = Path(__file__).parents[1]
     names = (root / "pyproject.toml").read_text()
-    packed = desk / "site" / "nanokv"
+    packed = workspace / "site" / "nanokv"
     shutil.copytree(PACKAGE, packed, ignore=shutil.ignore_patterns("__pycache__", "course"))
     folder = load_course().folder
     for name in ("exercises.toml", "tests_public", "interview"):
@@ -418,13 +420,13 @@ def test_the_wheel_carries_the_course(desk):
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(desk / "site")},
+        env=os.environ | {"PYTHONPATH": str(workspace / "site")},
     )
     said = [str(packed / "learn" / "course"), str(len(load_course().exercises)), str(len(load_cards()))]
     assert done.stdout.split() == said, done.stderr
 
 
-def test_progress_json_is_small_and_plain(desk):
+def test_progress_json_is_small_and_plain(workspace):
     solve(ALLOCATE)
     Progress(Path("my")).note(load_course().exercise(ALLOCATE), passed=True)
     assert list(json.loads(Path("my/progress.json").read_text())["passed"]) == [ALLOCATE]

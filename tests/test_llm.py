@@ -1,12 +1,14 @@
 """The door for programs: prompts of every kind, streams, chats, stop texts, scoring. On a real model, for real text."""
 
 import re
+from pathlib import Path
 from threading import Thread
 
 import pytest
 
 from nanokv import SamplingParams
 from nanokv.core.errors import CheckpointError, NanokvError, RequestError
+from nanokv.core.stats import STATS, markdown
 from nanokv.llm import LLM
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
@@ -132,10 +134,11 @@ def test_score_predicts_what_greedy_decoding_does(llm):
     assert best[len(output.prompt_token_ids) - 1 : -1] == output.token_ids
 
 
-def test_stats_are_documented_plain_numbers(llm):
-    for name, value in llm.stats().items():
-        assert isinstance(value, (int, float)), name
-        assert name in LLM.stats.__doc__, name
+def test_stats_are_plain_numbers_of_the_documented_table(llm):
+    values = llm.stats()
+    assert all(isinstance(value, (int, float)) for value in values.values())
+    assert list(values) == [stat.name for stat in STATS if not stat.only]
+    assert markdown() in (Path(__file__).parents[1] / "docs/stats.md").read_text()
 
 
 def test_a_model_that_is_not_there_says_what_to_do(tmp_path):

@@ -18,8 +18,8 @@ def test_a_full_hit_still_computes_a_token_and_is_whole_pages(length, cached):
     house.serve(prompt(12))
     request = house.request(prompt(length))
     assert house.cache.prefix_length(request) == cached
-    assert house.cache.match(request) == cached == request.num_computed == request.num_cached
-    assert len(request.pages) == cached // 4
+    assert house.cache.match(request) == cached == request.num_computed == request.held.num_cached
+    assert len(request.held.pages) == cached // 4
 
 
 def test_the_next_turn_hits_the_answer_of_the_last_one_but_not_its_last_token():
@@ -27,7 +27,7 @@ def test_the_next_turn_hits_the_answer_of_the_last_one_but_not_its_last_token():
     house.serve(prompt(6), answer=[50, 51, 52])  # 6 + 2 tokens are computed: two full pages; 52 never was
     assert house.admit(turn := house.request([*prompt(6), 50, 51, 52, 60]))
     house.run()
-    assert turn.num_cached == 8
+    assert turn.held.num_cached == 8
 
 
 def test_nothing_is_visible_before_it_is_computed():
@@ -45,18 +45,18 @@ def test_tokens_still_in_flight_are_not_published():
     first = house.request(prompt(9))
     house.admit(first, 8)
     house.run(come_back=False)
-    assert first.num_computed == 8 and first.num_published == 0
+    assert first.num_computed == 8 and first.held.num_published == 0
     house.cache.commit(first, in_flight=3)
-    assert first.num_published == 1
+    assert first.held.num_published == 1
     house.cache.commit(first)
-    assert first.num_published == 2
+    assert first.held.num_published == 2
 
 
 def test_two_requests_that_computed_the_same_in_one_step_keep_one_copy():
     house = House(16)
     assert house.admit(first := house.request(prompt(9))) and house.admit(second := house.request(prompt(9)))
     house.run()
-    assert first.pages[:2] == second.pages[:2] and first.pages[2] != second.pages[2]
+    assert first.held.pages[:2] == second.held.pages[:2] and first.held.pages[2] != second.held.pages[2]
     assert house.cache.stats()["pages_held"] == 2 and house.cache.stats()["pages_free"] == 12
 
 
@@ -75,11 +75,16 @@ def test_a_preempted_request_finds_prompt_and_answer_again_and_is_counted_once()
         house.run(token)
         assert house.schedule(request, 1)
     house.drop(request)  # the token at position 8 was scheduled and never computed
-    assert (request.num_computed, request.num_published, len(request.pages), request.node) == (0, 0, 0, None)
+    assert (request.num_computed, request.held.num_published, len(request.held.pages), request.held.node) == (
+        0,
+        0,
+        0,
+        None,
+    )
     assert house.admit(request) and request.num_computed == 8
     house.run()
     stats = house.cache.stats()
-    assert (request.num_cached, stats["hit_tokens"], stats["queried_tokens"]) == (0, 0, 6)
+    assert (request.held.num_cached, stats["hit_tokens"], stats["queried_tokens"]) == (0, 0, 6)
 
 
 def test_hits_are_counted_when_a_request_gets_room_not_each_time_it_asks():
@@ -89,7 +94,11 @@ def test_hits_are_counted_when_a_request_gets_room_not_each_time_it_asks():
     assert not house.admit(big) and not house.admit(big)
     assert house.cache.stats()["queried_tokens"] == 8
     assert house.admit(late := house.request(prompt(9)))
-    assert (house.cache.stats()["hit_tokens"], house.cache.stats()["queried_tokens"], late.num_cached) == (8, 17, 8)
+    assert (house.cache.stats()["hit_tokens"], house.cache.stats()["queried_tokens"], late.held.num_cached) == (
+        8,
+        17,
+        8,
+    )
 
 
 def test_without_a_prefix_cache_nothing_is_published_or_found():
@@ -114,7 +123,7 @@ def test_room_is_counted_in_pages_whatever_the_chunks_are():
     house.admit(request := house.request(prompt(30)), 3)
     for chunk, pages in ((3, 2), (2, 2), (1, 3), (16, 7), (4, 8)):
         house.run()
-        assert house.schedule(request, chunk) and len(request.pages) == pages
+        assert house.schedule(request, chunk) and len(request.held.pages) == pages
 
 
 def test_a_reservation_that_fails_changes_nothing():
@@ -124,7 +133,7 @@ def test_a_reservation_that_fails_changes_nothing():
     house.cache.match(second := house.request(prompt(9, 100)))
     before = house.cache.stats()
     assert not house.cache.reserve(second, 9)
-    assert house.cache.stats() == before and not second.pages
+    assert house.cache.stats() == before and not second.held.pages
     house.cache.release(second)
     house.verify()
 
@@ -138,7 +147,7 @@ def test_cached_pages_make_room_but_never_those_somebody_holds():
     assert not house.admit(house.request(prompt(9, 200)))
     assert house.admit(house.request(prompt(8, 200)))
     house.run()
-    assert house.cache.stats()["evictions"] == 3 and holder.num_cached == 4
+    assert house.cache.stats()["evictions"] == 3 and holder.held.num_cached == 4
 
 
 def test_a_recycled_page_is_not_found_under_its_old_tokens():
@@ -191,8 +200,8 @@ def test_samples_share_the_prompt_and_only_the_unfinished_tail_is_copied():
     samples = forked(house, count=3)
     assert house.cache.stats()["pages_free"] == 14
     assert all(house.schedule(sample, 1) for sample in samples)
-    tail = samples[2].pages[1]  # the last one to write has the page for itself
-    assert house.cache._copies == [(tail, samples[0].pages[1]), (tail, samples[1].pages[1])]
+    tail = samples[2].held.pages[1]  # the last one to write has the page for itself
+    assert house.cache._moves.pages == [(tail, samples[0].held.pages[1]), (tail, samples[1].held.pages[1])]
     house.run()
     assert house.cache.stats()["copies"] == 2 and house.cache.stats()["pages_free"] == 12
 
@@ -202,7 +211,7 @@ def test_without_a_prefix_cache_forks_share_full_pages_by_count():
     parent, child = forked(house, length=10)
     assert house.schedule(parent, 1) and house.schedule(child, 1)
     house.run()
-    assert parent.pages[:2] == child.pages[:2] and house.cache.stats()["pages_free"] == 12
+    assert parent.held.pages[:2] == child.held.pages[:2] and house.cache.stats()["pages_free"] == 12
     house.drop(parent)
     house.verify()
 
@@ -213,9 +222,9 @@ def test_a_fork_shares_what_is_computed_not_the_parents_empty_pages():
     parent = house.request(prompt(30))
     house.admit(parent, 2)
     house.run()
-    assert house.schedule(parent, 12) and len(parent.pages) == 5
+    assert house.schedule(parent, 12) and len(parent.held.pages) == 5
     child = house.fork(parent, 99)
-    assert (len(child.pages), child.num_computed, child.num_cached) == (2, 6, 4)
+    assert (len(child.held.pages), child.num_computed, child.held.num_cached) == (2, 6, 4)
     house.run()
 
 
@@ -224,7 +233,7 @@ def test_a_fork_that_finds_no_page_for_its_copy_waits():
     parent, child = forked(house)
     assert not house.schedule(parent, 1)
     house.drop(child)
-    assert house.schedule(parent, 1) and house.cache.take_copies() == []
+    assert house.schedule(parent, 1) and house.cache.drain_moves().pages == []
 
 
 def test_the_source_of_a_copy_may_become_the_destination_of_a_later_one():
@@ -234,7 +243,7 @@ def test_the_source_of_a_copy_may_become_the_destination_of_a_later_one():
     assert house.schedule(first, 1)
     house.drop(second)  # the page that `first` is copied from is free now, and is the next to be handed out
     assert house.schedule(other, 1) and house.schedule(another, 1)
-    assert house.cache._copies[0][0] == house.cache._copies[1][1]
+    assert house.cache._moves.pages[0][0] == house.cache._moves.pages[1][1]
     house.run()
 
 
@@ -244,7 +253,7 @@ def test_a_copy_into_a_page_that_was_freed_again_does_no_harm():
     assert house.schedule(parent, 1)
     house.drop(parent)  # its copy is still listed
     assert house.admit(late := house.request(prompt(8, 100)))
-    assert house.cache._copies[0][1] in late.pages and house.schedule(child, 1)
+    assert house.cache._moves.pages[0][1] in late.held.pages and house.schedule(child, 1)
     house.run()
 
 
@@ -266,10 +275,12 @@ def test_a_page_still_shared_with_a_fork_is_published_once_it_is_not():
     assert house.schedule(parent, 1)
     child = house.fork(parent, 51)  # forked while the parent's next token was already planned into the tail
     house.run()
-    assert (parent.num_computed, parent.num_published) == (8, 1)
+    assert (parent.num_computed, parent.held.num_published) == (8, 1)
     assert house.schedule(child, 1)
     house.run()
-    assert (parent.num_published, child.num_published) == (2, 2) and parent.pages[1] != child.pages[1]
+    assert (parent.held.num_published, child.held.num_published) == (2, 2) and parent.held.pages[1] != child.held.pages[
+        1
+    ]
 
 
 def test_a_fork_of_other_tokens_or_another_namespace_is_refused():
@@ -286,7 +297,6 @@ def test_every_page_can_be_followed_through_the_log(tmp_path):
     house.serve(prompt(9))
     house.serve(prompt(9), answer=[1])
     house.serve(prompt(9, 100))
-    house.events.close()
     records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()[1:]]
     story = [(record["event"], record.get("request"), record["pages"]) for record in records]
     assert story[:4] == [

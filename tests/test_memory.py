@@ -6,11 +6,11 @@ import torch
 
 from nanokv import EngineConfig
 from nanokv.codecs import resolve_codec
+from nanokv.codecs.latents import RawLatentPages
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import PageLayout
-from nanokv.engine.memory import Memory, gpu_memory, memory_for_pages, pool_size, reading_scratch
-from nanokv.engine.probe import run_largest_step, run_reading_step
-from nanokv.layers.mla import MLA
+from nanokv.engine.memory import MemoryBudget, gpu_memory, memory_for_pages, pool_size, reading_scratch
+from nanokv.engine.profile_run import run_largest_step, run_reading_step
 from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
 
@@ -19,11 +19,11 @@ CPU = torch.device("cpu")
 
 
 def test_a_gpu_gives_its_fraction_less_what_is_used_and_what_a_step_needs():
-    assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5) == Memory(25 * GIB, 25 * GIB)
+    assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5) == MemoryBudget(25 * GIB, 25 * GIB)
 
 
 def test_a_gpu_keeps_room_to_decode_the_pages_that_it_gives():
-    assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5, scratch=0.25) == Memory(20 * GIB, 20 * GIB)
+    assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5, scratch=0.25) == MemoryBudget(20 * GIB, 20 * GIB)
 
 
 def bound(folder, codec: str, dtype: torch.dtype = torch.float32, page_size: int = 32, exact: bool = True):
@@ -73,15 +73,15 @@ def test_what_reading_takes_is_the_larger_of_decodes_and_a_prompt_over_cached_pa
 
 def test_the_prompt_over_cached_pages_expands_latents(tmp_path, monkeypatch):
     model, layout = bound(oracles.checkpoint("deepseek_v3", tmp_path), "raw", torch.bfloat16, page_size=16)
-    expanded, own = [], MLA._expanded
-    monkeypatch.setattr(MLA, "_expanded", lambda self, *rest: expanded.append(rest[-1]) or own(self, *rest))
+    expanded, own = [], RawLatentPages.expanded
+    monkeypatch.setattr(RawLatentPages, "expanded", lambda self, *rest: expanded.append(rest[-1]) or own(self, *rest))
     reading_scratch(lambda run: run() or 0, EngineConfig(), model, layout, CPU)
     assert max(int(batch.positions[-1]) for batch in expanded) == model.config.max_positions - 1
 
 
 def test_scratch_of_one_request_at_a_time_takes_no_more_than_the_longest_needs():
-    assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5, 0.25, at_once=4 * GIB) == Memory(24 * GIB, 24 * GIB)
-    assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5, 0.25, at_once=400 * GIB) == Memory(20 * GIB, 20 * GIB)
+    assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5, 0.25, at_once=4 * GIB) == MemoryBudget(24 * GIB, 24 * GIB)
+    assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5, 0.25, at_once=400 * GIB) == MemoryBudget(20 * GIB, 20 * GIB)
 
 
 def test_a_gpu_without_room_for_pages_is_an_error_that_names_the_field():
@@ -108,7 +108,7 @@ def test_the_largest_step_runs_over_a_store_of_one_page(family, tmp_path):
     model.forward = lambda batch, store: seen.append((batch, store)) or original(batch, store)
     run_largest_step(EngineConfig(max_step_tokens=200, max_requests=8), model, layout, torch.device("cpu"))
     ((batch, store),) = seen
-    assert batch.num_rows == 200 and store.num_pages == 1
+    assert batch.num_rows == 200 and len(store.pages) == 1
     memory = memory_for_pages(EngineConfig(), model, layout, torch.device("cpu"))
     assert 0 < memory.default <= memory.limit
     assert pool_size(EngineConfig(num_pages=3, num_states=4), layout, memory)[0] == 3

@@ -5,7 +5,7 @@ import itertools
 import oracles
 import pytest
 import torch
-from chat_desk import ScriptedLLM
+from fake_terminal import ScriptedLLM
 
 from nanokv import EngineConfig, SamplingParams
 from nanokv.core.request import Request

@@ -22,12 +22,12 @@ class Planted(RadixTree):
 
     def hold(self, tokens, salt=None):
         """Match, lock, publish the rest: the handle at the end of `tokens`."""
-        node, found = self.match(blob(tokens), salt)
+        node, found = self.match_prefix(blob(tokens), salt)
         self.lock(node)
         rest = len(tokens) // self.page_size - len(found)
         pages = array("i", range(self.num_made, self.num_made + rest))
         self.num_made += rest
-        return self.extend(node, blob(tokens[len(found) * self.page_size :]), pages)[0]
+        return self.insert(node, blob(tokens[len(found) * self.page_size :]), pages)[0]
 
     def plant(self, tokens, salt=None) -> None:
         self.unlock(self.hold(tokens, salt))
@@ -39,8 +39,8 @@ def pages(*names: int) -> list[int]:
 
 
 def found(tree, tokens, salt=None) -> list[int]:
-    foretold = tree.length(blob(tokens), salt)
-    _, matched = tree.match(blob(tokens), salt)
+    foretold = tree.prefix_length(blob(tokens), salt)
+    _, matched = tree.match_prefix(blob(tokens), salt)
     assert len(matched) == foretold
     return list(matched)
 
@@ -56,9 +56,9 @@ def test_a_match_is_whole_pages_and_the_rest_is_ignored():
 def test_a_match_inside_a_run_splits_it_and_the_lower_part_keeps_its_identity():
     tree = Planted()
     handle = tree.hold(pages(1, 2, 3, 4))
-    upper, matched = tree.match(blob(pages(1, 2, 9)))
+    upper, matched = tree.match_prefix(blob(pages(1, 2, 9)))
     assert list(matched) == [0, 1] == list(upper.pages)
-    assert list(handle.pages) == [2, 3] and handle.parent is upper and upper.locks == 1
+    assert list(handle.pages) == [2, 3] and handle.parent is upper and upper.ref_count == 1
     tree.check([handle])
 
 
@@ -66,8 +66,8 @@ def test_length_neither_splits_nor_touches():
     tree = Planted()
     tree.plant(pages(1, 2, 3, 4))
     tree.plant(pages(5))
-    assert tree.length(blob(pages(1, 2, 9))) == 2
-    assert tree.length(blob(pages(1)), "elsewhere") == 0
+    assert tree.prefix_length(blob(pages(1, 2, 9))) == 2
+    assert tree.prefix_length(blob(pages(1)), "elsewhere") == 0
     assert [len(node.pages) for node in tree.nodes() if node.parent] == [1, 4]
     assert tree.evict(1) == [3]  # still the least recently used
     tree.check([])
@@ -100,7 +100,7 @@ def test_an_empty_namespace_is_forgotten():
     for number in range(100):
         tree.plant(pages(1), f"salt {number}")
         tree.evict(1)
-    node, _ = tree.match(blob(pages(1)), "looked for in vain")
+    node, _ = tree.match_prefix(blob(pages(1)), "looked for in vain")
     tree.lock(node)
     tree.unlock(node)
     assert not list(tree.nodes())
@@ -110,7 +110,7 @@ def test_the_leaf_of_a_lone_reader_grows_instead_of_making_a_chain():
     tree = Planted()
     node = tree.hold(pages(0))
     for name in range(1, 50):
-        again, adopted = tree.extend(node, blob(pages(name)), array("i", [name]))
+        again, adopted = tree.insert(node, blob(pages(name)), array("i", [name]))
         assert again is node and list(adopted) == [name]
     assert sum(1 for _ in tree.nodes()) == 2  # the root and one leaf
     tree.check([node])
@@ -120,17 +120,17 @@ def test_a_leaf_with_two_readers_does_not_grow_under_the_other():
     tree = Planted()
     first, second = tree.hold(pages(1)), tree.hold(pages(1))
     assert first is second
-    longer, _ = tree.extend(first, blob(pages(2)), array("i", [7]))
-    assert longer.parent is second and list(second.pages) == [0]
+    longer, _ = tree.insert(first, blob(pages(2)), array("i", [7]))
+    assert longer.parent is second and list(second.held.pages) == [0]
     tree.check([longer, second])
 
 
 def test_what_stands_already_is_handed_back_and_the_newcomers_page_stays_its_own():
     tree = Planted()
-    root, _ = tree.match(b"")
+    root, _ = tree.match_prefix(b"")
     tree.lock(root)
     tree.plant(pages(1, 2, 3))
-    end, stands = tree.extend(root, blob(pages(1, 2, 5, 6)), array("i", [70, 71, 72, 73]))
+    end, stands = tree.insert(root, blob(pages(1, 2, 5, 6)), array("i", [70, 71, 72, 73]))
     assert list(stands) == [0, 1, 72, 73] and tree.num_pages == 5
     tree.check([end])
 
@@ -139,15 +139,15 @@ def test_only_the_holder_of_a_node_may_extend_it():
     tree = Planted()
     tree.plant(pages(1))
     with pytest.raises(CacheError, match="holder"):
-        tree.extend(tree.match(blob(pages(1)))[0], blob(pages(2)), array("i", [5]))
+        tree.insert(tree.match_prefix(blob(pages(1)))[0], blob(pages(2)), array("i", [5]))
 
 
 def test_the_matched_node_itself_is_locked_not_only_its_parents():
     tree = Planted()
     handle = tree.hold(pages(1, 2))
-    assert (tree.num_locked, tree.evict(2)) == (2, [])
+    assert (tree.num_protected, tree.evict(2)) == (2, [])
     tree.unlock(handle)
-    assert (tree.num_locked, sorted(tree.evict(2))) == (0, [0, 1])
+    assert (tree.num_protected, sorted(tree.evict(2))) == (0, [0, 1])
 
 
 def test_a_node_unlocked_twice_is_an_error():
@@ -163,11 +163,11 @@ def test_locked_and_evictable_do_not_drift_on_splits_and_shared_paths():
     first = tree.hold(pages(1, 2, 3, 4))
     second = tree.hold(pages(1, 2, 5))
     third = tree.hold(pages(1))
-    assert (tree.num_pages, tree.num_locked, tree.num_evictable) == (5, 5, 0)
+    assert (tree.num_pages, tree.num_protected, tree.num_evictable) == (5, 5, 0)
     tree.unlock(first)
-    assert (tree.num_locked, tree.num_evictable) == (3, 2)
+    assert (tree.num_protected, tree.num_evictable) == (3, 2)
     tree.unlock(second)
-    assert tree.num_locked == 1
+    assert tree.num_protected == 1
     tree.check([third])
 
 
@@ -216,11 +216,11 @@ def test_the_eviction_queue_does_not_grow_with_hits():
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda tree, leaf: setattr(leaf, "locks", 1),
-        lambda tree, leaf: setattr(tree, "num_locked", 1),
+        lambda tree, leaf: setattr(leaf, "ref_count", 1),
+        lambda tree, leaf: setattr(tree, "num_protected", 1),
         lambda tree, leaf: leaf.pages.append(9),
         lambda tree, leaf: tree._heap.clear(),
-        lambda tree, leaf: leaf.run.__setitem__(0, 99),
+        lambda tree, leaf: leaf.tokens.__setitem__(0, 99),
     ],
     ids=["lock", "counter", "pages", "queue", "key"],
 )
@@ -228,7 +228,7 @@ def test_check_sees_books_that_do_not_balance(spoil):
     tree = Planted()
     tree.plant(pages(1, 2))
     tree.check([])
-    spoil(tree, tree.match(blob(pages(1, 2)))[0])
+    spoil(tree, tree.match_prefix(blob(pages(1, 2)))[0])
     with pytest.raises(CacheError):
         tree.check([])
 
@@ -259,7 +259,7 @@ def match_times(tree: Planted, prompts: list[list[int]], repeats: int = 30) -> l
     for _ in range(repeats):
         for place, prompt in enumerate(prompts):
             start = time.perf_counter()
-            node, _ = tree.match(array("i", prompt).tobytes())
+            node, _ = tree.match_prefix(array("i", prompt).tobytes())
             tree.lock(node)
             tree.unlock(node)
             best[place] = min(best[place], time.perf_counter() - start)

@@ -7,10 +7,10 @@ import torch
 
 from nanokv.cache.manager import CacheManager
 from nanokv.core.config import EngineConfig
-from nanokv.core.events import EventLog
+from nanokv.core.events import Events
 from nanokv.core.request import Request, SamplingParams
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.engine import scheduler as scheduling
+from nanokv.engine import admission_policy
 from nanokv.engine.scheduler import Scheduler, StepPlan
 
 PAGE = 4
@@ -23,8 +23,8 @@ class House:
         config = {"page_size": PAGE, "max_step_tokens": 16, "max_requests": 4, **config}
         self.config = EngineConfig(**config)
         layout = PageLayout([LayerSpec(paged=(Plane("k", (1, PAGE, 1), torch.float32, 1),))], PAGE)
-        self.cache = CacheManager(layout, num_pages, self.config.prefix_cache, EventLog(None))
-        self.scheduler = Scheduler(self.config, self.cache, EventLog(None))
+        self.cache = CacheManager(layout, num_pages, self.config.prefix_cache, Events())
+        self.scheduler = Scheduler(self.config, self.cache, Events())
 
     def add(self, tokens, name: str = "", **params) -> Request:
         request = Request(list(tokens), SamplingParams(**params), name)
@@ -95,7 +95,7 @@ def test_the_newest_request_is_preempted_and_comes_back_first():
     assert seen[0] == [("old", 1), ("new", 1)]
     assert seen[4] == [("old", 1)]
     assert new in house.scheduler.waiting and house.scheduler.waiting[0] is new
-    assert new.num_computed == 0 and len(new.pages) == 0 and new.num_tokens > 8
+    assert new.num_computed == 0 and len(new.held.pages) == 0 and new.num_tokens > 8
     house.scheduler.remove(old)
     assert house.step()[0] == ("new", new.num_tokens - 1)  # its own tokens are computed again, none is lost
     assert house.scheduler.num_preemptions == 1
@@ -130,7 +130,7 @@ def test_a_shared_prefix_in_the_making_is_waited_for():
     assert house.step() == [("first", 24)]
     assert house.step() == [("first", 24)]
     assert house.step() == [("first", 12), ("second", 2), ("other", 6)]
-    assert second.num_cached == 48 and other.num_cached == 0
+    assert second.held.num_cached == 48 and other.held.num_cached == 0
 
 
 def test_others_overtake_one_that_waits_for_a_prefix():
@@ -168,7 +168,7 @@ def test_other_salts_do_not_wait_for_each_other():
 
 
 def test_longest_prefix_first_with_ageing(monkeypatch):
-    monkeypatch.setattr(scheduling, "MAX_PASSED_OVER", 3)
+    monkeypatch.setattr(admission_policy, "MAX_PASSED_OVER", 3)
     house = House(schedule="longest-prefix", max_requests=1, num_pages=128)
     warm = house.add(prompt(16), "warm")
     house.step()

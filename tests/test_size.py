@@ -1,4 +1,4 @@
-"""nanokv size: numbers from the layout the engine allocates."""
+"""nanokv size: numbers from the layout that the engine allocates."""
 
 import json
 import xml.etree.ElementTree as ET
@@ -7,8 +7,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from nanokv.bench.size import CacheSize, measure
 from nanokv.cli.main import main
-from nanokv.cli.size import CacheSize, measure
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
 from nanokv.hub.catalog import CATALOG, SHIPPED
 
@@ -57,7 +57,7 @@ def test_every_catalog_name_can_be_measured():
     assert result.exit_code == 0, result.stderr
 
 
-def test_people_get_a_table():
+def test_without_json_a_table_is_printed():
     text = run(NAME, "--context", "1K,300").stdout
     assert "k 3x64, v 3x64" in text
     assert "4.0 GiB hold 186,400 tokens" in text
@@ -73,7 +73,7 @@ def test_odd_heads_show_what_alignment_costs(tmp_path):
     assert (row["bytes_per_token"], row["payload_bytes"], row["padded_bytes"]) == (240, 2400, 10 * 30 * 2 * 16)
 
 
-def test_states_are_paid_once_a_sequence():
+def test_states_count_once_per_sequence():
     spec = LayerSpec(
         paged=(Plane("k", (2, 16, 8), torch.bfloat16, 1),), state=(Plane("state", (3, 5), torch.float32, None),)
     )
@@ -87,7 +87,7 @@ def test_states_are_paid_once_a_sequence():
     assert (recurrent.tokens_in(63), recurrent.tokens_in(64), recurrent.padded(10**6)) == (0, None, 64)
 
 
-def test_the_article_in_one_command():
+def test_mla_hybrid_and_gqa_models_compare_in_one_command():
     result = run("deepseek-v3", "qwen3.5-9b", "llama-3.1-70b", "--json")
     one = {row["model"]: row for row in json.loads(result.stdout)["rows"] if row["context_tokens"] == 1024}
     v3, hybrid, llama = one["deepseek-v3"], one["qwen3.5-9b"], one["llama-3.1-70b"]
@@ -149,7 +149,7 @@ def test_bad_input_is_one_line(arguments, code, complaint):
     assert result.stderr.count("\n") == 1
 
 
-def test_a_name_that_means_nothing_is_answered_with_all_that_do():
+def test_an_unknown_name_is_answered_with_all_known_ones():
     complaint = run("nope").stderr
     assert all(name in complaint for name in (*CATALOG, *SHIPPED)) and complaint.count("\n") == 1
 

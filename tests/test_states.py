@@ -28,7 +28,7 @@ def matched(place: House, tokens) -> tuple[int, int]:
     """(cached, found) tokens of a request that comes now, and goes again."""
     request = place.request(tokens)
     assert place.cache.prefix_length(request) == place.cache.match(request)
-    lengths = request.num_cached, request.num_kv_matched
+    lengths = request.held.num_cached, request.held.num_kv_matched
     place.cache.release(request)
     place.cache.check()
     return lengths
@@ -59,12 +59,12 @@ def test_the_chunk_ends_where_a_checkpoint_is_due():
     place = house()
     request = place.request(prompt(23))
     place.cache.match(request)
-    assert place.cache.chunk(request, 23) == 20
-    assert place.cache.chunk(request, 6) == 6
+    assert place.cache.limit_chunk(request, 23) == 20
+    assert place.cache.limit_chunk(request, 6) == 6
     other = house(interval=8)
     request = other.request(prompt(23))
     other.cache.match(request)
-    assert other.cache.chunk(request, 23) == 8
+    assert other.cache.limit_chunk(request, 23) == 8
 
 
 def test_every_interval_leaves_a_checkpoint_of_prompt_and_answer():
@@ -82,7 +82,7 @@ def test_where_prompts_branch_the_second_leaves_a_checkpoint_for_the_third():
     place.serve([*system, *prompt(9, 30)])
     assert matched(place, [*system, *prompt(9, 60)]) == (0, 16)
     second = place.serve([*system, *prompt(9, 60)])
-    assert (second.num_cached, second.num_kv_matched) == (0, 16)
+    assert (second.held.num_cached, second.held.num_kv_matched) == (0, 16)
     assert matched(place, [*system, *prompt(9, 90)]) == (16, 16)
 
 
@@ -99,15 +99,15 @@ def test_who_waits_for_a_prefix_asks_for_a_checkpoint_there():
     place = house()
     first = place.request([*prompt(16), *prompt(9, 30)])
     place.admit(first, 3)
-    assert place.cache.expect(first, 16)
+    assert place.cache.request_checkpoint(first, 16)
     place.run()
-    assert place.cache.chunk(first, 22) == 13
+    assert place.cache.limit_chunk(first, 22) == 13
     place.schedule(first, 13)
     place.run()
-    place.schedule(first, place.cache.chunk(first, 9))  # before the state moves on, it is copied
+    place.schedule(first, place.cache.limit_chunk(first, 9))  # before the state moves on, it is copied
     assert matched(place, [*prompt(16), 99]) == (16, 16)
     place.run()
-    assert not place.cache.expect(first, 8)  # the state has moved past
+    assert not place.cache.request_checkpoint(first, 8)  # the state has moved past
 
 
 def test_a_state_goes_and_its_pages_stay_and_the_least_used_goes_first():
@@ -142,7 +142,7 @@ def test_the_only_state_of_the_tree_may_become_the_requests_own():
     assert place.admit(other, 1)
     place.run()
     request = place.request([*prompt(8), 90, 91])
-    assert place.admit(request, 1) and request.num_cached == 8
+    assert place.admit(request, 1) and request.held.num_cached == 8
     assert place.cache.stats()["states_free"] == 0
     place.run()  # House proves that the request goes on from the state of its own tokens
     for one in (request, other):
@@ -163,7 +163,7 @@ def test_forks_go_on_from_the_parents_state():
     place.admit(parent)
     place.prefill(parent)
     children = [place.fork(parent, token) for token in (50, 51)]
-    assert len({parent.state_id, *(child.state_id for child in children)}) == 3
+    assert len({parent.held.state_id, *(child.held.state_id for child in children)}) == 3
     for token in range(60, 66):
         for request in place.running:
             assert place.schedule(request, 1)
@@ -179,7 +179,7 @@ def test_a_child_that_ends_before_its_parent_is_refused():
     place.admit(parent)
     place.prefill(parent)
     child = place.request(prompt(9))
-    with pytest.raises(CacheError, match="wound back"):
+    with pytest.raises(CacheError, match="rolled back"):
         place.cache.fork(parent, child)
 
 
@@ -272,7 +272,7 @@ def test_no_request_ever_goes_on_from_a_foreign_state(seed, num_moves, num_state
         elif move == "step":
             for request in place.running:
                 if request.num_scheduled == 0 and rng.random() < 0.8:
-                    place.schedule(request, place.cache.chunk(request, rng.randint(1, request.num_to_compute)))
+                    place.schedule(request, place.cache.limit_chunk(request, rng.randint(1, request.num_to_compute)))
             place.run(rng.randint(0, 1))
             for request in [request for request in place.running if request.num_tokens > 16]:
                 place.drop(request)
@@ -286,20 +286,20 @@ def test_no_request_ever_goes_on_from_a_foreign_state(seed, num_moves, num_state
 def test_tails_of_unfinished_pages_need_no_checkpoint():
     tail = Plane("tail", (1,), torch.float32, token_axis=None)
     kept = Plane("k", (4, 1), torch.float32, token_axis=0)
-    layout = PageLayout([LayerSpec(paged=(kept,), tail=(tail,))], 4)
+    layout = PageLayout([LayerSpec(paged=(kept,), partial_page=(tail,))], 4)
     assert (layout.is_recurrent, layout.states_per_request, layout.state_bytes) == (False, 1, 16)
     tree = RadixTree(4)
     states = States(3, 4, None, tree, layout.is_recurrent)
-    node, _ = tree.match(b"")
+    node, _ = tree.match_prefix(b"")
     assert states.reachable(node) is node
     requests = [Request([1] * 9, SamplingParams()) for _ in range(3)]
     for request in requests:
         states.open(request, node, 0)
-        assert states.chunk(request, 9) == 9 and states.expect(request, 4)
+        assert states.limit_chunk(request, 9) == 9 and states.request_checkpoint(request, 4)
         states.capture(request)
-        states.settle(request)
-    assert states.take_copies() == [] and sorted(request.state_id for request in requests) == [0, 1, 2]
+        states.file_checkpoint(request)
+    assert states.take_copies() == [] and sorted(request.held.state_id for request in requests) == [0, 1, 2]
     states.check(requests)
     states.release(requests[0])
     states.fork(requests[1], requests[0])
-    assert states.take_copies() == [(requests[1].state_id, requests[0].state_id)]
+    assert states.take_copies() == [(requests[1].held.state_id, requests[0].held.state_id)]

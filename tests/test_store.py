@@ -24,71 +24,73 @@ def noise(num_pages: int, layout: PageLayout = HYBRID) -> torch.Tensor:
 
 def filled(num_pages: int) -> CacheStore:
     store = CacheStore(HYBRID, num_pages)
-    store.pool.copy_(noise(num_pages))
+    store.pages.data.copy_(noise(num_pages))
     return store
 
 
 def test_a_fresh_pool_is_zeros_because_zero_times_nan_is_nan():
     store = CacheStore(HYBRID, 9)
-    assert store.pool.shape == (9, HYBRID.page_bytes) and store.pool.dtype == torch.uint8
-    assert store.num_pages == 9
-    assert store.pool.is_contiguous() and store.pool.data_ptr() % 64 == 0
-    assert not store.pool.any()
+    assert store.pages.data.shape == (9, HYBRID.page_bytes) and store.pages.data.dtype == torch.uint8
+    assert len(store.pages) == 9
+    assert store.pages.data.is_contiguous() and store.pages.data.data_ptr() % 64 == 0
+    assert not store.pages.data.any()
 
 
 def test_whole_pages_come_out_in_the_order_asked_for():
     store = filled(6)
-    assert torch.equal(store.read_pages([4, 0, 4]), noise(6)[[4, 0, 4]])
+    assert torch.equal(store.pages.read([4, 0, 4]), noise(6)[[4, 0, 4]])
 
 
 def test_what_was_read_is_a_copy():
     store = filled(2)
-    before = store.read_pages([1])
-    store.pool.zero_()
+    before = store.pages.read([1])
+    store.pages.data.zero_()
     assert torch.equal(before, noise(2)[[1]])
 
 
 def test_pages_written_elsewhere_are_the_same_pages():
     store, other = filled(6), CacheStore(HYBRID, 4)
-    other.write_pages([3, 1], store.read_pages([2, 5]))
-    assert torch.equal(other.pool[3], store.pool[2]) and torch.equal(other.pool[1], store.pool[5])
-    assert not other.pool[0].any() and not other.pool[2].any()
+    other.held.pages.write([3, 1], store.pages.read([2, 5]))
+    assert torch.equal(other.held.pages.data[3], store.pages.data[2]) and torch.equal(
+        other.held.pages.data[1], store.pages.data[5]
+    )
+    assert not other.held.pages.data[0].any() and not other.held.pages.data[2].any()
 
 
 def test_layer_by_layer_is_the_whole_page():
     store, other = filled(5), CacheStore(HYBRID, 5)
     for layer in range(3):
-        data = store.read_pages([4, 2], layer, layer + 1)
+        data = store.pages.read([4, 2], layer, layer + 1)
         assert data.shape[1] == (48, 0, 64)[layer]
-        other.write_pages([4, 2], data, layer, layer + 1)
-    assert torch.equal(other.pool[[2, 4]], store.pool[[2, 4]])
+        other.held.pages.write([4, 2], data, layer, layer + 1)
+    assert torch.equal(other.held.pages.data[[2, 4]], store.pages.data[[2, 4]])
 
 
 def test_a_layer_slice_leaves_the_other_layers_alone():
     store = filled(2)
-    store.write_pages([0], torch.zeros(1, 64, dtype=torch.uint8), first_layer=2)
-    assert torch.equal(store.pool[0, :48], noise(2)[0, :48]) and not store.pool[0, 48:].any()
+    store.pages.write([0], torch.zeros(1, 64, dtype=torch.uint8), first_layer=2)
+    assert torch.equal(store.pages.data[0, :48], noise(2)[0, :48]) and not store.pages.data[0, 48:].any()
 
 
 def test_no_pages_are_no_bytes():
     store = filled(2)
-    assert store.read_pages([]).shape == (0, HYBRID.page_bytes)
-    store.write_pages([], store.read_pages([]))
-    assert torch.equal(store.pool, noise(2))
+    assert store.pages.read([]).shape == (0, HYBRID.page_bytes)
+    store.pages.write([], store.pages.read([]))
+    assert torch.equal(store.pages.data, noise(2))
 
 
 def test_copies_run_in_order_so_a_page_may_be_source_and_then_destination():
     store = filled(4)
-    store.copy_pages([(0, 1), (2, 0), (1, 3)])
+    store.pages.copy([(0, 1), (2, 0), (1, 3)])
     before = noise(4)
-    assert torch.equal(store.pool, torch.stack([before[2], before[0], before[2], before[0]]))
+    assert torch.equal(store.pages.data, torch.stack([before[2], before[0], before[2], before[0]]))
 
 
 def test_a_buffer_handed_in_is_used_in_place_and_keeps_its_contents():
     buffer = noise(3).flatten()
     store = CacheStore(HYBRID, 3, buffer=buffer)
-    assert store.pool.data_ptr() == buffer.data_ptr()
-    assert torch.equal(store.read_pages([0, 1, 2]), noise(3))
+    assert store.pages.data.data_ptr() == buffer.data_ptr()
+    assert torch.equal(store.pages.read([0, 1, 2]), noise(3))
 
 
 @pytest.mark.parametrize(
@@ -108,8 +110,8 @@ def test_a_buffer_that_does_not_fit_is_refused(buffer):
 def test_data_of_other_layers_is_refused():
     store = filled(3)
     with pytest.raises(ValueError, match=r"expected uint8 \[1, 48\]"):
-        store.write_pages([0], store.read_pages([0]), last_layer=1)
-    assert torch.equal(store.pool, noise(3))
+        store.pages.write([0], store.pages.read([0]), last_layer=1)
+    assert torch.equal(store.pages.data, noise(3))
 
 
 def test_a_plane_lies_where_the_layout_says():
@@ -117,6 +119,6 @@ def test_a_plane_lies_where_the_layout_says():
     store = CacheStore(layout, 3)
     slot = layout.paged(1, "k")
     values = torch.arange(16, dtype=torch.float32)
-    store.write_pages([2], values.view(torch.uint8).view(1, -1), first_layer=1)
-    found = store.pool[2, slot.offset : slot.offset + slot.plane.num_bytes].view(torch.float32)
+    store.pages.write([2], values.view(torch.uint8).view(1, -1), first_layer=1)
+    found = store.pages.data[2, slot.offset : slot.offset + slot.plane.num_bytes].view(torch.float32)
     assert torch.equal(found, values)

@@ -1,4 +1,4 @@
-"""Chat templates: equal to transformers', found where checkpoints keep them, one line when they refuse."""
+"""Chat templates: equal to those of transformers, found in every place of a checkpoint, refusals of one line."""
 
 import json
 
@@ -71,7 +71,7 @@ def test_smollm2s_text_and_ids_equal_those_of_transformers(smollm2, theirs, mess
 
 
 @pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}, {"tools": [{"name": "f", "x": "<é>"}]}])
-def test_what_templates_use_equals_transformers(theirs, variables):
+def test_the_functions_of_templates_equal_those_of_transformers(theirs, variables):
     chat = [*CHATS[2], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}, *USER]
     expected = theirs.apply_chat_template(
         chat, chat_template=QWEN3, tokenize=False, add_generation_prompt=True, **variables
@@ -80,7 +80,7 @@ def test_what_templates_use_equals_transformers(theirs, variables):
     assert template.render(chat, **variables) == expected
 
 
-def test_the_file_goes_before_the_config(tmp_path):
+def test_the_template_file_precedes_the_config(tmp_path):
     config = {"chat_template": "from config {{ bos_token }}", "bos_token": {"content": "<s>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert ChatTemplate.from_folder(tmp_path).render(USER) == "from config <s>"
@@ -89,7 +89,7 @@ def test_the_file_goes_before_the_config(tmp_path):
     assert ChatTemplate.from_folder(tmp_path).render(USER) == "from file <s></s>"
 
 
-def test_of_named_templates_the_default_is_taken(tmp_path):
+def test_the_default_of_several_named_templates_is_used(tmp_path):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     assert ChatTemplate.from_folder(tmp_path).render(USER) == "plain"
@@ -131,7 +131,7 @@ def test_a_damaged_template_is_named(tmp_path, name, content, complaint):
         "{{ messages.append(1) }}",
     ],
 )
-def test_a_template_that_fails_is_one_line(source):
+def test_a_failing_template_is_one_line(source):
     with pytest.raises(RequestError, match="chat template refuses") as caught:
         ChatTemplate(source).render(USER)
     assert "\n" not in str(caught.value)
@@ -149,6 +149,6 @@ def test_a_template_that_fails_is_one_line(source):
         ([{"role": "user", "content": "Hi", "image": object()}], "object is no text"),
     ],
 )
-def test_a_misshapen_message_is_named(messages, complaint):
+def test_an_invalid_message_is_named(messages, complaint):
     with pytest.raises(RequestError, match=complaint):
         ChatTemplate("x").render(messages)

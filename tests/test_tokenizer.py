@@ -1,4 +1,4 @@
-"""The tokenizer: SmolLM2's against transformers and against a reference written from its rules; others; bad input."""
+"""The tokenizer: SmolLM2's compared with transformers and with its rules; other tokenizers; bad input."""
 
 import itertools
 import json
@@ -102,7 +102,7 @@ def test_a_damaged_tokenizer_is_named_in_one_line(tmp_path, smollm2):
         assert "\n" not in str(caught.value)
 
 
-# ---- what users write cannot become a special token -----------------------------------------------------------------
+# ---- text of users never becomes a special token -------------------------------------------------------------------
 
 
 def test_a_message_cannot_end_its_turn(tokenizer):
@@ -115,7 +115,7 @@ def test_a_message_cannot_end_its_turn(tokenizer):
     assert tokenizer.decode(ids, skip_special=False) == text
 
 
-def test_the_careful_way_gives_the_same_ids_for_honest_text(tokenizer):
+def test_marked_encoding_gives_the_same_ids_for_text_without_special_tokens(tokenizer):
     """encode_marked cuts at special tokens and encodes piece by piece; a mark somewhere must not change the rest."""
     for text in TEXTS:
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "1  2"}]
@@ -161,7 +161,7 @@ def test_the_default_of_llama_cpp_cuts_at_punctuation():
 
 
 def sentencepiece() -> Tokenizer:
-    """A SentencePiece-like tokenizer as in Llama 2: pieces with scores, bytes for what is not among them."""
+    """A SentencePiece-like tokenizer as in Llama 2: pieces with scores, bytes for all other characters."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     types = [2, 3, 3] + [6] * 256
     words = ["▁", "h", "e", "l", "o", "w", "r", "d", "he", "ll", "hell", "hello", "▁hello", "▁w", "or", "▁wor", "ld"]
@@ -194,7 +194,7 @@ def test_merges_follow_the_scores():
     ]
 
 
-def test_a_text_is_cut_only_where_the_pieces_stay_the_same():
+def test_a_text_is_cut_only_where_its_pieces_stay_the_same():
     tokenizer = sentencepiece()
     assert tokenizer.encode_after("hello", " world") is None
     whole = tokenizer.encode("hello</s>hello<s>world")
@@ -203,7 +203,7 @@ def test_a_text_is_cut_only_where_the_pieces_stay_the_same():
     assert [*first, 2, *tokenizer.encode_after("hello</s>", "hello<s>world")] == whole
 
 
-def test_added_tokens_decode_like_the_library_does():
+def test_added_tokens_decode_as_in_the_library():
     backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(byte_alphabet()))}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -215,7 +215,7 @@ def test_added_tokens_decode_like_the_library_does():
         )
 
 
-def test_spaces_may_stay_where_they_are():
+def test_a_sentencepiece_tokenizer_may_add_no_first_space():
     backend = tokenizers.Tokenizer(models.BPE(vocab={"▁": 0, "a": 1}, merges=[]))
     _cut_pieces(backend, space_first=False)
     assert backend.encode("a a").tokens == ["a", "▁", "a"]

@@ -1,26 +1,28 @@
-"""Cache arithmetic: bytes of a token, of a context, of a crowd."""
+"""Cache arithmetic: bytes of a token, of a context, of a batch."""
 
 from nanokv.learn.cards import card
 
 
 def layout(model: str, codec: str = "raw", page_size: int = 16):
     """What `nanokv size` reads: the PageLayout of a model in bfloat16."""
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return measure(model, "bfloat16", codec, page_size).layout
 
 
 @card(
-    question="How many bytes of KV cache does a token of Llama-3.1-8B take, and of the 70B? (32 or 80 layers, 8 KV "
-    "heads of 128 numbers, bf16)",
-    answer="Keys and values, so 2, times layers, times KV heads, times head dim, times 2 bytes. The 8B: 131,072 "
-    "bytes, which is 128 KiB. The 70B has the same heads and more layers: 320 KiB. So a context of 8,192 tokens is "
-    "2.5 GiB of the 70B. Query heads do not enter: only what is kept counts.",
-    follow_ups=("And in fp8? In int4 with a scale for each vector?", "Which of these factors does tensor parallelism "
-                "divide, and until when?"),
+    question="How many bytes of KV cache does a token of Llama-3.1-8B take, and one of the 70B? (32 or 80 layers, 8 "
+    "KV heads of 128 numbers, bf16)",
+    answer="Keys and values, so 2, times layers, times KV heads, times head dim, times 2 bytes. The 8B takes 131,072 "
+    "bytes, which is 128 KiB. The 70B has the same heads and more layers: 320 KiB. So a context of 8,192 tokens takes "
+    "2.5 GiB on the 70B. Query heads do not count, because they are not stored.",
+    follow_ups=(
+        "And in fp8? In int4 with a scale for each vector?",
+        "Which of these factors does tensor parallelism divide, and up to how many GPUs?",
+    ),
     file="nanokv/core/spec.py",
     command="nanokv size llama-3.1-8b llama-3.1-70b --context 8K",
-)  # fmt: skip
+)
 def bytes_of_a_token():
     small, large = layout("llama-3.1-8b"), layout("llama-3.1-70b")
     each = large.bytes_per_token
@@ -35,17 +37,19 @@ def bytes_of_a_token():
 
 @card(
     question="Qwen3-0.6B has a thirteenth of the parameters of an 8B model. Is its cache a thirteenth too?",
-    answer="No. A token takes 112 KiB against 128 KiB of Llama-3.1-8B, so 88 percent. The cache depends on layers, "
-    "KV heads and head dim, and these hardly shrank: 28 layers, 8 KV heads, 128 numbers each. Parameters grow with "
-    "the square of the width; the width does not enter the cache at all. For small models the cache is the larger "
-    "part of memory sooner.",
-    follow_ups=("At which context does the cache of the small one outgrow its weights?",
-                "What would you change in the small model's design?"),
+    answer="No. A token takes 112 KiB against 128 KiB of Llama-3.1-8B, which is 88 percent. The cache depends on "
+    "layers, KV heads and head dim, and these are nearly as large: 28 layers, 8 KV heads, 128 numbers each. "
+    "Parameters grow with the square of the width; the cache does not depend on it. So in a small model the cache "
+    "dominates memory sooner.",
+    follow_ups=(
+        "At what context length does the cache of the small model outgrow its weights?",
+        "What would you change in the small model's design?",
+    ),
     file="nanokv/models/decoder.py",
     command="nanokv size qwen3-0.6b llama-3.1-8b",
-)  # fmt: skip
+)
 def small_models_have_large_caches():
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     one = measure("qwen3-0.6b", "bfloat16", "raw", 16)
     mine, other = one.layout.bytes_per_token, layout("llama-3.1-8b").bytes_per_token
@@ -61,15 +65,17 @@ def small_models_have_large_caches():
 
 @card(
     question="At how many cached tokens in the batch does a decode step of Llama-3.1-8B read more cache than weights?",
-    answer="Count what a step reads. The weights are 16.06 GB in bf16, but the embedding table is only looked up, "
-    "one row a token, and takes 1.05 of them. So 15.01 GB are read, and at 131,072 bytes a token that is about "
-    "114,500 tokens: 14 requests of 8K. Many write-ups divide all weights and get 122,500. Beyond that point, "
-    "batching more requests no longer makes tokens cheaper by much.",
-    follow_ups=("How does this move with a quantised cache? With quantised weights?",
-                "Why does the embedding of SmolLM2 count, although it is a table too?"),
+    answer="Count the bytes that a step reads. The weights are 16.06 GB in bf16. But 1.05 of them are the embedding "
+    "table, where a step looks up one row a token. So 15.01 GB are read, and at 131,072 bytes a token that equals "
+    "about 114,500 tokens: 14 requests of 8K. Many write-ups divide all weights and get 122,500. Beyond that point, a "
+    "larger batch makes tokens only slightly cheaper.",
+    follow_ups=(
+        "How does this change with a quantised cache? With quantised weights?",
+        "Why does the embedding of SmolLM2 count, although it is a table too?",
+    ),
     file="nanokv/bench/decode.py",
     command="nanokv bench decode --batch 1,8,32 --context 256,2048",
-)  # fmt: skip
+)
 def where_the_cache_outweighs_the_weights():
     from nanokv.hub.catalog import CATALOG
 
@@ -93,11 +99,14 @@ def where_the_cache_outweighs_the_weights():
 @card(
     question="80 GB, of which 16 GB are weights and 4 GB activations and graphs. Llama-3.1-8B, 2,000 tokens in, 500 "
     "out. How many requests run at once?",
-    answer="If each must be promised its full length: 157 pages of 2 MiB each, so 182 requests in 60 GB. But they do "
-    "not all stand at their end. In a steady mix an answer is on average half written: 2,250 tokens, 203 requests. "
-    "An engine that admits on what is known now and preempts when it was wrong lives near the second number; one "
-    "that reserves the maximum lives at the first, or far below if max_tokens is left at its default.",
-    follow_ups=("Lengths are only known as a distribution. What do you admit on?", "What does preemption cost then?"),
+    answer="If the engine reserves the full length: 157 pages of 2 MiB a request, so 182 requests in 60 GB. But not "
+    "all requests are at their end. In a steady mix an answer is on average half written: 2,250 tokens, 203 requests. "
+    "An engine that admits by the current length and preempts when memory runs out gets near the second number. One "
+    "that reserves the maximum gets the first, or far less if max_tokens is left at its default.",
+    follow_ups=(
+        "Lengths are only known as a distribution. By which length do you admit?",
+        "What does preemption cost then?",
+    ),
     file="nanokv/engine/scheduler.py",
     command="nanokv size llama-3.1-8b --memory 60GB --context 2000,2250,2500",
 )
@@ -121,10 +130,10 @@ def requests_in_memory():
 @card(
     question="Besides keys and values, what grows with the length of a prompt? Take a prompt of 8,192 tokens and "
     "Llama-3.1-8B.",
-    answer="Page tables: an int32 a page, so 2 KiB; nothing. Activations of prefill, which a token budget bounds. "
-    "And logits, if you are careless: all rows times 128,256 words in float32 are 4.2 GB, though only the last row "
-    "is sampled. So compute logits only for rows that asked. Where all are wanted, for scoring, give them out 256 "
-    "rows at a time.",
+    answer="Page tables: an int32 a page, so 2 KiB: negligible. Activations of prefill, which a token budget bounds. "
+    "And logits, if you are careless: all rows times 128,256 words in float32 are 4.2 GB, though only the last row is "
+    "sampled. So compute logits only for the rows that need them. For scoring, which needs all rows, return them 256 "
+    "at a time.",
     follow_ups=("Which of these grow with the batch instead?", "What changes with a sliding window?"),
     file="nanokv/engine/inputs.py",
     command="nanokv size llama-3.1-8b --context 8K",
@@ -144,15 +153,15 @@ def what_else_grows():
 
 @card(
     question="You chat with SmolLM2-135M (30 layers, 3 KV heads of 64, bf16). How much text does 1 GiB of cache hold?",
-    answer="A token takes 23,040 bytes, so 22.5 KiB; a page of 16 tokens 360 KiB. 1 GiB holds 2,912 pages, which are "
-    "46,592 tokens: more than five times the 8,192 that the model was trained for. The rest of the pool is not "
-    "wasted: it keeps earlier conversations, and the prefix tree finds them. In float32 it is half as much.",
-    follow_ups=("Why is the answer a whole number of pages?", "Who decides which conversation goes first?"),
-    file="nanokv/cli/size.py",
+    answer="A token takes 23,040 bytes, which is 22.5 KiB; a page of 16 tokens takes 360 KiB. So 1 GiB holds 2,912 "
+    "pages, or 46,592 tokens: more than five times the model's context of 8,192. The rest of the pool is not wasted: "
+    "it keeps earlier conversations, and the prefix tree finds them. In float32 it holds half as many.",
+    follow_ups=("Why is the answer a whole number of pages?", "Which conversation is evicted first?"),
+    file="nanokv/bench/size.py",
     command="nanokv size smollm2-135m-instruct --memory 1GiB",
 )
 def a_gigabyte_of_chat():
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     one = measure("smollm2-135m-instruct", "bfloat16", "raw", 16)
     return {

@@ -1,24 +1,24 @@
-"""Attention variants: MHA, MQA, GQA, MLA. What is kept, what is computed, what is often said wrongly."""
+"""Attention variants: MHA, MQA, GQA, MLA. Their memory, their work, and common errors about them."""
 
 from nanokv.learn.cards import card
 
 
 def mla(model: str = "deepseek-v3"):
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return measure(model, "bfloat16", "raw", 16)
 
 
 @card(
-    question="Derive the arithmetic intensity of decode attention in bf16 for groups of g query heads to a KV head.",
-    answer="A token's key and value are two times d numbers of two bytes, so four d bytes. Each of g query heads "
-    "does a dot product and a weighted sum with them: four d operations a head. So the intensity is g operations a "
-    "byte, whatever the context and batch. Llama-3.1-8B has 4; all 32 heads on one pair, MQA, would have 32. An H100 "
-    "wants 295, so decode attention is bound by memory in every one of these. MLA absorbed, with 128 heads on one "
-    "latent, reaches 242: there it nearly balances.",
+    question="Derive the arithmetic intensity of decode attention in bf16 with g query heads for each KV head.",
+    answer="A token's key and value are two times d numbers of two bytes, so four d bytes. Each of g query heads does "
+    "a dot product and a weighted sum with them: four d operations a head. So the intensity is g operations a byte, "
+    "whatever the context and batch. Llama-3.1-8B has 4; MQA, with all 32 heads on one pair, would have 32. An H100 "
+    "needs 295, so decode attention is bound by memory in all of these. Absorbed MLA, with 128 heads on one latent, "
+    "reaches 242, which is nearly balanced.",
     follow_ups=(
-        "Why does batching raise the intensity of linear layers but not of this?",
-        "What do tensor cores need?",
+        "Why does batching raise the intensity of linear layers but not of attention?",
+        "Which shapes do tensor cores need?",
     ),
     file="nanokv/kernels/reference/attention.py",
     command="nanokv bench decode --batch 1,16 --context 256,4096",
@@ -38,14 +38,13 @@ def intensity():
 
 
 @card(
-    question="MLA: what exactly is cached, what does DeepSeek-V3 pay for a token, and what would plain MHA of the "
-    "same shape pay?",
-    answer="One latent of 512 numbers, from which keys and values of all heads can be computed, and one rotated key "
-    "of 64, shared by all heads: 576 numbers a layer. With 61 layers in bf16 that is 70,272 bytes a token, 68.6 KiB. "
-    "Plain MHA with 128 heads of 128 for keys and values would be 3.81 MiB; with the model's own keys of 192, 4.77. "
-    "The rotated part stands apart because a rotation depends on the position and so cannot be absorbed into a "
-    "weight.",
-    follow_ups=("What is absorbed into what?", "How do you shard it over eight GPUs?"),
+    question="MLA: what exactly is cached, how many bytes does DeepSeek-V3 keep for a token, and how many would plain "
+    "MHA of the same shape keep?",
+    answer="One latent of 512 numbers, from which the keys and values of all heads can be computed, and one rotated "
+    "key of 64 for all heads: 576 numbers a layer. With 61 layers in bf16 that is 70,272 bytes a token, or 68.6 KiB. "
+    "Plain MHA with 128 heads of 128 for keys and values would take 3.81 MiB; with the model's own keys of 192, 4.77. "
+    "The rotated part is separate because a rotation depends on the position, so it cannot be absorbed into a weight.",
+    follow_ups=("Which matrix is absorbed into which?", "How do you shard it over eight GPUs?"),
     file="nanokv/layers/mla.py",
     command="nanokv size deepseek-v3",
 )
@@ -69,10 +68,10 @@ def what_mla_keeps():
 
 @card(
     question="A published list of interview answers says MLA's cache is even smaller than MQA's. Is it?",
-    answer="No. For DeepSeek's shapes MLA keeps 576 numbers a token and layer. MQA with one head of 128 keeps its "
-    "key and its value: 256. So MLA keeps 2.25 times as much, as GQA with so many groups would. Its point is another "
-    "one: for the price of little more than two KV heads every query head gets keys and values of its own. Smaller "
-    "than the usual 8 KV heads, by 3.6 times; not smaller than MQA.",
+    answer="No. For DeepSeek's shapes MLA keeps 576 numbers a token and layer. MQA with one head of 128 keeps a key "
+    "and a value: 256. So MLA keeps 2.25 times as much, like GQA with that many groups. Its advantage is another one: "
+    "for little more than two KV heads, every query head gets keys and values of its own. MLA is 3.6 times smaller "
+    "than the usual 8 KV heads, but not smaller than MQA.",
     follow_ups=("Then why not MQA?", "Where does the low rank come from, and what does it lose?"),
     file="nanokv/layers/mla.py",
     command="nanokv size deepseek-v3 llama-3.1-70b",
@@ -84,13 +83,16 @@ def smaller_than_mqa():
 
 
 @card(
-    question="It is often written that MHA with DeepSeek-V3's 128 heads of 128 would cache roughly 16,384 numbers a "
-    "token and layer, so that MLA saves 28 times. What is wrong?",
-    answer="Half is missing. 16,384 are the keys, or the values. Both are 32,768, so MLA's 576 are 56.9 times less. "
-    "And if you materialise what this model really multiplies, keys of 192 and values of 128, it is 40,960, 71.1 "
-    "times. Say which of the three you compare with. The honest rival is none of them but GQA with 8 groups: 3.6 "
-    "times.",
-    follow_ups=("Which of these does a naive implementation really keep?", "What did transformers keep before?"),
+    question="A common claim: MHA with DeepSeek-V3's 128 heads of 128 would cache roughly 16,384 numbers a token and "
+    "layer, so MLA saves 28 times. What is wrong?",
+    answer="Half is missing. 16,384 numbers are the keys alone, or the values alone. Together they are 32,768, so "
+    "MLA's 576 are 56.9 times fewer. And if you materialise what this model really multiplies, keys of 192 and values "
+    "of 128, it is 40,960, or 71.1 times. Say which of the three you compare with. The fair comparison is GQA with 8 "
+    "groups: 3.6 times.",
+    follow_ups=(
+        "Which of these does a naive implementation really keep?",
+        "What did the transformers library cache in earlier versions?",
+    ),
     file="nanokv/core/spec.py",
     command="nanokv size deepseek-v3 --json",
 )
@@ -113,13 +115,16 @@ def half_of_mha():
 
 
 @card(
-    question="MLA can attend absorbed, over the latents, or expanded, over keys and values made of them. When is "
-    "which cheaper in DeepSeek-V3?",
-    answer="Expanding costs work for every cached token; absorbing makes each pair of query and key dearer: 1,088 "
-    "multiply-adds a head instead of 320. So a decode row is always absorbed, a fresh prompt always expanded. With a "
-    "long prefix cached it depends on the new rows: the two meet at 171 of them. An engine with chunked prefill and "
-    "prefix hits crosses that line all the time, so it decides by the formula each step.",
-    follow_ups=("They round differently. What does that do to exact reuse?", "What changes with a quantised latent?"),
+    question="MLA can attend absorbed, over the latents, or expanded, over keys and values computed from them. Which "
+    "is cheaper when, in DeepSeek-V3?",
+    answer="Expanding costs work for every cached token. Absorbing makes each pair of query and key more expensive: "
+    "1,088 multiply-adds a head instead of 320. So decode rows are always absorbed, a fresh prompt always expanded. "
+    "With a long cached prefix it depends on the number of new rows: break-even is at 171. An engine with chunked "
+    "prefill and prefix hits crosses that line all the time, so it decides by the formula in each step.",
+    follow_ups=(
+        "The two round differently. What does that do to exact reuse?",
+        "What changes with a quantised latent?",
+    ),
     file="nanokv/layers/mla.py",
     command="nanokv learn solution 05.3 --give-up",
 )
@@ -137,13 +142,13 @@ def absorbed_or_expanded():
 
 
 @card(
-    question="Someone writes absorbed MLA as attention with one KV head of width 576 and calls a stock kernel. The "
-    "model babbles. Your first guess?",
-    answer="The scale. A stock kernel divides scores by the root of the width it sees: one over root of 576 is "
-    "0.0417. But the score is still that of a key of 192 numbers, only computed in another order: 0.0722, 1.73 times "
-    "as much. The softmax comes out too flat. Second guess: the value is the first 512 numbers of the key, not all "
-    "of it. Third: with YaRN the scale has one more factor.",
-    follow_ups=("Which test would have caught it?", "How do you test numerics of a reordering at all?"),
+    question="A colleague writes absorbed MLA as attention with one KV head of width 576 and calls a stock kernel. "
+    "The output is nonsense. What is your first guess?",
+    answer="The scale. A stock kernel divides scores by the root of the width it sees: one over the root of 576 is "
+    "0.0417. But the score is still that of a key of 192 numbers, computed in another order: 0.0722, 1.73 times as "
+    "much. So the softmax comes out too flat. Second guess: the value is the first 512 numbers of the key, not all of "
+    "it. Third: with YaRN the scale has one more factor.",
+    follow_ups=("Which test would have caught it?", "How do you test the numerics of a reordered computation?"),
     file="nanokv/layers/mla.py",
     command="nanokv size deepseek-v3 deepseek-v2-lite",
 )

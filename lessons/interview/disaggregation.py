@@ -1,23 +1,23 @@
-"""Disaggregation: prefill here, decode there; what moves, who owns it, what dies."""
+"""Disaggregation: prefill and decode in separate processes. What moves, which process owns it, how it fails."""
 
 from nanokv.learn.cards import card
 
 
 def moved(tokens: int = 8192) -> int:
     """Bytes of a prompt of Llama-3.1-70B."""
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return measure("llama-3.1-70b", "bfloat16", "raw", 16).payload(tokens)
 
 
 @card(
     question="Prefill on one host, decode on another: what does it cost to move a prompt of 8,192 tokens of "
-    "Llama-3.1-70B over 400 Gb/s, over 100, and when does it pay? Prefill runs at 400 TFLOP/s.",
-    answer="The prompt is 2.5 GiB: 54 milliseconds at 400 Gb/s, 215 at 100. Computing it takes two operations a "
-    "parameter and token, at least 2.87 seconds. So moving costs 2 or 7 percent of the prefill, and in return no "
-    "decode step waits for a prompt. It pays where prompts are long and answers must not stutter; it loses where "
-    "prompts are short, the cache is mostly hit, or one of the two sides stands idle.",
-    follow_ups=("How does the ratio move with GQA, MLA, fp8?", "How many prefill workers for one decoder?"),
+    "Llama-3.1-70B over 400 Gb/s or over 100, and when does it pay? Prefill runs at 400 TFLOP/s.",
+    answer="The prompt's cache is 2.5 GiB: 54 milliseconds at 400 Gb/s, 215 at 100. Computing it takes two operations "
+    "a parameter and token, at least 2.87 seconds. So moving it adds 2 or 7 percent to the prefill, and in return no "
+    "decode step waits for a prompt. It pays where prompts are long and answers must not stall. It loses where "
+    "prompts are short, most tokens are cached, or one of the two sides is idle.",
+    follow_ups=("How does the ratio change with GQA, MLA, fp8?", "How many prefill workers for one decoder?"),
     file="nanokv/disagg/dispatcher.py",
     command="nanokv size llama-3.1-70b --context 8K",
 )
@@ -36,10 +36,10 @@ def moving_a_prompt():
 
 @card(
     question="The same prompt of 2.5 GiB over 100 Gb/s: how do you hide the 215 ms?",
-    answer="Keys and values of a layer are final when the layer has run. So send groups of layers while later ones "
-    "are computed. A layer is 33.6 MB, 2.7 milliseconds on the wire, and computing one takes far longer; all but the "
-    "last is hidden, and what remains visible of 215 is 2.7. A page that holds its layers side by side makes a group "
-    "one run of bytes. Chunked prefill hides it the other way, chunk by chunk.",
+    answer="A layer's keys and values are final when the layer has run. So send groups of layers while later ones are "
+    "computed. A layer is 33.6 MB, or 2.7 milliseconds on the wire, and computing one takes far longer. So all but "
+    "the last is hidden, and of 215 milliseconds 2.7 remain visible. If a page stores its layers side by side, a "
+    "group is one run of bytes. Chunked prefill hides the transfer the other way, chunk by chunk.",
     follow_ups=("What if the network is slower than the prefill?", "Where does the first token come from?"),
     file="nanokv/disagg/server.py",
     command="nanokv bench disagg --prompt-tokens 2048",
@@ -50,14 +50,17 @@ def layer_by_layer():
 
 
 @card(
-    question="The decode process gives a prefill process pages to write into. The client aborts. When are these "
-    "pages free?",
-    answer="Not now. Another process may be writing into them this moment. They stay quarantined until that process "
-    "has said that it writes no more, or is known to be dead. Silence is not death: a stopped process that wakes up "
-    "would write into a page that belongs to somebody else by then. So after 10 seconds of silence it is killed, and "
-    "pages are free when its process descriptor says that it has ended. A timeout alone only makes the corruption "
-    "rare.",
-    follow_ups=("And between hosts, where you cannot kill?", "Who finds out first, the socket or the descriptor?"),
+    question="The decode process gives a prefill process pages to write into. The client aborts. When are these pages "
+    "free?",
+    answer="Not now. The other process may be writing into them at this moment. They stay quarantined until that "
+    "process has confirmed that it writes no more, or is known to be dead. Silence is not death: a stopped process "
+    "that wakes up would write into a page that belongs to another request by then. So after 10 seconds of silence it "
+    "is killed, and the pages are free when its process descriptor reports its end. A timeout alone only makes the "
+    "corruption rare.",
+    follow_ups=(
+        "And between hosts, where you cannot kill the process?",
+        "Which reports the end first, the socket or the descriptor?",
+    ),
     file="nanokv/disagg/grants.py",
     command="nanokv chat --disagg -p 'Hello'",
 )
@@ -69,11 +72,11 @@ def quarantine():
 
 @card(
     question="Why does every message carry an attempt number and a pool generation? Is the request's id not enough?",
-    answer="The same request may be computed again: after a failure its old worker's late DONE would be believed, "
-    "over pages that now belong to others. Attempt numbers are never used twice, so what speaks of an old one is "
-    "dropped and counted. The generation does the same for the pool: page seven of a pool before a restart is "
-    "another page. And failures end: after 2 attempts elsewhere a request is computed at home, so a poisonous prompt "
-    "cannot kill workers for ever.",
+    answer="The same request may be computed again after a failure. Then a late DONE of its old worker would be "
+    "believed, over pages of other requests. Attempt numbers are never used twice, so a message with an old number is "
+    "dropped and counted. The generation does the same for the pool: page seven of a pool before a restart is another "
+    "page. And failures end: after 2 remote attempts a request is computed locally, so a poisonous prompt cannot kill "
+    "workers for ever.",
     follow_ups=("Which part of this is fencing?", "What must both sides agree on before the first page?"),
     file="nanokv/disagg/messages.py",
     command="nanokv learn solution 09.1 --give-up",
@@ -85,13 +88,16 @@ def attempts():
 
 
 @card(
-    question="From which prompt length on is it worth asking another process? A decode step takes 20 ms, prefill "
-    "runs at 3,200 tokens a second.",
-    answer="A prompt computed here lengthens a step. With 64 tokens it doubles it: 20 milliseconds more for "
-    "everybody, once. Handing over costs about a step as well, in messages and in waiting for the right moment. So "
-    "below 64 uncached tokens it stays here: step time times prefill speed. Count uncached tokens, not the prompt: a "
-    "long prompt with a hit is a short one.",
-    follow_ups=("What does a queue at the prefill side do to this?", "Why is it a constant here and not learnt?"),
+    question="From what prompt length on does it pay to send a prefill to another process? A decode step takes 20 ms, "
+    "prefill runs at 3,200 tokens a second.",
+    answer="A prompt computed here lengthens a step. With 64 tokens it doubles: 20 milliseconds more for every "
+    "running request, once. A transfer costs about a step as well, in messages and waiting. So below 64 uncached "
+    "tokens the prompt stays here: the threshold is step time times prefill speed. Count uncached tokens, not the "
+    "prompt: a long prompt with a hit is a short one.",
+    follow_ups=(
+        "How does a queue on the prefill side change this?",
+        "Why is the threshold a constant here and not learnt?",
+    ),
     file="nanokv/disagg/config.py",
     command="nanokv bench disagg --plot disagg.png",
 )

@@ -1,17 +1,16 @@
-"""Failure stories: what broke in real engines, and the law that would have kept it from breaking."""
+"""Failures of real engines, and the rule that would have prevented each."""
 
 from nanokv.learn.cards import card
 
 
 @card(
-    question="A small engine decides that a new page is due where len(seq) % 16 == 1. Readers filed seven issues "
-    "about that line, and some patches broke it. What is the real fault?",
-    answer="The line is right only if you know when a token is appended: at 16 tokens one page is enough, at 17 a "
-    "second is due, but by then the token is already in the list and not yet in the cache. Two lengths hide behind "
-    "one number. Name them: what is known and what is computed. Then write the rule once, as pages for so many "
-    "tokens, 1 and 2 here, and append in one place. Clever conditions on an unnamed moment are how off-by-ones live "
-    "for ever.",
-    follow_ups=("Which law ties the two lengths together?", "What does overlap of steps add to them?"),
+    question="A small engine takes a new page when len(seq) % 16 == 1. Readers filed seven issues about that line, "
+    "and some patches broke it. What is the real fault?",
+    answer="The line is right only if you know when a token is appended. At 16 tokens one page is enough. At 17 a "
+    "second is due, but by then the token is already in the list and not yet in the cache. One number stands for two "
+    "lengths. Name them: known tokens and computed tokens. Then write the rule once, as the pages for a number of "
+    "tokens, 1 and 2 here, and append in one place. Clever conditions on an unnamed moment breed off-by-one errors.",
+    follow_ups=("Which invariant ties the two lengths together?", "What does overlapping steps add to them?"),
     file="nanokv/core/request.py",
     command="nanokv learn solution 02.1 --give-up",
 )
@@ -26,12 +25,12 @@ def an_unnamed_moment():
 @card(
     question="An engine keyed its prefix cache with Python's built-in hash (CVE-2025-25183). Why is that a hole, and "
     "what would you use for a cache of a billion pages?",
-    answer="It is made for dictionaries, not against people: hash(-1) equals hash(-2), and since the hash of None is "
-    "a constant, whole chains could be predicted and collisions built: one user's prompt answered over another's "
-    "keys. Use a cryptographic hash over typed, length-framed fields. With 256 bits a billion pages collide by "
-    "accident with odds of two to the power of 197 against. Or compare the tokens themselves, as a tree does: then "
-    "there is nothing to collide.",
-    follow_ups=("Why frame the fields?", "What does the comparison of tokens cost in a long match?"),
+    answer="The built-in hash is made for dictionaries, not against attackers: hash(-1) equals hash(-2). And since "
+    "the hash of None is a constant, whole chains could be predicted and collisions built: one user's prompt answered "
+    "over another's keys. Use a cryptographic hash over typed, length-framed fields. With 256 bits, a billion pages "
+    "collide by accident with odds of one in two to the power of 197. Or compare the tokens themselves, as a tree "
+    "does: then nothing can collide.",
+    follow_ups=("Why frame the fields?", "What does comparing tokens cost in a long match?"),
     file="nanokv/cache/radix.py",
     command="nanokv learn solution 04.2 --give-up",
 )
@@ -45,13 +44,14 @@ def predictable_hash():
 
 
 @card(
-    question="Reference code that recomputes a few tokens over reused chunks handed the chosen queries to a kernel "
-    "with its usual causal mask. Two queries, at positions 10 and 99 of 100. What does the first one see?",
-    answer="A usual causal mask is aligned to the bottom right: it takes the two queries for the last two positions. "
-    "So the first sees 99 keys, of which only 11 are its past: the future leaks in, and quality numbers look fine "
-    "because leaks help. The mask must compare positions, key at most query, never row numbers. Then scattered rows, "
-    "chunks and decodes need no cases of their own. Test: recomputing every token must equal a plain prefill.",
-    follow_ups=("Which kernels take positions?", "Which other test must rise monotonically?"),
+    question="Reference code recomputes a few tokens over reused chunks. It passes the chosen queries to a kernel "
+    "with the usual causal mask. With two queries, at positions 10 and 99 of 100, what does the first one see?",
+    answer="The usual causal mask is aligned to the bottom right: it takes the two queries for the last two "
+    "positions. So the first sees 99 keys, of which only 11 are at or before its position. The future leaks in, and "
+    "quality numbers look fine because leaks help. The mask must compare positions, key at most query, never row "
+    "numbers. Then scattered rows, chunks and decodes need no special cases. Test: recomputing every token must equal "
+    "a plain prefill.",
+    follow_ups=("Which kernels take positions?", "Which measure must rise monotonically with the recomputed share?"),
     file="nanokv/kernels/reference/attention.py",
     command="nanokv learn solution 08.4 --give-up",
 )
@@ -65,14 +65,13 @@ def a_leaking_mask():
 
 
 @card(
-    question="In a prefix tree a request locked the path above its match, but the loop began at the parent of the "
-    "matched node. Its 4 pages are the only ones in the tree. What happens under pressure?",
-    answer="The node it reads from is not locked, so eviction takes all 4 pages while the request attends to them, "
-    "and somebody else writes there. Wrong text, no crash. Locked rightly, eviction takes 0. The law: a handle is "
-    "the node where the match ends, and a lock counts on it and on every node up to the root. And recount after "
-    "every test: free, held, cached and locked pages must make up the pool, or the books are wrong before the text "
-    "is.",
-    follow_ups=("How does a split move the locks?", "Which counter drifts if you forget?"),
+    question="A request in a prefix tree locks the path to its match, but the loop begins at the parent of the "
+    "matched node. Its 4 pages are the only ones in the tree. What happens under memory pressure?",
+    answer="The node it reads is not locked, so eviction takes all 4 pages while the request attends to them, and "
+    "another request writes there. Wrong text, no crash. Locked correctly, eviction takes 0. The rule: a handle is "
+    "the node where the match ends, and a lock counts on it and on every node up to the root. And recount after every "
+    "test: free, held, cached and locked pages must add up to the pool. A wrong sum shows before a wrong text.",
+    follow_ups=("How does a split move the locks?", "Which counter drifts if a split forgets them?"),
     file="nanokv/cache/radix.py",
     command="nanokv learn solution 04.3 --give-up",
 )
@@ -83,9 +82,9 @@ def a_lock_too_high():
 
     def tree_with_a_request():
         tree, blob = RadixTree(16), array("i", range(64)).tobytes()
-        node, _ = tree.match(blob)
+        node, _ = tree.match_prefix(blob)
         tree.lock(node)
-        node, _ = tree.extend(node, blob, array("i", range(4)))
+        node, _ = tree.insert(node, blob, array("i", range(4)))
         return tree, node
 
     wrong, node = tree_with_a_request()
@@ -96,13 +95,17 @@ def a_lock_too_high():
 
 
 @card(
-    question="Sessions on one GPU: 12 of them have a p99 below 2.6 s, 14 have 39 s. Nothing else changed. What do "
-    "you look at first?",
+    question="On one GPU, 12 sessions have a p99 below 2.6 s, and 14 sessions have 39 s. Nothing else changed. What "
+    "do you look at first?",
     answer="The working set against the pool. If 12 prefixes fit and each turn touches its own, all later turns hit: "
-    "100 percent. With 14 in turns and least-recently-used eviction each is gone just before it returns: 0 percent, "
-    "and every turn pays the whole prefill, which makes queues, which age the cache further. A cliff, not a slope. "
-    "So watch hit ratio and evictions beside latency, admit fewer at a time, quantise, or add a tier below.",
-    follow_ups=("Which alarm comes before the cliff?", "Would another policy help, and who would pay?"),
+    "100 percent. With 14 and least-recently-used eviction, each prefix is evicted just before its next turn: 0 "
+    "percent. Then every turn pays the whole prefill, which builds queues, which age the cache further: a cliff, not "
+    "a slope. So watch hit ratio and evictions beside latency, admit fewer sessions at a time, quantise, or add a "
+    "tier below.",
+    follow_ups=(
+        "Which alarm comes before the cliff?",
+        "Would another policy help, and which sessions would pay for it?",
+    ),
     file="nanokv/cache/manager.py",
     command="nanokv bench prefix --concurrency 12,14 --shared 0.9",
 )
@@ -115,13 +118,13 @@ def the_cliff():
         tree, found = RadixTree(1), 0
         for turn in range(sessions * rounds):
             blob = array("i", [turn % sessions]).tobytes()
-            if tree.length(blob):
+            if tree.prefix_length(blob):
                 found += 1
             elif tree.num_pages == room:
                 tree.evict(1)
-            node, _ = tree.match(blob)
+            node, _ = tree.match_prefix(blob)
             tree.lock(node)
-            end, _ = tree.extend(node, blob, array("i", [turn % sessions]))
+            end, _ = tree.insert(node, blob, array("i", [turn % sessions]))
             tree.unlock(end)
         return 100 * found / (sessions * (rounds - 1))
 
@@ -129,14 +132,14 @@ def the_cliff():
 
 
 @card(
-    question="Greedy answers change with the load: alone a prompt gives one text, in a batch another. A user calls "
-    "it a bug in the cache. Is it?",
-    answer="Usually not: sums. In float32, 100,000,000 plus 1 minus 100,000,000 is 0; in another order it is 1. A "
-    "matrix product picks its order by the number of rows, attention by how it splits a context, so batch mates "
-    "change last bits, and a near tie flips a word. But do not stop there: a wrong cache hides behind the same "
-    "excuse. Make one configuration exact, rows independent of their mates and sums over strips at absolute "
-    "positions, and test bits there; then differences elsewhere are rounding.",
-    follow_ups=("What does exactness cost on a GPU?", "How large may a gap be for which you accept a flip?"),
+    question="Greedy answers change with the load: alone a prompt gives one text, in a batch another. A user calls it "
+    "a bug in the cache. Is it?",
+    answer="Usually not: rounding. In float32, 100,000,000 plus 1 minus 100,000,000 is 0; in another order it is 1. A "
+    "matrix product picks its order by the number of rows, attention by how it splits a context. So the batch changes "
+    "last bits, and a near tie flips a word. But do not stop there: a wrong cache hides behind the same excuse. Make "
+    "one configuration exact, with rows independent of the batch and sums over strips at absolute positions, and test "
+    "bits there. Differences elsewhere are then rounding.",
+    follow_ups=("What does exactness cost on a GPU?", "Up to which gap between two logits do you accept a flip?"),
     file="nanokv/kernels/linear.py",
     command="nanokv chat --dtype float32 --temperature 0 -p 'Hello'",
 )

@@ -1,21 +1,21 @@
-"""Hybrids: a state instead of a cache in most layers, and what that does to reuse."""
+"""Hybrids: a state instead of a cache in most layers, and the consequences for reuse."""
 
 from nanokv.learn.cards import card
 
 
 def size(model: str = "qwen3.5-9b"):
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return measure(model, "bfloat16", "raw", 16)
 
 
 @card(
-    question="What does Qwen3.5-9B keep for a sequence, and from which length on do keys and values weigh more than "
-    "the states?",
-    answer="Of 32 layers 24 are Gated DeltaNet: each keeps a float32 state, a matrix for every value head, and the "
+    question="What does Qwen3.5-9B keep for a sequence, and from what length on do keys and values take more memory "
+    "than the states?",
+    answer="Of 32 layers 24 are Gated DeltaNet. Each keeps a float32 state, one matrix for every value head, and the "
     "last three inputs of a short convolution; together 49.1 MiB, whatever the length. The other 8 keep keys and "
-    "values as usual: 32 KiB a token. The two are equal at 1,572 tokens. Short chats are dearer than in a plain "
-    "model, long ones much cheaper.",
+    "values as usual: 32 KiB a token. The two are equal at 1,572 tokens. Short chats cost more than in a plain model, "
+    "long ones much less.",
     follow_ups=("Why float32 for the state?", "What does this do to the largest batch of short requests?"),
     file="nanokv/layers/deltanet.py",
     command="nanokv size qwen3.5-9b",
@@ -35,12 +35,12 @@ def state_against_cache():
 
 @card(
     question="A context of 256K tokens: Qwen3-8B, all attention, against Qwen3.5-9B, a hybrid. What does each keep, "
-    "and which part of the difference is the hybrid's doing?",
-    answer="Qwen3-8B keeps 36 GiB, the hybrid 8.05. That is 4.5 times, but not all of it is the states: the hybrid's "
-    "attention has 4 KV heads of 256 where the other has 8 of 128, which is the same, but it is 8 layers of 32 and "
-    "not 36 of 36. Three layers of four without a cache give 4 times; the rest is the smaller number of layers. It "
-    "still grows with the context: a hybrid bends the line, it does not end it.",
-    follow_ups=("When would a state alone lose?", "Which tasks show it first?"),
+    "and how much of the difference comes from the states?",
+    answer="Qwen3-8B keeps 36 GiB, the hybrid 8.05. That is 4.5 times less, but not all of it comes from the states. "
+    "The hybrid's attention has 4 KV heads of 256 where the other has 8 of 128, which is the same size, but it is 8 "
+    "layers of 32 and not 36 of 36. Three layers of four without a cache give 4 times; the smaller number of layers "
+    "gives the rest. The cache still grows with the context, only more slowly.",
+    follow_ups=("When would a model with states alone lose?", "Which tasks show it first?"),
     file="nanokv/models/qwen3_next.py",
     command="nanokv size qwen3-8b qwen3.5-9b --context 256K",
 )
@@ -63,13 +63,13 @@ def growth():
 
 
 @card(
-    question="Why can a hybrid not reuse any prefix that its attention layers have cached? What would a checkpoint "
+    question="Why can a hybrid not reuse every prefix that its attention layers have cached? What would a checkpoint "
     "at every page of 16 tokens cost in Qwen3.5-9B?",
-    answer="Keys and values can be cut anywhere; a recurrent state is a summary at one position and cannot be wound "
-    "back. A prefix is usable only where a copy of the state was kept, so a match is capped at the deepest "
-    "checkpoint. A copy at every page would be 49.1 MiB beside a page of 0.5 MiB: 98 times as much. So keep few: "
+    answer="Keys and values can be cut anywhere; a recurrent state is a summary at one position and cannot be "
+    "rewound. A prefix is usable only where a copy of the state was kept, so a match is capped at the deepest "
+    "checkpoint. A copy at every page would take 49.1 MiB beside a page of 0.5 MiB: 98 times as much. So keep few: "
     "where prompts branch, at the end of prompt and answer, perhaps on a coarse grid. And count both lengths, pages "
-    "found and tokens reused, or a hit rate of nothing stays invisible.",
+    "found and tokens reused, or a hit rate of zero stays invisible.",
     follow_ups=("Which is evicted first, the state or its pages?", "Where exactly does a branch need its checkpoint?"),
     file="nanokv/cache/states.py",
     command="nanokv learn solution 06.5 --give-up",
@@ -87,10 +87,10 @@ def checkpoints():
     question="What does the delta rule do that plain linear attention does not? Write the same key and value twice, "
     "then read.",
     answer="Linear attention adds the outer product each time: after two writes the key reads 2 times the value. The "
-    "delta rule first reads what the key holds now and writes only the difference: it reads 1 times the value, "
-    "however often you write. So a key can be overwritten, which is what a fixed-size memory needs. The gate before "
-    "it lets everything fade, so that old keys make room.",
-    follow_ups=("What does beta do between nothing and one?", "Why are keys normalised to length one?"),
+    "delta rule first reads what is stored under the key and writes only the difference: it reads 1 times the value, "
+    "however often you write. So a key can be overwritten, which a memory of fixed size needs. The gate before it "
+    "lets everything fade, so that old keys make room.",
+    follow_ups=("What does beta do between zero and one?", "Why are keys normalised to length one?"),
     file="nanokv/kernels/reference/delta_rule.py",
     command="nanokv learn solution 06.3 --give-up",
 )
@@ -106,12 +106,12 @@ def the_delta_rule():
 
 
 @card(
-    question="Prefill of 4,096 tokens through a delta-rule layer: 4,096 steps one after the other?",
-    answer="Not on a GPU. Cut into chunks of 64, there are 64 steps that depend on each other, and inside a chunk "
-    "everything is matrix products. What a token writes depends on what earlier tokens of its chunk wrote: a lower "
-    "triangular system, solved once a chunk by substitution, for all chunks at the same time because no state is "
-    "needed. Then the state walks from chunk to chunk. The sums are taken in another order, so bits differ from the "
-    "recurrence; where exactness is promised, the recurrence runs.",
+    question="Prefill of 4,096 tokens through a delta-rule layer: does it take 4,096 steps, one after the other?",
+    answer="Not on a GPU. In chunks of 64, only 64 steps depend on each other, and inside a chunk everything is "
+    "matrix products. What a token writes depends on what earlier tokens of its chunk wrote: a lower triangular "
+    "system. It is solved by substitution, for all chunks at the same time, because it needs no state. Then the state "
+    "passes from chunk to chunk. The sums have another order, so the bits differ from the recurrence; where exactness "
+    "is promised, the engine runs the recurrence.",
     follow_ups=("Why not powers of the matrix for the inverse?", "Why mask before taking the exponential?"),
     file="nanokv/kernels/reference/delta_rule.py",
     command="nanokv learn solution 06.4 --give-up",
@@ -124,12 +124,12 @@ def chunks():
 
 @card(
     question="Speculative decoding with 4 drafts on Qwen3.5-9B: the target rejects the third. What happens to the "
-    "cache, and what to the states?",
-    answer="Keys and values of rejected tokens are cut off: set the length back, that is all. A state has already "
-    "swallowed them. Either keep a state for every position, 5 for a request, 246 MiB here, and choose; or keep one "
-    "from before and replay the accepted tokens; or keep the small inputs and replay those. The convolution's last "
-    "inputs must go back too, which is the part people forget. That is why some libraries refuse to speculate on "
-    "such models.",
+    "cache, and what happens to the states?",
+    answer="The keys and values of rejected tokens are cut off: reset the length, and that is all. A state has "
+    "already absorbed them. Either keep a state for every position, 5 for a request, 246 MiB here, and choose one; or "
+    "keep one from before and replay the accepted tokens; or keep the small inputs and replay those. The "
+    "convolution's last inputs must be restored too, which is easily forgotten. That is why some libraries refuse to "
+    "speculate on such models.",
     follow_ups=("Which oracle would you test the rollback against?", "What if a step without drafts follows?"),
     file="nanokv/cache/states.py",
     command="nanokv size qwen3.5-9b --context 1K",

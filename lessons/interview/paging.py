@@ -1,20 +1,20 @@
-"""Paging: tables, counts, copies, and what the size of a page trades."""
+"""Paging: tables, counts, copies, and the trade-off of the page size."""
 
 from nanokv.learn.cards import card
 
 
 @card(
-    question="Which kinds of waste does contiguous allocation have, and which remains with pages of 16 tokens? Say "
+    question="Which kinds of waste does contiguous allocation have, and which remains with pages of 16 tokens? Give "
     "it in bytes for Llama-3.1-70B.",
-    answer="Three: what is reserved for an answer that may never come, what is left over inside a block, and gaps "
-    "between blocks that fit nobody. Pages end the first and the third. What remains is the last page, which is half "
-    "full on average: over all lengths 7.5 tokens a request are empty, which is 2.3 MiB for the 70B.",
+    answer="Three: memory reserved for an answer that may never come, room left over inside a block, and gaps between "
+    "blocks that fit no request. Pages remove the first and the third. The last page of a request remains, which is "
+    "half full on average: over all lengths 7.5 tokens a request are empty, which is 2.3 MiB on the 70B.",
     follow_ups=("Which waste returns with a page of 256 tokens?", "How would you show fragmentation on a live engine?"),
     file="nanokv/cache/pool.py",
     command="nanokv size llama-3.1-70b --context 8191,8192,8193",
 )
 def waste():
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     layout = measure("llama-3.1-70b", "bfloat16", "raw", 16).layout
     empty = sum(layout.pages_for(n) * 16 - n for n in range(1, 17)) / 16
@@ -22,11 +22,11 @@ def waste():
 
 
 @card(
-    question="What does the size of a page trade? Two prompts share their first 100 tokens; try pages of 1, 16 and 64.",
-    answer="Sharing wants small pages: a match is whole pages, so 100, 96 and 64 tokens of the 100 are found. "
-    "Everything else wants large ones: the table of a context of 8,192 tokens has 8,192, 512 or 128 entries, and "
-    "each is a look-up in the kernel's inner loop and a unit of the allocator's work. Each request also loses half a "
-    "page. At 16 the kernel already reads runs of kilobytes, so there is little left to gain.",
+    question="What does the page size trade off? Two prompts share their first 100 tokens; try pages of 1, 16 and 64.",
+    answer="Sharing wants small pages: a match is whole pages, so 100, 96 and 64 tokens of the 100 are found. And "
+    "each request wastes half a page. Everything else wants large pages: the table of a context of 8,192 tokens has "
+    "8,192, 512 or 128 entries, and each entry is a look-up in the kernel's inner loop and a unit of the allocator's "
+    "work. At 16 the kernel already reads runs of kilobytes, so larger pages gain little.",
     follow_ups=("Why do hybrids often need larger pages?", "Can the hash granularity and the page size differ?"),
     file="nanokv/bench/prefix.py",
     command="nanokv chat --page-size 64 -p 'Hello'",
@@ -46,18 +46,18 @@ def size_of_a_page():
 
 
 @card(
-    question="SmolLM2-135M in bf16, pages of 16 tokens, page table [5, 9, 2]. At which byte of the pool do the keys "
-    "of layer 3, head 1, position 37 stand?",
-    answer="Position 37 is page 2 of the table's order, slot 5 in it; the table says page 2. A page is one block of "
-    "368,640 bytes, so it starts at 737,280. Inside, layer 3 keeps its keys at 36,864. A head takes 2,048 bytes, a "
-    "token 128 of them. So 36,864 plus 2,048 plus 5 times 128 is 39,552 in the page, and byte 776,832 of the pool. "
-    "Only one look-up is not arithmetic: the table.",
-    follow_ups=("Where in a kernel does that look-up cost?", "What would change with one pool for each layer?"),
+    question="SmolLM2-135M in bf16, pages of 16 tokens, page table [5, 9, 2]. At which byte of the pool are the keys "
+    "of layer 3, head 1, position 37?",
+    answer="Position 37 is in entry 2 of the table, at slot 5; the table says page 2. A page is one block of 368,640 "
+    "bytes, so it starts at 737,280. Inside, the keys of layer 3 start at 36,864. A head takes 2,048 bytes, a token "
+    "128 of them. So 36,864 plus 2,048 plus 5 times 128 is 39,552 in the page, and byte 776,832 of the pool. Only one "
+    "step is not arithmetic: the table look-up.",
+    follow_ups=("Where in a kernel does that look-up cost time?", "What would change with one pool for each layer?"),
     file="nanokv/core/spec.py",
     command="nanokv size smollm2-135m-instruct",
 )
 def an_address():
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     layout = measure("smollm2-135m-instruct", "bfloat16", "raw", 16).layout
     slot = layout.paged(3, "k")
@@ -79,12 +79,12 @@ def an_address():
 
 
 @card(
-    question="Four samples of one prompt of 40 tokens, pages of 16. How many pages after the first token, and who "
-    "copies?",
-    answer="The prompt takes 3 pages, the last one half full. All four hold all of them: counts of 4. Full pages "
-    "stay shared. The half page is shared until someone writes: whoever finds a count above one takes a page of its "
-    "own and copies. So 3 copies, and the last writer finds itself alone and writes in place. 6 pages in all, not "
-    "12. A page is free when its count falls to nothing, whoever let go last.",
+    question="Four samples of one prompt of 40 tokens, pages of 16. How many pages are held after the first token, "
+    "and which samples copy?",
+    answer="The prompt takes 3 pages, the last one half full. All four samples hold all of them: counts of 4. Full "
+    "pages stay shared. The half-full page is shared until the first write: a sample that finds a count above one "
+    "copies it to a new page. So 3 copies, and the last writer finds a count of one and writes in place. 6 pages in "
+    "all, not 12. A page is free when its count falls to zero.",
     follow_ups=("When is the copy made, relative to the step that writes?", "What if the pool is full at that moment?"),
     file="nanokv/cache/manager.py",
     command="nanokv learn solution 02.6 --give-up",
@@ -108,19 +108,22 @@ def copy_on_write():
 
 
 @card(
-    question="Paged attention borrows from operating systems. Where does the likeness end?",
+    question="Paged attention borrows from operating systems. Where does the analogy end?",
     answer="Tables, reference counts and copy-on-write are the same ideas. But there are no page faults: the "
     "scheduler reserves every page before the step, because a kernel cannot stop and wait. Tables are per sequence "
-    "and in software. Nothing is zeroed: what lies beyond a sequence is never read. And a page is large, 2,097,152 "
-    "bytes for Llama-3.1-8B against 4,096 of a common system. Evicted pages are mostly recomputed, not swapped.",
-    follow_ups=("vAttention uses the GPU's own page tables. What does it win and lose?", "What is the TLB here?"),
+    "and in software. Nothing is zeroed: memory beyond a sequence is never read. And a page is large, 2,097,152 bytes "
+    "for Llama-3.1-8B against 4,096 in a common system. Evicted pages are mostly recomputed, not swapped.",
+    follow_ups=(
+        "vAttention uses the GPU's own page tables. What does it win and lose?",
+        "What corresponds to the TLB?",
+    ),
     file="nanokv/cache/manager.py",
     command="nanokv size llama-3.1-8b",
 )
 def not_an_operating_system():
     import mmap
 
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return {
         "2,097,152": measure("llama-3.1-8b", "bfloat16", "raw", 16).layout.page_bytes,
@@ -132,16 +135,16 @@ def not_an_operating_system():
     question="Why let one page hold all layers of 16 tokens, instead of one pool for each layer? Count the copies "
     "that move a page of Llama-3.1-8B.",
     answer="With a pool for each layer, and keys apart from values, moving 16 tokens takes 64 copies of 32 KiB. Here "
-    "a page is one block: 1 copy of 2 MiB. Hand-over to another process, copy-on-write and tiers all become one "
+    "a page is one block: 1 copy of 2 MiB. Transfer to another process, copy-on-write and tiers all become one "
     "operation on a page id. The price: a kernel reads runs of 32 KiB at a stride, which costs nothing, and all "
-    "layers must page alike. Layers still lie side by side in it, so a group of them can be sent before the rest is "
+    "layers must share one page size. Layers lie side by side in a page, so a group can be sent before the rest is "
     "computed.",
     follow_ups=("What if half of the layers have a sliding window?", "How do layers of different dtypes share a page?"),
     file="nanokv/core/spec.py",
     command="nanokv size llama-3.1-8b",
 )
 def one_block():
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     layout = measure("llama-3.1-8b", "bfloat16", "raw", 16).layout
     planes = [plane for spec in layout.specs for plane in spec.paged]

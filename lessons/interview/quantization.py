@@ -5,7 +5,7 @@ from nanokv.learn.cards import card
 
 def token(codec: str = "raw", model: str = "llama-3.1-8b", page_size: int = 16) -> float:
     """Bytes of a token, all layers, whole pages without padding."""
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return measure(model, "bfloat16", codec, page_size).layout.page_payload / page_size
 
@@ -13,14 +13,17 @@ def token(codec: str = "raw", model: str = "llama-3.1-8b", page_size: int = 16) 
 @card(
     question="Int4 with a float16 scale and minimum for each group of 32 numbers. How many bits a number, and how "
     "many times smaller than bf16? And with one scale for a whole vector of 128?",
-    answer="Two float16 are 32 bits over 32 numbers, so one bit each: 5 bits, 3.2 times, not 4. Over groups of 128 "
-    "it would be 4.25 and 3.76. With a scale only, one a vector of 128: 4.125 bits, 3.88 times. Always quote true "
-    "bits, with what is kept beside the codes, and say what the vector's length is: at 64 the same codec is at 4.25.",
-    follow_ups=("What stays unquantised in a real system, and what does that do to the number?",
-                "Why does a codec with tails of whole groups look better in short contexts than it is?"),
-    file="nanokv/codecs/side.py",
+    answer="Two float16 are 32 bits over 32 numbers, so one bit each: 5 bits, 3.2 times smaller, not 4. Over groups "
+    "of 128 it would be 4.25 bits and 3.76 times. With only a scale, one for a vector of 128: 4.125 bits, 3.88 times. "
+    "Always quote true bits, with everything stored beside the codes, and state the vector's length: at 64 the same "
+    "codec takes 4.25.",
+    follow_ups=(
+        "What stays unquantised in a real system, and what does that do to the number?",
+        "Why does a codec with an unquantised partial group look better in short contexts than it is?",
+    ),
+    file="nanokv/codecs/quantizer.py",
     command="nanokv size llama-3.1-8b --codec int4",
-)  # fmt: skip
+)
 def true_bits():
     raw = token()
     grouped, whole = token("kivi4", page_size=32), token("int4")
@@ -38,11 +41,11 @@ def true_bits():
 
 @card(
     question="A paper's headline: attention up to 8 times faster with 4-bit keys. What do you ask?",
-    answer="Against what? Four bits for thirty-two is 8 by arithmetic alone, so the baseline was float32 keys. "
-    "Nobody serves those. Against bf16 with true bits, 4.125, the ceiling of the memory's gain is 3.88, against fp8 "
-    "1.94, before a single code is unpacked. And logits only? Then values and softmax are missing from both sides. "
-    "Ask for time per output token of a whole model, with the baseline's dtype named.",
-    follow_ups=("When is a slower kernel still worth it?", "What would you measure beside speed?"),
+    answer="Compared with what? Thirty-two bits over four is 8 by arithmetic alone, so the baseline was float32 keys, "
+    "which production systems avoid. Against bf16, with 4.125 true bits, the ceiling of the memory gain is 3.88, "
+    "against fp8 1.94, before a single code is unpacked. And logits only? Then values and softmax are missing from "
+    "both sides. Ask for time per output token of a whole model, and the baseline's dtype.",
+    follow_ups=("When is a slower kernel still worth it?", "What would you measure besides speed?"),
     file="nanokv/bench/codec_speed.py",
     command="nanokv bench codecs --codecs raw,fp8,tq4 --quick",
 )
@@ -52,11 +55,11 @@ def eight_times():
 
 
 @card(
-    question="Another headline: six times smaller at 3 bits. Possible against bf16?",
-    answer="No. Three bits and a float16 length for each vector are 3.125 true bits at 128 dimensions: 5.12 times; "
-    "at 64 it is 4.92. Six needs at most 2.67 true bits. Keys at three and values at two give 2.625, 6.1 times, and "
-    "that is another quality. Check such a claim by writing the page down in bytes; it takes a minute.",
-    follow_ups=("Why should keys get the more bits?", "What do four layers kept in bf16 do to it?"),
+    question="Another headline: six times smaller at 3 bits. Is that possible against bf16?",
+    answer="No. Three bits and a float16 length for each vector are 3.125 true bits at 128 dimensions: 5.12 times; at "
+    "64 it is 4.92. Six times needs at most 2.67 true bits. Keys at three bits and values at two give 2.625, or 6.1 "
+    "times, but with another quality. To check such a claim, write down the page in bytes; it takes a minute.",
+    follow_ups=("Why should keys get more bits than values?", "How do four layers kept in bf16 change it?"),
     file="nanokv/codecs/__init__.py",
     command="nanokv size llama-3.1-8b --codec tq3/tq2",
 )
@@ -76,14 +79,14 @@ def six_times():
 
 
 @card(
-    question="Why does KIVI quantise keys per channel and values per token? Take int4 and one key channel 20 times "
-    "as large as the others.",
-    answer="Keys have a few channels that are large in every token; values have not. With one scale a token, the "
-    "large channel sets the step: 2.67 of the others' size, so most of them fall on the same one or two codes and "
-    "are gone. Per channel, the large one has a step of its own. That needs a group of tokens, so the newest ones "
-    "wait unquantised. The other cure is to rotate: one channel of 20 spreads over all 128, whose typical size is "
-    "then 2.0 and the largest about 5.",
-    follow_ups=("Before or after the rotary embedding?", "Why do values get away with less?"),
+    question="Why does KIVI quantise keys per channel and values per token? Take int4 and one key channel 20 times as "
+    "large as the others.",
+    answer="Keys have a few channels that are large in every token; values do not. With one scale a token, the large "
+    "channel sets the step: 2.67 times the size of the others, so most of them fall on the same one or two codes and "
+    "are lost. Per channel, the large one has its own step. That needs a group of tokens, so the newest wait "
+    "unquantised. The other cure is to rotate: one channel of 20 spreads over all 128, whose typical size is then 2.0 "
+    "and the largest about 5.",
+    follow_ups=("Before or after the rotary embedding?", "Why do values tolerate fewer bits?"),
     file="nanokv/codecs/kivi.py",
     command="nanokv learn solution 07.2 --give-up",
 )
@@ -108,11 +111,14 @@ def keys_per_channel():
 @card(
     question="A test of a 3-bit TurboQuant demands a mean squared error of at most 0.03, as the paper prints. A "
     "correct implementation fails. Why?",
-    answer="The paper's 0.03 is cut off, not rounded up: the exact value of the Lloyd-Max table is 0.0340 at 128 "
-    "dimensions and 0.0334 at 64. For four bits it prints 0.009 where the exact one is 0.0093. Compute the number "
-    "from the density, then test against that with a tolerance from the sample size. And do not copy tables: one in "
-    "the wild takes the mean of equally likely bins and has 2.1 times the error of the best table.",
-    follow_ups=("Why is the density of a rotated coordinate known?", "How far is uniform from the best table?"),
+    answer="The paper's 0.03 is truncated, not rounded up: the exact value of the Lloyd-Max table is 0.0340 at 128 "
+    "dimensions and 0.0334 at 64. For four bits it prints 0.009 where the exact value is 0.0093. Compute the number "
+    "from the density, then test against it with a tolerance from the sample size. And do not copy tables: one in "
+    "circulation takes the mean of equally likely bins and has 2.1 times the error of the best table.",
+    follow_ups=(
+        "Why is the density of a rotated coordinate known?",
+        "How far is the uniform table from the best table?",
+    ),
     file="nanokv/codecs/tables.py",
     command="nanokv learn solution 07.4 --give-up",
 )
@@ -143,14 +149,13 @@ def truncated_figures():
 
 
 @card(
-    question="QJL adds a sign sketch of the residual and makes products unbiased. Why do most people who try it at 3 "
-    "bits see it hurt?",
+    question="QJL adds a sign sketch of the residual and makes products unbiased. Why does it usually hurt at 3 bits?",
     answer="The sketch takes a bit from the table. With 3 bits you have a table of two and the sketch, and the error "
-    "of a product is then half of pi times what two bits leave: 0.182 for 0.116, against 0.034 for a table of three. "
-    "So 5.4 times the variance buys freedom from a bias of 3.4 percent, and softmax forgives a small common factor "
-    "more easily than noise. Unbiased is not the goal; attention is.",
+    "of a product is then half of pi times the error of two bits: 0.182 for 0.116, against 0.034 for a table of "
+    "three. So 5.4 times the variance buys freedom from a bias of 3.4 percent, and softmax tolerates a small common "
+    "factor better than noise. The goal is attention, not unbiasedness.",
     follow_ups=("Which scale removes the bias without a sketch?", "Why does an orthogonal sketch do better?"),
-    file="nanokv/codecs/turboquant_prod.py",
+    file="nanokv/codecs/papers/turboquant_prod.py",
     command="nanokv bench codecs --codecs raw,tq3,tqp3 --quick",
 )
 def the_sketch():
@@ -169,11 +174,11 @@ def the_sketch():
 
 
 @card(
-    question="With a 4-bit cache the perplexity fell. Is the cache better than the original? Say the model gave the "
-    "right one of two words 50 percent, and now 60.",
-    answer="It changed, and by luck towards the text. The loss fell by 0.18 nats, and yet the distribution moved "
-    "away from the model's: a divergence of 0.02 nats. Perplexity averages such luck in both directions; divergence "
-    "from the raw cache cannot be negative and shows all of it. Report divergence, how often the likeliest word "
+    question="With a 4-bit cache the perplexity fell. Is the cache better than the original? Assume that the model "
+    "gave the right one of two words 50 percent, and now gives it 60.",
+    answer="It changed, and by luck towards the text. The loss fell by 0.18 nats, and yet the distribution moved away "
+    "from the model's: a divergence of 0.02 nats. Perplexity averages such luck in both directions; divergence from "
+    "the raw cache cannot be negative and counts every change. Report divergence, how often the most likely word "
     "changed, and a task that needs recall, at long contexts.",
     follow_ups=("Which damage do these averages still hide?", "How many tokens does the comparison need?"),
     file="nanokv/bench/codec_quality.py",

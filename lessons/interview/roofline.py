@@ -1,10 +1,10 @@
-"""Roofline: what bounds a step, and so what a trick can gain at most."""
+"""Roofline: what bounds a step, and so how much an optimisation can gain at most."""
 
 from nanokv.learn.cards import card
 
 
 def token(model: str = "llama-3.1-8b") -> int:
-    from nanokv.cli.size import measure
+    from nanokv.bench.size import measure
 
     return measure(model, "bfloat16", "raw", 16).layout.bytes_per_token
 
@@ -12,11 +12,14 @@ def token(model: str = "llama-3.1-8b") -> int:
 @card(
     question="H100: 989 TFLOP/s in bf16, 3.35 TB/s. Where is the ridge, and how fast can one request of an 8B model "
     "(16 GB) decode at most?",
-    answer="The ridge is 295 operations a byte. Decoding one request reads 16 GB for two operations a weight, so "
-    "about one operation a byte: far left of it, bound by memory. 16 over 3,350 GB/s is 4.8 milliseconds, 209 tokens "
-    "a second, before any cache is read. Batching moves right: each request adds operations but no weights, until "
-    "the cache outweighs them or, near 295 requests, computing takes over.",
-    follow_ups=("What moves each bound: quantised weights, tensor parallelism, speculation?", "Who reaches it?"),
+    answer="The ridge is at 295 operations a byte. Decoding one request reads 16 GB for two operations a weight, "
+    "about one operation a byte: far left of it, bound by memory. 16 over 3,350 GB/s is 4.8 milliseconds, or 209 "
+    "tokens a second, before any cache is read. Batching moves right: each request adds operations but no weights, "
+    "until the cache outweighs them or, near 295 requests, arithmetic becomes the bound.",
+    follow_ups=(
+        "What moves each bound: quantised weights, tensor parallelism, speculation?",
+        "Which workloads reach the ridge?",
+    ),
     file="nanokv/bench/decode.py",
     command="nanokv bench decode --batch 1,4,16 --context 256",
 )
@@ -30,15 +33,15 @@ def the_ridge():
 
 
 @card(
-    question="A request of 1K in, 512 out takes 2.5 s, of which prefill is 100 ms. Another of 16K in takes 3.2 s, of "
-    "which 769 ms are the time to first token. What does a perfect cache hit save of each? Is that all it is good "
-    "for?",
-    answer="Alone, at most the prefill: 4 percent of the first, 24 of the second. The last token of the prompt is "
-    "computed all the same, which costs about one decode step, so a little less. The ratio of input to output "
-    "decides. But under load the saved prefill is time of the machine that others get: queues shorten, and "
-    "throughput rises by far more than the one request shows. That is why the trick looks bad on paper and good in "
+    question="A request of 1K in, 512 out takes 2.5 s, of which prefill takes 100 ms. Another of 16K in takes 3.2 s, "
+    "of which 769 ms are the time to first token. What does a perfect cache hit save of each? Is that its only "
+    "benefit?",
+    answer="Alone, at most the prefill: 4 percent of the first, 24 of the second. The last token of the prompt must "
+    "still be computed, which costs about one decode step, so it is a little less. The ratio of input to output "
+    "decides. But under load the saved prefill is machine time for other requests: queues shorten, and throughput "
+    "rises by far more than the one request shows. That is why a prefix cache looks weak on paper and strong in "
     "production.",
-    follow_ups=("Which number of your service decides where you are?", "Derive the ceiling for throughput."),
+    follow_ups=("Which number of your service decides the saving?", "Derive the ceiling for throughput."),
     file="nanokv/bench/request.py",
     command="nanokv bench request --prompt-tokens 1024,4096 --output-tokens 512",
 )
@@ -52,13 +55,16 @@ def a_perfect_hit():
 
 
 @card(
-    question="Prompts of 10,240 tokens, answers of 32. The machine computes 20,000 prompt tokens a second and "
-    "decodes 2,000. How many requests a second with nothing shared, and with 90 percent shared, in pages of 16?",
+    question="Prompts of 10,240 tokens, answers of 32. The machine computes 20,000 prompt tokens a second and decodes "
+    "2,000. How many requests a second with nothing shared, and with 90 percent shared, in pages of 16?",
     answer="With nothing shared a request takes 0.512 seconds of prefill and 0.0155 of decoding: the first of the 32 "
-    "comes out of the prefill. That is 1.9 requests a second. With 90 percent cached, 1,024 tokens are left: 15 a "
-    "second, 8 times as many. Latency in a closed loop falls by the same factor, because it is clients over "
-    "throughput. Measure against this ceiling, from speeds of the same run: then what is missing is the engine's.",
-    follow_ups=("Why does decode speed itself depend on sharing?", "What ends the curve near everything shared?"),
+    "tokens comes out of the prefill. That is 1.9 requests a second. With 90 percent cached, 1,024 tokens are left: "
+    "15 a second, 8 times as many. Latency in a closed loop falls by the same factor, because it is clients over "
+    "throughput. Measure against this ceiling, from speeds of the same run: the gap is the engine's overhead.",
+    follow_ups=(
+        "Why does decode speed itself depend on sharing?",
+        "What limits the curve when nearly everything is shared?",
+    ),
     file="nanokv/bench/prefix.py",
     command="nanokv bench prefix --concurrency 1,8 --shared 0,0.5,0.9",
 )
@@ -78,13 +84,13 @@ def prefix_under_load():
 
 
 @card(
-    question="Does a cache of 8 bits speed up decoding of Llama-3.1-8B, with 16 GB of weights? Try 1 request of "
-    "1,024 tokens, and 64 of 4,096.",
-    answer="It can gain what it takes off the bytes of a step. One short request: the cache is 0.8 percent of them, "
-    "halving it gains nothing; there it only saves memory. 64 long ones: 34.4 GB of cache beside the weights, 68 "
-    "percent; halved, the step is 1.52 times shorter at most, before unpacking. And the memory saved is a larger "
-    "batch, which is often the larger gain. Say the batch and the context, or the claim says nothing.",
-    follow_ups=("When is unpacking hidden, and when not?", "What does the batch size do on the compute side?"),
+    question="Does a cache of 8 bits speed up decoding of Llama-3.1-8B, with 16 GB of weights? Try 1 request of 1,024 "
+    "tokens, and 64 of 4,096.",
+    answer="It can gain what it saves of the bytes of a step. With one short request the cache is 0.8 percent of "
+    "them, so halving it only saves memory. With 64 long ones 34.4 GB of cache stand beside the weights, 68 percent; "
+    "halved, the step is 1.52 times faster at most, before unpacking. And the saved memory allows a larger batch, "
+    "which is often the larger gain. Without batch and context the claim says nothing.",
+    follow_ups=("When is unpacking hidden, and when not?", "How does the batch size change the compute side?"),
     file="nanokv/bench/decode.py",
     command="nanokv bench codecs --codecs raw,int8 --quick",
 )
@@ -103,13 +109,16 @@ def eight_bits():
 
 
 @card(
-    question="How long does the prefill of 8,192 tokens take at least, Llama-3.1-8B (8.03 billion parameters, 32 "
-    "layers, 32 heads of 128), on 989 TFLOP/s?",
-    answer="Linear layers: two operations a parameter and token, 131.6 TFLOP. Attention: each token looks at half of "
-    "the context on average, scores and sums are four operations a number, over all layers and heads 17.6 TFLOP. "
-    "Together 149, so 0.15 seconds at full speed, and twice that in life. Attention is 12 percent here; it grows "
-    "with the square, so at 64K it is half of all. Who prices prefill by tokens alone is wrong for long contexts.",
-    follow_ups=("What does a cached prefix take off each part?", "Where do the embedding and the head stand?"),
+    question="How long does the prefill of 8,192 tokens take at least with Llama-3.1-8B (8.03 billion parameters, 32 "
+    "layers, 32 heads of 128) on 989 TFLOP/s?",
+    answer="Linear layers: two operations a parameter and token, 131.6 TFLOP. Attention: each token attends to half "
+    "of the context on average, scores and sums take four operations a number, over all layers and heads 17.6 TFLOP. "
+    "Together 149, so 0.15 seconds at full speed, and twice that in practice. Attention is 12 percent here; it grows "
+    "with the square, so at 64K it is half of all. Pricing prefill by tokens alone is wrong for long contexts.",
+    follow_ups=(
+        "How much of each part does a cached prefix save?",
+        "Where do the embedding and the output head count?",
+    ),
     file="nanokv/bench/measure.py",
     command="nanokv bench request --prompt-tokens 512,2048",
 )
@@ -130,13 +139,16 @@ def prefill_at_best():
 
 
 @card(
-    question="Speculative decoding with 4 drafts: how many tokens does a verification give where each draft is "
-    "accepted with probability 0.8, and where with 0.6? When is it slower than plain decoding?",
-    answer="Sum the chances that the first drafts all hold, plus the one token the target adds: 3.36 at 0.8, 2.31 at "
-    "0.6. That is the gain only while a verification costs what a step costs: few requests, bound by reading "
-    "weights. In a large batch, near the ridge, 5 rows a request are 5 times the work, and it loses. Drafting costs "
-    "too. Rejected tokens' keys and values are simply overwritten; recurrent states must go back.",
-    follow_ups=("Why does the output's distribution not change?", "How would you choose the number of drafts live?"),
+    question="Speculative decoding with 4 drafts: how many tokens does a verification step give if each draft is "
+    "accepted with probability 0.8, and with 0.6? When is it slower than plain decoding?",
+    answer="Sum the probabilities that the first drafts all hold, plus the target's own token: 3.36 at 0.8, 2.31 at "
+    "0.6. That is the gain only while a verification costs one step: few requests, bound by reading weights. In a "
+    "large batch, near the ridge, 5 rows a request are 5 times the work, and it loses. Drafting costs too. Keys and "
+    "values of rejected tokens are simply overwritten; recurrent states must be rolled back.",
+    follow_ups=(
+        "Why does the output's distribution not change?",
+        "How would you choose the number of drafts at run time?",
+    ),
     file="nanokv/engine/scheduler.py",
     command="nanokv bench decode --batch 1,5 --context 256",
 )

@@ -7,9 +7,9 @@ from nanokv.bench.request import prefill_share
 from nanokv.core.request import Request, RequestMetrics, SamplingParams
 from nanokv.core.spec import LayerSpec, Plane
 from nanokv.engine import sampler
-from nanokv.engine.answer import Answer
-from nanokv.learn.binding import ours
+from nanokv.engine.text_stream import TextStream
 from nanokv.learn.expect import equal, near, random_of, tensor_of
+from nanokv.learn.patching import reference
 
 
 def test_01_1_random_layers():
@@ -19,7 +19,7 @@ def test_01_1_random_layers():
         kinds = [random.choice([torch.float32, torch.bfloat16, torch.uint8]) for _ in range(random.randint(1, 4))]
         planes = [Plane(f"p{i}", (heads, size, random.randint(1, 40)), kind, 1) for i, kind in enumerate(kinds)]
         fields = (tuple(planes), (Plane("state", (4, 8), torch.float32, None),))
-        equal(LayerSpec(*fields).bytes_per_token, ours(LayerSpec)(*fields).bytes_per_token, f"LayerSpec{fields}")
+        equal(LayerSpec(*fields).bytes_per_token, reference(LayerSpec)(*fields).bytes_per_token, f"LayerSpec{fields}")
 
 
 def test_01_2_random_times():
@@ -27,7 +27,7 @@ def test_01_2_random_times():
     for _ in range(50):
         times = sorted(random.uniform(0, 9) for _ in range(random.randint(0, 5)))
         got = RequestMetrics(arrival=random.uniform(-5, 0), token_times=times).tpot
-        expected = ours(RequestMetrics)(arrival=0.0, token_times=times).tpot
+        expected = reference(RequestMetrics)(arrival=0.0, token_times=times).tpot
         if expected is None:
             equal(got, None, f"tpot of tokens at {times}")
         else:
@@ -38,14 +38,14 @@ def test_01_3_random_times():
     random = random_of("shares")
     for _ in range(50):
         times = random.uniform(0, 2), random.uniform(0, 1), random.uniform(2, 9)
-        near(prefill_share(*times), ours(prefill_share)(*times), f"prefill_share{times}")
+        near(prefill_share(*times), reference(prefill_share)(*times), f"prefill_share{times}")
 
 
 def test_01_4_random_sizes():
     random = random_of("sizes")
     for _ in range(50):
         sizes = [random.randint(0, 1000) for _ in range(random.choice([4, 5]))]
-        equal(bytes_per_step(*sizes), ours(bytes_per_step)(*sizes), f"bytes_per_step{tuple(sizes)}")
+        equal(bytes_per_step(*sizes), reference(bytes_per_step)(*sizes), f"bytes_per_step{tuple(sizes)}")
 
 
 class Pieces:
@@ -64,7 +64,7 @@ def test_01_5_random_texts_of_two_letters():
     for _ in range(200):
         tokenizer = Pieces(random)
         stop = tuple("".join(random.choices("ab", k=random.randint(1, 5))) for _ in range(random.randint(0, 3)))
-        pair = Answer(tokenizer, stop), ours(Answer)(tokenizer, stop)
+        pair = TextStream(tokenizer, stop), reference(TextStream)(tokenizer, stop)
         first = random.randint(0, 3)
         for place in range(12):
             token = random.randrange(12)
@@ -92,4 +92,4 @@ def test_01_6_random_rows_and_filters():
         request.tokens.extend([1] * random.randint(1, 50))
         best = row.topk(min(sampler.CANDIDATES, size))
         arguments = request, row, best.values, best.indices
-        equal(sampler._draw(*arguments), ours(sampler._draw)(*arguments), f"a row of {size} with {params}"[:150])
+        equal(sampler._draw(*arguments), reference(sampler._draw)(*arguments), f"a row of {size} with {params}"[:150])

@@ -11,8 +11,8 @@ from nanokv.cache.store import CacheStore
 from nanokv.core.errors import CacheError
 from nanokv.core.request import Request
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.learn.binding import ours
 from nanokv.learn.expect import equal, random_of, refuses
+from nanokv.learn.patching import reference
 
 
 def layout_of(page_size: int) -> PageLayout:
@@ -36,12 +36,12 @@ def test_02_2_random_layers():
         ]
         got, expected = [], []
         end = PageLayout._place(got, layers)
-        equal(end, ours(PageLayout)._place(expected, layers), "bytes of a page")
+        equal(end, reference(PageLayout)._place(expected, layers), "bytes of a page")
         equal(got, expected, "the tables of slots")
 
 
 def history(kind: type[PagePool], random) -> list:
-    """What a pool answers to a random history of allocations, shares and releases."""
+    """The results of a pool in a random history of allocations, shares and releases."""
     pool, owned, seen = kind(random.randint(1, 12)), [], []
     for _ in range(60):
         verb = random.choice(["allocate", "share", "release"])
@@ -70,9 +70,9 @@ def history(kind: type[PagePool], random) -> list:
 
 def test_02_3_random_histories():
     for case in range(30):
-        got, expected = history(PagePool, random_of(f"{case}")), history(ours(PagePool), random_of(f"{case}"))
+        got, expected = history(PagePool, random_of(f"{case}")), history(reference(PagePool), random_of(f"{case}"))
         for one, other in zip(got, expected, strict=True):
-            equal(one, other, "the pool's answer in a random history")
+            equal(one, other, "the pool's result in a random history")
 
 
 def test_02_4_random_histories():
@@ -91,13 +91,13 @@ def test_02_5_random_copies():
     for _ in range(30):
         size = random.randint(2, 9)
         store = CacheStore(layout_of(4), size)
-        store.pool[:] = torch.arange(size, dtype=torch.uint8)[:, None]
+        store.pages.data[:] = torch.arange(size, dtype=torch.uint8)[:, None]
         copies = [tuple(random.sample(range(size), 2)) for _ in range(random.randint(0, 12))]
         expected = list(range(size))
         for source, target in copies:
             expected[target] = expected[source]
-        store.copy_pages(copies)
-        equal(store.pool[:, -1].tolist(), expected, f"pages after the copies {copies}")
+        store.pages.copy(copies)
+        equal(store.pages.data[:, -1].tolist(), expected, f"pages after the copies {copies}")
 
 
 def test_02_6_random_forks():
@@ -106,7 +106,7 @@ def test_02_6_random_forks():
         size = random.choice([2, 4, 8])
         cache, requests = _forks(size, random)
         cache.check()
-        tails = [request.pages[-1] for request in requests]
+        tails = [request.held.pages[-1] for request in requests]
         equal(len(set(tails)), len(tails), "different pages that the forked requests write to")
 
 
@@ -125,14 +125,14 @@ def _forks(size: int, random) -> tuple[CacheManager, list[Request]]:
     parent.num_computed = length
     for child in requests[1:]:
         cache.fork(parent, child)
-    shared = parent.pages[-1]
+    shared = parent.held.pages[-1]
     random.shuffle(requests)
     expected = []
     for request in requests:
-        before = request.pages[-1]
+        before = request.held.pages[-1]
         if not cache.reserve(request, 1):
             raise AssertionError("a pool of 64 pages has no room for one more token")
-        if length % size and request.pages[-1] != before:
-            expected.append((shared, request.pages[-1]))
-    equal(cache.take_copies(), expected, "copies in the order in which requests wrote")
+        if length % size and request.held.pages[-1] != before:
+            expected.append((shared, request.held.pages[-1]))
+    equal(cache.drain_moves().pages, expected, "copies in the order in which requests wrote")
     return cache, requests

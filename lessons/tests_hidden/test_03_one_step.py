@@ -7,13 +7,13 @@ import torch
 from nanokv.bench.measure import percentile
 from nanokv.cache.manager import CacheManager
 from nanokv.core.config import EngineConfig
-from nanokv.core.events import EventLog
+from nanokv.core.events import Events
 from nanokv.core.request import Request
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
 from nanokv.engine.inputs import arrays_of, num_logit_rows
 from nanokv.engine.scheduler import Scheduler
-from nanokv.learn.binding import ours
 from nanokv.learn.expect import equal, near, random_of
+from nanokv.learn.patching import reference
 
 
 def test_03_1_random_values():
@@ -21,10 +21,10 @@ def test_03_1_random_values():
     for _ in range(100):
         values = [random.uniform(-5, 5) for _ in range(random.randint(1, 9))]
         share = random.choice([0.0, 1.0, random.random()])
-        near(percentile(values, share), ours(percentile)(values, share), f"percentile({values}, {share})")
+        near(percentile(values, share), reference(percentile)(values, share), f"percentile({values}, {share})")
 
 
-def test_03_1_the_values_stay_as_they_were():
+def test_03_1_the_list_of_values_is_not_changed():
     values = [3.0, 1.0, 2.0]
     percentile(values, 0.5)
     equal(values, [3.0, 1.0, 2.0], "the list after percentile")
@@ -40,9 +40,9 @@ def requests_of_a_step(random) -> list[Request]:
         request.tokens = array("i", request.prompt_token_ids)
         request.num_computed = random.randrange(length)
         request.num_scheduled = random.randint(1, length - request.num_computed)
-        request.pages = array("i", [pages.pop() for _ in range(-(-length // 4) + random.randint(0, 2))])
+        request.held.pages = array("i", [pages.pop() for _ in range(-(-length // 4) + random.randint(0, 2))])
         request.logit_blocks = [] if random.random() < 0.2 else None
-        request.state_id = number if has_states else None
+        request.held.state_id = number if has_states else None
         requests.append(request)
     return requests
 
@@ -51,26 +51,26 @@ def test_03_2_random_requests():
     random = random_of("rows")
     for _ in range(60):
         for request in requests_of_a_step(random):
-            equal(num_logit_rows(request), ours(num_logit_rows)(request), f"rows wanted of {request}")
+            equal(num_logit_rows(request), reference(num_logit_rows)(request), f"logit rows of {request}")
 
 
 def test_03_3_random_steps():
     random = random_of("steps")
     for _ in range(60):
         requests = requests_of_a_step(random)
-        got, expected = (make(requests, 4) for make in (arrays_of, ours(arrays_of)))
+        got, expected = (make(requests, 4) for make in (arrays_of, reference(arrays_of)))
         equal(sorted(got), sorted(expected), "names of the arrays")
         for name, other in expected.items():
             equal((got[name].tolist(), got[name].dtype), (other.tolist(), other.dtype), name)
 
 
 def house(kind: type[Scheduler], random) -> list:
-    """What a scheduler plans, step by step, for a random workload in a small pool."""
+    """The plans of a scheduler, step by step, for a random workload in a small pool."""
     layout = PageLayout([LayerSpec(paged=(Plane("k", (4, 1), torch.float32, 0),))], 4)
     num_pages = random.randint(6, 20)
     cache = CacheManager(layout, num_pages, prefix_cache=random.random() < 0.5)
     config = EngineConfig(page_size=4, max_step_tokens=random.randint(3, 24), max_requests=random.randint(1, 5))
-    scheduler, seen = kind(config, cache, EventLog(None)), []
+    scheduler, seen = kind(config, cache, Events()), []
     left = {}
     for number in range(random.randint(2, 8)):
         length = random.randint(1, 12)
@@ -80,7 +80,7 @@ def house(kind: type[Scheduler], random) -> list:
         scheduler.add(request)
     for _ in range(300):
         plan = scheduler.plan()
-        seen.append(([(r.request_id, r.num_scheduled) for r in plan.requests], plan.page_copies, plan.state_copies))
+        seen.append(([(r.request_id, r.num_scheduled) for r in plan.requests], plan.moves.pages, plan.moves.states))
         for request in list(plan.requests):
             request.advance()
             cache.commit(request)
@@ -97,7 +97,7 @@ def house(kind: type[Scheduler], random) -> list:
 
 def test_03_4_random_workloads():
     for case in range(10):
-        got, expected = (house(kind, random_of(f"house {case}")) for kind in (Scheduler, ours(Scheduler)))
+        got, expected = (house(kind, random_of(f"house {case}")) for kind in (Scheduler, reference(Scheduler)))
         for step, (one, other) in enumerate(zip(got, expected, strict=False)):
             equal(one, other, f"step {step} of a random workload: (request, tokens) of the plan, copies")
         equal(len(got), len(expected), "steps")

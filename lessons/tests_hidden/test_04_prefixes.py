@@ -4,13 +4,13 @@ from array import array
 
 from nanokv.cache.radix import Node, RadixTree
 from nanokv.core.request import Request
-from nanokv.engine.scheduler import _common_prefix
-from nanokv.learn.binding import ours
+from nanokv.engine.admission_policy import common_prefix
 from nanokv.learn.expect import equal, random_of
+from nanokv.learn.patching import reference
 
 
 def history(kind: type[RadixTree], random) -> list:
-    """What a tree answers to a random history of matches, extensions, releases and evictions; checked at every step."""
+    """The results of a tree in a random history of matches, extensions, releases and evictions. Checks each step."""
     size = random.choice([1, 2, 4])
     tree, handles, made, seen = kind(size), [], 0, []
     for _ in range(60):
@@ -18,13 +18,13 @@ def history(kind: type[RadixTree], random) -> list:
         if verb == "hold":
             tokens = array("i", [random.randrange(2) for _ in range(size * random.randint(1, 8))])
             salt = random.choice([None, None, "a"])
-            seen.append(tree.length(tokens.tobytes(), salt))
-            node, pages = tree.match(tokens.tobytes(), salt)
+            seen.append(tree.prefix_length(tokens.tobytes(), salt))
+            node, pages = tree.match_prefix(tokens.tobytes(), salt)
             tree.lock(node)
             rest = len(tokens) // size - len(pages)
             own = array("i", range(made, made + rest))
             made += rest
-            end, standing = tree.extend(node, tokens[len(pages) * size :].tobytes(), own)
+            end, standing = tree.insert(node, tokens[len(pages) * size :].tobytes(), own)
             handles.append(end)
             seen += [list(pages), list(standing)]
         elif verb == "drop" and handles:
@@ -36,16 +36,16 @@ def history(kind: type[RadixTree], random) -> list:
             node = random.choice(handles)
             if node.parent is not None:
                 node.state = made
-        seen.append((tree.num_pages, tree.num_locked))
+        seen.append((tree.num_pages, tree.num_protected))
         tree.check(handles)
     return seen
 
 
 def same_histories() -> None:
     for case in range(8):
-        got, expected = (history(kind, random_of(f"tree {case}")) for kind in (RadixTree, ours(RadixTree)))
+        got, expected = (history(kind, random_of(f"tree {case}")) for kind in (RadixTree, reference(RadixTree)))
         for one, other in zip(got, expected, strict=True):
-            equal(one, other, "the tree's answer in a random history")
+            equal(one, other, "the tree's result in a random history")
 
 
 def test_04_1_random_runs():
@@ -60,7 +60,7 @@ def test_04_1_random_runs():
         blob = (start + (run[:keep] + other[keep:] if random.random() < 0.7 else other)).tobytes()
         node = Node(None, run.tobytes(), array("i", range(count)))
         arguments = node, blob, len(start) * start.itemsize
-        equal(tree._common_pages(*arguments), ours(RadixTree)(size)._common_pages(*arguments), "common pages")
+        equal(tree._common_pages(*arguments), reference(RadixTree)(size)._common_pages(*arguments), "common pages")
 
 
 def test_04_1_random_histories():
@@ -93,4 +93,8 @@ def test_04_6_random_prompts():
             request = Request(list(tokens))
             request.tokens = tokens
             pair.append(request)
-        equal(_common_prefix(*pair), ours(_common_prefix)(*pair), f"tokens shared by prompts of {len(same)} equal ones")
+        equal(
+            common_prefix(*pair),
+            reference(common_prefix)(*pair),
+            f"tokens shared by prompts of {len(same)} equal ones",
+        )

@@ -7,8 +7,8 @@ from nanokv.kernels.reference.store import _rotate
 from nanokv.layers.mla import MLA, MLAConfig, expands
 from nanokv.layers.moe import Router
 from nanokv.layers.rotary import RopeConfig, cos_sin_table, frequencies
-from nanokv.learn.binding import ours
 from nanokv.learn.expect import close, equal, random_of, tensor_of
+from nanokv.learn.patching import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,7 +18,9 @@ def test_05_1_random_shapes():
     for _ in range(30):
         dtype = random.choice(DTYPES)
         shape = [random.randint(1, 9) for _ in range(3)]
-        equal(RawCodec(dtype).planes(*shape), ours(RawCodec)(dtype).planes(*shape), f"planes{tuple(shape)}, {dtype}")
+        equal(
+            RawCodec(dtype).planes(*shape), reference(RawCodec)(dtype).planes(*shape), f"planes{tuple(shape)}, {dtype}"
+        )
 
 
 def test_05_2_random_shapes():
@@ -26,7 +28,7 @@ def test_05_2_random_shapes():
     for _ in range(30):
         codec = RawCodec(random.choice(DTYPES))
         shape = [random.randint(1, 600) for _ in range(3)]
-        got, expected = MLA.spec(codec, *shape), ours(MLA).spec(codec, *shape)
+        got, expected = MLA.spec(codec, *shape), reference(MLA).spec(codec, *shape)
         equal(sorted(map(repr, got.paged)), sorted(map(repr, expected.paged)), f"planes of spec(codec, {shape})")
         equal(got.state, (), "planes of a state")
 
@@ -36,7 +38,7 @@ def test_05_3_random_shapes():
     for _ in range(200):
         shape = MLAConfig(None, *(random.randint(1, 300) for _ in range(4)), False)
         cached, rows = random.randint(0, 2000), random.randint(1, 500)
-        expected = ours(expands)(shape, cached, rows)
+        expected = reference(expands)(shape, cached, rows)
         equal(bool(expands(shape, cached, rows)), expected, f"expands({shape}, {cached}, {rows})")
 
 
@@ -48,7 +50,7 @@ def test_05_4_random_kinds():
             random.choice(["default", "linear", "llama3", "yarn"]), random.choice([2.0, 8.0, 40.0]),
             1.0, random.choice([4.0, 32.0]), random.choice([2048, 8192]),
         )  # fmt: skip
-        close(frequencies(rope), ours(frequencies)(rope), f"frequencies({rope})"[:120], ("pair",), 1e-6)
+        close(frequencies(rope), reference(frequencies)(rope), f"frequencies({rope})"[:120], ("pair",), 1e-6)
 
 
 def test_05_5_random_heads():
@@ -60,8 +62,8 @@ def test_05_5_random_heads():
         positions = torch.tensor([random.randrange(50) for _ in range(rows)], dtype=torch.int32)
         got, expected = x.clone(), x.clone()
         _rotate(got[:, :heads], table, positions)
-        ours(_rotate)(expected[:, :heads], table, positions)
-        close(got, expected, "heads after the rotation, the last one left alone", ("row", "head", "dim"))
+        reference(_rotate)(expected[:, :heads], table, positions)
+        close(got, expected, "heads after the rotation, the last one unchanged", ("row", "head", "dim"))
 
 
 def test_05_6_random_scores():
@@ -70,5 +72,5 @@ def test_05_6_random_scores():
         groups, each, scoring = random.randint(2, 6), random.randint(2, 5), random.choice(["softmax", "sigmoid"])
         arguments = None, None, 2, scoring, True, 1.0, groups, random.randint(1, groups - 1)
         ranked = tensor_of(f"ranked {case}", random.randint(1, 5), groups * each)
-        got, expected = (kind(*arguments)._close_groups(ranked.clone()) for kind in (Router, ours(Router)))
+        got, expected = (kind(*arguments)._close_groups(ranked.clone()) for kind in (Router, reference(Router)))
         close(got, expected, f"scores, {arguments[-1]} of {groups} groups open, {scoring}", ("row", "expert"))

@@ -9,12 +9,12 @@ from nanokv.core.request import Request
 from nanokv.kernels.planes import StatePlanes
 from nanokv.kernels.reference import delta_rule as rule
 from nanokv.layers.deltanet import DeltaConfig, GatedDeltaNet
-from nanokv.learn.binding import ours
 from nanokv.learn.expect import close, equal, random_of, tensor_of
+from nanokv.learn.patching import reference
 
 
 def random_step(random, most_rows: int) -> tuple[StatePlanes, Batch]:
-    """A pool's planes and a step of some requests, some of them at their first position."""
+    """Planes of a pool, and a step of some requests; some are at their first position."""
     key_heads, shared, dim = random.randint(1, 2), random.randint(1, 3), random.choice([4, 8])
     kernel, dtype = random.randint(2, 4), random.choice([torch.float32, torch.bfloat16])
     channels = 2 * key_heads * dim + key_heads * shared * dim
@@ -52,7 +52,7 @@ def test_06_1_random_shapes():
             DeltaConfig(*(random.randint(1, 9) for _ in range(5))),
             random.choice([torch.float16, torch.float32]),
         )
-        got, expected = GatedDeltaNet.spec(shape, dtype), ours(GatedDeltaNet).spec(shape, dtype)
+        got, expected = GatedDeltaNet.spec(shape, dtype), reference(GatedDeltaNet).spec(shape, dtype)
         equal(sorted(map(repr, got.state)), sorted(map(repr, expected.state)), f"planes of {shape}")
         equal(got.paged, (), "planes of a page")
 
@@ -66,7 +66,7 @@ def test_06_2_random_steps():
             tensor_of(f"w {case}", planes.channels, planes.kernel),
         )
         runs = []
-        for run in (rule.short_conv, ours(rule.short_conv)):
+        for run in (rule.short_conv, reference(rule.short_conv)):
             pool = pool_of(planes, f"{case}")
             runs.append((run(x.clone(), weight, pool, planes, batch), *numbers(pool, planes)))
         for what, got, expected in zip(("results", "inputs kept", "matrices"), *runs, strict=True):
@@ -85,7 +85,7 @@ def test_06_3_random_steps():
             tensor_of(f"dt {case}", heads) - 2,
         )
         runs = []
-        for run in (rule.delta_rule_step, ours(rule.delta_rule_step)):
+        for run in (rule.delta_rule_step, reference(rule.delta_rule_step)):
             pool = pool_of(planes, f"{case}")
             runs.append((run(*inputs, pool, planes, batch), *numbers(pool, planes)))
         for what, got, expected in zip(("results", "inputs kept", "matrices"), *runs, strict=True):
@@ -108,7 +108,7 @@ def test_06_4_random_chunks():
             tensor_of(f"b {case}", heads, tokens).sigmoid(),
         )
         for what, got, expected in zip(
-            ("results", "state"), rule._chunk(*arguments), ours(rule._chunk)(*arguments), strict=True
+            ("results", "state"), rule._chunk(*arguments), reference(rule._chunk)(*arguments), strict=True
         ):
             close(got, expected, f"{what} of {tokens} tokens", tolerance=1e-3)
 
@@ -122,7 +122,7 @@ def test_06_5_random_chains():
             node.state = random.choice([None, None, 0, 3])
         tree = RadixTree(4)
         got = States(4, 4, None, tree).reachable(node)
-        equal(got is ours(States)(4, 4, None, tree).reachable(node), True, "the deepest node with a state")
+        equal(got is reference(States)(4, 4, None, tree).reachable(node), True, "the deepest node with a state")
 
 
 def test_06_6_random_requests():
@@ -133,10 +133,12 @@ def test_06_6_random_requests():
         request = Request([1])
         request.tokens = [1] * random.randint(1, 120)
         request.num_computed = random.randrange(len(request.tokens))
-        request.recurrence = Recurrence(0, wanted={size * random.randint(0, 8) for _ in range(random.randint(0, 3))})
+        request.held.recurrence = Recurrence(
+            0, wanted={size * random.randint(0, 8) for _ in range(random.randint(0, 3))}
+        )
         asked = random.randint(1, 80)
         got, expected = (
-            kind(8, size, interval, RadixTree(size)).chunk(request, asked) for kind in (States, ours(States))
+            kind(8, size, interval, RadixTree(size)).chunk(request, asked) for kind in (States, reference(States))
         )
-        what = f"tokens of {len(request.tokens)} from {request.num_computed}, wanted {request.recurrence.wanted}"
+        what = f"tokens of {len(request.tokens)} from {request.num_computed}, wanted {request.held.recurrence.wanted}"
         equal(got, expected, f"{what}, interval {interval}, pages of {size}, {asked} asked")

@@ -5,8 +5,8 @@ import torch
 from nanokv.core.batch import Batch
 from nanokv.kernels.planes import HeadNorms, KVPlanes
 from nanokv.kernels.reference import attention, elementwise, store
-from nanokv.learn.binding import ours
 from nanokv.learn.expect import close, random_of, tensor_of
+from nanokv.learn.patching import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -17,7 +17,7 @@ def test_08_1_random_rows():
         dtype, wide = random.choice(DTYPES), random.choice(DTYPES)
         x = tensor_of(f"x {case}", random.randint(1, 4), random.randint(1, 70)).to(dtype)
         weight = tensor_of(f"w {case}", x.shape[1]).to(wide)
-        expected = ours(elementwise.rms_norm)(x, weight, 1e-5)
+        expected = reference(elementwise.rms_norm)(x, weight, 1e-5)
         close(elementwise.rms_norm(x, weight, 1e-5), expected, f"{dtype} rows, {wide} weight", ("row", "dim"), 1e-6)
 
 
@@ -25,11 +25,11 @@ def test_08_2_random_rows():
     random = random_of("gates")
     for case in range(40):
         x = tensor_of(f"x {case}", random.randint(1, 4), 2 * random.randint(1, 40)).to(random.choice(DTYPES))
-        close(elementwise.silu_mul(x), ours(elementwise.silu_mul)(x), f"{x.dtype}", ("row", "dim"), 1e-6)
+        close(elementwise.silu_mul(x), reference(elementwise.silu_mul)(x), f"{x.dtype}", ("row", "dim"), 1e-6)
 
 
 def random_case(random, tail: bool = True) -> tuple[KVPlanes, Batch, int]:
-    """Planes in an odd place of a page, a step over shuffled pages, and the number of query heads."""
+    """Planes at a random offset in a page, a step over shuffled pages, and the number of query heads."""
     kv_heads, dim, size = random.randint(1, 3), random.choice([4, 8]), random.choice([2, 4, 16])
     dtype, gap = random.choice(DTYPES), 16 * random.randint(0, 3)
     tail_dim = random.choice([0, 4]) if tail else 0
@@ -72,7 +72,7 @@ def test_08_3_random_pools():
         for offset in (planes.k_offset, planes.v_offset):
             got, expected = (
                 view(pool, planes, offset, planes.head_dim)
-                for view in (attention.plane_view, ours(attention.plane_view))
+                for view in (attention.plane_view, reference(attention.plane_view))
             )
             close(got, expected, f"a view of {planes.dtype}", ("page", "head", "slot", "dim"), 0)
 
@@ -84,12 +84,13 @@ def test_08_4_random_steps():
         pool = pool_of(planes, f"pool {case}")
         q = tensor_of(f"q {case}", batch.num_rows, heads, planes.head_dim + planes.tail_dim)
         got, expected = (
-            run(q, pool, planes, batch, 0.3) for run in (attention.paged_attention, ours(attention.paged_attention))
+            run(q, pool, planes, batch, 0.3)
+            for run in (attention.paged_attention, reference(attention.paged_attention))
         )
         close(
             got,
             expected,
-            f"{heads} heads over {planes.kv_heads} KV heads, tail {planes.tail_dim}",
+            f"{heads} heads over {planes.kv_heads} KV heads, rotated part {planes.tail_dim}",
             ("row", "number"),
             1e-4,
         )
@@ -108,7 +109,7 @@ def test_08_5_random_steps():
             [None, HeadNorms(tensor_of("nq", planes.head_dim), tensor_of("nk", planes.head_dim), 1e-6)]
         )
         runs = []
-        for run in (store.rope_and_store, ours(store.rope_and_store)):
+        for run in (store.rope_and_store, reference(store.rope_and_store)):
             pool, mine = pool_of(planes, f"pool {case}"), qkv.clone()
             run(mine[:, :width], table, pool, planes, batch, heads, norms)
             runs.append((mine, pool.view(planes.dtype).float()))

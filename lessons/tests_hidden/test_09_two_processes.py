@@ -3,10 +3,10 @@
 from array import array
 
 from nanokv.core.request import Request
+from nanokv.disagg.granted_cache import GrantedCache, GrantedPages
 from nanokv.disagg.messages import HEADER, MAX_FRAME, Ping, ProtocolError, encode, take_frames
-from nanokv.disagg.pages import FixedPages, Given
-from nanokv.learn.binding import ours
 from nanokv.learn.expect import equal, random_of
+from nanokv.learn.patching import reference
 
 
 def test_09_1_random_cuts():
@@ -20,7 +20,7 @@ def test_09_1_random_cuts():
             cut = stream[at : at + random.randint(1, 20)]
             at += len(cut)
             seen = []
-            for run, buffer in zip((take_frames, ours(take_frames)), pair, strict=True):
+            for run, buffer in zip((take_frames, reference(take_frames)), pair, strict=True):
                 buffer += cut
                 try:
                     seen.append((run(buffer), bytes(buffer)))
@@ -32,25 +32,25 @@ def test_09_1_random_cuts():
 
 
 def grants(label: str):
-    """Random requests, each with ours and the student's pages that were given the same."""
+    """Random requests, each with the engine's cache and the student's, which received the same grant."""
     random = random_of(label)
     for _ in range(60):
         checkpoints = {4 * random.randint(1, 9): random.randrange(9) for _ in range(random.randint(0, 4))}
-        what = Given(
+        what = GrantedPages(
             array("i", range(random.randint(1, 9))), 4 * random.randint(0, 3), random.randrange(9), checkpoints
         )
         computed, pair = random.randint(0, 40), []
-        for kind in (FixedPages, ours(FixedPages)):
+        for kind in (GrantedCache, reference(GrantedCache)):
             pages, request = kind(4), Request([1])
             pages.give(request, what)
-            request.num_computed, request.state_id = computed, what.state
+            request.num_computed, request.held.state_id = computed, what.state
             pair.append((pages, request))
         yield random, what, pair
 
 
 def test_09_2_random_grants():
     for _, what, pair in grants("match"):
-        seen = [(p.match(r), list(r.pages), r.state_id, r.num_computed, r.num_cached) for p, r in pair]
+        seen = [(p.match(r), list(r.held.pages), r.held.state_id, r.num_computed, r.held.num_cached) for p, r in pair]
         equal(seen[0], seen[1], f"match of {what}")
 
 
@@ -67,5 +67,5 @@ def test_09_4_random_grants():
         for pages, request in pair:
             request.num_computed = request.num_computed // 4 * 4
             pages.commit(request, in_flight)
-            seen.append(pages.take_state_copies())
+            seen.append(pages.drain_moves().states)
         equal(seen[0], seen[1], f"copies with {in_flight} in flight, checkpoints {what.checkpoints}")

@@ -8,7 +8,7 @@ from nanokv.bench.request import prefill_share
 from nanokv.core.request import Request, RequestMetrics, SamplingParams
 from nanokv.core.spec import LayerSpec, Plane
 from nanokv.engine import sampler
-from nanokv.engine.answer import Answer
+from nanokv.engine.text_stream import TextStream
 from nanokv.learn.expect import equal, near
 
 
@@ -48,7 +48,7 @@ def test_01_3_a_hit_saves_the_prefill_but_for_one_step():
     near(prefill_share(5.0, 0.5, 6.0), 0.75, "prefill_share(ttft 5.0, tpot 0.5, total 6.0)")
 
 
-def test_01_3_a_short_prompt_saves_nothing_and_never_less():
+def test_01_3_a_short_prompt_saves_nothing_and_no_share_is_negative():
     near(prefill_share(0.05, 0.1, 2.0), 0.0, "prefill_share(ttft 0.05, tpot 0.1, total 2.0)")
 
 
@@ -74,8 +74,8 @@ class Letters:
 
 
 def said(text: str, stop: tuple[str, ...], may_stop: bool = True) -> tuple[list[str], bool]:
-    """What is handed out after each letter, and whether it stopped."""
-    answer, deltas = Answer(Letters(), stop), []
+    """The delta after each letter, and whether the answer stopped."""
+    answer, deltas = TextStream(Letters(), stop), []
     for letter in text:
         answer.push(ord(letter), may_stop)
         deltas.append(answer.take_delta())
@@ -87,7 +87,7 @@ def said(text: str, stop: tuple[str, ...], may_stop: bool = True) -> tuple[list[
 
 
 def test_01_5_without_a_stop_text_each_letter_comes_at_once():
-    equal(said("abc", ()), (["a", "b", "c", ""], False), "what is shown of 'abc'")
+    equal(said("abc", ()), (["a", "b", "c", ""], False), "the deltas of 'abc', and stopped")
 
 
 def test_01_5_a_stop_text_is_found_across_tokens_and_cut_off():
@@ -96,14 +96,14 @@ def test_01_5_a_stop_text_is_found_across_tokens_and_cut_off():
     equal(stopped, True, "stopped")
 
 
-def test_01_5_what_only_looked_like_a_stop_text_is_shown_after_all():
+def test_01_5_an_incomplete_stop_text_is_shown_in_the_end():
     deltas, stopped = said("EN route", ("END",))
     equal("".join(deltas), "EN route", "the whole text")
     equal(stopped, False, "stopped")
 
 
 def test_01_5_the_earliest_of_several_stop_texts_counts():
-    answer = Answer(Letters(), ("ya", "xy"))
+    answer = TextStream(Letters(), ("ya", "xy"))
     answer._take("abxya", True)
     equal(answer.text, "ab", "the text of 'abxya' with the stop texts 'ya' and 'xy'")
 
@@ -124,7 +124,7 @@ def drawn(probabilities, position: int, seed: int = 7, **params) -> int:
 
 
 def chosen(weights: list[float], ids: list[int], position: int, seed: int = 7) -> int:
-    """The first of `ids` at which the cumulated weights pass the noise."""
+    """The first of `ids` at which the cumulative weight exceeds the noise."""
     target, passed = sampler.uniform(seed, 0, position) * sum(weights), 0.0
     for weight, token in zip(weights, ids, strict=True):
         passed += weight
@@ -133,7 +133,7 @@ def chosen(weights: list[float], ids: list[int], position: int, seed: int = 7) -
     raise AssertionError("unreachable")
 
 
-def test_01_6_without_filters_tokens_come_as_often_as_they_are_likely():
+def test_01_6_without_filters_tokens_are_drawn_by_their_probabilities():
     for position in range(40):
         expected = chosen([0.1, 0.6, 0.3], [0, 1, 2], position)
         equal(drawn([0.1, 0.6, 0.3], position), expected, f"the token at position {position}")
@@ -152,13 +152,13 @@ def test_01_6_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     equal(drawn([0.25, 0.125, 0.5, 0.125], 3, top_p=0.01), 2, "top_p=0.01 keeps the most likely token")
 
 
-def test_01_6_min_p_drops_what_is_far_from_the_best():
+def test_01_6_min_p_drops_tokens_far_less_likely_than_the_best():
     for position in range(40):
         expected = chosen([0.6, 0.3], [1, 2], position)
         equal(drawn([0.1, 0.6, 0.3], position, min_p=0.4), expected, f"min_p=0.4, position {position}")
 
 
-def test_01_6_the_nucleus_is_measured_within_what_top_k_kept():
+def test_01_6_the_nucleus_is_measured_within_the_tokens_that_top_k_kept():
     for position in range(40):
         expected = chosen([0.4], [0], position)
         got = drawn([0.4, 0.3, 0.2, 0.1], position, top_k=2, top_p=0.5)

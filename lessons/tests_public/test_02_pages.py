@@ -62,14 +62,14 @@ def test_02_3_the_first_pages_are_the_lowest():
     equal(pool.num_free, 2, "pages left free")
 
 
-def test_02_3_each_page_has_one_owner_then():
+def test_02_3_each_allocated_page_has_one_owner():
     pool = PagePool(5)
     pages = pool.allocate(2)
-    equal([pool.count(page) for page in pages], [1, 1], "owners of the two pages handed out")
+    equal([pool.count(page) for page in pages], [1, 1], "owners of the two allocated pages")
     pool.check()
 
 
-def test_02_3_the_page_freed_last_goes_out_first():
+def test_02_3_the_page_freed_last_is_allocated_first():
     pool = PagePool(5)
     pool.allocate(4)
     for page in (1, 3):  # what `release` does
@@ -99,11 +99,11 @@ def test_02_4_a_shared_page_stays():
     pool.share([pages[1]])
     equal(pool.release(pages), [pages[0]], "pages that became free, when the second has another owner")
     equal(pool.count(pages[1]), 1, "owners left of the shared page")
-    equal(pool.release([pages[1]]), [pages[1]], "pages that became free when the other owner let go")
+    equal(pool.release([pages[1]]), [pages[1]], "pages that became free when the other owner released it")
     pool.check()
 
 
-def test_02_4_twice_is_once_too_often():
+def test_02_4_releasing_a_page_twice_is_an_error():
     pool = PagePool(4)
     (page,) = pool.allocate(1)
     pool.release([page])
@@ -118,28 +118,28 @@ def test_02_4_pages_may_come_from_a_generator():
 def numbered(num_pages: int) -> CacheStore:
     """A store whose page i holds the byte i."""
     store = CacheStore(layout_of(), num_pages)
-    store.pool[:] = torch.arange(num_pages, dtype=torch.uint8)[:, None]
+    store.pages.data[:] = torch.arange(num_pages, dtype=torch.uint8)[:, None]
     return store
 
 
 def test_02_5_a_page_is_copied_whole():
     store = numbered(4)
-    store.copy_pages([(2, 0)])
-    width = store.pool.shape[1]
+    store.pages.copy([(2, 0)])
+    width = store.pages.data.shape[1]
     expected = torch.tensor([2, 1, 2, 3], dtype=torch.uint8)[:, None].expand(4, width)
-    close(store.pool, expected, "the pool after copying page 2 over page 0", ("page", "byte"))
+    close(store.pages.data, expected, "the pool after copying page 2 over page 0", ("page", "byte"))
 
 
 def test_02_5_a_copy_sees_what_an_earlier_one_wrote():
     store = numbered(4)
-    store.copy_pages([(0, 1), (1, 2), (3, 0)])
-    equal(store.pool[:, 0].tolist(), [3, 0, 0, 3], "pages 0 to 3 after the copies 0 to 1, 1 to 2, 3 to 0")
+    store.pages.copy([(0, 1), (1, 2), (3, 0)])
+    equal(store.pages.data[:, 0].tolist(), [3, 0, 0, 3], "pages 0 to 3 after the copies 0 to 1, 1 to 2, 3 to 0")
 
 
 def test_02_5_a_source_may_be_overwritten_later():
     store = numbered(3)
-    store.copy_pages([(0, 2), (1, 0)])
-    equal(store.pool[:, 0].tolist(), [1, 1, 0], "pages 0 to 2 after the copies 0 to 2, 1 to 0")
+    store.pages.copy([(0, 2), (1, 0)])
+    equal(store.pages.data[:, 0].tolist(), [1, 1, 0], "pages 0 to 2 after the copies 0 to 2, 1 to 0")
 
 
 def sharing() -> tuple[CacheManager, list[Request]]:
@@ -148,21 +148,21 @@ def sharing() -> tuple[CacheManager, list[Request]]:
     pages = cache._pool.allocate(2)
     cache._pool.share(pages)
     for request in requests:
-        request.pages = array("i", pages)
+        request.held.pages = array("i", pages)
     return cache, requests
 
 
-def test_02_6_who_writes_first_gets_a_page_of_its_own():
+def test_02_6_the_request_that_writes_gets_a_page_of_its_own():
     cache, (one, two) = sharing()
     cache._copy_on_write(two, 1)
-    equal(one.pages, [0, 1], "pages of the request that did not write")
-    equal(two.pages, [0, 2], "pages of the one that did: page 2 is the next free one")
+    equal(one.held.pages, [0, 1], "pages of the request that did not write")
+    equal(two.held.pages, [0, 2], "pages of the request that wrote: page 2 is the next free one")
 
 
 def test_02_6_the_copy_is_listed_and_counted():
     cache, (_, two) = sharing()
     cache._copy_on_write(two, 1)
-    equal(cache.take_copies(), [(1, 2)], "copies (from, to) before the step")
+    equal(cache.drain_moves().pages, [(1, 2)], "copies (from, to) before the step")
     equal(cache.stats()["copies"], 1, "stats()['copies']")
 
 

@@ -1,10 +1,10 @@
-"""Public checks of lesson 04. Tokens of a page are all the same number, so a run reads as the names of its pages."""
+"""Public checks of lesson 04. All tokens of a page are the same number, the name of the page."""
 
 from array import array
 
 from nanokv.cache.radix import Node, RadixTree
 from nanokv.core.request import Request
-from nanokv.engine.scheduler import _common_prefix
+from nanokv.engine.admission_policy import common_prefix
 from nanokv.learn.expect import equal
 
 PAGE = 4
@@ -24,9 +24,9 @@ def node_of(parent: Node | None, *names: int, first_page: int = 0) -> Node:
 
 
 def named(node: Node) -> list[int]:
-    """The names of the pages of a run."""
+    """The names of the pages of a node."""
     tokens = array("i")
-    tokens.frombytes(bytes(node.run))
+    tokens.frombytes(bytes(node.tokens))
     return list(tokens)[::PAGE]
 
 
@@ -55,19 +55,19 @@ def family() -> tuple[RadixTree, Node, Node, Node]:
     return RadixTree(PAGE), root, upper, node_of(upper, 3, 4, 5, first_page=2)
 
 
-def test_04_2_whole_runs_all_the_way_down():
+def test_04_2_whole_nodes_match_all_the_way_down():
     tree, root, upper, lower = family()
     nodes, position, partial = tree._walk(blob(1, 2, 3, 4, 5), root)
     equal(nodes == [root, upper, lower], True, "root, [1 2] and [3 4 5] are on the way")
-    equal(position, len(blob(1, 2, 3, 4, 5)), "the byte that the walk reaches")
+    equal(position, len(blob(1, 2, 3, 4, 5)), "the byte at which the walk ends")
     equal(partial, None, "a child that matches in part")
 
 
-def test_04_2_a_run_that_matches_in_part_is_handed_back():
+def test_04_2_a_node_that_matches_in_part_is_returned():
     tree, root, upper, lower = family()
     nodes, position, partial = tree._walk(blob(1, 2, 3, 9, 9), root)
     equal(nodes == [root, upper], True, "root and [1 2] are on the way")
-    equal(position, len(blob(1, 2)), "the byte that the walk reaches")
+    equal(position, len(blob(1, 2)), "the byte at which the walk ends")
     equal(partial is lower, True, "[3 4 5] is the child that matches in part")
 
 
@@ -84,33 +84,37 @@ def test_04_2_tokens_after_the_last_whole_page_find_nothing():
     equal((nodes == [root, upper], position, partial), (True, len(blob(1, 2)), None), "the walk for 1 2 and 3 tokens")
 
 
-def test_04_3_a_handle_counts_on_the_whole_way():
+def test_04_3_a_handle_counts_on_every_node_of_its_path():
     tree, root, upper, lower = family()
     tree.lock(lower)
-    equal([node.locks for node in (root, upper, lower)], [1, 1, 1], "locks of root, [1 2] and [3 4 5]")
+    equal([node.ref_count for node in (root, upper, lower)], [1, 1, 1], "locks of root, [1 2] and [3 4 5]")
     tree.lock(upper)
-    equal([node.locks for node in (root, upper, lower)], [2, 2, 1], "locks after another handle on [1 2]")
+    equal([node.ref_count for node in (root, upper, lower)], [2, 2, 1], "locks after another handle on [1 2]")
 
 
-def test_04_3_pages_are_counted_once_however_many_hold_them():
+def test_04_3_pages_are_counted_once_however_many_handles_hold_them():
     tree, _, upper, lower = family()
     tree.lock(upper)
-    equal(tree.num_locked, 2, "pages locked by a handle on [1 2]")
+    equal(tree.num_protected, 2, "pages locked by a handle on [1 2]")
     tree.lock(lower)
-    equal(tree.num_locked, 5, "pages locked after another one on [3 4 5]")
+    equal(tree.num_protected, 5, "pages locked after another one on [3 4 5]")
     tree.lock(lower)
-    equal(tree.num_locked, 5, "pages locked after one more there")
+    equal(tree.num_protected, 5, "pages locked after one more there")
 
 
 def test_04_4_the_upper_part_is_new_and_the_lower_keeps_its_identity():
     tree, _root, _upper, lower = family()
     above = tree._split(lower, 1)
-    equal((named(above), list(above.pages)), ([3], [2]), "run and pages of the upper part of [3 4 5] after page 1")
-    equal((named(lower), list(lower.pages)), ([4, 5], [3, 4]), "run and pages of the lower part")
+    equal(
+        (named(above), list(above.pages)),
+        ([3], [2]),
+        "tokens and pages of the upper part of [3 4 5], split at 1",
+    )
+    equal((named(lower), list(lower.pages)), ([4, 5], [3, 4]), "tokens and pages of the lower part")
     equal(above is lower, False, "the upper part is the old node")
 
 
-def test_04_4_everybody_knows_his_family():
+def test_04_4_parents_and_children_know_each_other():
     tree, _root, upper, lower = family()
     child = node_of(lower, 6, first_page=5)
     above = tree._split(lower, 2)
@@ -122,9 +126,9 @@ def test_04_4_everybody_knows_his_family():
 
 def test_04_4_locks_and_use_hold_for_both_and_a_state_stays_below():
     tree, _, _, lower = family()
-    lower.locks, lower.last_use, lower.state = 3, 17, 8
+    lower.ref_count, lower.last_access, lower.state = 3, 17, 8
     above = tree._split(lower, 1)
-    equal((above.locks, above.last_use), (3, 17), "locks and last use of the upper part")
+    equal((above.ref_count, above.last_access), (3, 17), "locks and last use of the upper part")
     equal((above.state, lower.state), (None, 8), "states of the upper and the lower part")
 
 
@@ -150,12 +154,12 @@ class Planted(RadixTree):
 def test_04_5_a_leaf_loses_pages_from_its_tail():
     tree = Planted()
     tree.plant(1, 2, 3)
-    equal(tree.evict(2), [2, 1], "two pages evicted of the run with pages 0 1 2")
-    equal(list(tree.match(blob(1, 2, 3))[1]), [0], "pages found afterwards")
+    equal(tree.evict(2), [2, 1], "two pages evicted of the node with pages 0 1 2")
+    equal(list(tree.match_prefix(blob(1, 2, 3))[1]), [0], "pages found afterwards")
     equal(tree.num_pages, 1, "num_pages")
 
 
-def test_04_5_the_leaf_used_longest_ago_goes_first():
+def test_04_5_the_least_recently_used_leaf_is_evicted_first():
     tree = Planted()
     tree.plant(1)
     tree.plant(2)
@@ -165,7 +169,7 @@ def test_04_5_the_leaf_used_longest_ago_goes_first():
     tree.check([])
 
 
-def test_04_5_what_somebody_holds_stays():
+def test_04_5_a_locked_node_is_not_evicted():
     tree = Planted()
     tree.plant(1, 2)
     handle = tree.hold(5)
@@ -173,23 +177,23 @@ def test_04_5_what_somebody_holds_stays():
     tree.check([handle])
 
 
-def test_04_5_a_parent_follows_its_last_child():
+def test_04_5_a_parent_is_evicted_after_its_last_child():
     tree = Planted()
     tree.plant(1, 2)
     tree.plant(1, 3)
     equal(len(tree.evict(2)), 2, "pages evicted")
     tree.check([])
-    equal(list(tree.match(blob(1, 2))[1]), [0], "the shared page is still found")
-    equal(tree.evict(1), [0], "and goes last")
+    equal(list(tree.match_prefix(blob(1, 2))[1]), [0], "the shared page is still found")
+    equal(tree.evict(1), [0], "the last page to evict")
 
 
-def test_04_5_a_state_falls_with_its_last_page():
+def test_04_5_a_state_is_lost_with_the_last_page_of_its_node():
     tree = Planted()
     node = tree.hold(1, 2)
     node.state = 4
     tree.unlock(node)
     tree.evict(1)
-    equal(tree.take_cut() == [node], True, "the node whose state falls is listed in _cut")
+    equal(tree.take_cut() == [node], True, "the node that lost its state is listed in _cut")
 
 
 def prompt(*tokens: int) -> Request:
@@ -200,16 +204,16 @@ def prompt(*tokens: int) -> Request:
 
 def test_04_6_up_to_the_first_difference():
     same = list(range(50))
-    equal(_common_prefix(prompt(*same, 1, 2), prompt(*same, 9, 9, 9)), 50, "tokens shared, of 50 equal ones")
+    equal(common_prefix(prompt(*same, 1, 2), prompt(*same, 9, 9, 9)), 50, "tokens shared, of 50 equal ones")
 
 
 def test_04_6_one_token_is_left_to_compute():
     same = list(range(50))
-    equal(_common_prefix(prompt(*same), prompt(*same, 1)), 49, "tokens shared by a prompt of 50 and a longer one")
-    equal(_common_prefix(prompt(*same), prompt(*same)), 49, "tokens shared by two equal prompts of 50")
-    equal(_common_prefix(prompt(*same, 7), prompt(*same)), 50, "tokens shared by a prompt of 51 and its beginning")
+    equal(common_prefix(prompt(*same), prompt(*same, 1)), 49, "tokens shared by a prompt of 50 and a longer one")
+    equal(common_prefix(prompt(*same), prompt(*same)), 49, "tokens shared by two equal prompts of 50")
+    equal(common_prefix(prompt(*same, 7), prompt(*same)), 50, "tokens shared by a prompt of 51 and its beginning")
 
 
 def test_04_6_a_short_common_beginning_counts_as_none():
     same = list(range(20))
-    equal(_common_prefix(prompt(*same, *[1] * 20), prompt(*same, *[2] * 20)), 0, "20 equal tokens, less than 32")
+    equal(common_prefix(prompt(*same, *[1] * 20), prompt(*same, *[2] * 20)), 0, "20 equal tokens, less than 32")

@@ -49,7 +49,7 @@ def test_05_3_one_row_over_a_long_prefix_is_absorbed():
     equal([bool(expands(V3, cached, 1)) for cached in (1, 100, 100_000)], [False] * 3, "expands for a decode")
 
 
-def test_05_3_deepseek_v3_turns_at_171_rows():
+def test_05_3_deepseek_v3_expands_from_171_rows_on():
     equal(bool(expands(V3, 10**6, 170)), False, "expands for 170 rows over a million tokens")
     equal(bool(expands(V3, 10**6, 171)), True, "expands for 171 rows over a million tokens")
 
@@ -68,13 +68,13 @@ def test_05_4_a_geometric_series():
     close(frequencies(RopeConfig(dim=8, theta=1e4)), expected, "frequencies of 8 dims, theta 10,000", ("pair",))
 
 
-def test_05_4_linear_divides_every_one():
+def test_05_4_linear_divides_every_frequency():
     expected = torch.tensor([0.25, 0.0025])
     close(frequencies(RopeConfig(4, 1e4, "linear", factor=4.0)), expected, "linear, factor 4", ("pair",))
 
 
-def test_05_4_llama3_keeps_the_fast_and_divides_the_slow():
-    # Waves of 2 pi, 2 pi 100 and 2 pi 10,000 tokens turn 163, 1.63 and 0.016 times within 1,024.
+def test_05_4_llama3_keeps_fast_frequencies_and_divides_slow_ones():
+    # Waves of 2 pi, 2 pi 100 and 2 pi 10,000 tokens turn 163, 1.63 and 0.016 times within 1,024 tokens.
     rope = RopeConfig(6, 1e6, "llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=1024)
     plain = [1.0, 0.01, 0.0001]
     ramp = (1024 * 0.01 / (2 * math.pi) - 1.0) / 3.0
@@ -82,7 +82,7 @@ def test_05_4_llama3_keeps_the_fast_and_divides_the_slow():
     close(frequencies(rope), expected, "llama3 frequencies", ("pair",))
 
 
-def test_05_4_yarn_ramps_over_the_pairs():
+def test_05_4_yarn_interpolates_over_the_pairs():
     rope = RopeConfig(64, 1e4, "yarn", 4.0, low_freq_factor=1.0, high_freq_factor=32.0, original_max_positions=4096)
     plain, got = frequencies(RopeConfig(64, 1e4)), frequencies(rope)
     close(got[:8], plain[:8], "the fast pairs of yarn stay", ("pair",))
@@ -101,21 +101,21 @@ def test_05_5_a_quarter_turn():
     close(heads, torch.tensor([[[-2.0, 1.0]]]), "(1, 2) turned by 90 degrees", ("row", "head", "dim"))
 
 
-def test_05_5_dim_i_turns_with_dim_i_plus_half():
+def test_05_5_dim_i_rotates_with_dim_i_plus_half():
     heads = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
     table = torch.tensor([[0.0, 1.0, 1.0, 0.0]])  # the first pair by 90 degrees, the second not at all
     _rotate(heads, table, torch.tensor([0]))
     close(heads, torch.tensor([[[-3.0, 2.0, 1.0, 4.0]]]), "pairs (1, 3) and (2, 4)", ("row", "head", "dim"))
 
 
-def test_05_5_dims_past_the_table_stay():
+def test_05_5_dims_past_the_table_do_not_change():
     heads = tensor_of("past", 2, 3, 6)
     before = heads.clone()
     _rotate(heads, angles(0.3, 0.7), torch.tensor([1, 0]))
     close(heads[..., 2:], before[..., 2:], "dims 2 to 5, past a table of one pair", ("row", "head", "dim"))
 
 
-def test_05_5_each_row_by_its_own_position():
+def test_05_5_each_row_rotates_by_its_own_position():
     heads = torch.ones(2, 1, 2)
     _rotate(heads, angles(0.0, 1.0, 2.0), torch.tensor([2, 0]))
     expected = torch.tensor([[[math.cos(2) - math.sin(2), math.cos(2) + math.sin(2)]], [[1.0, 1.0]]])
@@ -130,13 +130,13 @@ RANKED = [[0.9, 0.1, 0.5, 0.6, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4, 0.8, 0.0]]
 SHUT = float("-inf")
 
 
-def test_05_6_softmax_a_group_counts_as_its_best_expert():
+def test_05_6_softmax_scores_a_group_by_its_best_expert():
     got = router("softmax", 3, 1)._close_groups(torch.tensor(RANKED))
     expected = [[0.9, 0.1, SHUT, SHUT, SHUT, SHUT], [SHUT, SHUT, SHUT, SHUT, 0.8, 0.0]]
     close(got, torch.tensor(expected), "scores with one of three groups open", ("row", "expert"))
 
 
-def test_05_6_sigmoid_a_group_counts_as_its_best_two():
+def test_05_6_sigmoid_scores_a_group_by_its_best_two_experts():
     got = router("sigmoid", 3, 1)._close_groups(torch.tensor([[0.9, 0.1, 0.5, 0.6, 0.2, 0.3]]))
     expected = [[SHUT, SHUT, 0.5, 0.6, SHUT, SHUT]]
     close(got, torch.tensor(expected), "scores with one of three groups open", ("row", "expert"))

@@ -13,7 +13,7 @@ from nanokv.learn.expect import close, equal, tensor_of
 
 
 def step_of(*spans: tuple[int, int, int]) -> Batch:
-    """A step: for each request its state, its first position and its rows."""
+    """A step: the state, the first position and the number of rows of each request."""
     positions = [start + row for _, start, rows in spans for row in range(rows)]
     starts = [0]
     for _, _, rows in spans:
@@ -34,18 +34,18 @@ def planes_of(heads: int = 2, dim: int = 4, kernel: int = 3, dtype=torch.float32
 
 
 def pool_of(planes: StatePlanes, states: int = 4) -> torch.Tensor:
-    """States of a pool whose every byte is dirty."""
+    """A pool of states in which every byte is nonzero."""
     return torch.full((states, planes.state_bytes), 0x3F, dtype=torch.uint8)
 
 
-def test_06_1_a_matrix_a_head_and_the_last_inputs():
+def test_06_1_a_state_is_a_matrix_for_each_head_and_the_last_inputs():
     spec = GatedDeltaNet.spec(DeltaConfig(2, 4, 16, 8, 4), torch.bfloat16)
     got = {plane.name: (plane.shape, plane.dtype, plane.token_axis) for plane in spec.state}
     expected = {"state": ((4, 16, 8), torch.float32, None), "conv": ((96, 3), torch.bfloat16, None)}
     equal(got, expected, "planes of a state")
 
 
-def test_06_1_nothing_per_token():
+def test_06_1_a_layer_keeps_nothing_per_token():
     spec = GatedDeltaNet.spec(DeltaConfig(2, 4, 16, 8, 4), torch.float32)
     equal(spec.paged, (), "planes of a page")
     equal(spec.bytes_per_token, 0, "bytes per token")
@@ -53,7 +53,7 @@ def test_06_1_nothing_per_token():
 
 
 def convolved(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The whole sequence at once, one output at a time."""
+    """The whole sequence, one output at a time."""
     kernel, rows = weight.shape[1], []
     for row in range(len(inputs)):
         total = torch.zeros(inputs.shape[1])
@@ -70,7 +70,7 @@ def test_06_2_a_prompt_starts_from_zeros():
     close(got, convolved(x, weight), "five rows of a fresh request", ("row", "channel"))
 
 
-def test_06_2_steps_of_any_length_give_the_same():
+def test_06_2_steps_of_any_length_give_the_same_result():
     planes = planes_of(kernel=4)
     x, weight, pool = tensor_of("x", 7, planes.channels), tensor_of("w", planes.channels, 4), pool_of(planes)
     got, at = [], 0
@@ -88,7 +88,7 @@ def test_06_2_requests_do_not_see_each_other():
     close(got, expected, "two requests of 2 and 4 rows", ("row", "channel"))
 
 
-def test_06_2_the_result_stands_in_the_place_of_the_input():
+def test_06_2_the_result_replaces_the_input():
     planes = planes_of()
     x, weight = tensor_of("x", 3, planes.channels), tensor_of("w", planes.channels, 3)
     expected = convolved(x, weight)
@@ -112,7 +112,7 @@ class Inputs:
 
 
 def recurrence(inputs: Inputs, planes: StatePlanes, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rule as it is written in the paper, one token and head after the other; results and the last state."""
+    """The rule as in the paper, one token and one head at a time. Returns the results and the last state."""
     q, k, v, log_decay, beta = rule._terms(*inputs.slice(0, len(inputs.qkv)), planes)
     state, rows = state.clone(), []
     for token in range(len(q)):
@@ -124,7 +124,7 @@ def recurrence(inputs: Inputs, planes: StatePlanes, state: torch.Tensor) -> tupl
     return torch.stack(rows), state
 
 
-def test_06_3_a_first_token_starts_from_nothing():
+def test_06_3_a_first_token_starts_from_zeros():
     planes = planes_of()
     inputs, pool = Inputs("first", 1, planes), pool_of(planes)
     got = rule.delta_rule_step(*inputs.slice(0, 1), pool, planes, step_of((2, 0, 1)))
@@ -138,7 +138,7 @@ def test_06_3_the_state_moves_on():
     inputs, pool = Inputs("moves", 4, planes), pool_of(planes)
     got = [rule.delta_rule_step(*inputs.slice(row, row + 1), pool, planes, step_of((1, row, 1))) for row in range(4)]
     expected, state = recurrence(inputs, planes, torch.zeros(2, 4, 4))
-    close(torch.cat(got), expected, "results of four tokens, one a step", ("row", "channel"))
+    close(torch.cat(got), expected, "results of four tokens, one in each step", ("row", "channel"))
     close(rule.state_view(pool, planes)[1], state, "the state afterwards", ("head", "key", "value"))
 
 
@@ -161,7 +161,7 @@ def chunked(inputs: Inputs, planes: StatePlanes, state: torch.Tensor) -> tuple[t
     return result.transpose(0, 1).flatten(1), after
 
 
-def test_06_4_one_token_is_one_step():
+def test_06_4_a_chunk_of_one_token_equals_one_step():
     planes = planes_of()
     inputs, state = Inputs("one", 1, planes), tensor_of("state", 2, 4, 4)
     (got, after), (expected, moved) = chunked(inputs, planes, state), recurrence(inputs, planes, state)
@@ -169,7 +169,7 @@ def test_06_4_one_token_is_one_step():
     close(after, moved, "the state after one token", ("head", "key", "value"), 1e-4)
 
 
-def test_06_4_tokens_of_a_chunk_see_what_earlier_ones_wrote():
+def test_06_4_tokens_of_a_chunk_see_the_writes_of_earlier_ones():
     planes = planes_of()
     inputs = Inputs("chunk", 6, planes)
     (got, after), (expected, moved) = (run(inputs, planes, torch.zeros(2, 4, 4)) for run in (chunked, recurrence))
@@ -177,7 +177,7 @@ def test_06_4_tokens_of_a_chunk_see_what_earlier_ones_wrote():
     close(after, moved, "the state after six tokens", ("head", "key", "value"), 1e-4)
 
 
-def test_06_4_from_a_state_that_is_not_empty():
+def test_06_4_a_chunk_starts_from_a_nonzero_state():
     planes = planes_of()
     inputs, state = Inputs("long", 40, planes), tensor_of("state", 2, 4, 4)
     (got, after), (expected, moved) = chunked(inputs, planes, state), recurrence(inputs, planes, state)
@@ -186,7 +186,7 @@ def test_06_4_from_a_state_that_is_not_empty():
 
 
 def chain(*states: int | None) -> list[Node]:
-    """A root and nodes below each other with these states."""
+    """A root and a chain of nodes below it with these states."""
     nodes = [Node(None, b"", [])]
     for state in states:
         node = Node(nodes[-1], b"", [])
@@ -199,13 +199,13 @@ def some_states(page_size: int = 4, interval: int | None = None) -> States:
     return States(8, page_size, interval, RadixTree(page_size))
 
 
-def test_06_5_the_deepest_state_on_the_way_up():
+def test_06_5_the_deepest_node_with_a_state_is_found():
     _root, a, _b, c = chain(5, None, None)
-    equal(some_states().reachable(c) is a, True, "from a node without a state: two up, where one is")
-    equal(some_states().reachable(a) is a, True, "from a node that has one: itself")
+    equal(some_states().reachable(c) is a, True, "from a node without a state: the node with a state, two above")
+    equal(some_states().reachable(a) is a, True, "from a node with a state: itself")
 
 
-def test_06_5_without_any_state_everybody_starts_at_the_root():
+def test_06_5_a_request_starts_at_the_root_without_any_state():
     root, _a, b = chain(None, None)
     equal(some_states().reachable(b) is root, True, "from a chain without states: the root")
     equal(some_states().reachable(root) is root, True, "from the root: itself")
@@ -219,28 +219,40 @@ def test_06_5_state_0_is_a_state():
 def running(num_tokens: int, computed: int, wanted: set[int]) -> Request:
     request = Request([1])
     request.tokens = [1] * num_tokens
-    request.num_computed, request.recurrence = computed, Recurrence(0, wanted=wanted)
+    request.num_computed, request.held.recurrence = computed, Recurrence(0, wanted=wanted)
     return request
 
 
-def test_06_6_up_to_the_last_page_that_leaves_a_token():
+def test_06_6_a_step_stops_at_the_last_page_boundary_that_leaves_a_token():
     states = some_states(page_size=4)
     equal(states.chunk(running(11, 0, set()), 100), 8, "of 11 tokens in pages of 4, from 0")
-    equal(states.chunk(running(11, 8, set()), 3), 3, "the rest")
-    equal(states.chunk(running(12, 0, set()), 100), 8, "of 12 tokens: the last must be left to compute")
+    equal(states.chunk(running(11, 8, set()), 3), 3, "of 11 tokens in pages of 4, from 8, 3 asked for")
+    equal(
+        states.chunk(running(12, 0, set()), 100),
+        8,
+        "of 12 tokens in pages of 4, from 0: one token must remain to compute",
+    )
 
 
-def test_06_6_up_to_the_nearest_position_that_is_wanted():
+def test_06_6_a_step_stops_at_the_nearest_wanted_position():
     states = some_states(page_size=4)
-    equal(states.chunk(running(40, 0, {8, 20}), 100), 8, "wanted at 8 and 20, from 0")
-    equal(states.chunk(running(40, 8, {8, 20}), 100), 12, "from 8")
-    equal(states.chunk(running(40, 8, {20}), 5), 5, "no further than asked")
+    equal(states.chunk(running(40, 0, {8, 20}), 100), 8, "of 40 tokens, wanted at 8 and 20, from 0")
+    equal(states.chunk(running(40, 8, {8, 20}), 100), 12, "of 40 tokens, wanted at 8 and 20, from 8")
+    equal(states.chunk(running(40, 8, {20}), 5), 5, "of 40 tokens, wanted at 20, from 8, 5 asked for")
 
 
-def test_06_6_up_to_the_next_multiple_of_the_interval():
+def test_06_6_a_step_stops_at_the_next_multiple_of_the_interval():
     states = some_states(page_size=4, interval=16)
-    equal([states.chunk(running(60, at, set()), 100) for at in (0, 10, 16)], [16, 6, 16], "from 0, 10 and 16")
+    equal(
+        [states.chunk(running(60, at, set()), 100) for at in (0, 10, 16)],
+        [16, 6, 16],
+        "of 60 tokens, interval 16, from 0, 10 and 16",
+    )
 
 
-def test_06_6_an_interval_that_is_not_set_stops_nothing():
-    equal(some_states(interval=None).chunk(running(101, 0, set()), 70), 70, "of 101 tokens, 70 asked for")
+def test_06_6_without_an_interval_a_step_stops_at_no_multiple():
+    equal(
+        some_states(interval=None).chunk(running(101, 0, set()), 70),
+        70,
+        "of 101 tokens without an interval, 70 asked for",
+    )

@@ -14,32 +14,32 @@ def packed(codes: list[int], bits: int) -> list[int]:
     return pack_codes(torch.tensor(codes, dtype=torch.uint8), bits).tolist()
 
 
-def test_07_1_two_codes_a_byte_in_halves():
+def test_07_1_a_byte_holds_two_codes_from_the_two_halves():
     equal(packed([1, 2, 3, 4], 4), [0x31, 0x42], "4-bit codes 1 2 3 4: byte 0 holds codes 0 and 2")
 
 
-def test_07_1_four_codes_a_byte_in_quarters():
+def test_07_1_a_byte_holds_four_codes_from_the_four_quarters():
     equal(packed([1, 0, 2, 3, 3, 0, 1, 2], 2), [0b01_11_10_01, 0b10_00_11_00], "2-bit codes 1 0 2 3 3 0 1 2")
 
 
-def test_07_1_single_bits_and_whole_bytes():
+def test_07_1_single_bits_and_whole_bytes_are_packed():
     equal(packed([1, 0, 0, 1, 0, 0, 0, 1], 1), [0b10001001], "bits 1 0 0 1 0 0 0 1: the first is the lowest")
     equal(packed([7, 200], 8), [7, 200], "8-bit codes")
 
 
-def test_07_1_each_row_for_itself():
+def test_07_1_each_row_is_packed_alone():
     codes = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)
     equal(pack_codes(codes, 4).tolist(), [[0x21], [0x43]], "two rows of two 4-bit codes")
 
 
-def test_07_2_the_ends_are_met_and_codes_fill_the_range():
+def test_07_2_the_ends_are_exact_and_codes_fill_the_range():
     codes, step, low = Groups(2, -1).encode(torch.tensor([[-1.0, 0.0, 1.0, 2.0]]))
     equal(codes.tolist(), [[0, 1, 2, 3]], "2-bit codes of -1 0 1 2")
     equal((step.item(), low.item()), (1.0, -1.0), "step and minimum")
     equal((codes.dtype, step.dtype, low.dtype), (torch.uint8, torch.float16, torch.float16), "dtypes")
 
 
-def test_07_2_channels_of_keys_are_groups_of_their_own():
+def test_07_2_each_channel_of_keys_is_a_group():
     x = torch.tensor([[0.0, 100.0], [3.0, 400.0]])
     codes, step, low = Groups(2, -2).encode(x)
     equal(list(step.shape), [1, 2], "shape of the steps over axis -2")
@@ -56,11 +56,11 @@ def test_07_2_codes_fit_the_rounded_step():
     x = tensor_of("kivi", 64, 32) * 3 + 1
     codes, step, low = Groups(4, -1).encode(x)
     off = (Groups.decode(codes, step, low) - x).abs() / step.float()
-    # Only float16 itself may add to half a step, at the ends.
-    equal(bool((off < 0.52).all()), True, "every number is within half a step of what is decoded")
+    # Rounding the minimum to float16 may add a little to half a step, at the ends.
+    equal(bool((off < 0.52).all()), True, "every decoded number is within half a step")
 
 
-def test_07_3_lengths_and_products_stay():
+def test_07_3_lengths_and_products_are_kept():
     for dim in (2, 16, 64):
         q = haar(dim)
         close(q @ q.T, torch.eye(dim, dtype=torch.float64), f"Q Q^T for {dim} dims", ("row", "column"), 1e-10)
@@ -74,26 +74,26 @@ def test_07_3_the_signs_do_not_depend_on_the_routine():
 
 def test_07_3_a_seed_gives_one_rotation():
     close(haar(16, 3), haar(16, 3), "the same seed twice", ("row", "column"), 0)
-    equal(bool(torch.equal(haar(16, 3), haar(16, 4))), False, "another seed gives the same matrix")
+    equal(bool(torch.equal(haar(16, 3), haar(16, 4))), False, "another seed gives the same rotation")
 
 
-def test_07_4_one_bit_is_the_mean_of_each_half():
+def test_07_4_one_bit_gives_the_mean_of_each_half():
     table = tables.lloyd_max(1, 256)
     equal(list(table.shape), [2], "shape of the table of one bit")
     near(float(table[1]), 0.7979, "its upper value at 256 dims: nearly sqrt(2 / pi)", 2e-3)
 
 
-def test_07_4_two_bits_are_the_known_ones():
+def test_07_4_two_bits_give_the_known_table():
     table = tables.lloyd_max(2, 4096)
     expected = torch.tensor([-1.510, -0.4528, 0.4528, 1.510])
-    close(table, expected, "the table of two bits, nearly that of a normal density", ("code",), 2e-3)
+    close(table, expected, "the table of two bits, nearly that of the normal density", ("code",), 2e-3)
 
 
 def test_07_4_each_value_is_the_mean_of_its_cell():
     table = tables.lloyd_max(4, 64).double()
     _, means = tables.cells(((table[1:] + table[:-1]) / 2).numpy(), 64)
     close(torch.from_numpy(means), table, "means of the cells against the table", ("code",), 1e-5)
-    equal(bool((table[1:] > table[:-1]).all()), True, "ascending")
+    equal(bool((table[1:] > table[:-1]).all()), True, "the table ascends")
 
 
 def side(scaling: str, bits: int = 4, dim: int = 32) -> CodePlane:
@@ -101,7 +101,7 @@ def side(scaling: str, bits: int = 4, dim: int = 32) -> CodePlane:
     return CodePlane(0, 0, 0, bits, dim, table, scaling)
 
 
-def test_07_5_the_largest_number_meets_the_end_of_the_table():
+def test_07_5_the_largest_number_gets_the_end_of_the_table():
     x = torch.zeros(1, 32)
     x[0, 3], x[0, 9] = 15.0, -7.5
     codes, scale = encode(x, side("absmax"))
@@ -110,26 +110,26 @@ def test_07_5_the_largest_number_meets_the_end_of_the_table():
     equal((str(codes.dtype), str(scale.dtype)), ("torch.uint8", "torch.float16"), "dtypes")
 
 
-def test_07_5_codes_are_nearest_to_what_the_rounded_scale_decodes():
+def test_07_5_codes_are_nearest_for_the_rounded_scale():
     plane, x = side("absmax"), tensor_of("x", 50, 32)
     codes, scale = encode(x, plane)
     ideal = (x[..., None] / scale.float()[:, None, None] - plane.table).abs().argmin(-1)
     close(codes.long(), ideal, "codes against the nearest values of the table", ("row", "dim"), 0)
 
 
-def test_07_5_length_keeps_the_length():
+def test_07_5_scaling_length_keeps_the_length():
     x = tensor_of("length", 20, 32)
     decoded = decode(*encode(x, side("length")), side("length"))
     close(decoded.norm(dim=-1), x.norm(dim=-1), "lengths of decoded vectors", ("row",), 2e-3)
 
 
-def test_07_5_unbiased_keeps_the_product_with_the_vector_itself():
+def test_07_5_scaling_unbiased_keeps_the_product_with_the_vector():
     x = tensor_of("unbiased", 20, 32)
     decoded = decode(*encode(x, side("unbiased")), side("unbiased"))
     close((decoded * x).sum(-1), (x * x).sum(-1), "products of decoded vectors with the vectors", ("row",), 2e-3)
 
 
-def test_07_5_plain_is_the_root_mean_square():
+def test_07_5_scaling_plain_is_the_root_mean_square():
     x = tensor_of("plain", 20, 32)
     _, scale = encode(x, side("plain"))
     close(scale.float(), x.square().mean(-1).sqrt(), "scales", ("row",), 2e-3)

@@ -18,7 +18,7 @@ def test_08_1_rows_have_mean_square_one():
     close(got, torch.tensor([[3 / root, 4 / root]]), "the norm of (3, 4)", ("row", "dim"))
 
 
-def test_08_1_eps_stands_under_the_root():
+def test_08_1_eps_is_added_under_the_root():
     got = elementwise.rms_norm(torch.zeros(1, 4), torch.ones(4), 1e-6)
     close(got, torch.zeros(1, 4), "the norm of zeros", ("row", "dim"))
     got = elementwise.rms_norm(torch.full((1, 4), 1e-3), torch.ones(4), 1e-6)
@@ -41,19 +41,19 @@ def test_08_1_a_narrow_weight_rounds_first_and_a_wide_one_last():
     close(got, (normed * weight).to(BF16), "bfloat16 rows, float32 weight", ("row", "dim"), 0)
 
 
-def test_08_2_gate_first_then_up():
+def test_08_2_the_gate_comes_first_then_up():
     got = elementwise.silu_mul(torch.tensor([[0.0, 1.0, 5.0, 7.0]]))
     close(got, torch.tensor([[0.0, 7 / (1 + math.exp(-1))]]), "gate (0, 1), up (5, 7)", ("row", "dim"))
 
 
-def test_08_2_rounded_once():
+def test_08_2_the_product_is_rounded_once():
     x = tensor_of("x", 8, 64).to(BF16)
     gate, up = x.float().chunk(2, dim=-1)
-    close(elementwise.silu_mul(x), (gate * gate.sigmoid() * up).to(BF16), "bfloat16", ("row", "dim"), 0)
+    close(elementwise.silu_mul(x), (gate * gate.sigmoid() * up).to(BF16), "bfloat16 rows", ("row", "dim"), 0)
 
 
 def planes_of(kv_heads=2, dim=4, size=4, dtype=torch.float32, gap: int = 0) -> KVPlanes:
-    """k then v, each [kv_heads, page_size, dim], after `gap` bytes of another layer."""
+    """Planes of k, then of v, each [kv_heads, page_size, dim], after `gap` bytes of another layer."""
     plane = kv_heads * size * dim * dtype.itemsize
     width = dim * dtype.itemsize
     return KVPlanes(
@@ -85,7 +85,7 @@ def test_08_3_the_view_shows_the_bytes_of_each_page():
             close(view[page, head, slot], expected, f"page {page}, head {head}, slot {slot} in {dtype}", ("dim",))
 
 
-def test_08_3_what_is_written_to_the_view_is_in_the_pool():
+def test_08_3_writes_to_the_view_reach_the_pool():
     planes = planes_of()
     pool = pool_of(planes)
     attention.plane_view(pool, planes, planes.k_offset, 4)[3, 1, 2] = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -102,7 +102,7 @@ def test_08_3_the_pool_may_be_a_part_of_a_larger_buffer():
 
 
 def step_of(positions: list[list[int]], tables: list[list[int]], size: int) -> Batch:
-    """A step with these positions of each request, whose pages are the rows of `tables`."""
+    """A step with these positions of each request; its pages are a row of `tables`."""
     flat = [p for own in positions for p in own]
     starts = [0]
     for own in positions:
@@ -119,7 +119,7 @@ def step_of(positions: list[list[int]], tables: list[list[int]], size: int) -> B
 
 
 class Filled:
-    """A pool with random K and V, and the same numbers by token."""
+    """A pool with random K and V, and the same numbers as tensors."""
 
     def __init__(self, planes: KVPlanes, pages: int = 6) -> None:
         self.planes, self.pool = planes, pool_of(planes, pages)
@@ -129,7 +129,7 @@ class Filled:
         attention.plane_view(self.pool, planes, planes.v_offset, planes.head_dim)[:] = self.v
 
     def attend(self, q: torch.Tensor, table: list[int], position: int, scale: float) -> torch.Tensor:
-        """One row, the slow way: [heads, dim] -> [heads, dim]."""
+        """One row, computed token by token: [heads, dim] -> [heads, dim]."""
         group, out = len(q) // self.planes.kv_heads, []
         places = [(table[p // self.planes.page_size], p % self.planes.page_size) for p in range(position + 1)]
         for head in range(len(q)):
@@ -139,14 +139,14 @@ class Filled:
         return torch.stack(out)
 
 
-def test_08_4_one_row_over_one_page():
+def test_08_4_a_decode_reads_one_page():
     filled = Filled(planes_of())
     q = tensor_of("q", 1, 2, 4)
     got = attention.paged_attention(q, filled.pool, filled.planes, step_of([[3]], [[2]], 4), 0.5)
     close(got, filled.attend(q[0], [2], 3, 0.5).reshape(1, -1), "a decode at position 3", ("row", "head x dim"))
 
 
-def test_08_4_pages_come_in_the_order_of_the_table():
+def test_08_4_pages_are_read_in_the_order_of_the_table():
     filled = Filled(planes_of())
     q = tensor_of("q", 1, 2, 4)
     got = attention.paged_attention(q, filled.pool, filled.planes, step_of([[9]], [[5, 0, 3]], 4), 0.5)
@@ -183,7 +183,7 @@ def table_of(rotary: int) -> torch.Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=1)
 
 
-def test_08_5_values_are_written_as_they_are():
+def test_08_5_values_are_written_unchanged():
     planes = planes_of(kv_heads=1)
     pool, qkv, step = pool_of(planes), tensor_of("qkv", 3, 12), step_of([[3, 4], [0]], [[2, 5], [1, 0]], 4)
     values = qkv[:, 8:].clone()

@@ -3,18 +3,18 @@
 from array import array
 
 from nanokv.core.request import Request
+from nanokv.disagg.granted_cache import GrantedCache, GrantedPages
 from nanokv.disagg.messages import HEADER, MAX_FRAME, Ping, ProtocolError, encode, take_frames
-from nanokv.disagg.pages import FixedPages, Given
 from nanokv.learn.expect import equal, refuses
 
 
-def test_09_1_whole_frames_leave_the_buffer():
+def test_09_1_whole_frames_are_removed_from_the_buffer():
     buffer = bytearray(encode(Ping(generation=1)) + encode(Ping(generation=1)))
     equal(len(take_frames(buffer)), 2, "messages in two whole frames")
     equal(len(buffer), 0, "bytes left")
 
 
-def test_09_1_a_frame_may_come_byte_by_byte():
+def test_09_1_a_frame_may_arrive_byte_by_byte():
     frame, buffer, seen = encode(Ping(generation=1)), bytearray(), []
     for byte in frame:
         buffer.append(byte)
@@ -23,80 +23,80 @@ def test_09_1_a_frame_may_come_byte_by_byte():
     equal(len(buffer), 0, "bytes left")
 
 
-def test_09_1_the_beginning_of_the_next_frame_stays():
+def test_09_1_the_beginning_of_the_next_frame_stays_in_the_buffer():
     frame = encode(Ping(generation=1))
     buffer = bytearray(frame + frame[:3])
     equal(len(take_frames(buffer)), 1, "messages in a frame and three bytes of another")
     equal(bytes(buffer), frame[:3], "bytes left")
 
 
-def test_09_1_a_mad_length_is_refused_at_once():
+def test_09_1_a_length_above_the_limit_is_refused_at_once():
     buffer = bytearray(HEADER.pack(MAX_FRAME + 1))
-    refuses(ProtocolError, lambda: take_frames(buffer), "a frame that says it is longer than MAX_FRAME")
+    refuses(ProtocolError, lambda: take_frames(buffer), "a frame that claims to be longer than MAX_FRAME")
 
 
-def given(checkpoints: dict[int, int], state: int | None = 5) -> tuple[FixedPages, Request]:
-    pages, request = FixedPages(4), Request(list(range(30)))
+def given(checkpoints: dict[int, int], state: int | None = 5) -> tuple[GrantedCache, Request]:
+    pages, request = GrantedCache(4), Request(list(range(30)))
     request.tokens = array("i", request.prompt_token_ids)
-    pages.give(request, Given(array("i", [7, 3, 9]), 8, state, checkpoints))
-    request.state_id = state
+    pages.give(request, GrantedPages(array("i", [7, 3, 9]), 8, state, checkpoints))
+    request.held.state_id = state
     return pages, request
 
 
-def test_09_2_what_was_given_is_what_is_found():
+def test_09_2_a_match_finds_the_granted_pages():
     pages, request = given({}, state=2)
-    request.state_id = None
-    equal(pages.match(request), 8, "tokens computed, as PREFILL said")
-    equal(list(request.pages), [7, 3, 9], "pages of the request")
-    equal(request.state_id, 2, "state of the request")
-    equal((request.num_computed, request.num_cached), (8, 8), "num_computed and num_cached")
+    request.held.state_id = None
+    equal(pages.match(request), 8, "tokens computed, as in the PREFILL message")
+    equal(list(request.held.pages), [7, 3, 9], "pages of the request")
+    equal(request.held.state_id, 2, "state of the request")
+    equal((request.num_computed, request.held.num_cached), (8, 8), "num_computed and num_cached")
 
 
-def test_09_2_each_request_has_its_own():
+def test_09_2_each_request_has_pages_of_its_own():
     pages, one = given({})
     two = Request([1])
-    pages.give(two, Given(array("i", [4]), 0, None, {}))
+    pages.give(two, GrantedPages(array("i", [4]), 0, None, {}))
     pages.match(one)
     equal(pages.match(two), 0, "tokens computed of the second request")
-    equal((list(one.pages), list(two.pages)), ([7, 3, 9], [4]), "pages of the two")
+    equal((list(one.held.pages), list(two.held.pages)), ([7, 3, 9], [4]), "pages of the two requests")
 
 
-def test_09_3_up_to_the_nearest_checkpoint_ahead():
+def test_09_3_a_chunk_ends_at_the_nearest_checkpoint_ahead():
     pages, request = given({12: 1, 20: 2})
     request.num_computed = 8
     equal(pages.chunk(request, 100), 4, "tokens from 8, checkpoints at 12 and 20")
-    equal(pages.chunk(request, 3), 3, "the same, three tokens asked for")
+    equal(pages.chunk(request, 3), 3, "tokens from 8, checkpoints at 12 and 20, three asked for")
     request.num_computed = 12
-    equal(pages.chunk(request, 100), 8, "tokens from 12: the checkpoint here is done")
+    equal(pages.chunk(request, 100), 8, "tokens from 12: the checkpoint at 12 is done")
 
 
-def test_09_3_without_checkpoints_as_many_as_asked():
+def test_09_3_without_checkpoints_a_chunk_is_as_long_as_asked():
     pages, request = given({})
     equal(pages.chunk(request, 22), 22, "tokens without checkpoints")
     pages, request = given({4: 1})
     request.num_computed = 8
-    equal(pages.chunk(request, 22), 22, "tokens when the only checkpoint is behind")
+    equal(pages.chunk(request, 22), 22, "tokens when the only checkpoint lies behind")
 
 
-def test_09_4_a_checkpoint_that_is_reached_is_copied():
+def test_09_4_a_reached_checkpoint_is_copied():
     pages, request = given({12: 1, 20: 2})
     request.num_computed = 12
     pages.commit(request)
-    equal(pages.take_state_copies(), [(5, 1)], "copies (from, to) at position 12")
+    equal(pages.drain_moves().states, [(5, 1)], "copies (from, to) at position 12")
 
 
-def test_09_4_elsewhere_nothing_happens():
+def test_09_4_other_positions_copy_nothing():
     pages, request = given({12: 1})
     for position in (8, 11, 13):
         request.num_computed = position
         pages.commit(request)
-    equal(pages.take_state_copies(), [], "copies at positions 8, 11 and 13")
+    equal(pages.drain_moves().states, [], "copies at positions 8, 11 and 13")
 
 
-def test_09_4_what_is_in_flight_does_not_count():
+def test_09_4_tokens_in_flight_do_not_count():
     pages, request = given({12: 1, 20: 0})
     request.num_computed = 20
     pages.commit(request, in_flight=8)
-    equal(pages.take_state_copies(), [(5, 1)], "copies at 20, of which 8 are in flight")
+    equal(pages.drain_moves().states, [(5, 1)], "copies at 20, of which 8 are in flight")
     pages.commit(request)
-    equal(pages.take_state_copies(), [(5, 0)], "copies when they have come back: state 0 is a state")
+    equal(pages.drain_moves().states, [(5, 0)], "copies when none is in flight: state 0 is a state")

@@ -1,1 +1,1 @@
-"""Workloads, measuring, reports and figures of `nanokv bench`."""
+"""Workloads, measurements, reports and figures of `nanokv bench`; the bytes that `nanokv size` prints."""

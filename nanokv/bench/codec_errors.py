@@ -1,12 +1,12 @@
-"""What a codec does to vectors and to attention, before any model is asked for words.
+"""Errors of a codec: of the vectors in its pages, and of attention over them.
 
-Everything goes the way of a request: vectors are written into pages by the layer that serves them, and read back.
+Vectors are written into pages by the layer that serves requests, and read back.
 
     error of a vector      mean of |x - stored|^2 / |x|^2
-    error of attention     |y - y'| / |y| over all rows of a layer, y what the layer gives with exact keys and values
+    error of attention     |y - y'| / |y| over all rows of a layer, y the result with exact keys and values
 
 The error of a vector is also that of its products: for a query q of length 1 in a random direction,
-dim * (q . x - q . stored)^2 / |x|^2 has the same mean. So sketches, which are good for products only, stand in the same
+dim * (q . x - q . stored)^2 / |x|^2 has the same mean. So sketches, which are good for products only, share the
 column.
 """
 
@@ -23,7 +23,6 @@ import torch
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import Codec
 from nanokv.codecs.pages import Heads
-from nanokv.codecs.side import array_of
 from nanokv.codecs.tables import distortion
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
@@ -41,7 +40,7 @@ Vectors = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Recorded:
-    """What one layer saw in a text, and what it made of it with exact keys and values.
+    """The inputs of one layer over a text, and its outputs with exact keys and values.
 
     inputs, outputs   float32 [tokens, width]
     vectors           by token: float32 [tokens, heads, dim] each
@@ -54,7 +53,7 @@ class Recorded:
 
 
 class _Tap:
-    """A layer that also keeps what goes into it."""
+    """A layer that also keeps its inputs."""
 
     def __init__(self, mixer: Any) -> None:
         self.mixer = mixer
@@ -87,21 +86,13 @@ def record(llm: LLM, token_ids: Sequence[int]) -> list[Recorded]:
 
 @torch.inference_mode()
 def replay(llm: LLM, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, Vectors]:
-    """One layer over these inputs, through the first pages of an idle engine: its outputs, and what stands in them."""
+    """One layer over these inputs, through the first pages of an idle engine: its outputs, and the vectors in them."""
     llm.reset_prefix_cache()
     store, mixer = llm.engine.store, llm.engine.model.layers[layer].mixer
     batch = first_pages(torch.zeros(len(inputs), dtype=torch.int64), llm.config.page_size, store)
     outputs = mixer(inputs.to(activation_dtype(llm.device, llm.dtype), copy=True), store, batch).float()
     pages = batch.page_tables[0].long()
-    if not mixer.codec.at(layer).is_raw:
-        return outputs, mixer.pages.vectors(store.pool, pages)
-    return outputs, _raw_vectors(llm.engine.layout, layer, store.pool, pages)
-
-
-def _raw_vectors(layout: PageLayout, layer: int, pool: torch.Tensor, pages: torch.Tensor) -> Vectors:
-    names = {plane.name for plane in layout.specs[layer].paged}
-    found = [array_of(pool, layout.paged(layer, name))[pages].float() for name in ("k", "v", "latent") if name in names]
-    return tuple(x if x.ndim == 4 else x[:, None] for x in found)
+    return outputs, mixer.pages.vectors(store.pages.data, pages)
 
 
 def by_token(x: torch.Tensor) -> torch.Tensor:
@@ -117,7 +108,7 @@ def relative_mse(x: torch.Tensor, stored: torch.Tensor) -> float:
 
 
 def model_errors(llm: LLM, recorded: Sequence[Recorded]) -> dict[str, float | None]:
-    """Errors on what the model itself keeps, means over layers. `recorded` comes from a raw float32 engine."""
+    """Errors on the model's own vectors, means over layers. `recorded` comes from a raw float32 engine."""
     attention, vectors = [], []
     for one in recorded:
         outputs, stored = replay(llm, one.layer, one.inputs)
@@ -138,25 +129,25 @@ def random_errors(codec: Codec, dim: int, page_size: int, ops: Ops = AUTO) -> di
     batch = first_pages(torch.zeros(RANDOM_TOKENS, dtype=torch.int64), page_size, store)
     noise = torch.randn(RANDOM_TOKENS, 3 * RANDOM_HEADS, dim, generator=torch.Generator().manual_seed(0))
     x = noise / noise.norm(dim=-1, keepdim=True)
-    pages.attend(x.flatten(1).clone(), store.pool, store.states, batch)
+    pages.attend(x.flatten(1).clone(), store.pages.data, store.states.data, batch)
     order = batch.page_tables[0].long()
-    stored = _raw_vectors(layout, 0, store.pool, order) if codec.at(0).is_raw else pages.vectors(store.pool, order)
+    stored = pages.vectors(store.pages.data, order)
     k, v = (relative_mse(x, by_token(s)) for x, s in zip(x.chunk(3, dim=1)[1:], stored, strict=True))
     return {"random_k_mse": k, "random_v_mse": v}
 
 
-def theory(side: str, dim: int) -> float | None:
-    """The error of a side on any fixed vector, on average over rotations and sketches; None: no closed form.
+def theory(quantizer: str, dim: int) -> float | None:
+    """The error of a quantizer on any fixed vector, on average over rotations and sketches; None: no closed form.
 
-    tq2..4       D, the distortion of the Lloyd-Max table: that of plain codes. What is stored are the codes at their
+    tq2..4       D, the distortion of the Lloyd-Max table: that of plain codes. Codes are stored at their
                  vector's length, which for dim 64 gives 4 % less at 4 bits and 2 % more at 2 bits
     tqp2..4      pi / 2 * D at one bit less, and (pi / 2 - 1) * D where the sketch is orthogonal
     qjl          (pi / 2 - 1) / 2: the mean of two orthogonal sketches
     Source       Zandieh et al. 2025, Theorems 1 and 2; 2024 (QJL)
     """
-    if side == "qjl":
+    if quantizer == "qjl":
         return (math.pi / 2 - 1) / 2
-    kind, _, form = side.partition("-")
+    kind, _, form = quantizer.partition("-")
     if kind.startswith("tqp"):
         factor = math.pi / 2 - (form == "orth")
         return factor * distortion(int(kind[3:]) - 1, dim)

@@ -1,4 +1,4 @@
-"""What a codec does to a model's words: next-token distributions beside those of the raw float32 cache.
+"""Quality of a codec: next-token distributions compared with those of the raw float32 cache.
 
     KL divergence     sum p log(p / q), p of the raw float32 cache, in nats a token: the measure to trust
     top-1 agreement   share of tokens whose most likely successor is the same
@@ -68,7 +68,7 @@ class Reference:
         self._log_probs = {name: torch.cat(list(_log_probs(llm, ids))) for name, ids in texts.items()}
 
     def judge(self, llm: LLM, name: str) -> Judged:
-        """What `llm` makes of one text."""
+        """Compares the distributions of `llm` over one text."""
         ids = torch.tensor(list(self.texts[name]))
         kl, same, surprise, row = 0.0, 0, 0.0, 0
         for q in _log_probs(llm, self.texts[name]):
@@ -93,7 +93,7 @@ def _log_probs(llm: LLM, ids: Sequence[int]) -> Iterator[torch.Tensor]:
 
 
 def summary(judged: Iterable[Judged], raw: Iterable[Judged]) -> dict[str, float]:
-    """Means and standard deviations over texts; `raw` is what the reference's engine makes of the same texts."""
+    """Means and standard deviations over texts; `raw` are those of the reference's engine."""
     judged, raw = list(judged), list(raw)
     perplexity = [torch.tensor(one.surprise).exp().item() for one in judged]
     ratio = [torch.tensor(one.surprise - other.surprise).exp().item() for one, other in zip(judged, raw, strict=True)]

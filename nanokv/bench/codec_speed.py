@@ -15,11 +15,11 @@ from nanokv.llm import LLM
 ONCE_S = 10
 """Seconds of a turn above which it is not repeated."""
 STEPS_TO_SETTLE = 8
-"""Steps in which a full engine has admitted whom it can."""
+"""Steps after which a full engine has admitted every request it can."""
 
 
 def in_turns(llm: LLM, raw: LLM, batch: int, context: int, steps: int, turns: int) -> dict[str, Any]:
-    """Decode speed of both, one after the other, so often: what disturbs the machine disturbs both. Medians.
+    """Decode speed of both, in `turns` turns, so that a disturbance of the machine hits both. Medians.
 
     A codec whose first turn takes more than ONCE_S seconds has only that one.
     """
@@ -56,21 +56,20 @@ def prefill_in_turns(llms: Mapping[str, LLM], tokens: int, turns: int) -> dict[s
 
 
 def requests_at_once(llm: LLM, context: int) -> int:
-    """Requests of `context` tokens that decode together when more wait: what the engine does, not what is computed.
+    """Requests of `context` tokens that decode together when more wait: measured, not computed from sizes.
 
     Their contexts are declared, not computed (`declare_cached`).
     """
     engine, output_tokens = llm.engine, STEPS_TO_SETTLE + 1
-    fit = engine.store.num_pages // engine.layout.pages_for(context + output_tokens)
+    fit = len(engine.store.pages) // engine.layout.pages_for(context + output_tokens)
     prompts = random_prompts(fit + 1, context, llm.model_config.vocab_size, seed=-5)
     declare_cached(llm, prompts[:fit])
-    ids = [engine.add_request(Request(prompt, greedy(output_tokens))) for prompt in prompts]
+    tickets = [llm.loop.submit(Request(prompt, greedy(output_tokens))) for prompt in prompts]
     running = 0
     for _ in range(STEPS_TO_SETTLE):
-        running = len(engine.step())
-    for request_id in ids:
-        if request_id in engine:
-            engine.abort(request_id)
-    engine.step()  # hands out the last outputs of the aborted requests
+        llm.loop.step()
+        running = sum(len(ticket.take()) for ticket in tickets)
+    for ticket in tickets:
+        ticket.close()
     llm.reset_prefix_cache()
     return running

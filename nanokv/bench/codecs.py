@@ -1,4 +1,4 @@
-"""`bench codecs`: for each codec what it stores, what it breaks, and what it costs in time.
+"""`bench codecs`: bytes, errors, quality and speed of each codec.
 
     part "codec"   one row a codec: bytes, errors of vectors and attention, quality of words, requests at once
     part "speed"   one row a codec, batch and context: decode speed in turns with the raw codec
@@ -7,8 +7,8 @@ Quality is that of a float32 engine whose only difference is the codec, against 
 what the model's own dtype costs. Bytes, speed and requests at once are those of the run's own dtype. All of them use
 the same prefill mode.
 
-A codec costs one engine after the other, never more than one beside the raw ones. Rows come as they are measured, so
-that a run that is broken off keeps what it had.
+Each codec takes one engine after the other, never more than one beside the raw ones. Rows come as they are measured, so
+an interrupted run keeps its rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nanokv.bench.codec_quality import Reference, Texts, summary, topics
 from nanokv.bench.codec_speed import in_turns, requests_at_once
 from nanokv.bench.decode import fits
 from nanokv.bench.measure import Ticker, no_tick, warm_up
-from nanokv.codecs import resolve_codec, value_side
+from nanokv.codecs import resolve_codec, value_quantizer
 from nanokv.core.config import EngineConfig
 from nanokv.core.spec import PageLayout
 from nanokv.engine.memory import Memory, pool_size
@@ -37,8 +37,8 @@ ALL = (
     "raw", "fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4", "tqp2", "tqp3", "tqp4", "kivi2", "kivi4", "polar", "qjl",
 )  # fmt: skip
 """The codecs of a full table."""
-KEY_SIDES = ("fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4", "tqp2", "tqp3", "tqp4", "polar", "qjl")
-VALUE_SIDES = ("fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4", "polar")
+KEY_QUANTIZERS = ("fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4", "tqp2", "tqp3", "tqp4", "polar", "qjl")
+VALUE_QUANTIZERS = ("fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4", "polar")
 GROUP_PAGE = 32
 """Page of the codecs whose group is a page; their papers' group size."""
 
@@ -50,7 +50,7 @@ class Plan:
     texts, text_tokens   of the quality
     points               batch and context of each speed row; those beyond the model or the pool are left out
     steps, turns         decode steps timed in a turn; turns of the codec and the raw one
-    requests, context    the fixed memory is what so many raw requests of so many tokens need
+    requests, context    the fixed memory is that of so many raw requests of so many tokens
     """
 
     texts: int
@@ -77,8 +77,8 @@ def page_size_of(codec: str) -> int:
 
 def swept(names: Sequence[str]) -> list[str]:
     """These codecs on keys alone and on values alone: "tq4/raw", "raw/tq4"."""
-    keys = [f"{name}/raw" for name in names if name in KEY_SIDES]
-    return keys + [f"raw/{name}" for name in names if name in VALUE_SIDES]
+    keys = [f"{name}/raw" for name in names if name in KEY_QUANTIZERS]
+    return keys + [f"raw/{name}" for name in names if name in VALUE_QUANTIZERS]
 
 
 class CodecBench:
@@ -108,7 +108,7 @@ class CodecBench:
             warm_up(raw, 64)
 
     def _recorded_tokens(self) -> list[int]:
-        """Of the first text as many as fill pages of every size, 512 at most: what is open is not in codes yet."""
+        """Tokens of the first text that fill pages of every size, 512 at most: partial pages may not be in codes."""
         ids = list(next(iter(self.texts.values())))[:512]
         return ids[: len(ids) // 64 * 64 or len(ids)]
 
@@ -172,12 +172,12 @@ class CodecBench:
 
 
 def key(row: Row) -> tuple:
-    """What a row is about."""
+    """The part, codec, batch and context of a row."""
     return row["part"], row["codec"], row.get("batch"), row.get("context_tokens")
 
 
 def layout_of(llm: LLM, codec: str, dtype: torch.dtype | None = None) -> PageLayout:
-    """What the model of `llm` would keep in this codec. Raises ConfigError where it cannot."""
+    """The layout of the model of `llm` in this codec. Raises ConfigError where the codec cannot serve it."""
     page_size = page_size_of(codec)
     resolved = resolve_codec(codec, dtype or llm.dtype, layers=llm.model_config.attention_layers)
     return PageLayout(layer_specs(llm.model_config, resolved, page_size), page_size)
@@ -187,8 +187,8 @@ def sizes(llm: LLM, codec: str) -> Row:
     """Bytes of the whole model's cache in this codec, beside bfloat16.
 
     true_bits                bits of a number: payload, scales and all
-    bytes_per_token          payload; pool_bytes_per_token: what a pool takes, planes aligned
-    bytes_per_sequence       beside the pages of a request that runs: recurrent states, tails of unfinished pages
+    bytes_per_token          payload; pool_bytes_per_token: the same with planes aligned, as a pool allocates
+    bytes_per_sequence       beside the pages of a request that runs: recurrent states, partial pages
     tokens_in_1gib           that a pool of 1 GiB holds, beside the states of 64 requests
     """
     layout, bfloat16 = layout_of(llm, codec), layout_of(llm, "raw", torch.bfloat16)
@@ -211,7 +211,7 @@ def _random(llm: LLM, codec: str) -> Row:
     dim = config.head_dim if config.mla is None else config.mla.kv_rank
     resolved = resolve_codec(codec, llm.dtype, layers=config.attention_layers)
     k, _, v = codec.partition("/")
-    v = v or value_side(k)
+    v = v or value_quantizer(k)
     return random_errors(resolved, dim, page_size_of(codec), Ops(llm.config.kernels)) | {
         "theory_k_mse": theory(k, dim),
         "theory_v_mse": theory(v, dim),

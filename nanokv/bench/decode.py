@@ -1,13 +1,13 @@
-"""`bench decode`: tokens per second over batch size and context, and how near that is to the memory's limit.
+"""`bench decode`: tokens per second over batch size and context, and their share of the memory bandwidth.
 
-A decode step must read every weight once and what every request keeps; a recurrent state is also written. On most
-machines that bounds it:
+A decode step must read every weight once, and keys, values and states of every request; it also writes the states. On
+most machines that bounds it:
 
     bytes of a step = weights + batch * (context * bytes per token + 2 * state bytes)
     share = bytes of a step / time of a step / bandwidth measured in the same run
 
-Weights that fit in a CPU's cache are not read from memory, so a tiny model may pass 100 %. What a step computes grows
-with the batch, so the share falls where computing, not reading, takes the time.
+Weights that fit in a CPU's cache are not read from memory, so a tiny model may exceed 100 %. The computation of a step
+grows with the batch, so the share falls where computing takes longer than reading.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nanokv.llm import LLM
 
 
 def bytes_per_step(weights: int, batch: int, context: int, bytes_per_token: int, state_bytes: int = 0) -> int:
-    """Bytes that one decode step must move at least."""
+    """The least bytes that one decode step must move."""
     return weights + batch * (context * bytes_per_token + 2 * state_bytes)
 
 
@@ -35,7 +35,9 @@ def measure_decode(
 ) -> list[dict[str, Any]]:
     """A row for each batch and context that fits in the pool and the model; medians of `repeat`.
 
-    Raises ConfigError when even the shortest context is too long.
+    steps    timed steps per point
+    tick     called after each point
+    Raises   ConfigError where even the shortest context is too long
     """
     check_length(llm, min(contexts), steps + 8)
     warm_up(llm, 64)
@@ -51,10 +53,10 @@ def measure_decode(
 
 
 def fits(llm: LLM, batch: int, context: int, steps: int) -> bool:
-    """Whether `batch` requests of this context can decode together, in the pool and in the model's length."""
+    """Whether `batch` requests of this context fit into the pool together, and into the model's length."""
     engine, tokens = llm.engine, context + steps + 8
     pages = batch * engine.layout.pages_for(tokens)
-    return tokens <= engine.max_length and pages <= engine.store.num_pages and batch <= engine.config.max_requests
+    return tokens <= engine.max_length and pages <= len(engine.store.pages) and batch <= engine.config.max_requests
 
 
 def _row(llm: LLM, batch: int, context: int, speed: float, limit: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -27,10 +27,11 @@ import torch
 from nanokv.bench.measure import Ticker, greedy, no_tick, percentile, spread
 from nanokv.bench.workloads import random_prompts
 from nanokv.core.errors import NanokvError
-from nanokv.core.request import Request
+from nanokv.core.request import Request, RequestOutput
 from nanokv.disagg.config import DisaggConfig
 from nanokv.disagg.grants import prefill_message
 from nanokv.disagg.messages import encode
+from nanokv.engine.loop import Ticket
 from nanokv.llm import LLM
 
 MODES = ("one step", "chunked", "split")
@@ -81,7 +82,7 @@ def measure_disagg(
                 hand_overs: dict[int, list[float]] = {}
                 for tokens in (prompt_tokens, prompt_tokens // 4):
                     if disagg is not None and tokens >= disagg.min_tokens:
-                        hand_overs[tokens] = [hand_over(llm, tokens, seed) for seed in range(HAND_OVERS)]
+                        hand_overs[tokens] = [transfer_time(llm, tokens, seed) for seed in range(HAND_OVERS)]
                 rows.append(_row(mode, llm, traces, prompt_tokens, prompts, running, threads, hand_overs))
     return rows
 
@@ -94,59 +95,62 @@ def run_trace(
     llm.reset_prefix_cache()
     long = greedy(engine.max_length - context)
     contexts = random_prompts(running, context, vocab, seed)
-    answering = {engine.add_request(Request(one, long)): one for one in contexts}
-    last: dict[str, float] = {}
+    answering = {llm.loop.submit(Request(one, long)): one for one in contexts}
+    last: dict[Ticket, float] = {}
     while len(last) < running:
-        last |= {output.request_id: time.perf_counter() for output in _step(llm)}
+        last |= {ticket: time.perf_counter() for ticket, _ in _step(llm, answering)}
     start = time.perf_counter()
     waiting = random_prompts(prompts, prompt_tokens, vocab, seed + 1000)
-    gaps, arrivals, ttfts, due, current, live = [], [], [], start + PAUSE_S, None, set()
+    gaps, arrivals, ttfts, due = [], [], [], start + PAUSE_S
+    live: set[Ticket] = set()
+    current: Ticket | None = None
     while waiting or live or time.perf_counter() < due:
         if waiting and current is None and time.perf_counter() >= due:
-            current = engine.add_request(Request(waiting.pop(0), greedy(ANSWER)))
+            current = llm.loop.submit(Request(waiting.pop(0), greedy(ANSWER)))
             arrivals.append(time.perf_counter() - start)
             live.add(current)
-        for output in _step(llm):
+        for ticket, output in _step(llm, [*answering, *live]):
             now = time.perf_counter()
-            if output.request_id in answering:
-                if output.request_id in last:
-                    gaps.append((now - start, now - last[output.request_id]))
-                last[output.request_id] = now
+            if ticket in answering:
+                if ticket in last:
+                    gaps.append((now - start, now - last[ticket]))
+                last[ticket] = now
                 if output.finished:
-                    again = answering.pop(output.request_id)
-                    answering[engine.add_request(Request(again, long))] = again
+                    again = answering.pop(ticket)
+                    answering[llm.loop.submit(Request(again, long))] = again
                 continue
-            if output.request_id == current:
+            if ticket is current:
                 ttfts.append(output.metrics.ttft)
                 current, due = None, now + PAUSE_S
                 tick()
             if output.finished:
-                live.discard(output.request_id)
+                live.discard(ticket)
     wall = time.perf_counter() - start
-    for request_id in answering:
-        engine.abort(request_id)
-    engine.step()
+    for ticket in answering:
+        ticket.close()
     return Trace(wall, gaps, arrivals, ttfts)
 
 
-def hand_over(llm: LLM, prompt_tokens: int, seed: int) -> float:
-    """Seconds from the last kernel of a prefill elsewhere until its first token is out and it stands in the batch.
+def transfer_time(llm: LLM, prompt_tokens: int, seed: int) -> float:
+    """Seconds from the last kernel of a prefill in another process until its first token is out and it decodes here.
 
     The engine has nothing else to do: otherwise the rest of the step that is running comes on top.
     """
     (prompt,) = random_prompts(1, prompt_tokens, llm.model_config.vocab_size, seed=2000 + seed)
-    request_id = llm.engine.add_request(Request(prompt, greedy(2)))
-    while not _step(llm):
+    ticket = llm.loop.submit(Request(prompt, greedy(2)))
+    while not _step(llm, [ticket]):
         pass
-    seconds = time.monotonic() - llm.engine.prefiller.last_finished
-    while request_id in llm.engine:
-        _step(llm)
+    seconds = time.monotonic() - llm.cluster.dispatcher.last_finished
+    for _ in ticket:  # the second token
+        pass
     return seconds
 
 
-def _step(llm: LLM) -> list[Any]:
-    outputs = llm.engine.step()
-    for output in outputs:
+def _step(llm: LLM, tickets: Iterable[Ticket]) -> list[tuple[Ticket, RequestOutput]]:
+    """One step, and what these requests got of it."""
+    llm.loop.step()
+    outputs = [(ticket, output) for ticket in tickets for output in ticket.take()]
+    for _, output in outputs:
         if output.error is not None:
             raise NanokvError(f"a request of the bench ended: {output.error}")
     return outputs
@@ -211,5 +215,5 @@ def _message_bytes(llm: LLM, prompt_tokens: int) -> int:
     request = Request([5] * prompt_tokens, greedy(ANSWER), "request-1")
     request.tokens.extend(request.prompt_token_ids)
     request.num_prompt = prompt_tokens
-    request.pages.extend(range(llm.engine.cache.pages_for(prompt_tokens)))
+    request.held.pages.extend(range(llm.engine.cache.pages_for(prompt_tokens)))
     return len(encode(prefill_message(request, 1, 1 << 60, [])))

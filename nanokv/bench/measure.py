@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from statistics import mean, median
@@ -21,6 +22,7 @@ from nanokv.bench.workloads import random_prompts, shared_prefix_prompts
 from nanokv.cache.manager import CacheManager
 from nanokv.core.errors import ConfigError, NanokvError
 from nanokv.core.request import Request, RequestOutput, SamplingParams
+from nanokv.engine.loop import Ticket
 from nanokv.llm import LLM
 from nanokv.models.loader import tensors
 
@@ -110,17 +112,19 @@ def closed_loop(
     Raises NanokvError when a request ends in any other way.
     """
     params = greedy(output_tokens)
-    waiting, live, answered = deque(prompts), 0, []
+    waiting, answered = deque(prompts), []
+    live: list[Ticket] = []
     start = time.perf_counter()
     while waiting or live:
-        while waiting and live < concurrency:
-            llm.engine.add_request(Request(waiting.popleft(), params))
-            live += 1
-        for output in llm.engine.step():
-            if output.finished:
-                live -= 1
-                answered.append(_answered(output, output_tokens))
-                tick()
+        while waiting and len(live) < concurrency:
+            live.append(llm.loop.submit(Request(waiting.popleft(), params)))
+        llm.loop.step()
+        for ticket in list(live):
+            for output in ticket.take():
+                if output.finished:
+                    live.remove(ticket)
+                    answered.append(_answered(output, output_tokens))
+                    tick()
     return Loop(time.perf_counter() - start, answered)
 
 
@@ -172,23 +176,32 @@ def decode_speed(llm: LLM, batch: int, context: int, steps: int, shared: int = 0
     """
     prompts = shared_prefix_prompts(batch, context, min(shared, context - 1), llm.model_config.vocab_size, seed=-3)
     declare_cached(llm, prompts)
-    engine, params = llm.engine, greedy(steps + 8)
-    ids = {engine.add_request(Request(prompt, params)) for prompt in prompts}
-    started: set[str] = set()
-    while started != ids:
-        started |= {output.request_id for output in engine.step()}
     times = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        outputs = engine.step()
-        times.append(time.perf_counter() - begin)
-        if len(outputs) != batch or any(output.finished for output in outputs):
-            raise NanokvError(f"{batch} requests of {context} tokens do not decode together in this pool")
-    for request_id in ids:
-        engine.abort(request_id)
-    engine.step()  # hands out the last outputs of the aborted requests
-    llm.reset_prefix_cache()
+    with decoding_together(llm, prompts, steps + 8) as tickets:
+        for _ in range(steps):
+            begin = time.perf_counter()
+            llm.loop.step()
+            times.append(time.perf_counter() - begin)
+            outputs = [output for ticket in tickets for output in ticket.take()]
+            if len(outputs) != batch or any(output.finished for output in outputs):
+                raise NanokvError(f"{batch} requests of {context} tokens do not decode together in this pool")
     return batch / median(times)
+
+
+@contextmanager
+def decoding_together(llm: LLM, prompts: Iterable[list[int]], output_tokens: int) -> Iterator[list[Ticket]]:
+    """Requests of which each has given a first token; cancelled at the end, and the prefix cache reset."""
+    tickets = [llm.loop.submit(Request(prompt, greedy(output_tokens))) for prompt in prompts]
+    started: set[Ticket] = set()
+    while len(started) < len(tickets):
+        llm.loop.step()
+        started |= {ticket for ticket in tickets if ticket.take()}
+    try:
+        yield tickets
+    finally:
+        for ticket in tickets:
+            ticket.close()
+        llm.reset_prefix_cache()
 
 
 def declare_cached(llm: LLM, prompts: Iterable[list[int]]) -> None:
@@ -197,10 +210,10 @@ def declare_cached(llm: LLM, prompts: Iterable[list[int]]) -> None:
     The pages are written, because memory that was never written is one page of zeros to the operating system, and
     reads of it would come from the CPU's cache.
     """
-    pool = llm.engine.store.pool
+    data = llm.engine.store.pages.data
     for prompt in prompts:
         pages = declare(llm.engine.cache, prompt)
-        pool[torch.tensor(pages, dtype=torch.int64, device=pool.device)] = FILLER
+        data[torch.tensor(pages, dtype=torch.int64, device=data.device)] = FILLER
 
 
 def declare(cache: CacheManager, prompt: list[int]) -> list[int]:
@@ -213,11 +226,11 @@ def declare(cache: CacheManager, prompt: list[int]) -> list[int]:
     cache.match(request)
     # What a match can find: whole pages that leave a token to compute. Recurrent states are kept at just that place.
     whole = (request.num_tokens - 1) // cache.page_size * cache.page_size
-    missing, first_new = whole - request.num_computed, len(request.pages)
+    missing, first_new = whole - request.num_computed, len(request.held.pages)
     if not cache.reserve(request, missing):
         cache.release(request)
         raise NanokvError(f"the pool has no room for {missing} more tokens (kv_memory)")
-    pages = list(request.pages[first_new:])
+    pages = list(request.held.pages[first_new:])
     request.num_computed += missing
     cache.commit(request)
     cache.release(request)

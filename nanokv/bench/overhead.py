@@ -14,7 +14,7 @@ from array import array
 from statistics import median
 from typing import Any
 
-from nanokv.bench.measure import declare, declare_cached, greedy
+from nanokv.bench.measure import declare, declare_cached, decoding_together
 from nanokv.bench.workloads import random_prompts
 from nanokv.cache.manager import CacheManager
 from nanokv.core.request import Request
@@ -36,10 +36,6 @@ def step_overhead(llm: LLM, running: int, context: int, tree_pages: int = 0, ste
         declare(engine.cache, random_prompts(1, per_prompt, vocab_size, seed)[0])
     prompts = random_prompts(running, context, vocab_size, seed=-4)
     declare_cached(llm, prompts)
-    ids = {engine.add_request(Request(prompt, greedy(steps + 8))) for prompt in prompts}
-    started: set[str] = set()
-    while started != ids:
-        started |= {output.request_id for output in engine.step()}
     inside = 0.0
     forward = engine.model.forward
 
@@ -51,20 +47,17 @@ def step_overhead(llm: LLM, running: int, context: int, tree_pages: int = 0, ste
         return logits
 
     whole, beside = [], []
-    engine.model.forward = timed_forward
-    try:
-        for _ in range(steps):
-            begin = time.perf_counter()
-            engine.step()
-            whole.append(time.perf_counter() - begin)
-            beside.append(whole[-1] - inside)
-    finally:
-        del engine.model.forward
-    cached = engine.stats()["pages_cached"]
-    for request_id in ids:
-        engine.abort(request_id)
-    engine.step()
-    llm.reset_prefix_cache()
+    with decoding_together(llm, prompts, steps + 8):
+        engine.model.forward = timed_forward
+        try:
+            for _ in range(steps):
+                begin = time.perf_counter()
+                llm.loop.step()
+                whole.append(time.perf_counter() - begin)
+                beside.append(whole[-1] - inside)
+        finally:
+            del engine.model.forward
+        cached = llm.stats()["pages_cached"]
     return {
         "running": running,
         "context_tokens": context,

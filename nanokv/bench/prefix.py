@@ -1,20 +1,19 @@
-"""`bench prefix`: prefix caching under load. Prompts of fixed length whose shared prefix sweeps from nothing to all.
+"""`bench prefix`: prefix caching under load. The shared prefix of prompts of fixed length sweeps from none to all.
 
-Before each point the cache is emptied and, where something is shared, two untimed requests bring the prefix in: two,
-because recurrent layers leave a checkpoint where the second branches off. Then `requests` of them are answered in a
-closed loop.
+Each point begins with an empty cache. Where prompts share tokens, two untimed requests put the prefix into it: two,
+because recurrent layers make a checkpoint where the second branches off. Then a closed loop answers `requests` of them.
 
-The ceiling is the time that a perfect cache would need, from speeds measured in the same run:
+The ceiling is the speed of a perfect cache, from speeds measured in the same run:
 
     time = uncached prompt tokens / prefill speed + output tokens after the first / decode speed
     requests/s = requests / time        mean latency = concurrency / (requests/s)
 
-uncached   what must be computed though every shared token is cached: a match is whole pages and leaves one token
+uncached   tokens to compute although every shared token is cached: a match is whole pages and leaves one token
 prefill    tokens/s of one prompt of this length, alone, on an empty cache
-decode     tokens/s of `concurrency` requests that share as much, in the middle of their answers. The first token of
-           an answer comes out of the prefill and costs no step of its own.
+decode     tokens/s of `concurrency` requests that share as many tokens, in the middle of their answers. The prefill
+           gives the first token of an answer, which costs no step of its own.
 
-Requests whose uncached parts are computed together in one step may pass it a little.
+Requests whose uncached parts are computed in one step may exceed it a little.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Speeds:
 
 
 def matchable(prompt_tokens: int, shared: int, page_size: int) -> int:
-    """Tokens of a prompt that a perfect cache finds: whole pages of the shared part, at least one token left over."""
+    """Tokens of a prompt that a perfect cache finds: whole pages of the shared part, and not the last token."""
     return min(shared, prompt_tokens - 1) // page_size * page_size
 
 
@@ -59,12 +58,12 @@ def ceiling_requests_per_s(uncached: float, output_tokens: int, prefill: float, 
 
 
 def requests_for(concurrency: int, requests: int | None) -> int:
-    """Requests of one point: as asked for but one a client at least; else two a client and at least four."""
+    """Requests of one point: as given, at least one per client; by default two per client, at least four."""
     return max(4, 2 * concurrency) if requests is None else max(requests, concurrency)
 
 
 def measure_speeds(llm: LLM, prompt_tokens: int, output_tokens: int, points: Iterable[tuple[int, int]]) -> Speeds:
-    """The speeds the ceiling rests on; `points` are (concurrency, shared tokens)."""
+    """The speeds that the ceiling is computed from; `points` are (concurrency, shared tokens)."""
     context = prompt_tokens + output_tokens // 2
     decode = {point: decode_speed(llm, point[0], context, DECODE_STEPS, point[1]) for point in points}
     return Speeds(prefill_speed(llm, prompt_tokens), decode)
@@ -80,12 +79,14 @@ def measure_prefix(
     repeat: int = 1,
     tick: Ticker = no_tick,
 ) -> list[dict[str, Any]]:
-    """A row for each concurrency and shared part. Raises ConfigError when the requests are too long for the model.
+    """A row for each concurrency and shared part.
 
-    shared       parts of the prompt, 0 to 1
+    shared       shares of the prompt, 0 to 1
     concurrency  clients in the closed loop
     requests     of one point; None: see requests_for
-    repeat       measures each point so many times; rows hold the run whose requests/s is the median
+    repeat       runs of each point; its row holds the run whose requests/s is the median
+    tick         called after each timed request
+    Raises       ConfigError where the requests are too long for the model
     """
     check_length(llm, prompt_tokens, output_tokens)
     warm_up(llm, prompt_tokens)
@@ -111,7 +112,7 @@ def run_point(
     seed: int = 0,
     tick: Ticker = no_tick,
 ) -> Loop:
-    """One point of the sweep on a cache that holds the shared prefix and nothing else."""
+    """Runs one point of the sweep, on a cache that holds the shared prefix and nothing else."""
     prompts = shared_prefix_prompts(requests + 2, prompt_tokens, shared, llm.model_config.vocab_size, seed)
     llm.reset_prefix_cache()
     if shared:

@@ -1,4 +1,4 @@
-"""Tables for a terminal and figures of the benches' rows. Measures nothing."""
+"""Tables and figures of the benches' rows. Measures nothing."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ CODEC_QUALITY: Columns = (
 
 
 def codec_speed(rows: Sequence[Row]) -> tuple[Columns, list[Row]]:
-    """A line for each codec, a column for each batch and context."""
+    """The columns and lines of the speed table: a line per codec, a column per batch and context."""
     speed = [row for row in rows if row["part"] == "speed"]
     points = list(dict.fromkeys((row["batch"], row["context_tokens"]) for row in speed))
     lines: dict[str, Row] = {}
@@ -119,7 +119,7 @@ def codec_speed(rows: Sequence[Row]) -> tuple[Columns, list[Row]]:
 
 
 def codec_tables(rows: Sequence[Row]) -> list[tuple[Columns, Sequence[Row], str | None]]:
-    """What is stored and its errors; what the model still says; speed."""
+    """The tables of `bench codecs`, each as (columns, rows, None): bytes and errors, quality, speed where measured."""
     of_codecs = [row for row in rows if row["part"] == "codec"]
     columns, lines = codec_speed(rows)
     tables = [(CODEC_BYTES, of_codecs, None), (CODEC_QUALITY, of_codecs, None), (columns, lines, None)]
@@ -127,7 +127,7 @@ def codec_tables(rows: Sequence[Row]) -> list[tuple[Columns, Sequence[Row], str 
 
 
 def table(columns: Columns, rows: Sequence[Row], group: str | None = None) -> Table:
-    """A rich table; a line stands between rows where the value of `group` changes."""
+    """A rich table with a line between two rows whose values of `group` differ."""
     from rich import box
     from rich.table import Table
 
@@ -144,7 +144,7 @@ def table(columns: Columns, rows: Sequence[Row], group: str | None = None) -> Ta
 
 
 def draw_request(figure: Figure, rows: Sequence[Row]) -> None:
-    """Each request as a bar: its prefill, which a perfect hit erases, and the rest."""
+    """Draws each request as a bar: its prefill, which a perfect hit saves, and the rest."""
     axes = figure.add_subplot()
     names = [f"{row['prompt_tokens']:,} + {row['output_tokens']:,}" for row in rows]
     saved = [row["prefill_share"] * row["total_s"] for row in rows]
@@ -159,7 +159,7 @@ def draw_request(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def draw_prefix(figure: Figure, rows: Sequence[Row]) -> None:
-    """Three panels over the shared tokens, a line for each concurrency; ceilings dashed."""
+    """Draws three panels over the shared tokens, a line per concurrency; ceilings dashed."""
     panels = (
         ("hit_ratio", None, "prefix cache hit ratio"),
         ("requests_per_s", "ceiling_requests_per_s", "requests per second"),
@@ -180,7 +180,7 @@ def draw_prefix(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def draw_decode(figure: Figure, rows: Sequence[Row]) -> None:
-    """Two panels over the batch size, a line for each context: tokens per second, and the share of the bandwidth."""
+    """Draws two panels over the batch size, a line per context: tokens per second, and the share of the bandwidth."""
     panels = (("output_tokens_per_s", 1, "output tokens per second"), ("bandwidth_share", 100, "% of memory bandwidth"))
     for axes, (name, scale, title) in zip(figure.subplots(1, 2), panels, strict=True):
         for context, points in _groups(rows, "context_tokens").items():
@@ -192,7 +192,7 @@ def draw_decode(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def draw_disagg(figure: Figure, rows: Sequence[Row]) -> None:
-    """A panel a mode, one scale: each gap between two tokens of a running answer, over time; prompts as lines."""
+    """Draws a panel per mode, on one scale: gaps between the tokens of running answers over time; prompts as lines."""
     panels = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, row in zip(panels, rows, strict=True):
         axes.plot(row["gap_times_s"], [1000 * gap for gap in row["gaps_s"]], ".", markersize=3)
@@ -206,13 +206,13 @@ def draw_disagg(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def draw_codecs(figure: Figure, rows: Sequence[Row]) -> None:
-    """Two panels: KL divergence over true bits, a labelled point a codec; decode speed to raw over the context."""
+    """Draws two panels: KL divergence over true bits, a point per codec; decode speed, to raw, over the context."""
     quality, speed = figure.subplots(1, 2)
     whole = [
         row for row in rows if row["part"] == "codec" and "raw/" not in row["codec"] and "/raw" not in row["codec"]
     ]
     for row in whole:
-        if row["kl"] > 0:  # raw in float32 is the reference itself: no place on a logarithmic axis
+        if row["kl"] > 0:  # raw in float32 is the reference itself: 0 has no place on a logarithmic axis
             low = min(row["kl_std"], 0.9 * row["kl"])
             bars = [[low], [row["kl_std"]]]
             quality.errorbar(row["true_bits"], row["kl"], yerr=bars, marker="o", linewidth=1, color=_colour(row, whole))
@@ -236,7 +236,7 @@ def draw_codecs(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def _colour(row: Row, rows: Sequence[Row]) -> tuple[float, float, float, float]:
-    """The same for a codec in both panels."""
+    """The colour of a codec, the same in both panels."""
     from matplotlib import colormaps
 
     names = [other["codec"] for other in rows]

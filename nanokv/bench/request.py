@@ -1,10 +1,10 @@
-"""`bench request`: one request alone, and the most that a perfect cache hit can save of it.
+"""`bench request`: one request alone, and the largest share of its time that a cache hit can save.
 
-The hit erases the prefill, but its last token is computed all the same, which takes about one decode step:
+A hit saves the prefill except the last token, which is still computed and takes about one decode step:
 
     prefill share = (TTFT - TPOT) / total
 
-That is the ceiling. Beside it stands what a hit really saves: the same prompt again, found in the cache.
+That is the ceiling. The measured saving is beside it: the same prompt again, found in the cache.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from nanokv.llm import LLM
 
 
 def prefill_share(ttft_s: float, tpot_s: float, total_s: float) -> float:
-    """The part of a request's time that a perfect cache hit would save."""
+    """The share of a request's time that a perfect cache hit would save, 0 to 1."""
     return max(0.0, ttft_s - tpot_s) / total_s
 
 
 def measure_request(
     llm: LLM, prompt_tokens: int, output_tokens: int, repeat: int = 1, tick: Ticker = no_tick
 ) -> dict[str, Any]:
-    """One row: medians of `repeat` requests on an empty cache, each followed by the same one on a full cache.
+    """One row: medians of `repeat` requests on an empty cache, each followed by the same request on a full cache.
 
-    Raises ConfigError when the request is too long for the model.
+    tick     called after each request
+    Raises   ConfigError where the request is too long for the model
     """
     check_length(llm, prompt_tokens, output_tokens)
     warm_up(llm, min(prompt_tokens, 512))
@@ -56,5 +57,5 @@ def measure_request(
 
 
 def runs(repeat: int) -> int:
-    """Requests that one row answers, for progress bars."""
+    """Requests per row, for progress bars."""
     return 2 * repeat

@@ -1,4 +1,4 @@
-"""Prompts of a bench: random token ids, so that prompts share what they are made to share and nothing else."""
+"""Prompts of a bench: random token ids, so that prompts share the intended prefix and nothing else."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import random
 
 
 def random_prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """`count` prompts of `length` tokens that share nothing."""
+    """`count` prompts of `length` tokens without a common prefix."""
     return shared_prefix_prompts(count, length, 0, vocab_size, seed)
 
 
 def shared_prefix_prompts(count: int, length: int, shared: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
     """`count` prompts of `length` tokens that begin with the same `shared` tokens and differ from the next one on.
 
-    Two of them differ exactly at index `shared` as long as `count` is not above `vocab_size`; with shared == length
-    they are all the same. Equal arguments give equal prompts.
+    Any two differ at index `shared`, provided that `count` is at most `vocab_size`; with shared == length all are the
+    same. Equal arguments give equal prompts.
     """
     generator = random.Random(f"{seed} {length} {shared}")
     prefix = [generator.randrange(vocab_size) for _ in range(shared)]

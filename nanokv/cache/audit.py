@@ -14,11 +14,11 @@ from nanokv.core.request import Request
 def check_pages(pool: PagePool, tree: RadixTree, live: Set[Request], page_size: int) -> None:
     """Raises CacheError where pool, tree and requests disagree about who owns a page or locks a node."""
     pool.check()
-    tree.check(request.node for request in live)
+    tree.check(request.held.node for request in live)
     owners = Counter(page for node in tree.nodes() for page in node.pages)
     if owners and max(owners.values()) > 1:
         raise CacheError("a page stands in the tree twice")
-    held = Counter(page for request in live for page in request.pages[request.num_published :])
+    held = Counter(page for request in live for page in request.held.pages[request.held.num_published :])
     if held.keys() & owners.keys():
         raise CacheError(f"pages {sorted(held.keys() & owners.keys())[:8]} are private and in the tree")
     owners.update(held)
@@ -30,17 +30,17 @@ def check_pages(pool: PagePool, tree: RadixTree, live: Set[Request], page_size: 
 
 
 def _check_request(request: Request, page_size: int) -> None:
-    path, node = [], request.node
+    path, node = [], request.held.node
     while node is not None:
         path.append(node)
         root, node = node, node.parent
     path.reverse()
-    published = request.num_published * page_size
+    published = request.held.num_published * page_size
     if root.salt != request.params.cache_salt:
         raise CacheError(f"{request} stands in namespace {root.salt!r}")
-    if [page for node in path for page in node.pages] != list(request.pages[: request.num_published]):
+    if [page for node in path for page in node.pages] != list(request.held.pages[: request.held.num_published]):
         raise CacheError(f"{request} and its node disagree about the published pages")
-    if b"".join(node.run for node in path) != request.tokens[:published].tobytes():
+    if b"".join(node.tokens for node in path) != request.tokens[:published].tobytes():
         raise CacheError(f"{request} stands on other tokens than its own")
-    if not published <= request.num_computed <= len(request.pages) * page_size:
+    if not published <= request.num_computed <= len(request.held.pages) * page_size:
         raise CacheError(f"{request} has computed tokens without a page, or published pages it has not computed")

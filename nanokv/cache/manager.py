@@ -13,54 +13,39 @@ Who owns what, for one request (P = page_size; boundaries of ownership are whole
 Every page is in exactly one of: free, held (private to requests), cached and evictable, cached and locked.
 
 Where layers are recurrent, a request starts at the deepest state of the tree (states.py) and computes again what lies
-between it and the end of the pages found, into private pages that fall as duplicates when they are published:
+between it and the end of the pages found, into private pages that are freed as duplicates when they are published:
 
     |== pages found and held ==| pages found, without a state: computed again |     num_cached, then num_kv_matched
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Sequence
 
 from nanokv.cache.audit import check_pages
+from nanokv.cache.contract import CacheObserver, Moves
 from nanokv.cache.pool import PagePool
 from nanokv.cache.radix import RadixTree
+from nanokv.cache.sharing import Sharing
 from nanokv.cache.states import States
 from nanokv.core.errors import CacheError
-from nanokv.core.events import EventLog
-from nanokv.core.request import Request
+from nanokv.core.events import Allocated, Copied, Events, Evicted, Freed, Matched, PageEvent, Published
+from nanokv.core.request import Holding, Request
 from nanokv.core.spec import PageLayout
 
 
-class Cache(Protocol):
-    """What a scheduler needs: four verbs and some looks, over a prefix tree or over pages given by another process."""
-
-    def match(self, request: Request) -> int: ...
-    def reserve(self, request: Request, num_tokens: int) -> bool: ...
-    def commit(self, request: Request, in_flight: int = 0) -> None: ...
-    def release(self, request: Request) -> None: ...
-    def prefix_length(self, request: Request) -> int: ...
-    def pages_for(self, num_tokens: int) -> int: ...
-    def chunk(self, request: Request, num_tokens: int) -> int: ...
-    def expect(self, request: Request, position: int) -> bool: ...
-    def take_copies(self) -> list[tuple[int, int]]: ...
-    def take_state_copies(self) -> list[tuple[int, int]]: ...
-    @property
-    def num_available(self) -> int: ...
-
-
-class CacheManager:
+class CacheManager(Sharing):
     """Pages for requests: found in the prefix tree, taken from the pool, published, shared and given back.
 
     layout         PageLayout, of which only page_size and is_recurrent matter here
     num_pages      pages in the pool
     prefix_cache   False: nothing is published and nothing is found
-    events         EventLog, or None
+    events         Events, or None
     num_states     states in the pool: two for each request that runs where a layer is recurrent, one where layers only
-                   keep tails of unfinished pages, else 0
+                   keep partial pages, else 0
     state_interval tokens between further checkpoints of states, or None
+    observers      are told what enters and leaves the prefix tree
+    identity       of the model, for page keys (core/keys.py); b"" where keys never leave the process
     """
 
     def __init__(
@@ -68,24 +53,25 @@ class CacheManager:
         layout: PageLayout,
         num_pages: int,
         prefix_cache: bool = True,
-        events: EventLog | None = None,
+        events: Events | None = None,
         num_states: int = 0,
         state_interval: int | None = None,
+        observers: Sequence[CacheObserver] = (),
+        identity: bytes = b"",
     ) -> None:
         self.page_size = layout.page_size
         self._layout = layout
         self.prefix_cache = prefix_cache
         self._is_recurrent = layout.is_recurrent
         self._pool = PagePool(num_pages)
-        self._tree = RadixTree(layout.page_size)
-        self._states = (
-            States(num_states, layout.page_size, state_interval, self._tree, layout.is_recurrent)
-            if num_states
-            else None
-        )
-        self._events = events if events is not None else EventLog(None)
+        self._tree = RadixTree(layout.page_size, identity)
+        self._states = None
+        if num_states:
+            self._states = States(num_states, layout.page_size, state_interval, self._tree, layout.is_recurrent)
+        self._events = events if events is not None else Events()
+        self._observers = tuple(observers)
         self._live: set[Request] = set()
-        self._copies: list[tuple[int, int]] = []
+        self._moves = Moves()
         self._counters = dict.fromkeys(("evictions", "hit_tokens", "kv_hit_tokens", "queried_tokens", "copies"), 0)
 
     @property
@@ -95,7 +81,7 @@ class CacheManager:
 
     @property
     def num_available(self) -> int:
-        """Pages that `reserve` could hand out now: free ones, and cached ones that nobody locks."""
+        """Pages that `reserve` could hand out now: free ones, and cached ones that no request locks."""
         return self._pool.num_free + self._tree.num_evictable
 
     def pages_for(self, num_tokens: int) -> int:
@@ -107,18 +93,18 @@ class CacheManager:
     def match(self, request: Request) -> int:
         """Finds the longest cached prefix of the request's known tokens and holds it. Returns its tokens.
 
-        At least the last known token is left to compute, because the cache holds no logits; whole pages only. On the
-        way out num_computed stands at the end of the match. A request that wants the logits of every row has to compute
-        every row, so it looks nothing up. Raises CacheError when the request is already served.
+        At least the last known token is left to compute, because the cache holds no logits; whole pages only.
+        num_computed becomes the end of the match. A request that wants the logits of every row has to compute every
+        row, so it looks nothing up. Raises CacheError when the request is already served.
         """
         if request in self._live:
             raise CacheError(f"{request} is matched twice without a release between")
         if request.wants_all_logits:
             self._open(request, b"")
-            request.admitted = True  # neither a hit nor a query is counted
+            request.held.admitted = True  # neither a hit nor a query is counted
         else:
             self._open(request, self._matchable(request))
-        self._log("match", request, request.pages)
+        self._log(Matched, request, request.held.pages)
         return request.num_computed
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
@@ -128,9 +114,10 @@ class CacheManager:
         the request gets a page of its own, and a copy is listed that has to run before the step does.
         """
         self._expect_live(request)
+        held = request.held
         first = request.num_computed // self.page_size
-        copy = first < len(request.pages) and self._pool.count(request.pages[first]) > 1
-        missing = max(0, self.pages_for(request.num_computed + num_tokens) - len(request.pages))
+        copy = first < len(held.pages) and self._pool.count(held.pages[first]) > 1
+        missing = max(0, self.pages_for(request.num_computed + num_tokens) - len(held.pages))
         if missing + copy > self.num_available:
             return False
         self._make_room(missing + copy)
@@ -138,12 +125,12 @@ class CacheManager:
             self._copy_on_write(request, first)
         if missing:
             pages = self._pool.allocate(missing)
-            request.pages.extend(pages)
-            self._log("alloc", request, pages)
-        if not request.admitted:
-            request.admitted = True
-            self._counters["hit_tokens"] += request.num_cached
-            self._counters["kv_hit_tokens"] += request.num_kv_matched
+            held.pages.extend(pages)
+            self._log(Allocated, request, pages)
+        if not held.admitted:
+            held.admitted = True
+            self._counters["hit_tokens"] += held.num_cached
+            self._counters["kv_hit_tokens"] += held.num_kv_matched
             self._counters["queried_tokens"] += request.num_tokens
         if self._states is not None and self.prefix_cache:
             self._states.capture(request)
@@ -153,142 +140,76 @@ class CacheManager:
         """Publishes the full pages whose tokens are computed: prompt and answer alike.
 
         in_flight   tokens counted in num_computed whose step has been dispatched but has not come back
-        A page whose tokens stand in the tree already (another request computed the same) is dropped; the tree's page
-        takes its place in request.pages. A page still shared with a fork waits until the others have their own copy.
+        A page whose tokens are in the tree already (another request computed the same) is dropped; the tree's page
+        takes its place in held.pages. A page still shared with a fork waits until the others have their own copy.
         """
         self._expect_live(request)
         if self.prefix_cache:
             self._publish(request, min(request.num_computed - in_flight, request.num_tokens))
             if self._states is not None:
-                self._states.settle(request)
+                self._states.file_checkpoint(request)
 
     def release(self, request: Request) -> None:
-        """The request lets go of everything: it has finished, was aborted, or is preempted. What is published stays.
+        """The request holds nothing any more: it has finished, was aborted, or is preempted. Published pages stay.
 
-        A request that holds nothing (still waiting, or released before) lets go of nothing.
+        A request that holds nothing (still waiting, or released before) is left alone.
         A copy into a page freed here may still be listed. It does no harm: copies run before the step and in the order
-        they were listed, so whoever gets the page next writes after it.
+        they were listed, so the next owner of the page writes after it.
         """
         if request not in self._live:
             return
         self._live.remove(request)
         if self._states is not None:
             self._states.release(request)
-        self._tree.unlock(request.node)
-        freed = self._pool.release(request.pages[request.num_published :])
-        request.node, request.pages = None, array("i")
-        request.num_published = request.num_computed = 0
-        self._log("free", request, freed)
+        held = request.held
+        self._tree.unlock(held.node)
+        freed = self._pool.release(held.pages[held.num_published :])
+        request.held = Holding(num_cached=held.num_cached, num_kv_matched=held.num_kv_matched, admitted=held.admitted)
+        request.num_computed = 0
+        self._log(Freed, request, freed)
 
-    # -- computed elsewhere
-
-    def lend(self, request: Request) -> list[tuple[int, int]]:
-        """(position, state) of each checkpoint that whoever computes this request elsewhere is to leave on the way."""
-        self._expect_live(request)
-        if self._states is None or not self.prefix_cache:
-            return []
-        return sorted(self._states.lend(request).items())
-
-    def adopt(self, request: Request) -> None:
-        """All known tokens of a request have been computed elsewhere, into its pages and states: it goes on from there.
-
-        Publishes page by page up to each checkpoint, which goes to the node that ends there, and then the rest.
-        """
-        self._expect_live(request)
-        if self.prefix_cache:
-            if self._states is not None:
-                for position, state in sorted(self._states.take_lent(request).items()):
-                    self._publish(request, position)
-                    self._states.place(request.node, state)
-            self._publish(request, request.num_tokens)
-        request.num_computed = request.num_tokens
-
-    # -- forks
-
-    def fork(self, parent: Request, child: Request) -> None:
-        """Gives `child`, whose tokens begin like the parent's, everything computed for the parent so far.
-
-            |== published: both lock the node ==|-- private pages: one more owner --|   parent's empty pages: not shared
-
-        The parent's full pages are published first, so with a prefix cache only an unfinished tail is ever private and
-        shared; whoever writes into it first copies it. Raises CacheError when the tokens or the namespaces differ.
-        """
-        self._expect_live(parent)
-        length = min(parent.num_computed, child.num_tokens)
-        alike = parent.tokens[:length] == child.tokens[:length]
-        if child in self._live or not alike or parent.params.cache_salt != child.params.cache_salt:
-            raise CacheError(f"{child} is served already, or does not begin like {parent}")
-        if self.prefix_cache:
-            self._publish(parent, length)
-        if parent.num_published * self.page_size > length:
-            raise CacheError(f"{child} ends before the published pages of {parent}: match it instead")
-        child.node, child.num_published = parent.node, parent.num_published
-        child.pages = parent.pages[: self.pages_for(length)]
-        child.num_computed = length
-        child.num_cached, child.num_kv_matched, child.admitted = parent.num_cached, parent.num_kv_matched, True
+    def drain_moves(self) -> Moves:
+        """What was listed since the last call: to run before the step's forward pass."""
+        moves, self._moves = self._moves, Moves()
         if self._states is not None:
-            self._states.fork(parent, child)
-        self._tree.lock(child.node)
-        self._pool.share(child.pages[child.num_published :])
-        self._live.add(child)
-        self._log("share", child, child.pages)
-
-    def take_copies(self) -> list[tuple[int, int]]:
-        """The page copies (src, dst) listed since the last call: to run in this order, before the step's forward pass.
-
-        In this order each source still holds what it held when its copy was listed: a source that was freed since can
-        only be overwritten by a later copy, or by the forward pass.
-        """
-        copies, self._copies = self._copies, []
-        return copies
-
-    def take_state_copies(self) -> list[tuple[int, int]]:
-        """The same for states."""
-        return [] if self._states is None else self._states.take_copies()
-
-    def lose_states(self, lost: set[int]) -> None:
-        """Forgets checkpoints in these states: their copies were taken and never made."""
-        if lost and self._states is not None:
-            self._states.lose(lost, self._live)
+            moves.states = self._states.take_copies()
+        return moves
 
     # -- looking
 
     def prefix_length(self, request: Request) -> int:
         """Tokens that `match` would find right now. Holds, splits and touches nothing."""
-        look = self._tree.state_length if self._is_recurrent else self._tree.length
+        look = self._tree.state_length if self._is_recurrent else self._tree.prefix_length
         return look(self._matchable(request), request.params.cache_salt) * self.page_size
 
-    def chunk(self, request: Request, num_tokens: int) -> int:
-        """How many of the next `num_tokens` of a request that runs one step may compute: up to the next checkpoint."""
+    def limit_chunk(self, request: Request, num_tokens: int) -> int:
+        """How many of the next `num_tokens` of a running request one step may compute: up to the next checkpoint."""
         if self._states is None or not self.prefix_cache:
             return num_tokens
-        return self._states.chunk(request, num_tokens)
+        return self._states.limit_chunk(request, num_tokens)
 
-    def expect(self, request: Request, position: int) -> bool:
-        """Tells that another request will begin with the first `position` tokens (whole pages) of a running one.
+    def request_checkpoint(self, request: Request, position: int) -> bool:
+        """Asks for a checkpoint where another request will branch off a running one, after `position` tokens.
 
-        False when it could not start there: a recurrent state has moved past, and pages alone are no use.
+        False where that request could not start there: a recurrent state has passed, and pages alone are no use.
         """
-        return self._states is None or self._states.expect(request, position)
+        return self._states is None or self._states.request_checkpoint(request, position)
 
     def stats(self) -> dict[str, int]:
-        """Plain numbers: pages by state, and counters since the start.
-
-        hit_tokens of queried_tokens were found when requests were first admitted; later resumptions are not counted.
-        """
+        """Plain numbers: pages by state, and counters since the start (core/stats.py)."""
         return {
             "pages_total": self._pool.num_pages,
             "pages_free": self._pool.num_free,
             "pages_held": self._pool.num_pages - self._pool.num_free - self._tree.num_pages,
             "pages_cached": self._tree.num_pages,
-            "pages_locked": self._tree.num_locked,
+            "pages_locked": self._tree.num_protected,
             **(self._states.stats() if self._states is not None else {}),
             **self._counters,
         }
 
     def reset(self) -> None:
         """Forgets every cached page that no request holds."""
-        self._log("free", None, self._evict(self._tree.num_evictable))
+        self._log(Freed, None, self._evict(self._tree.num_evictable))
 
     def check(self) -> None:
         """Recounts every page and every lock from the live requests. Raises CacheError where the books disagree."""
@@ -298,74 +219,80 @@ class CacheManager:
 
     # -- inside
 
-    def _expect_live(self, request: Request) -> None:
-        if request not in self._live:
-            raise CacheError(f"{request} holds nothing here: match it first")
-
     def _matchable(self, request: Request) -> bytes:
         return request.tokens[: max(0, request.num_tokens - 1)].tobytes()
 
-    def _open(self, request: Request, blob: bytes) -> None:
-        node, request.pages = self._tree.match(blob, request.params.cache_salt)
-        num_found = len(request.pages) * self.page_size
+    def _open(self, request: Request, tokens: bytes) -> None:
+        held = request.held
+        node, held.pages = self._tree.match_prefix(tokens, request.params.cache_salt)
+        num_found = len(held.pages) * self.page_size
         if self._states is not None:
             start = self._states.reachable(node)
             while node is not start:
-                del request.pages[len(request.pages) - len(node.pages) :]
+                del held.pages[len(held.pages) - len(node.pages) :]
                 node = node.parent
-        request.node = node
+        held.node = node
         self._tree.lock(node)
         self._live.add(request)
         if self._states is not None:
             self._states.open(request, node, num_found)
-        request.num_published = len(request.pages)
-        request.num_computed = request.num_published * self.page_size
-        if not request.admitted:
-            request.num_cached, request.num_kv_matched = request.num_computed, num_found
+        held.num_published = len(held.pages)
+        request.num_computed = held.num_published * self.page_size
+        if not held.admitted:
+            held.num_cached, held.num_kv_matched = request.num_computed, num_found
 
     def _make_room(self, num_pages: int) -> None:
         short = num_pages - self._pool.num_free
         if short > 0:
             evicted = self._evict(short)
             self._counters["evictions"] += len(evicted)
-            self._log("evict", None, evicted)
+            self._log(Evicted, None, evicted)
 
     def _evict(self, num_pages: int) -> list[int]:
         evicted = self._pool.release(self._tree.evict(num_pages))
+        if self._observers and evicted:
+            keys = self._tree.keys_of(evicted)
+            self._moves.saves += zip(keys, evicted, strict=True)
+            for observer in self._observers:
+                observer.evicting(keys, evicted)
         if self._states is not None:
             self._states.drop(self._tree.take_cut())
         return evicted
 
     def _copy_on_write(self, request: Request, index: int) -> None:
-        """A page of its own for `request` in the place of its shared page request.pages[index].
+        """A page of its own for `request` in the place of its shared page held.pages[index].
 
-        The copy (from, to) is listed for `take_copies`, counted as "copies" and logged. The request owns the shared
+        The copy (from, to) is listed for `drain_moves`, counted as "copies" and logged. The request owns the shared
         page no longer.
         """
-        shared = request.pages[index]
+        shared = request.held.pages[index]
         (own,) = self._pool.allocate(1)
         self._pool.release([shared])
-        request.pages[index] = own
-        self._copies.append((shared, own))
+        request.held.pages[index] = own
+        self._moves.pages.append((shared, own))
         self._counters["copies"] += 1
-        self._log("copy", request, [shared, own])
+        self._log(Copied, request, [shared, own])
 
     def _publish(self, request: Request, num_tokens: int) -> None:
-        first, last = request.num_published, num_tokens // self.page_size
-        last = next((i for i in range(first, last) if self._pool.count(request.pages[i]) > 1), last)
+        held = request.held
+        first, last = held.num_published, num_tokens // self.page_size
+        last = next((i for i in range(first, last) if self._pool.count(held.pages[i]) > 1), last)
         if last <= first:
             return
-        run = request.tokens[first * self.page_size : last * self.page_size].tobytes()
-        own = request.pages[first:last]
-        request.node, standing = self._tree.extend(request.node, run, own)
-        request.pages[first:last] = standing
-        request.num_published = last
-        self._log("publish", request, standing)
+        tokens = request.tokens[first * self.page_size : last * self.page_size].tobytes()
+        own = held.pages[first:last]
+        held.node, standing = self._tree.insert(held.node, tokens, own)
+        held.pages[first:last] = standing
+        held.num_published = last
+        self._log(Published, request, standing)
         duplicates = [page for page, kept in zip(own, standing, strict=True) if page != kept]
+        adopted = own[len(duplicates) :]  # the tree held the first ones already, so new pages are the last
+        for observer in self._observers if adopted else ():
+            observer.stored(self._tree.keys_of(adopted), adopted)
         if duplicates:
-            self._log("free", request, self._pool.release(duplicates))
+            self._log(Freed, request, self._pool.release(duplicates))
 
-    def _log(self, event: str, request: Request | None, pages: Iterable[int]) -> None:
-        if self._events.on:
-            who = {} if request is None else {"request": request.request_id, "index": request.index}
-            self._events.write(event, **who, pages=list(pages))
+    def _log(self, event: type[PageEvent], request: Request | None, pages: Iterable[int]) -> None:
+        if self._events:
+            name, index = (None, None) if request is None else (request.request_id, request.index)
+            self._events.emit(event(name, index, list(pages)))

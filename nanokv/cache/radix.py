@@ -8,15 +8,14 @@ of thousands of tokens runs at the speed of memcmp; a page is the smallest thing
           +-- [question A: pages 2 9]            a request's handle is the node that ENDS where its published
           +-- [question B: page 5]               pages end; a lock on it counts on every node up to the root
 
-A match that ends inside a run splits it. The lower part keeps its identity: whoever holds it still ends there.
+A match that ends inside a run splits it. The lower part keeps its identity: whatever ended there still does.
 
     before   parent -- node [p0 p1 p2 p3]          after   parent -- upper [p0 p1] -- node [p2 p3]
 
-A node may carry a state: the checkpoint of recurrent layers at the end of its run (see states.py). It stays with the
-lower part of a split, and falls with the last page of the run.
+A node may carry a state: the checkpoint of recurrent layers at the end of its run (states.py). A split leaves it below.
 
-Locks: node.locks is the number of handles on the node or below it, so an unlocked node has an unlocked subtree, and
-all pages that are not locked can be evicted, leaf by leaf. Each node pays for its own pages in `num_locked`.
+Locks: node.ref_count is the number of handles on the node or below it, so an unlocked node has an unlocked subtree, and
+all pages that are not locked can be evicted, leaf by leaf. Each node pays for its own pages in `num_protected`.
 Source: SGLang RadixAttention (Zheng et al. 2024).
 """
 
@@ -28,22 +27,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from nanokv.core.errors import CacheError
-
-TOKEN_BYTES = array("i").itemsize
+from nanokv.core.keys import TOKEN_BYTES, page_keys, root_key
 
 
 class Node:
-    """A run of tokens and its pages, below the run of its parent. `last_use` is a tick of the tree's clock."""
+    """A run of tokens and its pages, below the run of its parent. `last_access` is a tick of the tree's clock."""
 
-    __slots__ = ("children", "last_use", "locks", "pages", "parent", "queued", "run", "salt", "state")
+    __slots__ = ("children", "last_access", "pages", "parent", "queued", "ref_count", "salt", "state", "tokens")
 
-    def __init__(self, parent: Node | None, run: bytes, pages: array[int], salt: str | None = None) -> None:
+    def __init__(self, parent: Node | None, tokens: bytes, pages: array[int], salt: str | None = None) -> None:
         self.parent = parent
-        self.run = bytearray(run)  # grows in place while its only reader decodes
+        self.tokens = bytearray(tokens)  # grows in place while its only reader decodes
         self.pages = pages
         self.children: dict[bytes, Node] = {}  # by the bytes of the child's first page
-        self.locks = 0
-        self.last_use = 0
+        self.ref_count = 0
+        self.last_access = 0
         self.queued = False  # whether the eviction heap has an entry for it
         self.salt = salt  # a root's namespace
         self.state: int | None = None  # the state at the end of the run
@@ -53,13 +51,17 @@ class RadixTree:
     """The prefix tree of one pool.
 
     page_size    tokens in a page
-    Attributes: num_pages (in the tree), num_locked (of them, under a lock); both are kept up to date step by step
+    identity     of the model, for the keys of pages; b"" where keys never leave the process
+    Attributes: num_pages (in the tree), num_protected (of them, under a lock); both are kept up to date step by step
     """
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, identity: bytes = b"") -> None:
         self.num_pages = 0
-        self.num_locked = 0
+        self.num_protected = 0
+        self._page_size = page_size
         self._page_bytes = page_size * TOKEN_BYTES
+        self._identity = identity
+        self._keys: dict[int, bytes] = {}  # page -> key; beside the nodes, so that splits need not carry them
         self._roots: dict[str | None, Node] = {}
         self._clock = 0
         self._heap: list[tuple[int, int, Node]] = []  # (last use when queued, serial, leaf)
@@ -68,60 +70,60 @@ class RadixTree:
 
     @property
     def num_evictable(self) -> int:
-        return self.num_pages - self.num_locked
+        return self.num_pages - self.num_protected
 
     # -- finding
 
-    def length(self, blob: bytes, salt: str | None = None) -> int:
-        """Pages that `match` would find. Changes nothing."""
+    def prefix_length(self, tokens: bytes, salt: str | None = None) -> int:
+        """Pages that `match_prefix` would find. Changes nothing."""
         if salt not in self._roots:
             return 0
-        _, position, partial = self._walk(blob, self._roots[salt])
-        in_part = 0 if partial is None else self._common_pages(partial, blob, position)
+        _, position, partial = self._walk(tokens, self._roots[salt])
+        in_part = 0 if partial is None else self._common_pages(partial, tokens, position)
         return position // self._page_bytes + in_part
 
-    def state_length(self, blob: bytes, salt: str | None = None) -> int:
-        """Pages up to the deepest state that `match` would pass. Changes nothing."""
-        nodes = self._walk(blob, self._roots[salt])[0] if salt in self._roots else []
+    def state_length(self, tokens: bytes, salt: str | None = None) -> int:
+        """Pages up to the deepest state that `match_prefix` would pass. Changes nothing."""
+        nodes = self._walk(tokens, self._roots[salt])[0] if salt in self._roots else []
         last = max((place for place, node in enumerate(nodes) if node.state is not None), default=-1)
         return sum(len(node.pages) for node in nodes[: last + 1])
 
-    def match(self, blob: bytes, salt: str | None = None) -> tuple[Node, array[int]]:
+    def match_prefix(self, tokens: bytes, salt: str | None = None) -> tuple[Node, array[int]]:
         """The longest run of whole pages that stands in the tree, and the node that ends there (split if need be).
 
-        blob    tokens as bytes; what is left over after the last whole page is ignored
+        tokens    tokens as bytes; what is left over after the last whole page is ignored
         Returns the node (a root when nothing matched; not locked yet) and the pages on the way to it
         """
         root = self._roots.setdefault(salt, Node(None, b"", array("i"), salt))
-        nodes, position, partial = self._walk(blob, root)
+        nodes, position, partial = self._walk(tokens, root)
         if partial is not None:
-            nodes.append(self._split(partial, self._common_pages(partial, blob, position)))
+            nodes.append(self._split(partial, self._common_pages(partial, tokens, position)))
         self._clock += 1
         pages = array("i")
         for node in nodes:
-            node.last_use = self._clock
+            node.last_access = self._clock
             pages.extend(node.pages)
         return nodes[-1], pages
 
-    def _walk(self, blob: bytes, root: Node) -> tuple[list[Node], int, Node | None]:
+    def _walk(self, tokens: bytes, root: Node) -> tuple[list[Node], int, Node | None]:
         """Nodes from the root down whose runs match whole, the byte they reach, and a child that matches in part."""
         page_bytes = self._page_bytes
         node, position, nodes = root, 0, [root]
-        while (child := node.children.get(blob[position : position + page_bytes])) is not None:
-            if not blob.startswith(child.run, position):
+        while (child := node.children.get(tokens[position : position + page_bytes])) is not None:
+            if not tokens.startswith(child.tokens, position):
                 return nodes, position, child
             node = child
             nodes.append(node)
-            position += len(node.run)
+            position += len(node.tokens)
         return nodes, position, None
 
-    def _common_pages(self, node: Node, blob: bytes, position: int) -> int:
-        """Whole pages that node.run shares with blob[position:], at least 1: its first page is how it was found."""
+    def _common_pages(self, node: Node, tokens: bytes, position: int) -> int:
+        """Whole pages that node.tokens shares with tokens[position:], 1 or more: it was found by its first page."""
         size = self._page_bytes
-        low, high = 1, len(node.run) // size
+        low, high = 1, len(node.tokens) // size
         while low < high:
             middle = (low + high + 1) // 2
-            if blob.startswith(node.run[low * size : middle * size], position + low * size):
+            if tokens.startswith(node.tokens[low * size : middle * size], position + low * size):
                 low = middle
             else:
                 high = middle - 1
@@ -130,24 +132,24 @@ class RadixTree:
     def _split(self, node: Node, num_pages: int) -> Node:
         """Puts the first `num_pages` of the node into a new parent; the node keeps its identity and the rest."""
         at = num_pages * self._page_bytes
-        upper = Node(node.parent, node.run[:at], node.pages[:num_pages])
-        upper.locks, upper.last_use = node.locks, node.last_use
-        node.parent.children[self._key(node)] = upper
-        node.parent, node.run, node.pages = upper, node.run[at:], node.pages[num_pages:]
-        upper.children[self._key(node)] = node
+        upper = Node(node.parent, node.tokens[:at], node.pages[:num_pages])
+        upper.ref_count, upper.last_access = node.ref_count, node.last_access
+        node.parent.children[self._first_page(node)] = upper
+        node.parent, node.tokens, node.pages = upper, node.tokens[at:], node.pages[num_pages:]
+        upper.children[self._first_page(node)] = node
         return upper
 
-    def _key(self, node: Node) -> bytes:
-        return bytes(node.run[: self._page_bytes])
+    def _first_page(self, node: Node) -> bytes:
+        return bytes(node.tokens[: self._page_bytes])
 
     # -- holding
 
     def lock(self, node: Node) -> None:
         """One more handle on the node: nothing on its way to the root is evicted until `unlock`."""
         while node is not None:
-            if node.locks == 0:
-                self.num_locked += len(node.pages)
-            node.locks += 1
+            if node.ref_count == 0:
+                self.num_protected += len(node.pages)
+            node.ref_count += 1
             node = node.parent
 
     def unlock(self, node: Node) -> None:
@@ -155,53 +157,57 @@ class RadixTree:
         self._clock += 1
         leaf = node
         while node is not None:
-            if node.locks == 0:
+            if node.ref_count == 0:
                 raise CacheError("a node of the prefix tree is unlocked twice")
-            node.locks -= 1
-            if node.locks == 0:
-                self.num_locked -= len(node.pages)
-            node.last_use = self._clock
+            node.ref_count -= 1
+            if node.ref_count == 0:
+                self.num_protected -= len(node.pages)
+            node.last_access = self._clock
             node = node.parent
-        self._settle(leaf)
+        self._enqueue_leaf(leaf)
 
-    def extend(self, node: Node, run: bytes, pages: array[int]) -> tuple[Node, array[int]]:
+    def insert(self, node: Node, tokens: bytes, pages: array[int]) -> tuple[Node, array[int]]:
         """Continues the tree below `node`, on which the caller has a lock, and moves that lock to the new end.
 
-        run     tokens of whole pages, as bytes
+        tokens  of whole pages, as bytes
         pages   the caller's page for each of them
         Returns the node that ends there and the pages that now stand in the tree: pages[i] itself where it was
                 adopted, another page where the tree held that page's tokens already (then pages[i] stays the caller's)
         """
-        if node.locks == 0:
+        if node.ref_count == 0:
             raise CacheError("only the holder of a node may extend it")
         size, position, standing = self._page_bytes, 0, array("i")
-        while position < len(run):
-            child = node.children.get(run[position : position + size])
+        while position < len(tokens):
+            child = node.children.get(tokens[position : position + size])
             if child is None:
                 rest = pages[position // size :]
-                return self._append(node, run[position:], rest), standing + rest
-            if not run.startswith(child.run, position):
-                child = self._split(child, self._common_pages(child, run, position))
-            if child.locks == 0:
-                self.num_locked += len(child.pages)
-            child.locks += 1
+                return self._append(node, tokens[position:], rest), standing + rest
+            if not tokens.startswith(child.tokens, position):
+                child = self._split(child, self._common_pages(child, tokens, position))
+            if child.ref_count == 0:
+                self.num_protected += len(child.pages)
+            child.ref_count += 1
             standing.extend(child.pages)
-            position += len(child.run)
+            position += len(child.tokens)
             node = child
         return node, standing
 
-    def _append(self, node: Node, run: bytes, pages: array[int]) -> Node:
+    def _append(self, node: Node, tokens: bytes, pages: array[int]) -> Node:
+        self._keys.update(zip(pages, page_keys(bytes(tokens), self._page_size, self._last_key(node)), strict=True))
         self.num_pages += len(pages)
-        self.num_locked += len(pages)
-        if node.parent is not None and not node.children and node.locks == 1 and node.state is None:
+        self.num_protected += len(pages)
+        if node.parent is not None and not node.children and node.ref_count == 1 and node.state is None:
             # Only the caller ends here: the leaf grows, and a long answer is one node, not a chain of one-page nodes.
-            node.run += run
+            node.tokens += tokens
             node.pages.extend(pages)
             return node
-        child = Node(node, run, pages)
-        child.locks = 1
-        node.children[self._key(child)] = child
+        child = Node(node, tokens, pages)
+        child.ref_count = 1
+        node.children[self._first_page(child)] = child
         return child
+
+    def _last_key(self, node: Node) -> bytes:
+        return self._keys[node.pages[-1]] if node.pages else root_key(self._identity, node.salt)
 
     # -- letting go
 
@@ -211,44 +217,48 @@ class RadixTree:
         evicted: list[int] = []
         while self._heap and len(evicted) < num_pages:
             queued_at, serial, node = self._heap[0]
-            if node.locks or node.children:
+            if node.ref_count or node.children:
                 heapq.heappop(self._heap)
                 node.queued = False
-            elif queued_at != node.last_use:  # used since: it queues again, further back
-                heapq.heapreplace(self._heap, (node.last_use, serial, node))
+            elif queued_at != node.last_access:  # used since: it queues again, further back
+                heapq.heapreplace(self._heap, (node.last_access, serial, node))
             else:
                 kept = max(0, len(node.pages) - (num_pages - len(evicted)))
                 evicted.extend(reversed(node.pages[kept:]))
                 if node.state is not None:
                     self._cut.append(node)
                 if kept:
-                    del node.pages[kept:], node.run[kept * self._page_bytes :]
+                    del node.pages[kept:], node.tokens[kept * self._page_bytes :]
                 else:
                     heapq.heappop(self._heap)
                     self._remove(node)
         self.num_pages -= len(evicted)
         return evicted
 
+    def keys_of(self, pages: Iterable[int]) -> list[bytes]:
+        """The keys of pages that are in the tree, or that the last `evict` returned."""
+        return [self._keys[page] for page in pages]
+
     def take_cut(self) -> list[Node]:
-        """The nodes whose state fell since the last call, because pages under it were evicted."""
+        """The nodes that carry a state and lost pages under it to `evict` since the last call."""
         cut, self._cut = self._cut, []
         return cut
 
     def _remove(self, node: Node) -> None:
         parent, node.parent = node.parent, None
-        del parent.children[self._key(node)]
-        self._settle(parent)
+        del parent.children[self._first_page(node)]
+        self._enqueue_leaf(parent)
 
-    def _settle(self, node: Node) -> None:
+    def _enqueue_leaf(self, node: Node) -> None:
         """Queues a node that may now be evicted; forgets the root of an empty namespace."""
-        if node.locks or node.children:
+        if node.ref_count or node.children:
             return
         if node.parent is None:
             del self._roots[node.salt]
         elif not node.queued:
             node.queued = True
             self._serial += 1
-            heapq.heappush(self._heap, (node.last_use, self._serial, node))
+            heapq.heappush(self._heap, (node.last_access, self._serial, node))
 
     # -- proving
 
@@ -268,21 +278,26 @@ class RadixTree:
                 locks[node] += 1
                 node = node.parent
         queued = {node for _, _, node in self._heap}
-        num_pages = num_locked = 0
+        num_pages = num_protected = 0
         for node in self.nodes():
             num_pages += len(node.pages)
-            num_locked += len(node.pages) if node.locks else 0
-            if node.locks != locks.pop(node, 0):
-                raise CacheError(f"a node with pages {list(node.pages)[:8]} miscounts its locks ({node.locks})")
-            if len(node.run) != len(node.pages) * self._page_bytes:
-                raise CacheError(f"a run of {len(node.run)} bytes stands beside {len(node.pages)} pages")
-            if any(child.parent is not node or self._key(child) != key for key, child in node.children.items()):
+            num_protected += len(node.pages) if node.ref_count else 0
+            if node.ref_count != locks.pop(node, 0):
+                raise CacheError(f"a node with pages {list(node.pages)[:8]} miscounts its locks ({node.ref_count})")
+            if len(node.tokens) != len(node.pages) * self._page_bytes:
+                raise CacheError(f"a node has {len(node.tokens)} bytes of tokens and {len(node.pages)} pages")
+            keys = page_keys(bytes(node.tokens), self._page_size, self._last_key(node.parent or node))
+            if keys != self.keys_of(node.pages):
+                raise CacheError(f"pages {list(node.pages)[:8]} are filed under the keys of other tokens")
+            if any(child.parent is not node or self._first_page(child) != key for key, child in node.children.items()):
                 raise CacheError("a child is filed under another key or parent")
-            if node.parent is None and not (node.locks or node.children):
+            if node.parent is None and not (node.ref_count or node.children):
                 raise CacheError(f"namespace {node.salt!r} is empty and still there")
-            if node.parent is not None and not (node.pages and (node.locks or node.children or node in queued)):
+            if node.parent is not None and not (node.pages and (node.ref_count or node.children or node in queued)):
                 raise CacheError("an unlocked leaf would never be evicted, or a node has no pages")
         if locks:
             raise CacheError("a held node is not in the tree")
-        if (num_pages, num_locked) != (self.num_pages, self.num_locked):
-            raise CacheError(f"{num_pages} pages, {num_locked} locked; counted {self.num_pages}, {self.num_locked}")
+        if (num_pages, num_protected) != (self.num_pages, self.num_protected):
+            raise CacheError(
+                f"{num_pages} pages, {num_protected} locked; counted {self.num_pages}, {self.num_protected}"
+            )

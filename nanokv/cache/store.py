@@ -1,7 +1,7 @@
 """CacheStore: the bytes behind the ids of pages and states. Knows the layout; knows neither owners nor tokens.
 
-    pool     uint8 [num_pages, page_bytes]
-    states   uint8 [num_states, state_bytes], behind it in the same flat allocation
+    pages    Slots of page_bytes
+    states   Slots of state_bytes, behind the pages in the same flat allocation
 
     page i | layer 0 planes | layer 1 planes | ... | layer n planes |
            ^ i * page_bytes                  ^ first_layer .. last_layer lie side by side: one slice
@@ -11,7 +11,7 @@ Because a page is one contiguous block, moving it anywhere (host memory, a file,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from nanokv.core.spec import PageLayout
 _CACHE_LINE = 64
 WORD = 8
 """Bytes that torch gathers and scatters at once (int64): byte by byte takes 40 to 80 times as long."""
+LayerRange = Callable[[int, int | None], tuple[int, int]]
+"""(first layer, last layer + 1 or None for all) -> the bytes [start, end) of a slot that these layers take."""
 
 
 def _words(data: torch.Tensor) -> torch.Tensor:
@@ -40,12 +42,84 @@ def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(block[start : start + num_bytes])
 
 
-class CacheStore:
-    """Whole pages and slices of their layers, in and out of one buffer.
+class Slots:
+    """Blocks of equal size, moved by their ids: whole, or some of their layers.
 
-    layout      PageLayout: page_bytes and where each layer lies
+    data          uint8 [slots, bytes], a view of the store's allocation
+    layer_range   where layers lie in a slot
+    """
+
+    def __init__(self, data: torch.Tensor, layer_range: LayerRange) -> None:
+        self.data = data
+        self._layer_range = layer_range
+
+    def __len__(self) -> int:
+        return self.data.shape[0]
+
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies slot src over slot dst for each (src, dst), one after the other.
+
+        The order is part of the contract: a slot may be the source of one copy and the destination of a later one.
+        """
+        for src, dst in copies:
+            self.data[dst].copy_(self.data[src])
+
+    def width(self, first_layer: int = 0, last_layer: int | None = None) -> int:
+        """Bytes of the layers first_layer .. last_layer - 1 in one slot."""
+        start, end = self._layer_range(first_layer, last_layer)
+        return end - start
+
+    def read(
+        self,
+        ids: Sequence[int],
+        first_layer: int = 0,
+        last_layer: int | None = None,
+        buffer: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """A copy of the layers first_layer .. last_layer - 1 of these slots: uint8 [len(ids), bytes], contiguous.
+
+        buffer   uint8, large enough: the copy is made at its front, because memory used before costs no page faults
+        """
+        source = _words(self._layers(first_layer, last_layer))
+        shape = len(ids), source.shape[1]
+        size = shape[0] * shape[1] * WORD
+        if buffer is None:
+            buffer = torch.empty(size, dtype=torch.uint8, device=source.device)
+        out = _words(buffer[:size]).view(shape)
+        torch.index_select(source, 0, self._index(ids), out=out)
+        return out.view(torch.uint8)
+
+    def write(
+        self, ids: Sequence[int], data: torch.Tensor, first_layer: int = 0, last_layer: int | None = None
+    ) -> None:
+        """Writes what `read` of the same layers returned into these slots, which must be different ones.
+
+        data    uint8 [len(ids), bytes], on any device
+        Raises  ValueError for data of another shape or dtype
+        """
+        target = self._layers(first_layer, last_layer)
+        if data.dtype != torch.uint8 or tuple(data.shape) != (len(ids), target.shape[1]):
+            raise ValueError(
+                f"data {data.dtype} {list(data.shape)}: expected uint8 {[len(ids), target.shape[1]]} for these layers"
+            )
+        data = data.to(self.data.device).contiguous()
+        data = data.clone() if data.storage_offset() % WORD else data
+        _words(target).index_copy_(0, self._index(ids), _words(data))
+
+    def _layers(self, first: int, last: int | None) -> torch.Tensor:
+        start, end = self._layer_range(first, last)
+        return self.data[:, start:end]
+
+    def _index(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(list(ids), dtype=torch.int64, device=self.data.device)
+
+
+class CacheStore:
+    """The pages and the states of one engine, in one buffer.
+
+    layout      PageLayout: the bytes of a page and of a state, and where each layer lies
     num_pages   pages in the pool
-    device      where the pool is allocated
+    device      where the buffer is allocated
     buffer      uint8, contiguous, num_pages * page_bytes + num_states * state_bytes elements: memory handed in from
                 outside (shared memory, CUDA IPC) instead of an allocation; its contents are kept and `device` is the
                 buffer's
@@ -71,66 +145,6 @@ class CacheStore:
                 f"({num_pages} pages of {layout.page_bytes}, {num_states} states of {layout.state_bytes})"
             )
         self.layout = layout
-        self.pool = buffer[:page_bytes].view(num_pages, layout.page_bytes)
-        self.states = buffer[page_bytes:].view(num_states, layout.state_bytes)
-
-    @property
-    def num_pages(self) -> int:
-        return self.pool.shape[0]
-
-    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copies page src over page dst for each (src, dst), one after the other.
-
-        The order is part of the contract: a page may be the source of one copy and the destination of a later one.
-        """
-        for src, dst in copies:
-            self.pool[dst].copy_(self.pool[src])
-
-    def copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
-        """The same for states."""
-        for src, dst in copies:
-            self.states[dst].copy_(self.states[src])
-
-    def read_pages(
-        self,
-        pages: Sequence[int],
-        first_layer: int = 0,
-        last_layer: int | None = None,
-        buffer: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """A copy of the layers first_layer .. last_layer - 1 of these pages: uint8 [len(pages), bytes], contiguous.
-
-        buffer   uint8, large enough: the copy is made at its front, because memory used before costs no page faults
-        """
-        source = _words(self._layers(first_layer, last_layer))
-        shape = len(pages), source.shape[1]
-        size = shape[0] * shape[1] * WORD
-        if buffer is None:
-            buffer = torch.empty(size, dtype=torch.uint8, device=source.device)
-        out = _words(buffer[:size]).view(shape)
-        torch.index_select(source, 0, self._index(pages), out=out)
-        return out.view(torch.uint8)
-
-    def write_pages(
-        self, pages: Sequence[int], data: torch.Tensor, first_layer: int = 0, last_layer: int | None = None
-    ) -> None:
-        """Writes what `read_pages` of the same layers returned into these pages, which must be different ones.
-
-        data    uint8 [len(pages), bytes], on any device
-        Raises  ValueError for data of another shape or dtype
-        """
-        target = self._layers(first_layer, last_layer)
-        if data.dtype != torch.uint8 or tuple(data.shape) != (len(pages), target.shape[1]):
-            raise ValueError(
-                f"data {data.dtype} {list(data.shape)}: expected uint8 {[len(pages), target.shape[1]]} for these layers"
-            )
-        data = data.to(self.pool.device).contiguous()
-        data = data.clone() if data.storage_offset() % WORD else data
-        _words(target).index_copy_(0, self._index(pages), _words(data))
-
-    def _layers(self, first: int, last: int | None) -> torch.Tensor:
-        start, end = self.layout.layer_range(first, self.layout.num_layers if last is None else last)
-        return self.pool[:, start:end]
-
-    def _index(self, pages: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(list(pages), dtype=torch.int64, device=self.pool.device)
+        self.device = buffer.device
+        self.pages = Slots(buffer[:page_bytes].view(num_pages, layout.page_bytes), layout.layer_range)
+        self.states = Slots(buffer[page_bytes:].view(num_states, layout.state_bytes), layout.state_layer_range)

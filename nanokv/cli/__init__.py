@@ -1,1 +1,1 @@
-"""The `nanokv` command: one file for each of its commands."""
+"""The `nanokv` command, one file per subcommand."""

@@ -1,4 +1,4 @@
-"""nanokv bench: measure this engine on this machine. What is measured, and how, stands in nanokv/bench."""
+"""nanokv bench: options and output of the benches. nanokv/bench measures."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from nanokv.cli.bench_run import COUNT, COUNTS, Bench, Numbers, engine_options
 from nanokv.cli.common import binary
 
 
-@click.group(epilog="\b\nExample:\n  nanokv bench prefix --plot prefix.png")
+@click.group(
+    epilog="\b\nExamples:\n  nanokv bench request --dummy\n  nanokv bench prefix --plot prefix.png\n"
+    "  nanokv bench decode smollm2-135m-instruct --json > decode.json"
+)
 def bench() -> None:
-    """Measure this engine on this machine: one request, prefix caching under load, decoding, codecs, prefill
-    elsewhere."""
+    """Measure this engine on this machine."""
 
 
 bench.add_command(codecs)
 
 
 @bench.command(epilog="Example: nanokv bench request --prompt-tokens 1024,4096 --output-tokens 512")
-@click.option("--prompt-tokens", type=COUNTS, default="1024", show_default=True, help="Lengths of the prompt.")
-@click.option("--output-tokens", type=COUNT, default=128, show_default=True, help="Length of the answer.")
+@click.option("--prompt-tokens", type=COUNTS, default="1024", show_default=True, help="Prompt lengths, one row each.")
+@click.option("--output-tokens", type=COUNT, default=128, show_default=True, help="Tokens of the answer.")
 @engine_options
 def request(prompt_tokens: list[int], output_tokens: int, **options: Any) -> None:
-    """One request alone: TTFT, TPOT, total, and the most that a perfect cache hit can save of it.
+    """Measure one request alone, without and with a cache hit.
 
-    A hit can save the prefill: (TTFT - TPOT) / total. What one saved is measured with the same prompt again.
+    Prints TTFT, TPOT and total time, and the share that a perfect hit can save: the prefill, (TTFT - TPOT) / total.
+    The measured saving comes from the same prompt a second time.
     """
     from nanokv.bench import report
     from nanokv.bench.request import measure_request, runs
@@ -40,14 +43,14 @@ def request(prompt_tokens: list[int], output_tokens: int, **options: Any) -> Non
 
 
 @bench.command(epilog="Example: nanokv bench prefix --concurrency 1,8 --shared 0,0.5,1 --plot prefix.png")
-@click.option("--prompt-tokens", type=COUNT, default=1024, show_default=True, help="Length of every prompt.")
-@click.option("--output-tokens", type=COUNT, default=32, show_default=True, help="Length of every answer.")
+@click.option("--prompt-tokens", type=COUNT, default=1024, show_default=True, help="Tokens of every prompt.")
+@click.option("--output-tokens", type=COUNT, default=32, show_default=True, help="Tokens of every answer.")
 @click.option("--shared", type=Numbers(float, 0, 1), default="0,0.25,0.5,0.75,0.9,1", show_default=True,
-              help="Parts of the prompt that all requests share.")  # fmt: skip
+              help="Shares of the prompt that all requests have in common.")  # fmt: skip
 @click.option("--concurrency", type=COUNTS, default="1,4,16", show_default=True,
-              help="Clients; each sends its next request when the last is answered.")  # fmt: skip
+              help="Clients; each sends a request when its last one is finished.")  # fmt: skip
 @click.option(
-    "--requests", type=COUNT, help="Requests of one point, at least one a client.  [default: 2 a client, at least 4]"
+    "--requests", type=COUNT, help="Requests per point, at least one per client.  [default: 2 per client, at least 4]"
 )
 @engine_options
 def prefix(
@@ -58,10 +61,11 @@ def prefix(
     requests: int | None,
     **options: Any,
 ) -> None:
-    """Prefix caching under load: prompts of fixed length share none, some or all of their tokens.
+    """Measure prefix caching under load.
 
-    The ceiling beside each point is what a perfect cache would reach: uncached prompt tokens at the measured prefill
-    speed, plus output tokens at the measured decode speed of that many clients.
+    Prompts of fixed length share none, some or all of their tokens. The ceiling of each point is the throughput of a
+    perfect cache: uncached prompt tokens at the measured prefill speed, plus output tokens at the measured decode speed
+    of that many clients.
     """
     from nanokv.bench import report
     from nanokv.bench.prefix import measure_prefix, runs
@@ -79,12 +83,13 @@ def prefix(
 @bench.command(epilog="Example: nanokv bench decode --batch 1,8,32 --context 256,2048")
 @click.option("--batch", type=COUNTS, default="1,4,16", show_default=True, help="Requests that decode together.")
 @click.option("--context", type=COUNTS, default="256,1024,4096", show_default=True, help="Tokens before the answer.")
-@click.option("--steps", type=COUNT, default=20, show_default=True, help="Steps timed for a point; the median counts.")
+@click.option("--steps", type=COUNT, default=20, show_default=True, help="Timed steps per point; rows show the median.")
 @engine_options
 def decode(batch: list[int], context: list[int], steps: int, **options: Any) -> None:
-    """Decoding over batch size and context, and the share of the memory bandwidth that it reaches.
+    """Measure decoding over batch size and context.
 
-    A step must read all weights and the keys and values of every request. The bandwidth is measured in the same run.
+    A step must read all weights and the keys and values of every request. The table has the share of the memory
+    bandwidth that this reaches; the bandwidth is measured in the same run.
     """
     from nanokv.bench import report
     from nanokv.bench.decode import fits, measure_decode
@@ -103,17 +108,17 @@ def decode(batch: list[int], context: list[int], steps: int, **options: Any) -> 
 
 
 @bench.command(epilog="Example: nanokv bench disagg --plot disagg.png")
-@click.option("--prompt-tokens", type=COUNT, default=2048, show_default=True, help="Length of the prompts that arrive.")
-@click.option("--prompts", type=COUNT, default=6, show_default=True, help="How many of them, one after the other.")
-@click.option("--running", type=COUNT, default=4, show_default=True, help="Requests that decode all the while.")
-@click.option("--context", type=COUNT, default=256, show_default=True, help="Tokens before their answers.")
-@click.option("--chunk", type=COUNT, default=128, show_default=True, help="Tokens of a step where prefill is chunked.")
+@click.option("--prompt-tokens", type=COUNT, default=2048, show_default=True, help="Tokens of each arriving prompt.")
+@click.option("--prompts", type=COUNT, default=6, show_default=True, help="Arriving prompts, one after the other.")
+@click.option("--running", type=COUNT, default=4, show_default=True, help="Requests that decode meanwhile.")
+@click.option("--context", type=COUNT, default=256, show_default=True, help="Tokens of context of those requests.")
+@click.option("--chunk", type=COUNT, default=128, show_default=True, help="Tokens per step with chunked prefill.")
 @engine_options
 def disagg(prompt_tokens: int, prompts: int, running: int, context: int, chunk: int, **options: Any) -> None:
-    """Prefill in another process: how long running answers stall while long prompts arrive.
+    """Measure stalls of running answers while long prompts arrive.
 
-    One process, with prefill in one step and in chunks, against two processes on the same cores: on a CPU each has
-    half of them to itself, and the one process has all.
+    Compares one process, with whole and with chunked prefill, with two processes on the same cores. On a CPU each of
+    the two processes has half of the cores, the one process has all.
     """
     from nanokv.bench import report
     from nanokv.bench.disagg import MODES, measure_disagg

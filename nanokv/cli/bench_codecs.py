@@ -1,4 +1,4 @@
-"""nanokv bench codecs: what each codec stores, what it breaks, and what it costs in time."""
+"""nanokv bench codecs: size, errors, quality and speed of each codec."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ class CodecNames(click.ParamType):
 
 @click.command(epilog="Example: nanokv bench codecs smollm2-135m-instruct --codecs raw,fp8,tq4 --plot codecs.png")
 @click.option("--codecs", "names", metavar="LIST", type=CodecNames(),
-              help="Names, or pairs K/V.  [default: all, each for keys and values]")  # fmt: skip
-@click.option("--sweep", is_flag=True, help="Also each codec on keys alone and on values alone.")
-@click.option("--quick", is_flag=True, help="Fewer and shorter texts, fewer points of speed.")
+              help="Names, or pairs K/V such as fp8/tq4.  [default: all codecs]")  # fmt: skip
+@click.option("--sweep", is_flag=True, help="Measure each codec on keys alone and on values alone too.")
+@click.option("--quick", is_flag=True, help="Use fewer and shorter texts and fewer points of speed.")
 @model_options
 def codecs(names: list[str] | None, sweep: bool, quick: bool, **options: Any) -> None:
-    """Codecs of the cache: true bits, errors, what the model still says, decode speed, requests at once.
+    """Measure the codecs of the cache.
 
-    Words are compared with those of the raw float32 cache, on texts of Python's own help. Speed is measured in turns
-    with the raw codec.
+    Prints true bits, errors, the quality of the model's output, decode speed, and how many requests fit at once.
+    Quality is relative to a raw float32 cache, on texts of Python's own help. Speed is measured in turns with the raw
+    codec.
     """
     from nanokv.bench import codecs as measured
     from nanokv.bench import report
@@ -65,7 +66,7 @@ def codecs(names: list[str] | None, sweep: bool, quick: bool, **options: Any) ->
             except ConfigError as error:
                 left_out.append({"codec": name, "reason": str(error)})
                 click.echo(f"left out: {name}: {error}", err=True)
-            except Exception as error:  # hours may lie behind: the others are still measured, and all of it is shown
+            except Exception as error:  # a run may take hours: the other codecs are still measured and shown
                 failures.append({"codec": name, "error": f"{type(error).__name__}: {error}"})
                 click.echo(f"failed: {name}: {failures[-1]['error']}", err=True)
     settings |= {"left_out": left_out, "failures": failures}

@@ -1,4 +1,4 @@
-"""One run of a bench: options that all benches take, the model, progress, and where the numbers go."""
+"""One run of a bench: the options of all benches, the model, progress, and the output of the rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Numbers(click.ParamType):
-    """A list such as 1,4,16."""
+    """A comma-separated list of numbers such as 1,4,16, each from `least` to `most`."""
 
     name = "list"
 
@@ -60,7 +60,7 @@ COUNTS = Numbers(int, 1)
 
 
 def model_options(command: Callable) -> Callable:
-    """What every bench takes: the model and how it runs; where the numbers go."""
+    """Adds the options of every bench: the model and how it runs, --json, --plot."""
     options = [
         click.argument("model", required=False),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
@@ -68,7 +68,7 @@ def model_options(command: Callable) -> Callable:
                      show_default=True, help="auto: the checkpoint's own."),
         kernels_option,
         click.option("--kv-memory", metavar="SIZE", help="Memory for pages, such as 2GiB."),
-        click.option("--dummy", is_flag=True, help="Random weights of the model's shape: nothing is fetched or read."),
+        click.option("--dummy", is_flag=True, help="Use random weights of the model's shape; fetch and read none."),
         json_option,
         plot_option,
     ]  # fmt: skip
@@ -78,8 +78,8 @@ def model_options(command: Callable) -> Callable:
 
 
 def engine_options(command: Callable) -> Callable:
-    """What every bench of speed takes: model_options, and how often."""
-    repeat = click.option("--repeat", type=COUNT, default=1, show_default=True, help="Measure so often; medians count.")
+    """Adds the options of every bench of speed: model_options and --repeat."""
+    repeat = click.option("--repeat", type=COUNT, default=1, show_default=True, help="Repeats; rows show medians.")
     return model_options(repeat(command))
 
 
@@ -87,8 +87,8 @@ class Bench:
     """One run: loads the model, shows progress, prints rows. A context manager: the model lives inside.
 
     what      name of the subcommand
-    settings  of the subcommand, for --json
-    options   those of `engine_options` or `model_options`
+    settings  the subcommand's own settings, for --json
+    options   the values of `engine_options` or `model_options`
     fields    further fields of EngineConfig
     """
 
@@ -102,7 +102,7 @@ class Bench:
         self._asked, self._dummy = options["model"], options["dummy"]
         self._fields = {name: options[name] for name in ("device", "dtype", "kernels", "kv_memory")} | fields
         if self._plot is not None:
-            new_figure(1, 1)  # a missing matplotlib shows now, not after the measurements
+            new_figure(1, 1)  # reports a missing matplotlib before the measurements
 
     def __enter__(self) -> Bench:
         with ExitStack() as stack:
@@ -129,14 +129,14 @@ class Bench:
         self._stack.close()
 
     def open(self, disagg: DisaggConfig | None = None, **fields: Any) -> LLM:
-        """An engine of the run's model, with these fields of EngineConfig instead of the run's."""
+        """An engine with the run's model; `fields` of EngineConfig replace the run's."""
         from nanokv.llm import LLM
 
         return LLM(self._at, disagg=disagg, load="dummy" if self._dummy else "auto", **self._fields | fields)
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
-        """The model's folder. Dummy weights need its config.json alone, which the catalog knows too."""
+        """The model's folder. Dummy weights need only a config.json, which the catalog has."""
         if not (self._dummy and self._name in CATALOG):
             yield model_folder(self._asked)
             return
@@ -145,7 +145,7 @@ class Bench:
             yield Path(folder)
 
     def ticker(self, total: int) -> Callable[[], None]:
-        """A function to call `total` times; the bar moves."""
+        """A function that advances the progress bar; it is to be called `total` times."""
         done = 0
 
         def tick() -> None:
@@ -162,9 +162,11 @@ class Bench:
         draw: Callable[[Any, list[Row]], None],
         size: tuple[float, float],
     ) -> None:
-        """Prints the rows as JSON or as tables, and draws them where a figure was asked for.
+        """Prints the rows as JSON or as tables, and draws the figure of --plot.
 
-        tables   columns, rows, and the field at whose changes a line stands
+        tables   columns, rows, and the field at whose changes a line is drawn, or None
+        draw     draws all rows into a figure
+        size     width and height of the figure, in inches
         """
         from rich.console import Console
 

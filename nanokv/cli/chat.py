@@ -1,4 +1,4 @@
-"""nanokv chat: a conversation in the terminal, or one answer to a prompt or a pipe. What happens inside is in repl/."""
+"""nanokv chat: a conversation in the terminal, or one answer to a prompt or a pipe. repl/ holds the parts."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     "  nanokv chat -p 'Summarise this:' < notes.txt"
 )
 @click.argument("model", required=False)
-@click.option("-p", "--prompt", metavar="TEXT", help="Answer this and leave; a text piped in is put after it.")
-@click.option("--system", metavar="TEXT", help="System message. Default: the chat template's own.")
-@click.option("--max-tokens", type=int, help="Tokens of an answer at most. Default: 1024.")
-@click.option("--temperature", type=float, help="Randomness; 0 is greedy. Default, as for the next four: the model's.")
+@click.option("-p", "--prompt", metavar="TEXT", help="Answer this prompt and leave; text from a pipe follows it.")
+@click.option("--system", metavar="TEXT", help="System message. Default: that of the chat template.")
+@click.option("--max-tokens", type=int, help="Maximum tokens of an answer. Default: 1024.")
+@click.option("--temperature", type=float, help="Randomness; 0: greedy. Default, as for the next three: the model's.")
 @click.option("--top-k", type=int, help="Sample from the k most likely tokens; 0: from all.")
-@click.option("--top-p", type=float, help="Sample from the likeliest tokens that have this probability together.")
-@click.option("--min-p", type=float, help="Drop tokens less likely than this times the likeliest.")
-@click.option("--seed", type=int, help="Makes answers reproducible. Default: another one each time.")
+@click.option("--top-p", type=float, help="Sample from the most likely tokens up to this total probability.")
+@click.option("--min-p", type=float, help="Drop tokens below this share of the highest probability.")
+@click.option("--seed", type=int, help="Seed for reproducible answers. Default: a new one each time.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--codec", default="raw", show_default=True, help="How K and V are written: raw, fp8, tq4, ..., or K/V.")
+@click.option("--codec", default="raw", show_default=True, help="Codec of K and V: raw, fp8, tq4, ..., or a pair K/V.")
 @kernels_option
-@click.option("--kv-memory", metavar="SIZE", help="Memory for K and V, such as 512MiB.")
+@click.option("--kv-memory", metavar="SIZE", help="Memory for the pages of K and V, such as 512MiB.")
 @click.option("--page-size", type=int, default=16, show_default=True, help="Tokens in a page.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse K and V of earlier turns. Default: yes.")
-@click.option("--max-model-len", type=int, metavar="N", help="Tokens of a conversation at most. Default: the model's.")
+@click.option("--max-model-len", type=int, metavar="N", help="Maximum tokens of a conversation. Default: the model's.")
 @click.option("--disagg", is_flag=False, flag_value="here", metavar="[HOST:PORT]",
-              help="Prefill in another process; at HOST:PORT: on that host (`nanokv disagg prefill`).")  # fmt: skip
-@click.option("--stats/--no-stats", default=True, help="A line of numbers after each answer, on stderr. Default: yes.")
-@click.option("--event-log", metavar="FILE", help="Write what happens to pages and requests to a JSONL file.")
-@click.option("--mine", is_flag=True, help="With your functions from my/ in the engine (nanokv learn).")
+              help="Prefill in another process; with HOST:PORT on that host (`nanokv disagg prefill`).")  # fmt: skip
+@click.option("--stats/--no-stats", default=True, help="Print numbers after each answer, on stderr. Default: yes.")
+@click.option("--event-log", metavar="FILE", help="Write the events of pages and requests to a JSONL file.")
+@click.option("--mine", is_flag=True, help="Patch the engine with your functions from my/ (nanokv learn).")
 def chat(
     model: str | None,
     prompt: str | None,
@@ -63,16 +63,16 @@ def chat(
 ) -> None:
     """Chat with MODEL: a catalog name, a folder, or ORG/NAME after `nanokv pull`.
 
-    Without MODEL: smollm2-135m-instruct, fetched the first time. /? in the chat lists what it can do. With -p, or a
-    text on stdin, one answer is printed.
+    Without MODEL: smollm2-135m-instruct, fetched the first time. /? in the chat lists its commands. With -p, or with
+    text on stdin, prints one answer and leaves.
     """
     if mine and disagg is not None:
-        raise click.UsageError("--mine and --disagg: the prefill process computes with our functions; give one of them")
+        raise click.UsageError("--mine and --disagg: prefill processes run the engine's own functions; give one")
     chosen = {name: options.pop(name) for name in SAMPLING if name in options} | {"seed": seed}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     try:
         SamplingParams(**chosen).validate()
-        # Without --seed each chat draws differently: the engine's seed stands in for those of its requests.
+        # Without --seed each chat draws differently: requests without a seed use the engine's.
         split = None if disagg is None else DisaggConfig(connect=() if disagg == "here" else disagg)
         config = EngineConfig(seed=int.from_bytes(os.urandom(4), "little"), **options)
     except (RequestError, ConfigError) as error:
@@ -84,7 +84,7 @@ def chat(
     if prompt is not None or not _is_terminal(sys.stdin):
         question = _question(prompt)
     if mine:
-        _bind_mine()
+        _patch_mine()
     name = DEFAULT_MODEL if model is None else Path(model).resolve().name if Path(model).is_dir() else model
     session = _open(model_folder(model), name, system, chosen, config, split, stats)
     with session.llm:
@@ -97,13 +97,13 @@ def chat(
             sys.exit(130)
 
 
-def _bind_mine() -> None:
-    """Puts the student's functions into the engine. Raises CourseError where none has passed, or one does not load."""
-    from nanokv.cli.learn import MY
-    from nanokv.learn.mine import bind_passed
+def _patch_mine() -> None:
+    """Patches the engine with the student's functions. Raises CourseError: none has passed, or one does not load."""
+    from nanokv.learn.mine import patch_passed
+    from nanokv.learn.progress import MY
 
-    bound, waiting = bind_passed(MY)
-    click.echo(f"with your {', '.join(f'{one.id} {one.function}' for one in bound)}", err=True)
+    patched, waiting = patch_passed(MY)
+    click.echo(f"with your {', '.join(f'{one.id} {one.function}' for one in patched)}", err=True)
     if waiting:
         click.echo(f"without {', '.join(one.id for one in waiting)}: not passed yet (nanokv learn check)", err=True)
 
@@ -117,7 +117,7 @@ def _open(
     split: DisaggConfig | None,
     stats: bool,
 ) -> ChatSession:
-    """Load the model and open a session with it. Raises CheckpointError, ConfigError, RequestError."""
+    """Loads the model and opens a session with it. Raises CheckpointError, ConfigError, RequestError."""
     from dataclasses import replace
 
     from nanokv.cli.repl.settings import checked, model_defaults
@@ -125,8 +125,8 @@ def _open(
 
     params = checked(replace(model_defaults(folder), **chosen))
     terminal = Terminal()
-    # Imports take most of the time of a short answer. What they make lives as long as the process, so the garbage
-    # collector need not walk it: neither now, nor later, nor at the end.
+    # Imports take most of the time of a short answer. Their objects live as long as the process, so the garbage
+    # collector need not visit them: not now, not later, not at the end.
     gc.disable()
     try:
         with terminal.busy(f"loading {name} ..."):
@@ -135,8 +135,7 @@ def _open(
             from nanokv.kernels import ops
             from nanokv.llm import LLM
 
-            # Read before the model is loaded, which compiles some kernels already.
-            is_first_run = config.kernels == "auto" and not ops.are_compiled()
+            is_first_run = config.kernels == "auto" and not ops.are_compiled()  # before loading, which compiles some
             session = ChatSession(LLM(folder, config, split), name, system, params, terminal, stats)
     finally:
         gc.freeze()
@@ -161,11 +160,11 @@ def _converse(session: ChatSession) -> None:
 
 
 def _question(prompt: str | None) -> str:
-    """The prompt of the command line, with what is piped in after it. Raises RequestError where it is empty."""
+    """The prompt of the command line, then the text of the pipe. Raises RequestError where both are empty."""
     piped = "" if _is_terminal(sys.stdin) else _read_pipe()
     question = "\n\n".join(text for text in (prompt, piped) if text and text.strip())
     if not question:
-        raise RequestError("the prompt is empty: give -p TEXT, or a text on stdin")
+        raise RequestError("the prompt is empty: give -p TEXT, or text on stdin")
     return question
 
 
@@ -185,7 +184,7 @@ def _is_terminal(stream: Any) -> bool:
 
 
 def _read_ahead(folder: Path) -> None:
-    """Has the kernel fetch the weights from disk while torch is imported, which takes about as long."""
+    """Asks the operating system to read the weights from disk while torch is imported, which takes about as long."""
     for path in folder.glob("*.safetensors"):
         with open(path, "rb", buffering=0) as file:
             if hasattr(os, "posix_fadvise"):

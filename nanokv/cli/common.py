@@ -1,4 +1,4 @@
-"""What commands share: a model by name, options, progress bars, the JSON envelope, figures."""
+"""Parts that commands share: a model by name, options, progress bars, the JSON envelope, figures."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ plot_option = click.option(
 
 
 def model_folder(name: str | None) -> Path:
-    """The folder of a model. None means the default model, which is pulled when it is not there.
+    """The folder of a model. None means the default model, which is pulled where it is missing.
 
-    Raises CheckpointError that says which command to run, PullError.
+    Raises CheckpointError, with the command to run, and PullError.
     """
     if name is None:
         target = folder_for(DEFAULT_MODEL)
@@ -63,7 +63,7 @@ def pull_with_progress(what: str, **options: Any) -> Path:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Yields report(stage, done, total), one bar a stage. On stderr, and only where that is a terminal."""
+    """Yields report(stage, done, total), one bar per stage. Bars appear on stderr, and only where it is a terminal."""
     if not sys.stderr.isatty():
         yield lambda stage, done, total: None
         return
@@ -75,7 +75,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int | None], None]]:
     tasks: dict[str, Any] = {}
 
     def report(stage: str, done: int, total: int | None) -> None:
-        bars.start()  # only now: the hub's client draws bars of its own
+        bars.start()  # not earlier: the hub's client draws bars of its own
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total)
         bars.update(tasks[stage], completed=done, total=total)
@@ -87,7 +87,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int | None], None]]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine that numbers come from, in plain words and counts."""
+    """The machine of the measurements: names and counts of its processors, bytes of its memory, versions."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -113,7 +113,7 @@ def _cpu_name() -> str:
 
 
 def envelope(command: str, model: str | list[str], settings: dict, rows: list[dict]) -> dict[str, Any]:
-    """What every --json prints: command, version, hardware, model, settings, rows (plain keys with units)."""
+    """The object that every --json prints. Keys of `rows` name their units."""
     return {
         "command": command,
         "version": nanokv.__version__,
@@ -130,7 +130,7 @@ def emit_json(command: str, model: str | list[str], settings: dict, rows: list[d
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches. Raises NanokvError, saying what to install, without matplotlib."""
+    """An empty figure; width and height in inches. Raises NanokvError, with the remedy, without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -139,7 +139,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure and says so on stderr. Raises NanokvError where it cannot be written."""
+    """Writes a figure and prints its path on stderr. Raises NanokvError where it cannot be written."""
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
@@ -148,7 +148,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def binary(num_bytes: float) -> str:
-    """Bytes for people: 22.5 KiB."""
+    """Bytes in binary units, such as 22.5 KiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""nanokv disagg: a prefill process for an engine on another host. What it does stands in nanokv/disagg/server.py."""
+"""nanokv disagg: starts a prefill process for an engine on another host; nanokv/disagg/server.py runs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanokv.disagg.config import split_address
 
 @click.group(epilog="\b\nExample:\n  nanokv disagg prefill --listen 10.0.0.2:7000")
 def disagg() -> None:
-    """Prefill on one host, decode on another."""
+    """Prefill on one host and decode on another."""
 
 
 @disagg.command(
@@ -23,17 +23,23 @@ def disagg() -> None:
     "  nanokv chat --disagg 10.0.0.2:7000                on the other"
 )
 @click.argument("model", required=False)
-@click.option("--listen", required=True, metavar="HOST:PORT", help="Address of this host that the other one reaches.")
+@click.option("--listen", required=True, metavar="HOST:PORT", help="Address of this host, for the other one.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option("--codec", default="raw", show_default=True, help="As on the other host.")
 @kernels_option
-@click.option("--native-layers", default="", metavar="LAYERS", help="As on the other host, such as first2,last2.")
+@click.option(
+    "--native-layers", "--unquantized-layers", default="", metavar="LAYERS",
+    help="As on the other host, such as first2,last2.",
+)  # fmt: skip
 @click.option("--prefill", default="exact", show_default=True, help="As on the other host: exact or fast.")
 @click.option("--page-size", type=int, default=16, show_default=True, help="As on the other host.")
-@click.option("--kv-memory", metavar="SIZE", help="Memory for the pages of prompts in work, such as 512MiB.")
+@click.option("--kv-memory", metavar="SIZE", help="Memory for the pages of prompts in progress, such as 512MiB.")
 def prefill(model: str | None, listen: str, **options: Any) -> None:
-    """Compute prompts for one engine at a time, until Ctrl-C. Pages travel unencrypted: trusted networks only."""
+    """Compute prompts for one engine at a time, until Ctrl-C.
+
+    Pages travel unencrypted: use it in trusted networks only.
+    """
     try:
         address = split_address(listen)
         config = EngineConfig(**options)
@@ -51,7 +57,7 @@ def prefill(model: str | None, listen: str, **options: Any) -> None:
     device = choose_device(config.device).device
     dtype = resolve_dtype(config.dtype, ModelConfig.from_folder(folder))
     try:
-        server = bind(address)  # before the model is loaded: a wrong address shows at once
+        server = bind(address)  # before the model is loaded, so that a wrong address fails at once
     except OSError as error:
         raise ConfigError(f"--listen {listen}: {error.strerror or error}") from None
     with server:

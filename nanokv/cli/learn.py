@@ -1,24 +1,21 @@
-"""nanokv learn: exercises whose solution is the engine. Your functions stand in my/, one file each."""
+"""nanokv learn: exercises whose solution is the engine. Your functions are in my/, one file each."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
+from nanokv.cli.learn_report import check_and_report, print_next, print_totals, write_fresh
 from nanokv.core.errors import CourseError
-from nanokv.learn.checking import Outcome, check, student_path
-from nanokv.learn.course import Course, Exercise, Lesson, load_course
-from nanokv.learn.progress import Progress
-from nanokv.learn.source import find, solution, student_file
+from nanokv.learn.checking import student_path
+from nanokv.learn.course import load_course
+from nanokv.learn.progress import MY, Progress
+from nanokv.learn.source import solution
 
-MY = Path("my")
 MARKS = {"passed": "x", "changed": "~", "started": ".", "new": " "}
-FIRST_RUN = "not written yet: a first check fails, and should"
-ALL_PASSED = "all public checks passed. Your engine: nanokv chat --mine"
 
 
 def exercise_argument(required: bool = True):
+    """The argument ID of a command; without `required` it may be absent, and is None then."""
     return click.argument("exercise_id", metavar="ID", required=required)
 
 
@@ -28,11 +25,11 @@ def exercise_argument(required: bool = True):
 )
 @click.pass_context
 def learn(context: click.Context) -> None:
-    """Write parts of this engine yourself. Without a command: where you are, and what comes next."""
+    """Write parts of this engine yourself. Without a command: your points and the next exercise."""
     if context.invoked_subcommand is None:
         course, progress = load_course(), Progress(MY)
-        _print_totals(course, progress)
-        _print_next(course, progress)
+        print_totals(course, progress)
+        print_next(course, progress)
 
 
 @learn.command("list", epilog="Example: nanokv learn list")
@@ -46,17 +43,17 @@ def list_() -> None:
             may = "  may be skipped" if one.optional else ""
             click.echo(f"  [{mark}] {one.id}  {one.title:52} {'*' * one.difficulty:5} {one.minutes:3} min{may}")
     for path in progress.foreign(course):
-        click.echo(f"{path}: this course has no such exercise; the file is left as it is")
+        click.echo(f"{path}: this course has no such exercise; the file stays as it is")
 
 
 @learn.command(epilog="Example: nanokv learn start 02.1")
 @exercise_argument()
 def start(exercise_id: str) -> None:
-    """Write my/ID.py: the signature, what the function promises, and a TODO."""
+    """Write my/ID.py: signature, docstring and a TODO."""
     exercise = load_course().exercise(exercise_id)
     path = MY / exercise.file
     if path.exists():
-        raise CourseError(f"{path}: there already; nanokv learn check {exercise.id} runs it")
+        raise CourseError(f"{path}: exists already; nanokv learn check {exercise.id} runs it")
     write_fresh(exercise)
     click.echo(f"{path}: {exercise.title}, about {exercise.minutes} minutes")
     click.echo(f"write {exercise.function}, then: nanokv learn check {exercise.id}")
@@ -68,7 +65,7 @@ def start(exercise_id: str) -> None:
 def check_(context: click.Context, exercise_id: str) -> None:
     """Run the public checks of an exercise against my/ID.py. Exit code 1 when one fails."""
     course = load_course()
-    if not check_and_tell(course, course.exercise(exercise_id)):
+    if not check_and_report(course, course.exercise(exercise_id)):
         context.exit(1)
 
 
@@ -91,18 +88,18 @@ def hint(exercise_id: str) -> None:
 
 @learn.command("solution", epilog="Example: nanokv learn solution 02.1 --give-up")
 @exercise_argument()
-@click.option("--give-up", is_flag=True, help="Show it although yours has not passed.")
+@click.option("--give-up", is_flag=True, help="Print it although yours has not passed.")
 def solution_(exercise_id: str, give_up: bool) -> None:
-    """Print our function, once yours has passed."""
+    """Print the engine's function once yours has passed."""
     exercise = load_course().exercise(exercise_id)
     if not give_up and Progress(MY).status(exercise) != "passed":
-        raise CourseError(f"exercise {exercise.id}: not passed yet; --give-up shows the solution all the same")
+        raise CourseError(f"exercise {exercise.id}: not passed yet; --give-up prints the solution all the same")
     click.echo(f"# {exercise.target}\n{solution(exercise)}", nl=False)
 
 
 @learn.command("progress", epilog="Example: nanokv learn progress")
 def progress_() -> None:
-    """Show what has been passed, by lesson, in exercises and points."""
+    """Show the passed exercises and their points, by lesson."""
     course, progress = load_course(), Progress(MY)
     for lesson in course.lessons:
         mine = course.of_lesson(lesson.number)
@@ -110,13 +107,13 @@ def progress_() -> None:
         bar = "#" * len(done) + "." * (len(mine) - len(done))
         points = f"{sum(one.points for one in done):3} of {sum(one.points for one in mine):3} points"
         click.echo(f"{lesson.name:24} {bar:8} {len(done)} of {len(mine)}   {points}")
-    _print_totals(course, progress)
+    print_totals(course, progress)
 
 
 @learn.command(epilog="Example: nanokv learn reset 02.1")
 @exercise_argument()
 def reset(exercise_id: str) -> None:
-    """Begin an exercise again. Your file is kept beside the new one."""
+    """Begin an exercise again. Your file stays, under another name."""
     exercise = load_course().exercise(exercise_id)
     path = student_path(exercise, MY)
     number = 1
@@ -125,14 +122,14 @@ def reset(exercise_id: str) -> None:
     path.rename(kept)
     write_fresh(exercise)
     Progress(MY).note(exercise, passed=False)
-    click.echo(f"{path}: as at the start; what you had is in {kept}")
+    click.echo(f"{path}: as at the start; your file is now {kept}")
 
 
 @learn.command("quiz", epilog="Example: nanokv learn quiz --topic paging -n 3")
-@click.option("--topic", metavar="TOPIC", help="Ask about this only. Without it the topics are listed first.")
+@click.option("--topic", metavar="TOPIC", help="Only this topic. Default: all, and their names first.")
 @click.option("-n", "count", type=click.IntRange(min=1), default=5, show_default=True, help="Questions to ask.")
 def quiz_(topic: str | None, count: int) -> None:
-    """Ask interview questions: yours is the answer, then ours, what they ask next, and where to show it."""
+    """Ask interview questions. You answer; then come an answer, the next questions, a file and a command to show."""
     from nanokv.cli.learn_quiz import quiz
     from nanokv.learn.cards import draw, load_cards, topics
 
@@ -140,68 +137,3 @@ def quiz_(topic: str | None, count: int) -> None:
     if topic is None:
         click.echo(f"{len(cards)} cards; topics: {', '.join(topics())}")
     quiz(draw(cards, count))
-
-
-def check_and_tell(course: Course, exercise: Exercise) -> bool:
-    """Runs the public checks, prints what came of them, remembers it. Whether they passed."""
-    progress = Progress(MY)
-    outcome = check(course, exercise, MY)
-    passed = outcome.failure is None
-    progress.note(exercise, passed)
-    if outcome.printed.strip():
-        lines = outcome.printed.strip().splitlines()
-        more = f"\n  ... and {len(lines) - 10} lines more" if len(lines) > 10 else ""
-        click.echo("your file printed:\n" + "\n".join(f"  {line}" for line in lines[:10]) + more)
-    if passed:
-        click.echo(f"{exercise.id} {exercise.title}: public checks passed ({outcome.seconds:.1f} s)")
-        if not find(exercise.target).is_gap:
-            click.echo(f"ours, to compare: nanokv learn solution {exercise.id}")
-        _print_next(course, progress)
-    else:
-        _tell_failure(exercise, outcome)
-    return passed
-
-
-def _tell_failure(exercise: Exercise, outcome: Outcome) -> None:
-    failure = outcome.failure
-    if failure.kind == "todo":
-        click.echo(f"{exercise.id} {exercise.title}: {FIRST_RUN}")
-        click.echo(f"  your file: {MY / exercise.file}")
-    else:
-        click.echo(f"{exercise.id} {exercise.title}: not yet")
-        if failure.test:
-            click.echo(f"  check:  {failure.test}")
-        click.echo(f"  found:  {MY / exercise.file}: {failure.message}")
-    click.echo(f"  hint:   {exercise.hint}")
-
-
-def _print_totals(course: Course, progress: Progress) -> None:
-    done = [one for one in course.exercises if progress.status(one) == "passed"]
-    points = f"{sum(one.points for one in done)} of {sum(one.points for one in course.exercises)} points"
-    click.echo(f"{len(done)} of {len(course.exercises)} exercises passed, {points}")
-
-
-def _print_next(course: Course, progress: Progress) -> None:
-    one = progress.current(course)
-    if one is None:
-        click.echo(ALL_PASSED)
-        return
-    (lesson,) = (lesson for lesson in course.lessons if lesson.number == one.lesson)
-    if progress.status(one) == "new":
-        if one is course.of_lesson(one.lesson)[0]:
-            click.echo(f"next lesson: {_how_to_take(lesson, one)}   {lesson.title}")
-        click.echo(f"next: nanokv learn start {one.id}   {one.title}, about {one.minutes} minutes")
-    else:
-        click.echo(f"next: nanokv learn check {one.id}   {one.title}, in {MY / one.file}")
-
-
-def _how_to_take(lesson: Lesson, first: Exercise) -> str:
-    """A lesson runs where the engine is whole. In one with gaps it is read first, and run when they are filled."""
-    file = f"lessons/{lesson.name}.py"
-    return f"read {file}" if find(first.target).is_gap else f"python {file}"
-
-
-def write_fresh(exercise: Exercise) -> None:
-    """Writes the exercise's file as it is at the start, over one that is there."""
-    MY.mkdir(exist_ok=True)
-    (MY / exercise.file).write_text(student_file(exercise), "utf-8")

@@ -1,4 +1,4 @@
-"""nanokv learn quiz: interview cards, one by one. Reads lines, so it works at a terminal and in a pipe."""
+"""nanokv learn quiz: asks interview cards one by one. It reads lines, so it works in a terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTH = 100
 
 
 def quiz(cards: Sequence[Card]) -> None:
-    """Asks each card; ends with how many were known. A pipe that ends early ends it early."""
+    """Asks each card and prints the number of known ones. The end of the input ends it early."""
     asked = known = 0
     for number, one in enumerate(cards, 1):
         click.echo(f"\n{number} of {len(cards)}   {one.topic}")
@@ -43,7 +43,7 @@ def _say(text: str, start: str = "  ") -> None:
 
 
 def _yes(question: str) -> bool | None:
-    """The answer; None where the input ends."""
+    """The answer to a yes-or-no question; None at the end of the input."""
     while (said := _line(question)) is not None:
         if said.lower() in ("y", "yes", "n", "no"):
             return said.lower().startswith("y")
@@ -51,9 +51,9 @@ def _yes(question: str) -> bool | None:
 
 
 def _line(question: str) -> str | None:
-    """A line of the input; None at its end."""
+    """A line of the input without its newline; None at the end of the input."""
     click.echo(question, nl=False)
     line = sys.stdin.readline()
-    if not line.endswith("\n"):  # the input ended, and no Enter of it ended our line
+    if not line.endswith("\n"):  # the input ended without a newline, so this line is still open
         click.echo()
     return line.strip() if line else None

@@ -1,4 +1,4 @@
-"""nanokv learn watch: looks at the file twice a second, checks it when it was saved, listens to five keys."""
+"""nanokv learn watch: polls the file twice a second, checks it after each save, and reads five keys."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from contextlib import contextmanager
 
 import click
 
-from nanokv.cli.learn import ALL_PASSED, MY, check_and_tell, write_fresh
+from nanokv.cli.learn_report import ALL_PASSED, check_and_report, write_fresh
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import Course, Exercise
-from nanokv.learn.progress import Progress
+from nanokv.learn.progress import MY, Progress
 
 POLL_S = 0.5
 KEYS = "keys: n next, h hint, l list, r run, q quit"
 
 
 def watch(course: Course, exercise: Exercise | None) -> None:
-    """Runs until q, or until no exercise is left.
+    """Watches an exercise until the key q. None: every exercise has passed, and nothing is watched.
 
-    Files are polled, which works on network drives and in containers too. Raises CourseError where stdin is no
-    terminal, and says how to check by hand.
+    Polling works on network drives and in containers too. Raises CourseError where stdin is no terminal, with the
+    command that checks by hand.
     """
     if exercise is None:
         click.echo(ALL_PASSED)
@@ -59,7 +59,7 @@ def watch(course: Course, exercise: Exercise | None) -> None:
 
 
 def _open(exercise: Exercise) -> int | None:
-    """Starts an exercise that is new; says what is watched. When its file was saved last."""
+    """Starts a new exercise and prints the watched file. Returns the file's time of change."""
     path = MY / exercise.file
     if not path.exists():
         write_fresh(exercise)
@@ -69,8 +69,8 @@ def _open(exercise: Exercise) -> int | None:
 
 def _check(course: Course, exercise: Exercise) -> None:
     try:
-        check_and_tell(course, exercise)
-    except CourseError as error:  # an editor may have taken the file away for a moment
+        check_and_report(course, exercise)
+    except CourseError as error:  # an editor may replace the file by removing it first
         click.echo(str(error))
     click.echo(KEYS)
 
@@ -86,14 +86,14 @@ def _following(course: Course, exercise: Exercise) -> Exercise | None:
 
 
 def _key(seconds: float) -> str | None:
-    """A key pressed within this time."""
+    """A key pressed within this time, else None."""
     ready, _, _ = select.select([sys.stdin], [], [], seconds)
     return os.read(sys.stdin.fileno(), 1).decode("ascii", "ignore").lower() if ready else None
 
 
 @contextmanager
 def _single_keys() -> Iterator[None]:
-    """Keys arrive one by one, without Enter; the terminal is as before afterwards."""
+    """Inside the block each key arrives without Enter; the terminal's modes are restored afterwards."""
     before = termios.tcgetattr(sys.stdin)
     try:
         tty.setcbreak(sys.stdin)

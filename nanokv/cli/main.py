@@ -1,4 +1,4 @@
-"""nanokv: the command group. Imports a command's file when that command is called, turns errors into one line."""
+"""nanokv: the command group. Imports a command's file when that command is called; turns errors into one line."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from nanokv.core.errors import NanokvError
 COMMANDS = {
     "chat": "Chat with a model in this terminal, or answer one prompt.",
     "pull": "Fetch a model, once.",
-    "size": "Show what a model's cache costs, from its config alone.",
+    "size": "Show the cost of a model's cache, from its config alone.",
     "bench": "Measure this engine on this machine.",
     "disagg": "Compute prompts for an engine on another host.",
     "learn": "Write parts of this engine yourself, with checks.",
 }
-"""Name -> help line. Command NAME is the function NAME of nanokv.cli.NAME."""
+"""Name -> line of help. Command NAME is the function NAME of nanokv.cli.NAME."""
 
 
 class Nanokv(click.Group):
-    """A group whose commands are imported on use, so that `nanokv --help` waits for nothing.
+    """A group that imports a command on use, so that `nanokv --help` imports nothing heavy.
 
-    Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted. `--debug`, before or after the command's name,
+    Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted. `--debug`, before or after the command's name,
     shows the traceback of an error.
     """
 
@@ -57,20 +57,21 @@ class Nanokv(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
+        """Runs a command line and exits with its code; an error is one line on stderr."""
         self.debug = False
         logging.lastResort.addFilter(_is_wanted)
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         try:
             code = super().main(args, prog_name or "nanokv", complete_var, standalone_mode=False, **extra)
-        except click.Abort as abort:  # click's word for Ctrl-C
+        except click.Abort as abort:  # click raises it for Ctrl-C
             code = 130 if isinstance(abort.__cause__, KeyboardInterrupt) else 1
         except KeyboardInterrupt:
             code = 130
-        except BrokenPipeError:  # the reader of our output left, as `head` does
+        except BrokenPipeError:  # the reader of stdout closed it, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
-        except click.exceptions.NoArgsIsHelpError as error:  # a bare group: its help is the answer
+        except click.exceptions.NoArgsIsHelpError as error:  # a group without a command shows its help
             error.show()
             code = 2
         except click.UsageError as error:
@@ -90,7 +91,7 @@ class Nanokv(click.Group):
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
-    """Whether a log record is shown. The traceback of a failed step only with --debug: the command says what failed."""
+    """Whether a log record is shown. One with a traceback only with --debug: the command's own line names the error."""
     return main.debug or record.exc_info is None
 
 
@@ -111,7 +112,7 @@ def _debug_option() -> click.Option:
 
 
 def _add_debug(command: click.Command) -> None:
-    """Lets --debug stand after the command's name too."""
+    """Accepts --debug after the command's name too."""
     if not any(parameter.name == "debug" for parameter in command.params):
         command.params.append(_debug_option())
     if isinstance(command, click.Group):

@@ -1,4 +1,4 @@
-"""nanokv pull: fetch a model, once."""
+"""nanokv pull: fetches a model, once."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _NAMES = "\n".join(f"  {entry.name}  {entry.note}" for entry in CATALOG.values()
     "  nanokv pull HuggingFaceTB/SmolLM2-360M-Instruct\n  nanokv pull ./model.gguf --name my-model"
 )
 @click.argument("what", metavar="NAME|ORG/NAME|FILE.gguf")
-@click.option("--name", help="What to call it. Default: its own name.")
+@click.option("--name", help="Name of the model here. Default: its own.")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
-@click.option("--force", is_flag=True, help="Fetch it again even if it is there.")
+@click.option("--force", is_flag=True, help="Fetch it again although it exists.")
 def pull(what: str, name: str | None, revision: str | None, force: bool) -> None:
-    """Fetch a model: a NAME nanokv knows, a checkpoint of the Hugging Face hub, or a GGUF file.
+    """Fetch a model: a catalog NAME, a checkpoint of the Hugging Face hub, or a GGUF file.
 
-    It lands in $NANOKV_HOME, else in weights/ of a source checkout, else in the user's cache folder, whole or not at
-    all. Prints the folder.
+    The folder is in $NANOKV_HOME, else in weights/ of a source checkout, else in the user's cache folder. It appears
+    complete or not at all. Prints the folder.
     """
     click.echo(pull_with_progress(what, name=name, revision=revision, force=force))

@@ -1,24 +1,21 @@
-"""nanokv size: what a model's cache costs, from its config.json and the page layout; no weights are read."""
+"""nanokv size: prints the cost of a model's cache, which nanokv/bench/size.py works out. Reads no weights."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from nanokv.cli import compare
 from nanokv.cli.common import binary, emit_json, json_option, new_figure, plot_option, save_figure
 from nanokv.core.errors import ConfigError
-from nanokv.hub.catalog import CATALOG, SHIPPED, CatalogEntry
-from nanokv.hub.home import resolve_model
 
 if TYPE_CHECKING:
-    from nanokv.core.spec import LayerSpec, PageLayout
-    from nanokv.models.config import ModelConfig
+    from nanokv.bench.size import CacheSize
+    from nanokv.core.spec import LayerSpec
 
 
 def _contexts(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
@@ -48,10 +45,10 @@ def _memory(ctx: click.Context, parameter: click.Parameter, value: str) -> int:
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--memory", default="4GiB", show_default=True, callback=_memory, help="Memory for the cache.")
 @click.option("--context", "contexts", default="1K,16K,256K", show_default=True, callback=_contexts,
-              help="Context lengths, in tokens (1K = 1,024).")  # fmt: skip
+              help="Context lengths in tokens (1K = 1,024).")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
               show_default=True, help="auto: the checkpoint's own.")  # fmt: skip
-@click.option("--codec", default="raw", show_default=True, help="How the numbers of a page are written.")
+@click.option("--codec", default="raw", show_default=True, help="Codec of K and V: raw, fp8, tq4, ..., or a pair K/V.")
 @click.option("--page-size", type=click.Choice(["1", "2", "4", "8", "16", "32", "64"]), default="16",
               show_default=True, help="Tokens in a page.")  # fmt: skip
 @json_option
@@ -66,11 +63,13 @@ def size(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """Show what each MODEL's cache costs: bytes per token, and what a context needs.
+    """Show the cost of each MODEL's cache: bytes per token, and bytes of a context.
 
-    MODEL is a name nanokv knows, a pulled model, a folder, or a config.json. Payload is what a layer keeps; padded is
-    what is allocated: whole pages, every array aligned.
+    MODEL is a catalog name, a pulled model, a folder, or a config.json. Payload counts the numbers that layers keep;
+    padded counts the allocation: whole pages, every array aligned.
     """
+    from nanokv.bench.size import measure, row
+
     settings = {"dtype": dtype, "codec": codec, "page_size": int(page_size), "memory_bytes": memory}
     try:
         sizes = [measure(model, dtype, codec, int(page_size)) for model in models]
@@ -88,91 +87,9 @@ def size(
         _print(one, contexts, memory)
     if len(sizes) > 1 or sizes[0].layout.state_bytes or sizes[0].config.mla:
         click.echo()
-        _echo_table(compare.table(sizes, contexts, _count, binary), left=0)
-        for note in compare.notes(sizes):
+        _echo_table(_comparison(sizes, contexts), left=0)
+        for note in _notes(sizes):
             click.echo(f"  {note}")
-
-
-@dataclass(frozen=True)
-class CacheSize:
-    """One model's cache: everything below is read off the layout that the engine itself would allocate."""
-
-    name: str
-    config: ModelConfig
-    dtype: str
-    codec: str
-    layout: PageLayout
-    source: str = ""
-    unverified: tuple[str, ...] = ()
-
-    def payload(self, tokens: int) -> int:
-        return tokens * self.layout.bytes_per_token + self.layout.state_payload
-
-    def pages(self, tokens: int) -> int:
-        return self.layout.pages_for(tokens) if self.layout.page_bytes else 0
-
-    def padded(self, tokens: int) -> int:
-        return self.pages(tokens) * self.layout.page_bytes + self.layout.state_bytes
-
-    def tokens_in(self, memory: int) -> int | None:
-        """Tokens of one sequence that fit; None where no memory grows with the context."""
-        room = memory - self.layout.state_bytes
-        if not self.layout.page_bytes:
-            return None if room >= 0 else 0
-        return max(0, room // self.layout.page_bytes) * self.layout.page_size
-
-
-def measure(model: str, dtype: str, codec: str, page_size: int) -> CacheSize:
-    """Raises CheckpointError for an unknown model or family, ConfigError for an unknown dtype or codec."""
-    from nanokv.codecs import resolve_codec
-    from nanokv.core.spec import PageLayout
-    from nanokv.llm import resolve_dtype
-    from nanokv.models.decoder import layer_specs
-
-    config, entry = _config(model)
-    chosen = resolve_dtype(dtype, config)
-    layout = PageLayout(layer_specs(config, resolve_codec(codec, chosen), page_size), page_size)
-    known = (entry.source, entry.unverified) if entry is not None else ()
-    return CacheSize(model, config, str(chosen).removeprefix("torch."), codec, layout, *known)
-
-
-def _config(model: str) -> tuple[ModelConfig, CatalogEntry | None]:
-    """A model's config, and where the catalog has it from if it is the catalog's."""
-    from nanokv.models.config import ModelConfig
-    from nanokv.models.fields import read_json
-
-    path = Path(model).expanduser()
-    if path.is_file():
-        return ModelConfig.from_dict(read_json(path)), None
-    if model in CATALOG and not path.is_dir():
-        return ModelConfig.from_dict(CATALOG[model].config), CATALOG[model]
-    return ModelConfig.from_folder(resolve_model(model, known=(*CATALOG, *SHIPPED))), None
-
-
-def row(one: CacheSize, tokens: int, memory: int) -> dict[str, Any]:
-    """One row of --json."""
-    layout = one.layout
-    return {
-        "model": one.name,
-        "dtype": one.dtype,
-        "layers": layout.num_layers,
-        "context_tokens": tokens,
-        "within_trained_context": tokens <= one.config.max_positions,
-        "bytes_per_token": layout.bytes_per_token,
-        "bytes_per_token_by_layer": [spec.bytes_per_token for spec in layout.specs],
-        "state_bytes_per_sequence": layout.state_payload,
-        "state_padded_bytes_per_sequence": layout.state_bytes,
-        "page_payload_bytes": layout.page_payload,
-        "page_padded_bytes": layout.page_bytes,
-        "pages": one.pages(tokens),
-        "payload_bytes": one.payload(tokens),
-        "padded_bytes": one.padded(tokens),
-        "memory_bytes": memory,
-        "tokens_in_memory": one.tokens_in(memory),
-        **compare.scalars(one),
-        "source": one.source,
-        "unverified_fields": list(one.unverified),
-    }
 
 
 def _print(one: CacheSize, contexts: list[int], memory: int) -> None:
@@ -205,9 +122,9 @@ def _print(one: CacheSize, contexts: list[int], memory: int) -> None:
 
 
 def _planes(spec: LayerSpec) -> str:
-    """What a layer keeps, such as "k 3x64, v 3x64"; the axis of tokens is left out."""
+    """The arrays of a layer without their axis of tokens, such as "k 3x64, v 3x64"."""
     words = []
-    for plane in (*spec.paged, *spec.state, *spec.tail):
+    for plane in (*spec.paged, *spec.state, *spec.partial_page):
         shape = [n for axis, n in enumerate(plane.shape) if axis != plane.token_axis]
         words.append(" ".join([plane.name, "x".join(map(str, shape))]).strip())
     return ", ".join(words)
@@ -218,7 +135,7 @@ def _count(tokens: int) -> str:
 
 
 def _echo_table(table: list[list[str]], left: int) -> None:
-    """Columns side by side, numbers to the right; column `left` is text."""
+    """Prints aligned columns, numbers to the right; column `left` is text."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         padded = (
@@ -226,6 +143,45 @@ def _echo_table(table: list[list[str]], left: int) -> None:
             for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
         )
         click.echo(f"  {'  '.join(padded)}".rstrip())
+
+
+def _comparison(sizes: list[CacheSize], contexts: list[int]) -> list[list[str]]:
+    """The table that compares models: a head, then one line per model."""
+    from nanokv.bench.size import scalars
+
+    scheme = ("model", "attention + recurrent layers", "MHA", "GQA", "own")
+    lines = [[*scheme, *map(_count, contexts), "state", "state = KV at"]]
+    for one in sizes:
+        it = scalars(one)
+        equal = it["state_equals_kv_tokens"]
+        lines.append(
+            [
+                one.name,
+                f"{it['attention_layers']} + {it['recurrent_layers']}",
+                f"{it['scalars_per_token_layer_mha']:,}",
+                f"{it['scalars_per_token_layer_gqa']:,}",
+                f"{it['scalars_per_token_layer']:,}",
+                *(binary(one.payload(tokens)) for tokens in contexts),
+                binary(one.layout.state_payload) if one.layout.state_payload else "-",
+                f"{equal:,} tokens" if equal else "-",
+            ]
+        )
+    return lines
+
+
+def _notes(sizes: list[CacheSize]) -> Iterator[str]:
+    """Notes below the comparison, one line each."""
+    yield "MHA, GQA, own: scalars per token in one attention layer; then the whole cache of one sequence (payload)"
+    for one in sizes:
+        mla = one.config.mla
+        if mla is None:
+            continue
+        heads, value = one.config.num_heads, mla.value_dim
+        wide = heads * (mla.nope_dim + mla.rope_dim + value)
+        yield (
+            f"{one.name}: {heads} heads x {value} = {heads * value:,} scalars are K or V alone; K and V are "
+            f"{2 * heads * value:,}, and {wide:,} with the model's own wider keys written out"
+        )
 
 
 def _draw(sizes: list[CacheSize], contexts: list[int], memory: int, path: Path) -> None:

@@ -58,7 +58,7 @@ class Basis:
         return self._ops.pack_linear(matrix.float(), torch.float32)
 
     @cached_property
-    def _exactly(self) -> PackedLinear:
+    def _inverse(self) -> PackedLinear:
         return self._pack(torch.linalg.pinv(self._matrix).T)
 
     def to(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,9 +69,9 @@ class Basis:
         """B^T s: float32 [..., width] -> [..., dim]."""
         return _product(s, self._back)
 
-    def exactly(self, x: torch.Tensor) -> torch.Tensor:
-        """The shortest s with B^T s = x; B x where B is a rotation."""
-        return _product(x, self._exactly)
+    def solve(self, x: torch.Tensor) -> torch.Tensor:
+        """The shortest s with B^T s = x, float32 [..., dim] -> [..., width]; B x where B is a rotation."""
+        return _product(x, self._inverse)
 
 
 def _product(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:

@@ -4,10 +4,10 @@
     values   as many channels of one token have a minimum and a step
     x ~ minimum + step * code,  step = (largest - smallest) / (2 ** bits - 1)
 
-The group of keys is the page, so a page can be written only when it is full. Until then its tokens stand as they are in
-the tail of their sequence, and so a row sees the tokens of its own page as they are and those of full pages through
-the codes, whether they came in one step or in many. (KIVI itself lets its native tail grow to 128 tokens.)
-Source: Liu et al. 2024 (KIVI); its code gives what is computed here for group_size = residual_length = page_size.
+The group of keys is the page, so a page is written only when it is full. Until then its tokens are kept unquantized, as
+the partial page of their sequence. A row sees the tokens of its own page unquantized and those of full pages through
+the codes, whether they came in one step or in many. (KIVI itself keeps up to 128 latest tokens unquantized.)
+Source: Liu et al. 2024 (KIVI); its code gives these results for group_size = residual_length = page_size.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanokv.codecs.pages import Centre, Heads, attention_dtype, over_decoded, refuse_unwritable
-from nanokv.codecs.side import array_of, plane
+from nanokv.codecs.key_mean import KeyMean
+from nanokv.codecs.pages import Heads, attend_decoded, attention_dtype, rotated
+from nanokv.codecs.quantizer import array_of, plane
 from nanokv.core.batch import Batch
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
@@ -28,7 +29,10 @@ GROUPS = (32, 64)
 
 @dataclass(frozen=True)
 class Groups:
-    """Codes, steps and minima over one axis of a tensor."""
+    """Codes, steps and minima over one axis of a tensor.
+
+    bits   of a code
+    """
 
     bits: int
     axis: int
@@ -43,17 +47,16 @@ class Groups:
 
     @staticmethod
     def decode(codes: torch.Tensor, step: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        """minimum + step * code: float32, the shape of codes."""
         return codes.float() * step.float() + low.float()
 
 
 class KiviCodec:
     """kivi2 and kivi4.
 
-    dtype   of the numbers in unfinished pages
-    exact   False: the rows of one request in a step see each other as they are, in full pages too
+    dtype   of the numbers in partial pages
+    exact   False: the rows of one request in a step see each other unquantized, in full pages too
     """
-
-    is_raw = False
 
     def __init__(self, name: str, bits: int, dtype: torch.dtype, exact: bool) -> None:
         self.name = name
@@ -62,10 +65,11 @@ class KiviCodec:
         self._exact = exact
 
     def at(self, layer: int) -> KiviCodec:
+        """The codec of a layer: every layer has this one."""
         return self
 
     def spec(self, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
-        """What an attention layer keeps. Raises ConfigError for a page or a head_dim that makes no groups."""
+        """The planes of an attention layer. Raises ConfigError for a page_size or a head_dim without groups."""
         if page_size not in GROUPS:
             raise ConfigError(
                 f"page_size={page_size}: codec {self.name} makes a group of a page; allowed are "
@@ -83,10 +87,10 @@ class KiviCodec:
 
         codes = [plane(f"{side}_codes", kv_heads, page_size, head_dim * self._bits // 8, torch.uint8) for side in "kv"]
         each = [plane(f"v_{name}", kv_heads, page_size, groups, torch.float16) for name in ("step", "low")]
-        tail = (kv_heads, page_size, head_dim)
+        shape = (kv_heads, page_size, head_dim)
         return LayerSpec(
             paged=(codes[0], whole("k_step"), whole("k_low"), codes[1], *each),
-            tail=tuple(Plane(f"{side}_tail", tail, self.dtype, token_axis=None) for side in "kv"),
+            partial_page=tuple(Plane(f"{side}_tail", shape, self.dtype, token_axis=None) for side in "kv"),
         )
 
     def pages(self, layout: PageLayout, layer: int, heads: Heads) -> KiviPages:
@@ -102,7 +106,7 @@ class KiviCodec:
 
 
 class KiviPages:
-    """Keys and values of one layer."""
+    """Keys and values of one layer: full pages in codes, partial ones unquantized."""
 
     is_recordable = False
     """Only the device knows which pages become full, and pages are decoded: see AttentionPages."""
@@ -119,43 +123,40 @@ class KiviPages:
         self._k, self._v = (
             [layout.paged(layer, f"{side}_{part}") for part in ("codes", "step", "low")] for side in "kv"
         )
-        self._tails = [layout.state(layer, f"{side}_tail") for side in "kv"]
-        self.centre = Centre()
+        self._partial = [layout.state(layer, f"{side}_tail") for side in "kv"]
+        self.key_mean = KeyMean()
 
     def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """As AttentionPages.attend."""
         heads = self._heads
-        heads.ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
-        x = qkv.unflatten(1, (-1, heads.head_dim)).float()
-        q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
-        self.centre(k)
-        refuse_unwritable(x[:, heads.num_heads :], batch)
+        q, k, v = rotated(qkv, heads, self.key_mean, batch)
         pieces = batch.once(Pieces)
-        native = [self._native(x, tail, states, batch, pieces) for x, tail in zip((k, v), self._tails, strict=True)]
-        self._seal(native, pool, batch.write_pages[pieces.last_rows[pieces.full]].long(), pieces)
+        new = [self._append(x, slot, states, batch, pieces) for x, slot in zip((k, v), self._partial, strict=True)]
+        self._seal(new, pool, batch.write_pages[pieces.last_rows[pieces.full]].long(), pieces)
         tables, sealed = batch.once(piece_tables, self._exact)
-        k, v = (torch.cat((old, new.float())) for old, new in zip(self._decode(pool, sealed), native, strict=True))
+        k, v = (torch.cat((old, own.float())) for old, own in zip(self._decode(pool, sealed), new, strict=True))
         by_piece = replace(batch, request_starts=pieces.starts)
-        out = over_decoded(heads.ops, q, (k, v, None), by_piece, tables, heads.scale, attention_dtype(qkv))
+        out = attend_decoded(heads.ops, q, (k, v, None), by_piece, tables, heads.scale, attention_dtype(qkv))
         return out.to(qkv.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values that full pages stand for: float32 [pages, kv_heads, page_size, head_dim] each."""
+        """The keys and values of full pages, decoded: float32 [pages, kv_heads, page_size, head_dim] each."""
         k, v = self._decode(pool, pages)
-        return self.centre.back(k), v
+        return self.key_mean.add(k), v
 
-    def _native(self, x, tail, states, batch, pieces) -> torch.Tensor:
-        """The pages of this step as they are: [pieces, kv_heads, page_size, head_dim]; what is open becomes a tail."""
-        tails = array_of(states, tail)
+    def _append(self, x, slot, states, batch, pieces) -> torch.Tensor:
+        """The pages of this step unquantized: [pieces, kv_heads, page_size, head_dim]. Keeps those that are partial."""
+        kept = array_of(states, slot)
         own = batch.state_ids.long()[pieces.requests]
-        pages = tails.new_zeros(len(own), *tails.shape[1:])
-        pages[pieces.go_on] = tails[own[pieces.go_on]]
+        pages = kept.new_zeros(len(own), *kept.shape[1:])
+        pages[pieces.continued] = kept[own[pieces.continued]]
         pages[pieces.of_rows, :, batch.write_slots.long()] = x.to(self._dtype)
-        tails[own[pieces.open]] = pages[pieces.open]
+        kept[own[pieces.partial]] = pages[pieces.partial]
         return pages
 
-    def _seal(self, native: list[torch.Tensor], pool: torch.Tensor, pages: torch.Tensor, pieces: Pieces) -> None:
-        k, v = (x[pieces.full].float() for x in native)
+    def _seal(self, new: list[torch.Tensor], pool: torch.Tensor, pages: torch.Tensor, pieces: Pieces) -> None:
+        """Writes the pages that this step fills, in codes."""
+        k, v = (x[pieces.full].float() for x in new)
         codes, step, low = self._keys.encode(k)
         parts = [split_codes(codes, self._bits)[0], step.squeeze(-2), low.squeeze(-2)]
         codes, step, low = self._values.encode(v.unflatten(-1, (-1, self._group)))
@@ -180,8 +181,8 @@ class Pieces:
     requests    the request of each piece
     places      which page of its request a piece is
     last_rows   the last row of each piece
-    full, open  the pieces whose last row fills the page, and the others
-    go_on       the pieces whose page was begun in an earlier step
+    full        the pieces whose last row fills the page; partial: the others
+    continued   the pieces whose page was begun in an earlier step
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -196,23 +197,23 @@ class Pieces:
         self.requests, self.places = request[first_rows], place[first_rows]
         self.last_rows = self.starts[1:].long() - 1
         are_full = batch.write_slots[self.last_rows] == batch.page_size - 1
-        self.full, self.open = are_full.nonzero()[:, 0], (~are_full).nonzero()[:, 0]
-        self.go_on = (batch.write_slots[first_rows] > 0).nonzero()[:, 0]
+        self.full, self.partial = are_full.nonzero()[:, 0], (~are_full).nonzero()[:, 0]
+        self.continued = (batch.write_slots[first_rows] > 0).nonzero()[:, 0]
 
 
 def piece_tables(batch: Batch, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Page tables int32 [pieces, widest] over [full pages to decode | this step's pages as they are]; full pages.
+    """Page tables int32 [pieces, widest] over [full pages to decode | this step's pages]; the full pages int64.
 
-    exact   a piece sees only its own page as it is; else all that its request brings to this step
+    exact   a piece sees only its own page unquantized; else all pages that its request writes in this step
     """
     own = batch.once(Pieces)
     pages = batch.page_tables[own.requests].long()
     columns = torch.arange(pages.shape[1], device=pages.device)
-    # Pieces of a request follow each other: the first one's page, and where that piece stands.
+    # Pieces of a request follow each other: for each piece, the first one of its request.
     lead = torch.searchsorted(own.requests, own.requests)
-    native_from = own.places if exact else own.places[lead]
-    is_sealed = columns < native_from[:, None]
+    first_unquantized = own.places if exact else own.places[lead]
+    is_sealed = columns < first_unquantized[:, None]
     sealed = pages[is_sealed].unique()
     pieces = torch.arange(len(lead), device=pages.device)
-    native = (pieces - own.places)[:, None] + columns + len(sealed)
-    return torch.where(is_sealed, torch.searchsorted(sealed, pages), native).clamp(min=0).int(), sealed
+    unquantized = (pieces - own.places)[:, None] + columns + len(sealed)
+    return torch.where(is_sealed, torch.searchsorted(sealed, pages), unquantized).clamp(min=0).int(), sealed

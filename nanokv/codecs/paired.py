@@ -1,4 +1,4 @@
-"""PairedCodec: keys in one side, values in another. A token is written when it comes, and depends on no other."""
+"""PairedCodec: one quantizer for keys, another for values. Each token is written at once, and depends on no other."""
 
 from __future__ import annotations
 
@@ -6,46 +6,46 @@ import torch
 
 from nanokv.codecs.latents import Latent, LatentPages
 from nanokv.codecs.pages import AttentionPages, Heads
-from nanokv.codecs.side import Side
+from nanokv.codecs.quantizer import Quantizer
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import LayerSpec, PageLayout
 
 
 class PairedCodec:
-    """A codec of two sides.
+    """A codec of two quantizers.
 
     name    as the user gave it
-    dtype   of what is not coded
+    k, v    Quantizer of keys and of values
+    dtype   of unquantized numbers: the rotated keys of latent attention
     exact   see pages.py
     """
 
-    is_raw = False
+    expands_latents = False
 
-    def __init__(self, name: str, k: Side, v: Side, dtype: torch.dtype, exact: bool) -> None:
+    def __init__(self, name: str, k: Quantizer, v: Quantizer, dtype: torch.dtype, exact: bool) -> None:
         self.name = name
         self.dtype = dtype
         self._k, self._v = k, v
         self._exact = exact
 
     def at(self, layer: int) -> PairedCodec:
+        """The codec of a layer: every layer has this one."""
         return self
 
     def spec(self, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
-        """What an attention layer keeps. Raises ConfigError for a head_dim that does not fit."""
+        """The planes of an attention layer. Raises ConfigError for a head_dim that does not fit."""
         self._check(head_dim, "head_dim")
-        planes = (
-            side.planes(prefix, kv_heads, head_dim, page_size) for side, prefix in ((self._k, "k"), (self._v, "v"))
-        )
-        return LayerSpec(paged=sum(planes, ()))
+        sizes = kv_heads, head_dim, page_size
+        return LayerSpec(paged=(*self._k.planes("k", *sizes), *self._v.planes("v", *sizes)))
 
     def pages(self, layout: PageLayout, layer: int, heads: Heads) -> AttentionPages:
         """The pages of an attention layer."""
         return AttentionPages(self._k, self._v, layout, layer, heads, self._exact)
 
     def latent_spec(self, rank: int, page_size: int) -> LayerSpec:
-        """What a layer of multi-head latent attention keeps of its latents: they take the side of keys.
+        """The planes of the latents of multi-head latent attention, written by the quantizer of keys.
 
-        Raises ConfigError for a rank that does not fit, and for sides that cannot be both key and value.
+        Raises ConfigError for a rank that does not fit, and for quantizers that cannot be both key and value.
         """
         if "/" in self.name or self._k.is_sketch:
             raise ConfigError(
@@ -59,9 +59,9 @@ class PairedCodec:
         """The pages of a layer of multi-head latent attention."""
         return LatentPages(self._k, layout, layer, latent, self._exact)
 
-    def _check(self, dim: int, what: str) -> None:
+    def _check(self, dim: int, name: str) -> None:
         multiple = max(self._k.multiple, self._v.multiple)
         if dim % multiple:
             raise ConfigError(
-                f"codec={self.name!r}: {what}={dim} of this model; allowed are multiples of {multiple}, or codec raw"
+                f"codec={self.name!r}: {name}={dim} of this model; allowed are multiples of {multiple}, or codec raw"
             )

@@ -5,8 +5,8 @@ a coordinate t * sqrt(d) has the density
 
     f(t) ~ (1 - t^2)^((d - 3) / 2),  -1 <= t <= 1        so that (t + 1) / 2 ~ Beta((d - 1) / 2, (d - 1) / 2)
 
-which is nearly a normal one. The Lloyd-Max table is the best one for it: each value is the mean of what is rounded to
-it.
+which is nearly a normal one. The Lloyd-Max table is the best one for it: each value is the mean of the numbers rounded
+to it.
 """
 
 from __future__ import annotations
@@ -72,9 +72,8 @@ def int8() -> torch.Tensor:
 
 def e4m3() -> torch.Tensor:
     """The values of float8_e4m3fn, -448 .. 448, in order: a code is the byte of that format with its order made plain
-    (the sign flipped, or all bits where it is negative). The two NaNs stand at the ends, as another -448 and 448."""
+    (the sign flipped, or all bits where it is negative). The two NaNs become another -448 and 448, at the ends."""
     code = torch.arange(256)
     byte = torch.where(code < 128, 255 - code, code - 128).to(torch.uint8)
-    return (
-        byte.view(torch.float8_e4m3fn).float().nan_to_num(nan=0).where(byte & 127 != 127, (code - 127.5).sign() * 448)
-    )
+    values = byte.view(torch.float8_e4m3fn).float().nan_to_num(nan=0)
+    return values.where(byte & 127 != 127, (code - 127.5).sign() * 448)

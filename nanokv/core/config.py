@@ -7,8 +7,10 @@ engine is built, because this room knows none of them.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass
+from inspect import signature
 
+from nanokv.core.check import check_integer
 from nanokv.core.errors import ConfigError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -45,7 +47,7 @@ class EngineConfig:
     codec: str = "raw"
     """How the numbers of a page are written: a name, or "K/V" for two; "raw" keeps the model's dtype."""
     native_layers: str = ""
-    """Layers whose pages stay raw, counted among those with attention: "first2,last2"."""
+    """Layers whose pages stay unquantized, counted among those with attention: "first2,last2"."""
     prefill: str = "exact"
     """"exact": a prompt reads its own keys and values through the codec, so that results do not depend on chunks and
     prefix hits; "fast": what comes in one step with them is read as it is. No difference for the raw codec."""
@@ -92,7 +94,14 @@ class EngineConfig:
     load: str = "auto"
     """"auto" reads the checkpoint; "dummy" fills the model with seeded random weights (benchmarks)."""
 
-    def __post_init__(self) -> None:
+    unquantized_layers: InitVar[str] = ""
+    """Another name for native_layers, under which the value is read."""
+
+    def __post_init__(self, unquantized_layers: str) -> None:
+        if unquantized_layers:
+            if self.native_layers:
+                raise ConfigError("native_layers and unquantized_layers are the same option: give one of them")
+            object.__setattr__(self, "native_layers", unquantized_layers)
         self._integers(page_size=1, max_step_tokens=1, max_requests=1)
         self._integers(optional=True, num_pages=1, num_states=2, state_interval=1, max_model_len=2)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -131,15 +140,13 @@ class EngineConfig:
     def _integers(self, optional: bool = False, **least: int) -> None:
         for name, minimum in least.items():
             value = getattr(self, name)
-            if value is None and optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ConfigError(f"{name}={value!r}: expected an integer of at least {minimum}")
+            if value is not None or not optional:
+                check_integer(ConfigError, name, value, minimum)
 
     @classmethod
     def from_fields(cls, **values) -> EngineConfig:
         """EngineConfig(**values), with unknown names refused as a ConfigError that lists the known ones."""
-        known = [f.name for f in fields(cls)]
+        known = signature(cls).parameters
         for name in values:
             if name not in known:
                 raise ConfigError(f"{name}: EngineConfig has no such field; it has {', '.join(known)}")

@@ -14,8 +14,7 @@ The laws:
   is on the host. A token is appended there and nowhere else.
 - Between the two the request has one token in flight: it exists on the device, as number `in_flight` of those that the
   last step sampled, and the next step may already compute it. Then `num_computed <= num_tokens` is the law.
-- `pages[i]` holds the tokens [i * page_size, (i + 1) * page_size). The first `num_published` of them stand in the
-  prefix tree, immutable; the others belong to this request (and to samples forked from it).
+- `held` is what the cache knows of the request, and only the cache writes it.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanokv.core.check import check_integer
 from nanokv.core.errors import RequestError
 
 
@@ -96,9 +96,7 @@ class SamplingParams:
             raise RequestError(f"cache_salt={self.cache_salt!r}: expected a text or None")
 
     def _integer(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise RequestError(f"{name}={value!r}: expected an integer of at least {least}")
+        check_integer(RequestError, name, getattr(self, name), least)
 
     def _number(self, name: str, least: float, most: float, open_below: bool = False) -> None:
         value = getattr(self, name)
@@ -162,6 +160,31 @@ class RequestOutput:
         return self.finish_reason is not None
 
 
+@dataclass
+class Holding:
+    """What the cache holds for one request. Only an implementation of cache.contract.Cache writes it.
+
+    pages           pages[i] holds the tokens [i * page_size, (i + 1) * page_size)
+    num_published   the first of these pages stand in the prefix tree, immutable; the others belong to this request and
+                    to samples forked from it
+    node            the locked node of the tree at the end of the published pages (cache.radix.Node)
+    state_id        the state that recurrent layers update, at num_computed; None where no layer has one
+    recurrence      the checkpoints of that state (cache.states.Recurrence)
+    num_cached      prompt tokens that the prefix cache saved at the first admission
+    num_kv_matched  prompt tokens whose pages were found then; more only where a recurrent state was missing
+    admitted        has had pages once, so the last two are final
+    """
+
+    pages: array[int] = field(default_factory=lambda: array("i"))
+    num_published: int = 0
+    node: Any = None
+    state_id: int | None = None
+    recurrence: Any = None
+    num_cached: int = 0
+    num_kv_matched: int = 0
+    admitted: bool = False
+
+
 class Request:
     """One sample on its way through the engine. A user fills in the first three; the engine owns the rest.
 
@@ -190,23 +213,15 @@ class Request:
         self.num_computed = 0
         self.num_scheduled = 0
         self.in_flight: int | None = None  # which of the last step's samples is this request's, while it is not here
-        self.num_cached = 0
-        self.num_kv_matched = 0
-        self.admitted = False  # has had pages once: num_cached and num_kv_matched are settled
-        self.is_remote = False  # prefilling remotely: another process writes into its pages, so they are quarantined
-        self.num_handed_over = 0  # attempts of other processes at it since the last that came to something
-
-        self.pages: array[int] = array("i")
-        self.num_published = 0
-        self.node: Any = None  # the locked tree node at the end of the published pages
-        self.state_id: int | None = None  # the state that recurrent layers move on; it stands at num_computed
-        self.recurrence: Any = None  # what the cache knows of that state and its checkpoints
+        self.in_transfer = False  # a connector may write into its pages, so they are quarantined
+        self.num_attempts = 0  # transfers since the last one that brought something
+        self.held = Holding()
 
         self.max_tokens = 0  # params.max_tokens, cut to the model's length
         self.finish_reason: str | None = None
         self.error: str | None = None
         self.logprobs: list[dict[int, float]] | None = None
-        self.answer: Any = None  # the text side, where there is a tokenizer
+        self.text_stream: Any = None  # engine.text_stream.TextStream, where there is a tokenizer
         self.metrics = RequestMetrics(arrival=time.perf_counter())
 
     @property
@@ -251,5 +266,5 @@ class Request:
     def __repr__(self) -> str:
         return (
             f"Request({self.request_id}#{self.index}: {self.num_prompt}+{self.num_generated} tokens, "
-            f"{self.num_computed} computed, {len(self.pages)} pages)"
+            f"{self.num_computed} computed, {len(self.held.pages)} pages)"
         )

@@ -40,14 +40,14 @@ class Plane:
 class LayerSpec:
     """What one layer keeps. Bytes are payload, without alignment.
 
-    paged   per token
-    state   per sequence, moved on by every token: a prefix can be reused only where a copy of it was kept
-    tail    per sequence, what belongs to its unfinished page: empty at every page boundary, so no copy is ever needed
+    paged          per token
+    state          per sequence, updated by every token: a prefix can be reused only where a copy of it was kept
+    partial_page   per sequence, the tokens of its unfinished page: empty at page boundaries, so no copy is needed
     """
 
     paged: tuple[Plane, ...] = ()
     state: tuple[Plane, ...] = ()
-    tail: tuple[Plane, ...] = ()
+    partial_page: tuple[Plane, ...] = ()
 
     @property
     def page_size(self) -> int | None:
@@ -62,7 +62,7 @@ class LayerSpec:
 
     @property
     def bytes_per_sequence(self) -> int:
-        return sum(plane.num_bytes for plane in (*self.state, *self.tail))
+        return sum(plane.num_bytes for plane in (*self.state, *self.partial_page))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class PageLayout:
         self._paged: list[dict[str, PlaneSlot]] = []
         self._state: list[dict[str, PlaneSlot]] = []
         self.page_bytes = self._place(self._paged, [spec.paged for spec in specs])
-        self.state_bytes = self._place(self._state, [(*spec.state, *spec.tail) for spec in specs])
+        self.state_bytes = self._place(self._state, [(*spec.state, *spec.partial_page) for spec in specs])
         self.is_recurrent = any(spec.state for spec in specs)
         self.page_payload = sum(plane.num_bytes for spec in specs for plane in spec.paged)
         self.state_payload = sum(spec.bytes_per_sequence for spec in specs)
@@ -127,17 +127,26 @@ class PageLayout:
         return self._paged[layer][name]
 
     def state(self, layer: int, name: str) -> PlaneSlot:
-        """The slot of a plane of a state or tail. Raises KeyError where the layer keeps no such plane."""
+        """The slot of a plane of a state or of a partial page. Raises KeyError where the layer keeps no such plane."""
         return self._state[layer][name]
 
-    def layer_range(self, first: int, last: int) -> tuple[int, int]:
+    def layer_range(self, first: int = 0, last: int | None = None) -> tuple[int, int]:
         """The bytes [start, end) of a page that hold the layers first..last-1: they lie side by side."""
-        starts = [min((slot.offset for slot in slots.values()), default=None) for slots in self._paged]
-        later = [start for start in starts[last:] if start is not None]
-        own = [start for start in starts[first:last] if start is not None]
-        end = later[0] if later else self.page_bytes
-        return (own[0] if own else end), end
+        return _layer_range(self._paged, self.page_bytes, first, last)
+
+    def state_layer_range(self, first: int = 0, last: int | None = None) -> tuple[int, int]:
+        """The same of a state."""
+        return _layer_range(self._state, self.state_bytes, first, last)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
+
+
+def _layer_range(table: list[dict[str, PlaneSlot]], size: int, first: int, last: int | None) -> tuple[int, int]:
+    """Where the layers first..last-1 of `table` lie in a block of `size` bytes; layers without planes take none."""
+    starts = [min((slot.offset for slot in slots.values()), default=None) for slots in table]
+    later = [] if last is None else [start for start in starts[last:] if start is not None]
+    own = [start for start in starts[first:last] if start is not None]
+    end = later[0] if later else size
+    return (own[0] if own else end), end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from nanokv.core.check import check_integer
 from nanokv.core.errors import ConfigError
 
 LONGEST_S = 86400.0
@@ -37,9 +38,7 @@ class DisaggConfig:
         if self.prefill_workers is None:
             object.__setattr__(self, "prefill_workers", 0 if addresses else 1)
         for name, least in (("prefill_workers", 0), ("min_tokens", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}={value!r}: expected an integer of at least {least}")
+            check_integer(ConfigError, name, getattr(self, name), least)
         if not addresses and not self.prefill_workers:
             raise ConfigError("prefill_workers=0: expected at least 1, or addresses in connect")
         for address in addresses:

@@ -35,7 +35,10 @@ def digest_of(folder: Path, model: ModelConfig, config: EngineConfig, dtype: str
         "page_bytes": layout.page_bytes,
         "state_bytes": layout.state_bytes,
         "planes": [
-            [[plane.name, list(plane.shape), str(plane.dtype)] for plane in (*spec.paged, *spec.state, *spec.tail)]
+            [
+                [plane.name, list(plane.shape), str(plane.dtype)]
+                for plane in (*spec.paged, *spec.state, *spec.partial_page)
+            ]
             for spec in layout.specs
         ],
         "weights": ["dummy", config.seed] if config.load == "dummy" else _weights(folder),

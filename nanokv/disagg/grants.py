@@ -1,4 +1,4 @@
-"""What the decode process knows of its prefill processes: who they are, and what each of them may write into."""
+"""The prefill processes as the decode process knows them, and the pages that each of them may write."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 from nanokv.core.request import Request
 from nanokv.disagg.channel import Channel
-from nanokv.disagg.messages import Memory, Prefill, Sampling, pack_ints
+from nanokv.disagg.messages import PoolMemory, Prefill, Sampling, pack_ints
 
 
 class Peer(Protocol):
@@ -40,17 +40,17 @@ class Grant:
 
 
 @dataclass
-class Place:
-    """A place for a worker. `peer` is None while there is none.
+class WorkerSlot:
+    """One worker, started again when it has died. `peer` is None while there is none.
 
     memory  what HELLO tells it of the pool; None: it maps this one
-    state   "starting" (HELLO not answered yet), "ready", or "dying" (killed, not gone yet)
+    state   "starting" (HELLO not answered yet), "ready", or "terminating" (killed, not gone yet)
     since   when it was started, or became ready, time.monotonic()
     why     the last one ended
     """
 
     start: Callable[[], Peer]
-    memory: Memory | None
+    memory: PoolMemory | None
     peer: Peer | None = None
     state: str = "starting"
     grants: dict[int, Grant] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Place:
 
     @property
     def is_elsewhere(self) -> bool:
-        """On another host, where somebody else starts and ends it: from here it is only reached, or not."""
+        """On another host, where it is started and ended by others: from here it is only reached, or not."""
         return self.memory is not None
 
 
@@ -77,6 +77,6 @@ def prefill_message(request: Request, attempt: int, generation: int, checkpoints
     )  # fmt: skip
     return Prefill(
         generation=generation, request=request.request_id, attempt=attempt, tokens=pack_ints(request.tokens),
-        prompt_length=request.num_prompt, cached_length=request.num_computed, pages=pack_ints(request.pages),
-        state=request.state_id, checkpoints=tuple(checkpoints), sampling=sampling,
+        prompt_length=request.num_prompt, cached_length=request.num_computed, pages=pack_ints(request.held.pages),
+        state=request.held.state_id, checkpoints=tuple(checkpoints), sampling=sampling,
     )  # fmt: skip

@@ -170,5 +170,5 @@ class HostLink:
             raise ProtocolError("HELLO without a data connection, or a second one")
         pool = self._store()
         rendezvous = join_store(self._there, hello.memory.port, self._seconds)
-        group = join_group(rendezvous, 1, pool.pool.device, self._here, self._seconds)
+        group = join_group(rendezvous, 1, pool.device, self._here, self._seconds)
         self._receiver = PageReceiver(group, pool)

@@ -30,7 +30,7 @@ import msgspec
 
 from nanokv.core.errors import NanokvError
 
-VERSION = 2
+VERSION = 3
 HEADER = struct.Struct(">I")
 MAX_FRAME = 16 << 20
 """Bytes of a frame at most: a prompt of a million tokens takes 4 MiB, and a length beyond this is no length."""
@@ -46,7 +46,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
     generation: int
 
 
-class Memory(msgspec.Struct, frozen=True, kw_only=True):
+class PoolMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Where the pool is.
 
     kind     "memfd": its descriptor comes with the frame; "cuda": `handle` is what torch exports; "sent": on another
@@ -72,7 +72,7 @@ class Hello(Message, tag="HELLO", frozen=True, kw_only=True):
     num_pages: int
     num_states: int
     heartbeat_s: float = 0.0
-    memory: Memory | None = None
+    memory: PoolMemory | None = None
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +118,7 @@ class Prefill(Attempt, tag="PREFILL", frozen=True, kw_only=True):
 
 
 class Layers(Attempt, tag="LAYERS", frozen=True, kw_only=True):
-    """The data connection carries next: layers first .. last - 1 of these pages, or (`states`) whole states."""
+    """The data connection carries next: layers first .. last - 1 of these pages or (`states`) states."""
 
     places: bytes
     first: int

@@ -15,7 +15,7 @@ import sys
 import msgspec
 
 from nanokv.disagg.channel import Channel, wait
-from nanokv.disagg.worker import Job
+from nanokv.disagg.worker import WorkerSpec
 
 ENTRY = "nanokv.disagg.worker"
 """The module that a prefill process runs."""
@@ -28,16 +28,16 @@ class LocalWorker:
     should that one die while this one is stopped, the kernel hangs up on the orphaned group, which ends it.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", ENTRY, str(theirs.fileno()), msgspec.json.encode(job).decode()],
+                [sys.executable, "-m", ENTRY, str(theirs.fileno()), msgspec.json.encode(spec).decode()],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 process_group=0,
             )
-        self.name = job.name
+        self.name = spec.name
         self.why: str | None = None  # it says so itself, on stderr
         self.channel = Channel(ours)
         self._pidfd = os.pidfd_open(self._process.pid)

@@ -13,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import msgspec
+from torch import Tensor
 
 from nanokv.cache.pool import PagePool, StatePool
 from nanokv.cache.store import CacheStore
@@ -27,16 +28,16 @@ from nanokv.disagg.messages import (
     Done,
     Failed,
     Layers,
-    Memory,
     Message,
+    PoolMemory,
     Prefill,
     failed,
     pack_ints,
     unpack_ints,
 )
-from nanokv.disagg.prefiller import PrefillLoop
+from nanokv.disagg.prefill_loop import PrefillLoop
 from nanokv.disagg.transport import GROUP_BYTES, PageSender, join_group, open_store
-from nanokv.disagg.worker import Model, Session, shake_hands
+from nanokv.disagg.worker import PrefillModel, Session, shake_hands
 from nanokv.engine.memory import memory_for_pages, pool_size
 
 logger = logging.getLogger("nanokv")
@@ -47,8 +48,8 @@ loads its model says PING (link.py)."""
 
 
 @dataclass
-class Job:
-    """One attempt: the message as it came (places there), and the places that stand for them here."""
+class ServedAttempt:
+    """One attempt: the message as it came (pages of the decode process), and its pages and states here."""
 
     message: Prefill
     pages: list[int]
@@ -67,9 +68,9 @@ class SendingSession(Session):
         super().__init__(channel, loop, heartbeat_s)
         self.sender: PageSender | None = None
         store, layout = loop.store, loop.store.layout
-        self._pages, self._states = PagePool(store.num_pages), StatePool(store.states.shape[0])
+        self._pages, self._states = PagePool(len(store.pages)), StatePool(len(store.states))
         self._waiting: deque[Prefill] = deque()
-        self._jobs: dict[int, Job] = {}
+        self._attempts: dict[int, ServedAttempt] = {}
         self._highest = 0  # attempt that came or was aborted, as in PrefillLoop, which hears of it later
         per_layer = max(1, layout.page_bytes // layout.num_layers)
         self._first, self._last, self._per_layer = 0, layout.num_layers - 1, per_layer
@@ -85,8 +86,8 @@ class SendingSession(Session):
             self._highest = max(self._highest, message.attempt)
             about = (message.request, message.attempt)
             self._waiting = deque(one for one in self._waiting if (one.request, one.attempt) != about)
-            job = self._jobs.get(message.attempt)
-            if job is not None and job.message.request == message.request:
+            attempt = self._attempts.get(message.attempt)
+            if attempt is not None and attempt.message.request == message.request:
                 self.send(self.loop.abort(message))
                 self._free(message.attempt)
             else:  # the loop must not hear of it: it would take those that wait before it for late ones
@@ -98,9 +99,9 @@ class SendingSession(Session):
     def send(self, message: Message) -> None:
         """A DONE goes out behind everything it speaks of."""
         if isinstance(message, Done):
-            job = self._jobs[message.attempt]
-            if job.states:
-                self._send(job, job.states_there, job.states, 0, 0, states=True)
+            attempt = self._attempts[message.attempt]
+            if attempt.states:
+                self._send(attempt, attempt.states_there, attempt.states, 0, self._last + 1, states=True)
             self.sender.drain()
         self.say(message)
         if isinstance(message, (Done, Failed)):
@@ -110,6 +111,11 @@ class SendingSession(Session):
     def say(self, message: Message) -> None:
         """Sends as it is."""
         super().send(message)
+
+    def between(self, layer: int, x: Tensor, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Batch]:
+        """Called after each layer of a step (Decoder.forward)."""
+        self.after_layer(layer, batch)
+        return x, residual, batch
 
     def after_layer(self, layer: int, _batch: Batch) -> None:
         """Sends the layers that have run since the last time, if they are enough or the last."""
@@ -125,16 +131,18 @@ class SendingSession(Session):
         self._first = 0 if layer == self._last else layer + 1
 
     def _send_layers(self, request: Request, first: int, last: int) -> None:
-        job = self._jobs[self.loop.prompt(request).attempt]
+        attempt = self._attempts[self.loop.prompt(request).attempt]
         size, end = self.loop.store.layout.page_size, request.num_computed + request.num_scheduled
-        begin = max(request.num_computed, job.message.cached_length) // size
-        here = job.pages[begin : -(-end // size)]
+        begin = max(request.num_computed, attempt.message.cached_length) // size
+        here = attempt.pages[begin : -(-end // size)]
         if here:
-            there = unpack_ints(job.message.pages)[begin : begin + len(here)].tolist()
-            self._send(job, there, here, first, last)
+            there = unpack_ints(attempt.message.pages)[begin : begin + len(here)].tolist()
+            self._send(attempt, there, here, first, last)
 
-    def _send(self, job: Job, there: list[int], here: list[int], first: int, last: int, states: bool = False) -> None:
-        message = job.message
+    def _send(
+        self, attempt: ServedAttempt, there: list[int], here: list[int], first: int, last: int, states: bool = False
+    ) -> None:
+        message = attempt.message
         announced = Layers(
             generation=message.generation, request=message.request, attempt=message.attempt,
             places=pack_ints(there), first=first, last=last, states=states,
@@ -163,29 +171,32 @@ class SendingSession(Session):
             if num_pages > self._pages.num_free or num_states > self._states.num_free:
                 return
             self._waiting.popleft()
-            job = Job(message, self._pages.allocate(num_pages), [self._states.allocate() for _ in range(num_states)])
-            self._jobs[message.attempt] = job
-            refused = self.loop.accept(self._translated(job))
+            attempt = ServedAttempt(
+                message, self._pages.allocate(num_pages), [self._states.allocate() for _ in range(num_states)]
+            )
+            self._attempts[message.attempt] = attempt
+            refused = self.loop.accept(self._translated(attempt))
             if refused is not None:
                 self.send(refused)
 
-    def _translated(self, job: Job) -> Prefill:
+    def _translated(self, attempt: ServedAttempt) -> Prefill:
         """The same prompt over places of this pool, from its first token. Its recurrent state begins at nothing."""
-        checkpoints = [position for position, _ in job.message.checkpoints]
+        checkpoints = [position for position, _ in attempt.message.checkpoints]
         return msgspec.structs.replace(
-            job.message, cached_length=0, pages=pack_ints(job.pages), state=job.states[0] if job.states else None,
-            checkpoints=tuple(zip(checkpoints, job.states[1:], strict=True)),
+            attempt.message, cached_length=0, pages=pack_ints(attempt.pages),
+            state=attempt.states[0] if attempt.states else None,
+            checkpoints=tuple(zip(checkpoints, attempt.states[1:], strict=True)),
         )  # fmt: skip
 
     def _free(self, attempt: int) -> None:
-        job = self._jobs.pop(attempt, None)
-        if job is not None:
-            self._pages.release(job.pages)
-            for state in job.states:
+        attempt = self._attempts.pop(attempt, None)
+        if attempt is not None:
+            self._pages.release(attempt.pages)
+            for state in attempt.states:
                 self._states.release(state)
 
 
-def serve_one(model: Model, store: CacheStore, sock: socket.socket) -> None:
+def serve_one(model: PrefillModel, store: CacheStore, sock: socket.socket) -> None:
     """Serves one decode process until it hangs up. Raises ProtocolError, EOFError, RuntimeError (no group).
 
     store   for the prompts in work; what was written for another decode process is never read
@@ -197,10 +208,10 @@ def serve_one(model: Model, store: CacheStore, sock: socket.socket) -> None:
         hello = shake_hands(channel, model.digest, ("sent",), HELLO_S)
         rendezvous = open_store(here, hello.heartbeat_s)
         loop = PrefillLoop(
-            model.decoder, store, model.config, hello.generation, lambda layer, batch: session.after_layer(layer, batch)
+            model.decoder, store, model.config, hello.generation, lambda *stream: session.between(*stream)
         )
         session = SendingSession(channel, loop, hello.heartbeat_s)
-        session.send(msgspec.structs.replace(hello, memory=Memory(kind="sent", num_bytes=0, port=rendezvous.port)))
+        session.send(msgspec.structs.replace(hello, memory=PoolMemory(kind="sent", num_bytes=0, port=rendezvous.port)))
         group = join_group(rendezvous, 0, model.device, here, hello.heartbeat_s)
         session.sender = PageSender(group, store, session.say)
         session.serve()
@@ -211,7 +222,7 @@ def serve_one(model: Model, store: CacheStore, sock: socket.socket) -> None:
         session = None
 
 
-def listen(model: Model, server: socket.socket) -> None:
+def listen(model: PrefillModel, server: socket.socket) -> None:
     """Serves one decode process after the other, for ever. Raises ConfigError where the pages do not fit in memory:
     that shows here, and never when a decode process comes.
 

@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from nanokv.cache.store import CacheStore
+from nanokv.cache.store import CacheStore, Slots
 from nanokv.disagg.messages import Layers, ProtocolError, unpack_ints
 
 GROUP_BYTES = 4 << 20
@@ -76,6 +76,10 @@ def _peer_may_be_gone() -> Iterator[None]:
         raise EOFError(f"the data connection broke: {error}") from None
 
 
+def _slots(store: CacheStore, layers: Layers) -> Slots:
+    return store.states if layers.states else store.pages
+
+
 class PageSender:
     """Prefill's side. `announce` sends LAYERS."""
 
@@ -86,16 +90,12 @@ class PageSender:
         self._pending: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self._buffers: list[torch.Tensor] = []  # used before and free: fresh memory costs a page fault every 4 KiB
 
-    def send(self, layers: Layers, pages: Sequence[int]) -> None:
-        """Sends what LAYERS announces: pages (or states) of this pool to `layers.places` of the other. Raises EOFError,
+    def send(self, layers: Layers, ids: Sequence[int]) -> None:
+        """Sends what LAYERS announces: pages or states of this pool to `layers.places` of the other. Raises EOFError,
         as `drain` does."""
-        if layers.states:
-            data = self._store.states[torch.tensor(list(pages), device=self._store.states.device)]
-            buffer = data.view(-1)
-        else:
-            start, end = self._store.layout.layer_range(layers.first, layers.last)
-            buffer = self._buffer(len(pages) * (end - start))
-            data = self._store.read_pages(pages, layers.first, layers.last, buffer)
+        slots = _slots(self._store, layers)
+        buffer = self._buffer(len(ids) * slots.width(layers.first, layers.last))
+        data = slots.read(ids, layers.first, layers.last, buffer)
         if not data.numel():
             return
         self._announce(layers)
@@ -115,7 +115,7 @@ class PageSender:
         self.drain(MAX_PENDING - 1)
         buffer = self._buffers.pop() if self._buffers else None
         if buffer is None or buffer.numel() < size:
-            return torch.empty(size, dtype=torch.uint8, device=self._store.pool.device)
+            return torch.empty(size, dtype=torch.uint8, device=self._store.device)
         return buffer
 
 
@@ -132,32 +132,24 @@ class PageReceiver:
         """Posts the receive of what was announced, so that it arrives while earlier layers are written. Raises
         ProtocolError, and what `drain` raises."""
         places, store = unpack_ints(layers.places), self._store
-        if layers.states:
-            width, limit = store.layout.state_bytes, store.states.shape[0]
-        else:
-            if not 0 <= layers.first < layers.last <= store.layout.num_layers:
-                raise ProtocolError(f"LAYERS {layers.first} to {layers.last} of {store.layout.num_layers}")
-            start, end = store.layout.layer_range(layers.first, layers.last)
-            width, limit = end - start, store.num_pages
-        if not places or not 0 <= min(places) <= max(places) < limit or len(set(places)) != len(places):
+        slots = _slots(store, layers)
+        if not 0 <= layers.first < layers.last <= store.layout.num_layers:
+            raise ProtocolError(f"LAYERS {layers.first} to {layers.last} of {store.layout.num_layers}")
+        width = slots.width(layers.first, layers.last)
+        if not places or not 0 <= min(places) <= max(places) < len(slots) or len(set(places)) != len(places):
             raise ProtocolError("LAYERS names places that are not there")
         self.drain(MAX_PENDING - 1)
         size = len(places) * width
         buffer = self._buffers.pop() if self._buffers else None
         if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=torch.uint8, device=store.pool.device)
+            buffer = torch.empty(size, dtype=torch.uint8, device=store.device)
         work = self._group.recv([buffer[:size]], 0, 0)
         self._pending.append((work, buffer, buffer[:size].view(len(places), width), layers))
 
     def drain(self, pending: int = 0) -> None:
         """Writes what was posted, oldest first, all but the last `pending`. Raises RuntimeError (peer gone)."""
-        store = self._store
         while len(self._pending) > pending:
             work, buffer, data, layers = self._pending.popleft()
             work.wait()
-            places = unpack_ints(layers.places)
-            if layers.states:
-                store.states[torch.tensor(places.tolist(), device=data.device)] = data
-            else:
-                store.write_pages(places, data, layers.first, layers.last)
+            _slots(self._store, layers).write(unpack_ints(layers.places), data, layers.first, layers.last)
             self._buffers.append(buffer)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from torch import Tensor
 
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import codec_of
@@ -28,10 +29,10 @@ from nanokv.core.spec import PageLayout
 from nanokv.disagg.channel import Channel, wait
 from nanokv.disagg.config import LONGEST_S
 from nanokv.disagg.digest import digest_of
-from nanokv.disagg.memory import map_pool
 from nanokv.disagg.messages import VERSION, Abort, Failed, Hello, Message, Ping, Prefill, ProtocolError
-from nanokv.disagg.prefiller import PrefillLoop
-from nanokv.engine.probe import run_small_step
+from nanokv.disagg.prefill_loop import PrefillLoop
+from nanokv.disagg.shared_buffer import map_pool
+from nanokv.engine.profile_run import run_small_step
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Decoder
 from nanokv.models.loader import load_model
@@ -39,7 +40,7 @@ from nanokv.models.loader import load_model
 logger = logging.getLogger("nanokv")
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker is started with: one JSON argument. Device and dtype are resolved, so both sides agree."""
 
     name: str
@@ -50,7 +51,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     cores: tuple[int, ...] | None = None
 
 
-class Model:
+class PrefillModel:
     """A model, its kernels compiled (seconds, on the first run), and the digest that another process must share."""
 
     def __init__(self, folder: Path, config: EngineConfig, device: str, dtype: str) -> None:
@@ -169,9 +170,9 @@ class Session:
         wait([self.channel], writing, 0 if self.loop.has_work else None)
 
 
-def run(job: Job, channel: Channel, make_session: Callable[..., Session] = Session) -> None:
+def run(spec: WorkerSpec, channel: Channel, make_session: Callable[..., Session] = Session) -> None:
     """Loads, shakes hands, serves. Raises ProtocolError, EOFError; says FAILED first where it refuses."""
-    model = Model(Path(job.folder), EngineConfig(**job.config), job.device, job.dtype)
+    model = PrefillModel(Path(spec.folder), EngineConfig(**spec.config), spec.device, spec.dtype)
     hello = shake_hands(channel, model.digest, ("memfd", "cuda"))
     layout = model.layout
     num_bytes = hello.num_pages * layout.page_bytes + hello.num_states * layout.state_bytes
@@ -179,10 +180,11 @@ def run(job: Job, channel: Channel, make_session: Callable[..., Session] = Sessi
     store = CacheStore(layout, hello.num_pages, buffer=pool, num_states=hello.num_states)
     session: Session
 
-    def after_layer(layer: int, batch: Batch) -> None:
+    def between(layer: int, x: Tensor, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Batch]:
         session.beat()
+        return x, residual, batch
 
-    loop = PrefillLoop(model.decoder, store, model.config, hello.generation, after_layer)
+    loop = PrefillLoop(model.decoder, store, model.config, hello.generation, between)
     session = make_session(channel, loop, hello.heartbeat_s)
     session.send(msgspec.structs.replace(hello, memory=None))
     session.serve()
@@ -205,18 +207,18 @@ def end_with(pid: int) -> None:
 
 
 def main(arguments: list[str], make_session: Callable[..., Session] = Session) -> int:
-    """argv: the number of an inherited socket, and a Job as JSON. Exit code 0 when the decode process hung up."""
-    job = msgspec.json.decode(arguments[1], type=Job)
-    logging.basicConfig(format=f"[{job.name}] %(message)s", stream=sys.stderr)
-    if job.cores is not None:
-        os.sched_setaffinity(0, job.cores)
-        torch.set_num_threads(len(job.cores))
+    """argv: the number of an inherited socket, a WorkerSpec as JSON. Exit code 0 when the decode process hung up."""
+    spec = msgspec.json.decode(arguments[1], type=WorkerSpec)
+    logging.basicConfig(format=f"[{spec.name}] %(message)s", stream=sys.stderr)
+    if spec.cores is not None:
+        os.sched_setaffinity(0, spec.cores)
+        torch.set_num_threads(len(spec.cores))
     sock = socket.socket(fileno=int(arguments[0]))
     parent, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     channel = Channel(sock)
     try:
         end_with(parent)  # who made the socket
-        run(job, channel, make_session)
+        run(spec, channel, make_session)
     except EOFError:
         return 0
     except Exception as error:  # the decode process sees its end; what led to it is for whoever reads the log

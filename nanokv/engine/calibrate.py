@@ -1,11 +1,11 @@
-"""What the engine measures before its first request: the means of keys."""
+"""measure_key_means: with `center_keys`, the engine measures the means of keys before its first request."""
 
 from __future__ import annotations
 
 import torch
 
 from nanokv.cache.store import CacheStore
-from nanokv.codecs.pages import why_refused
+from nanokv.codecs.pages import reason_unwritable
 from nanokv.core.batch import Batch
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import CodecError, ConfigError
@@ -16,28 +16,29 @@ TOKENS = 256
 
 
 @torch.inference_mode()
-def centre_keys(model: Decoder, store: CacheStore, config: EngineConfig, longest: int) -> None:
-    """Sets the mean of each layer whose codec takes one off, in one step over pages that nobody holds yet.
+def measure_key_means(model: Decoder, store: CacheStore, config: EngineConfig, longest: int) -> None:
+    """Sets the mean of each layer whose codec can subtract one, in one step over pages that are still free.
 
-    Each layer uses its mean in this very step, so the next one already sees what requests will see.
-    Raises ConfigError where no layer could use it, CodecError where the model's keys are not numbers.
+    longest   tokens a request may reach
+    Each layer subtracts its mean in this step already, so the layers above measure the keys that requests will have.
+    Raises ConfigError where no layer could use a mean, CodecError where the model's keys are not finite.
     """
-    centres = model.centres()
-    if not centres:
+    key_means = model.key_means()
+    if not key_means:
         raise ConfigError("center_keys=True: no layer of this model writes keys in codes (codec raw, or latents)")
-    count = min(TOKENS, longest, store.num_pages * config.page_size)
+    count = min(TOKENS, longest, len(store.pages) * config.page_size)
     tokens = torch.randint(model.config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
-    for centre in centres:
-        centre.start()
+    for key_mean in key_means:
+        key_mean.measure()
     batch = first_pages(tokens, config.page_size, store)
     model.forward(batch, store)
     if batch.unwritable.any():
-        raise CodecError(f"center_keys=True: {why_refused(config.codec)}")
+        raise CodecError(f"center_keys=True: {reason_unwritable(config.codec)}")
 
 
 def first_pages(tokens: torch.Tensor, page_size: int, store: CacheStore) -> Batch:
     """One request of these tokens, in the first pages and the first state."""
-    device = store.pool.device
+    device = store.device
     positions = torch.arange(len(tokens), dtype=torch.int32, device=device)
     pages = positions // page_size
     return Batch(
@@ -48,6 +49,6 @@ def first_pages(tokens: torch.Tensor, page_size: int, store: CacheStore) -> Batc
         request_starts=torch.tensor([0, len(tokens)], dtype=torch.int32, device=device),
         page_tables=pages.unique()[None],
         logit_rows=torch.tensor([len(tokens) - 1], device=device),
-        state_ids=torch.zeros(min(1, store.states.shape[0]), dtype=torch.int32, device=device),
+        state_ids=torch.zeros(min(1, len(store.states)), dtype=torch.int32, device=device),
         page_size=page_size,
     )

@@ -51,7 +51,7 @@ def cuda_obstacle(index: int) -> str | None:
 
 def _triton_obstacle(device: torch.device) -> str | None:
     try:
-        from nanokv.engine.triton_probe import adds
+        from nanokv.engine.check_triton import adds
     except ImportError as error:
         return f"triton cannot be imported ({_line(error)})"
     try:
@@ -65,7 +65,7 @@ def choose_device(name: str, obstacle: Obstacle = cuda_obstacle) -> Choice:
     if name == "auto":
         try:
             hindrance = obstacle(0)
-        except Exception as error:  # a broken driver must not keep anybody from the CPU
+        except Exception as error:  # a broken driver must not keep the engine from the CPU
             hindrance = f"CUDA does not work ({_line(error)})"
         return _cuda(0, "it is there and supported") if hindrance is None else Choice(torch.device("cpu"), hindrance)
     try:

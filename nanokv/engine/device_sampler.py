@@ -1,6 +1,6 @@
-"""The sampler for a GPU: the filters and the noise of sampler.py for all rows at once, without waiting for the device.
+"""The sampler for a GPU: the filters and random numbers of sampler.py for all rows at once, without a wait.
 
-What it does not do is look at a number on the host: where sampler.py first sees whether a nucleus fits into the most
+It never looks at a number on the host: where sampler.py first sees whether a nucleus fits into the most
 likely tokens, this one sorts. Tokens equal those of sampler.py up to the rounding of a sum.
 """
 
@@ -12,41 +12,41 @@ import numpy as np
 import torch
 
 from nanokv.core.request import Request
-from nanokv.engine.arrival import Arrival
+from nanokv.engine.host_copy import HostCopy
 from nanokv.engine.inputs import on_device
-from nanokv.engine.sampler import Reports, is_drawn, noise, reshape
+from nanokv.engine.sampler import Logprobs, apply_penalties, is_drawn, uniform_of
 
 MOST_SORTED_BY_TOPK = 1024
 """Largest top_k that is found by selection; beyond it a sort costs no more."""
 
 
-class DeviceSampled:
+class DeviceSamplerOutput:
     """Tokens on the device, and their copies on the way to the host."""
 
     def __init__(self, token_ids: torch.Tensor, parts: dict[str, torch.Tensor], wanted: list[int | None]) -> None:
         self.token_ids = token_ids
         self._wanted = wanted  # SamplingParams.logprobs of each row
-        self._arrival = Arrival(parts)
+        self._copy = HostCopy(parts)
 
-    def fetch(self) -> tuple[list[int | None], Reports]:
-        parts = self._arrival.fetch()
+    def fetch(self) -> tuple[list[int | None], Logprobs]:
+        parts = self._copy.fetch()
         tokens = [token if sound else None for token, sound in zip(parts["tokens"], parts["is_sound"], strict=True)]
-        reports: Reports = [None] * len(tokens)
+        logprobs: Logprobs = [None] * len(tokens)
         for row, (token, wanted) in enumerate(zip(tokens, self._wanted, strict=True)):
             if token is not None and wanted is not None:
                 best = zip(parts["best_ids"][row][:wanted], parts["best_scores"][row][:wanted], strict=True)
-                reports[row] = {token: parts["scores"][row], **dict(best)}
-        return tokens, reports
+                logprobs[row] = {token: parts["scores"][row], **dict(best)}
+        return tokens, logprobs
 
 
 @torch.inference_mode()
 def sample_on_device(
     logits: torch.Tensor, requests: list[Request], last_token_ids: torch.Tensor, eos_token_ids: Collection[int]
-) -> DeviceSampled:
+) -> DeviceSamplerOutput:
     """One token a row; arguments and result as of `sampler.sample`, on any device."""
     wanted = [request.params.logprobs for request in requests]
     raw = logits.log_softmax(dim=-1) if any(count is not None for count in wanted) else None
-    reshape(logits, requests, last_token_ids, eos_token_ids)
+    apply_penalties(logits, requests, last_token_ids, eos_token_ids)
     largest = logits.max(dim=-1)
     tokens = largest.indices
     for rows, top_k in _groups(requests):
@@ -56,7 +56,7 @@ def sample_on_device(
     if raw is not None:
         best = raw.topk(max(count or 0 for count in wanted), dim=-1)
         parts |= {"scores": raw.gather(1, tokens[:, None])[:, 0], "best_ids": best.indices, "best_scores": best.values}
-    return DeviceSampled(tokens, parts, wanted)
+    return DeviceSamplerOutput(tokens, parts, wanted)
 
 
 def _groups(requests: list[Request]) -> list[tuple[list[int], int | None]]:
@@ -86,7 +86,7 @@ def _draw(
     on = on_device(
         {
             "rows": np.array(rows, np.int64),
-            "noise": np.array([noise(request) for request in requests]),
+            "uniform": np.array([uniform_of(request) for request in requests]),
             "top_p": np.array([p.top_p for p in params]),
             "min_p": np.array([p.min_p for p in params]),
             "top_k": np.array([p.top_k or logits.shape[1] for p in params], np.int64),
@@ -115,6 +115,6 @@ def _draw(
     cumulated = weights.cumsum(-1)
     end = cumulated[:, -1]
     # Rounding must not carry the product up to the total: nothing lies beyond it.
-    target = torch.minimum(on["noise"] * end, torch.nextafter(end, torch.zeros_like(end)))
+    target = torch.minimum(on["uniform"] * end, torch.nextafter(end, torch.zeros_like(end)))
     place = torch.searchsorted(cumulated, target[:, None], right=True).clamp(max=weights.shape[1] - 1)
     tokens.index_copy_(0, on["rows"], (place if ids is None else ids.gather(1, place))[:, 0])

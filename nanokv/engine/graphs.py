@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 
 from nanokv.cache.store import CacheStore
-from nanokv.engine.inputs import Arrays, Block, batch_of, padded, take_late
+from nanokv.engine.inputs import Arrays, Block, batch_of, padded, take_in_flight
 from nanokv.models.decoder import Decoder
 
 logger = logging.getLogger("nanokv")
@@ -52,9 +52,9 @@ class DecodeGraphs:
         self._model = model
         self._store = store
         self._page_size = page_size
-        self._device = store.pool.device
+        self._device = store.device
         self._rows, self._pages = row_ladder(max_rows), page_ladder(max_pages)
-        self._spare = {"page": store.num_pages - 1, "state": len(store.states) - 1 if len(store.states) else None}
+        self._spare = {"page": len(store.pages) - 1, "state": len(store.states) - 1 if len(store.states) else None}
         # One place for the logits of all sizes: each is read before the next step writes.
         self._logits = torch.empty(max_rows, model.config.vocab_size, device=self._device)
         self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
@@ -72,7 +72,7 @@ class DecodeGraphs:
         return is_decode and num_rows <= self._rows[-1] and width <= self._pages[-1]
 
     def run(
-        self, arrays: Arrays, late_token_ids: torch.Tensor | None
+        self, arrays: Arrays, in_flight_token_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits float32 [rows, vocab], the token of each row, int64 [rows], and their Batch.unwritable; all are valid
         until the next step."""
@@ -83,8 +83,8 @@ class DecodeGraphs:
             self._sizes[size] = self._record(filled)
         block, forward = self._sizes[size]
         block.fill(filled)
-        if late_token_ids is not None:
-            take_late(block.views, late_token_ids)
+        if in_flight_token_ids is not None:
+            take_in_flight(block.views, in_flight_token_ids)
         forward()
         return self._logits[:num_rows], block.views["token_ids"][:num_rows], block.views["unwritable"][:num_rows]
 

@@ -31,15 +31,15 @@ def arrays_of(requests: list[Request], page_size: int) -> Arrays:
     """One step as flat arrays; `requests` have num_scheduled > 0 and pages for all tokens up to there.
 
     Beside the fields of Batch:
-    is_late     bool [rows], rows whose token is in flight: token_ids there is to be replaced by
-    late_slots  int64 [rows], number late_slots[row] of the tokens that the step before samples
+    is_in_flight     bool [rows], rows whose token is in flight: token_ids there is to be replaced by
+    in_flight_slots  int64 [rows], number in_flight_slots[row] of the tokens that the step before samples
     """
     counts = np.array([request.num_scheduled for request in requests], np.int32)
     starts = np.zeros(len(requests) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
-    tables = np.zeros((len(requests), max(len(request.pages) for request in requests)), np.int32)
+    tables = np.zeros((len(requests), max(len(request.held.pages) for request in requests)), np.int32)
     token_ids = np.zeros(starts[-1], np.int64)
-    is_late, late_slots = np.zeros(starts[-1], np.bool_), np.zeros(starts[-1], np.int64)
+    is_in_flight, in_flight_slots = np.zeros(starts[-1], np.bool_), np.zeros(starts[-1], np.int64)
     first_positions = np.empty(len(requests), np.int32)
     logit_rows: list[int] = []
     for i, request in enumerate(requests):
@@ -47,23 +47,23 @@ def arrays_of(requests: list[Request], page_size: int) -> Arrays:
         known = request.tokens[computed : computed + scheduled]
         token_ids[end - scheduled : end - scheduled + len(known)] = known
         if len(known) < scheduled:
-            is_late[end - 1], late_slots[end - 1] = True, request.in_flight
+            is_in_flight[end - 1], in_flight_slots[end - 1] = True, request.in_flight
         first_positions[i] = computed
-        tables[i, : len(request.pages)] = request.pages
+        tables[i, : len(request.held.pages)] = request.held.pages
         logit_rows.extend(range(end - num_logit_rows(request), end))
     owners = np.repeat(np.arange(len(requests), dtype=np.int32), counts)
     positions = np.arange(starts[-1], dtype=np.int32) - starts[owners] + first_positions[owners]
     return {
         "token_ids": token_ids,
-        "late_slots": late_slots,
+        "in_flight_slots": in_flight_slots,
         "logit_rows": np.array(logit_rows, np.int64),
         "positions": positions,
         "write_pages": tables[owners, positions // page_size],
         "write_slots": positions % page_size,
         "request_starts": starts,
         "page_tables": tables,
-        "state_ids": np.array([r.state_id for r in requests if r.state_id is not None], np.int32),
-        "is_late": is_late,
+        "state_ids": np.array([r.held.state_id for r in requests if r.held.state_id is not None], np.int32),
+        "is_in_flight": is_in_flight,
         "unwritable": np.zeros(starts[-1], np.bool_),
     }
 
@@ -86,7 +86,7 @@ def padded(arrays: Arrays, num_rows: int, width: int, page: int, state: int | No
     return {
         **{
             name: fill(name, 0)
-            for name in ("token_ids", "late_slots", "positions", "write_slots", "is_late", "unwritable")
+            for name in ("token_ids", "in_flight_slots", "positions", "write_slots", "is_in_flight", "unwritable")
         },
         "write_pages": fill("write_pages", page),
         "state_ids": fill("state_ids", state) if state is not None else arrays["state_ids"],
@@ -134,12 +134,12 @@ def on_device(arrays: Arrays, device: torch.device) -> dict[str, torch.Tensor]:
     return block.views
 
 
-def take_late(views: dict[str, torch.Tensor], late_token_ids: torch.Tensor) -> None:
+def take_in_flight(views: dict[str, torch.Tensor], in_flight_token_ids: torch.Tensor) -> None:
     """Puts the tokens that the step before samples where they belong; on the device, whose work is in order."""
     ids = views["token_ids"]
-    ids.copy_(torch.where(views["is_late"], late_token_ids[views["late_slots"]], ids))
+    ids.copy_(torch.where(views["is_in_flight"], in_flight_token_ids[views["in_flight_slots"]], ids))
 
 
 def batch_of(views: dict[str, torch.Tensor], page_size: int) -> Batch:
-    fields = {name: view for name, view in views.items() if name not in ("is_late", "late_slots")}
+    fields = {name: view for name, view in views.items() if name not in ("is_in_flight", "in_flight_slots")}
     return Batch(**fields, page_size=page_size)

@@ -11,25 +11,25 @@ import torch
 from nanokv.core.config import EngineConfig, parse_bytes
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import PageLayout
-from nanokv.engine.probe import run_largest_step, run_reading_step
+from nanokv.engine.profile_run import run_largest_step, run_reading_step
 from nanokv.models.decoder import Decoder
 
 CPU_SHARE, CPU_MOST = 0.25, 4 * 2**30
 PROBED_PAGES = 256
-"""Pages over which a step is run to see what reading a page takes: so many that what a row takes is lost in it."""
+"""Pages over which a step is run to see what reading a page takes: large enough that scratch per row is negligible."""
 PROBED_ROWS = 512
-"""Of a prompt over cached pages: so many that latents are expanded, where that is cheaper (layers/mla.py:expands)."""
+"""Of a prompt over cached pages: enough for latents to be expanded, where that is cheaper (layers/mla.py:expands)."""
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryBudget:
     """Bytes for pages and states: `limit` can be had, `default` is taken where the user does not choose."""
 
     limit: int
     default: int
 
 
-def memory_for_pages(config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device) -> Memory:
+def memory_for_pages(config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device) -> MemoryBudget:
     """What the device can give. On a GPU steps are run, to see what they need beside the pages.
 
     model    bound to the layout
@@ -37,7 +37,7 @@ def memory_for_pages(config: EngineConfig, model: Decoder, layout: PageLayout, d
     """
     if device.type == "cpu":
         free = free_memory()
-        return Memory(free, int(min(free * CPU_SHARE, CPU_MOST)))
+        return MemoryBudget(free, int(min(free * CPU_SHARE, CPU_MOST)))
 
     def peak(run: Callable[[], None]) -> int:
         torch.cuda.reset_peak_memory_stats(device)
@@ -83,7 +83,7 @@ def reading_scratch(
 
 def gpu_memory(
     total: int, free: int, step_bytes: int, fraction: float, scratch: float = 0.0, at_once: int | None = None
-) -> Memory:
+) -> MemoryBudget:
     """Bytes for pages on a GPU of `total` bytes, `free` of them free with the weights loaded.
 
         |-- in use: weights, others --|---- pages ----|- scratch of pages -|- largest step -|--- left alone ---|
@@ -103,10 +103,10 @@ def gpu_memory(
             f"gpu_memory_fraction={fraction}: of {total:,} bytes {total - free:,} are in use and a step needs "
             f"{step_bytes:,}, which leaves none for pages; a smaller max_step_tokens needs less"
         )
-    return Memory(left, left)
+    return MemoryBudget(left, left)
 
 
-def pool_size(config: EngineConfig, layout: PageLayout, free: Memory) -> tuple[int, int]:
+def pool_size(config: EngineConfig, layout: PageLayout, free: MemoryBudget) -> tuple[int, int]:
     """Pages and states of the pools.
 
     Where layers are recurrent, memory is divided in two halves: states get as many bytes as pages. For every request

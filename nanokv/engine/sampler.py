@@ -1,8 +1,8 @@
-"""Sampler: from logits to tokens. The noise of a sample depends on (seed, sample index, position) and on nothing else.
+"""Sampler: from logits to tokens. The random number of a token depends on (seed, sample, position) and on nothing else.
 
 Order of the filters, as in the field: min_tokens, repetition penalty, temperature, top-k, top-p, min-p. One uniform
 number a token is drawn from a counter-based generator (Salmon et al. 2011, Philox) and looked up in the cumulated
-probabilities, so neither batch mates nor preemption nor a hand-over to another process can change a seeded sample.
+probabilities, so neither batch mates nor preemption nor a transfer to another process can change a seeded sample.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ CANDIDATES = 512
 """Most likely tokens looked at first: a nucleus rarely needs more, and 512 of 49,152 sort in a tenth of the time."""
 
 
-Reports = list[dict[int, float] | None]
+Logprobs = list[dict[int, float] | None]
 """For each row {token id: log-probability} where it was asked for, else None."""
 
 
-class Sampled(Protocol):
+class SamplerOutput(Protocol):
     """What a step samples: on the device at once, on the host when it is fetched."""
 
     @property
     def token_ids(self) -> torch.Tensor:
-        """int64 [rows] on the device; what stands in a row whose logits are not finite means nothing."""
+        """int64 [rows] on the device; undefined for rows with non-finite logits."""
 
-    def fetch(self) -> tuple[list[int | None], Reports]:
-        """Waits for the step. A token a row, None where the row's logits are not finite, and the reports."""
+    def fetch(self) -> tuple[list[int | None], Logprobs]:
+        """Waits for the step. A token a row, None where the row's logits are not finite, and the logprobs."""
 
 
 @dataclass(frozen=True)
-class HostSampled:
+class HostSamplerOutput:
     """Tokens that were chosen on the host."""
 
     tokens: list[int | None]
-    reports: Reports
+    logprobs: Logprobs
 
     @property
     def token_ids(self) -> torch.Tensor:
         return torch.tensor([0 if token is None else token for token in self.tokens], dtype=torch.int64)
 
-    def fetch(self) -> tuple[list[int | None], Reports]:
-        return self.tokens, self.reports
+    def fetch(self) -> tuple[list[int | None], Logprobs]:
+        return self.tokens, self.logprobs
 
 
 @torch.inference_mode()
 def sample(
     logits: torch.Tensor, requests: list[Request], last_token_ids: torch.Tensor, eos_token_ids: Collection[int]
-) -> HostSampled:
+) -> HostSamplerOutput:
     """One token a row, on the host.
 
     logits          float32 [rows, vocab]; changed in place where a request asks for a penalty or min_tokens
@@ -67,7 +67,7 @@ def sample(
         logits[row].log_softmax(dim=-1) if request.params.logprobs is not None else None
         for row, request in enumerate(requests)
     ]
-    reshape(logits, requests, last_token_ids, eos_token_ids)
+    apply_penalties(logits, requests, last_token_ids, eos_token_ids)
     largest = logits.max(dim=-1)
     is_sound = largest.values.isfinite().tolist()
     tokens = [token if sound else None for token, sound in zip(largest.indices.tolist(), is_sound, strict=True)]
@@ -79,12 +79,12 @@ def sample(
         best = probabilities.topk(min(CANDIDATES, probabilities.shape[-1]), dim=-1)
         for i, row in enumerate(drawn):
             tokens[row] = _draw(requests[row], probabilities[i], best.values[i], best.indices[i])
-    reports = [_report(scores, token, request) for scores, token, request in zip(raw, tokens, requests, strict=True)]
-    return HostSampled(tokens, reports)
+    logprobs = [_report(scores, token, request) for scores, token, request in zip(raw, tokens, requests, strict=True)]
+    return HostSamplerOutput(tokens, logprobs)
 
 
 def is_drawn(request: Request) -> bool:
-    """Whether chance has a say."""
+    """Whether the next token is drawn at random, rather than the most likely one."""
     return request.params.temperature > COLDEST
 
 
@@ -94,12 +94,12 @@ def uniform(seed: int, index: int, position: int) -> float:
     return float(np.random.Generator(bits).random())
 
 
-def noise(request: Request) -> float:
+def uniform_of(request: Request) -> float:
     """The number that decides about the next token of a request."""
     return uniform(request.seed, request.index, request.num_computed)
 
 
-def reshape(
+def apply_penalties(
     logits: torch.Tensor, requests: list[Request], last_token_ids: torch.Tensor, eos_token_ids: Collection[int]
 ) -> None:
     """Penalty and min_tokens, in place. The token before may be known on the device only: `last_token_ids` has it."""
@@ -137,7 +137,7 @@ def _draw(request: Request, row: torch.Tensor, best: torch.Tensor, best_ids: tor
         weights = np.where(weights >= params.min_p * weights.max(), weights, 0.0)
     cumulated = np.cumsum(weights)
     # Rounding must not carry the product up to the total: nothing lies beyond it.
-    target = min(noise(request) * cumulated[-1], np.nextafter(cumulated[-1], 0.0))
+    target = min(uniform_of(request) * cumulated[-1], np.nextafter(cumulated[-1], 0.0))
     place = int(np.searchsorted(cumulated, target, side="right"))
     return place if ids is None else int(ids[place])
 
@@ -145,8 +145,8 @@ def _draw(request: Request, row: torch.Tensor, best: torch.Tensor, best_ids: tor
 def _report(scores: torch.Tensor | None, token: int | None, request: Request) -> dict[int, float] | None:
     if scores is None or token is None:
         return None
-    report = {token: float(scores[token])}
+    logprobs_of_row = {token: float(scores[token])}
     if request.params.logprobs:
         top = scores.topk(min(request.params.logprobs, scores.shape[-1]))
-        report |= dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return report
+        logprobs_of_row |= dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return logprobs_of_row

@@ -6,7 +6,7 @@ import torch
 
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import Codec
-from nanokv.codecs.pages import Centre, Heads
+from nanokv.codecs.pages import Heads
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout
 from nanokv.kernels.ops import Ops
@@ -59,11 +59,6 @@ class Attention:
         self.pages = self.codec.pages(layout, layer, self.heads)
 
     @property
-    def centre(self) -> Centre | None:
-        """The key mean that the codec subtracts; None for the raw codec."""
-        return self.pages.centre
-
-    @property
     def is_recordable(self) -> bool:
         """Whether a CUDA graph can record a decode step of this layer."""
         return self.pages.is_recordable
@@ -71,5 +66,5 @@ class Attention:
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         qkv = self.qkv(x)
         qkv, gate = qkv[:, : self.qkv_width], qkv[:, self.qkv_width :]
-        attended = self.pages.attend(qkv, store.pool, store.states, batch)
+        attended = self.pages.attend(qkv, store.pages.data, store.states.data, batch)
         return self.out(self.ops.sigmoid_mul(attended, gate) if gate.shape[1] else attended)

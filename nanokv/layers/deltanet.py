@@ -94,8 +94,8 @@ class GatedDeltaNet:
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         heads, inner = self.shape.value_heads, self.shape.value_heads * self.shape.value_dim
         mixed, z, gates = self.in_proj(x).split((self.shape.channels, inner, 2 * heads), dim=1)
-        qkv = self.ops.short_conv(mixed, self.conv, store.states, self.planes, batch)
+        qkv = self.ops.short_conv(mixed, self.conv, store.states.data, self.planes, batch)
         is_decode = batch.num_rows == batch.num_requests
         rule = self.ops.delta_rule_step if is_decode else self.ops.delta_rule_chunk
-        read = rule(qkv, gates, self.a_log, self.dt_bias, store.states, self.planes, batch)
+        read = rule(qkv, gates, self.a_log, self.dt_bias, store.states.data, self.planes, batch)
         return self.out(self.ops.gated_rms_norm(read, z, self.norm, self.norm_eps))

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import Codec
-from nanokv.codecs.latents import Latent, LatentPages
+from nanokv.codecs.latents import Latent, LatentPages, RawLatentPages
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.kernels.linear import PackedHeadLinear, head_linear
+from nanokv.kernels.linear import PackedHeadLinear
 from nanokv.kernels.ops import Ops
-from nanokv.kernels.planes import KVPlanes
-from nanokv.kernels.reference import read_latents
 from nanokv.layers.linear import Linear
 from nanokv.layers.norm import RMSNorm
 
 
 @dataclass(frozen=True)
 class MLAConfig:
-    """Shapes of multi-head latent attention (DeepSeek-V2)."""
+    """Multi-head latent attention (DeepSeek-V2): a page keeps one latent and one rotated key of each token."""
 
     q_rank: int | None
     """q_lora_rank: width of the low-rank projection of queries; None for a single projection."""
@@ -56,15 +54,14 @@ class MLA:
     kv_norm   RMSNorm of the latent
     w_uk      PackedHeadLinear, heads of [rank, nope_dim]
     w_uv      PackedHeadLinear, heads of [value_dim, rank]
-    expand    Linear from the latent to [nope_dim | value_dim] of each head; None: every row is absorbed
-    codec     Codec: writes latents into pages. Codes are always attended absorbed
+    expand    Linear from the latent to [nope_dim | value_dim] of each head, or None: then every row is absorbed
+    codec     how latents are written into a page
     scale     factor of the scores
     ops       Ops
     Call      x [rows, width], store, batch -> [rows, width]
     """
 
-    planes: KVPlanes
-    pages: LatentPages
+    pages: LatentPages | RawLatentPages
 
     def __init__(
         self,
@@ -105,25 +102,18 @@ class MLA:
         return LayerSpec(paged=(*codec.latent_spec(kv_rank, page_size).paged, k_rope))
 
     def bind(self, layout: PageLayout, layer: int) -> None:
-        """Gives the layer the place of its planes in a page; needed once before the first call."""
-        if not self.codec.is_raw:
-            shape, norm = self.shape, self.kv_norm
-            latent = Latent(shape.kv_rank, shape.rope_dim, norm.weight, norm.eps, self.cos_sin, self.scale, self.ops)
-            self.pages = self.codec.latent_pages(layout, layer, latent)
-            return
-        latent, k_rope = layout.paged(layer, "latent"), layout.paged(layer, "k_rope")
-        page_size, rank = latent.plane.shape
-        rope_dim, size = k_rope.plane.shape[1], latent.plane.dtype.itemsize
-        self.planes = KVPlanes(
-            k_offset=latent.offset, v_offset=latent.offset, tail_offset=k_rope.offset, page_bytes=layout.page_bytes,
-            page_size=page_size, token_stride=rank * size, head_stride=0, tail_stride=rope_dim * size, kv_heads=1,
-            head_dim=rank, value_dim=rank, tail_dim=rope_dim, dtype=latent.plane.dtype,
+        """Tells the layer where its planes lie in a page; needed once before the first call."""
+        shape, norm = self.shape, self.kv_norm
+        latent = Latent(
+            shape.kv_rank, shape.rope_dim, norm.weight, norm.eps, self.cos_sin, self.scale, self.ops, self.w_uk,
+            self.w_uv, self.expand, lambda cached, rows: expands(shape, cached, rows),
         )  # fmt: skip
+        self.pages = self.codec.latent_pages(layout, layer, latent)
 
     @property
     def is_recordable(self) -> bool:
-        """Whether a CUDA graph can record a decode step of this layer."""
-        return self.codec.is_raw or self.pages.is_recordable
+        """Whether a decode step of this layer may be recorded in a CUDA graph."""
+        return self.pages.is_recordable
 
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         heads, shape = self.num_heads, self.shape
@@ -133,59 +123,7 @@ class MLA:
             q = self.q_up(self.q_norm(q))
         nope, rope = q.split((heads * shape.nope_dim, heads * shape.rope_dim), dim=1)
         nope, rope = nope.unflatten(1, (heads, -1)), rope.unflatten(1, (heads, -1))
-        if not self.codec.is_raw:
-            absorbed = head_linear(nope, self.w_uk)
-            latents = self.pages.attend(absorbed, rope, kv, store.pool, batch)
-            return self.out(head_linear(latents, self.w_uv).flatten(1))
-        norm = self.kv_norm
-        self.ops.store_latent(rope, kv, norm.weight, norm.eps, self.cos_sin, store.pool, self.planes, batch)
-        expanding = self._expanding(batch)
-        if not expanding:
-            return self.out(self._absorbed(nope, rope, store, batch))
-        attended = x.new_empty(x.shape[0], heads * shape.value_dim)
-        others = [request for request in range(batch.num_requests) if request not in expanding]
-        if others:
-            rows, part = batch.select(others)
-            attended[rows] = self._absorbed(nope[rows], rope[rows], store, part)
-        for request in expanding:
-            rows, part = batch.select([request])
-            attended[rows] = self._expanded(nope[rows], rope[rows], store, part)
-        return self.out(attended)
-
-    def _absorbed(self, nope: torch.Tensor, rope: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
-        q = torch.cat((head_linear(nope, self.w_uk), rope), dim=-1)
-        latents = self.ops.paged_attention(q, store.pool, self.planes, batch, self.scale)
-        return head_linear(latents.unflatten(1, (self.num_heads, -1)), self.w_uv).flatten(1)
-
-    def _expanded(self, nope: torch.Tensor, rope: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
-        """One request: expands the latents of all its tokens into a scratch page and attends over that.
-
-        scratch   [tokens, heads * (nope_dim + value_dim) + rope_dim]: the shared rotated key ends each row
-        """
-        shape, planes, heads = self.shape, self.planes, self.num_heads
-        length = int(batch.positions[-1]) + 1
-        pages = batch.page_tables[0, : -(-length // planes.page_size)].long()
-        latent, k_rope = (part.to(nope.dtype) for part in read_latents(store.pool, planes, pages, length))
-        scratch = torch.cat((self.expand(latent), k_rope), dim=1)
-        size, each = scratch.element_size(), shape.nope_dim + shape.value_dim
-        own = KVPlanes(
-            k_offset=0, v_offset=shape.nope_dim * size, tail_offset=heads * each * size, page_bytes=scratch.nbytes,
-            page_size=length, token_stride=scratch.shape[1] * size, head_stride=each * size,
-            tail_stride=scratch.shape[1] * size, kv_heads=heads, head_dim=shape.nope_dim, value_dim=shape.value_dim,
-            tail_dim=shape.rope_dim, dtype=scratch.dtype,
-        )  # fmt: skip
-        alone = replace(batch, page_tables=torch.zeros_like(batch.page_tables[:, :1]), page_size=length)
-        pool = scratch.view(torch.uint8).view(1, -1)
-        return self.ops.paged_attention(torch.cat((nope, rope), dim=-1), pool, own, alone, self.scale)
-
-    def _expanding(self, batch: Batch) -> list[int]:
-        """The requests of a step whose latents are cheaper to expand; none in a step of decodes alone."""
-        if self.expand is None or batch.num_rows == batch.num_requests:
-            return []
-        starts = batch.request_starts.tolist()
-        first = batch.positions[batch.request_starts[:-1].long()].tolist()
-        counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
-        return [i for i, count in enumerate(counts) if expands(self.shape, first[i], count)]
+        return self.out(self.pages.attend(nope, rope, kv, store.pages.data, batch))
 
 
 def expands(shape: MLAConfig, cached: int, rows: int) -> bool:

@@ -1,12 +1,12 @@
-"""Card: an interview question, an answer of a minute, and the numbers in it, computed. One file a topic.
+"""Card: an interview question, an answer of a minute, and its numbers, computed. One file per topic.
 
-A card is a function in lessons/interview/TOPIC.py that returns its numbers: as they stand in the answer -> as computed.
+A card is a function in lessons/interview/TOPIC.py that returns its numbers: text in the answer -> computed value.
 
     @card(question="...", answer="... 128 KiB a token ...", follow_ups=("...",), file="...", command="...")
     def bytes_of_a_token():
         return {"128": layout.bytes_per_token / 1024}
 
-What the numbers need is imported inside the function: asking questions waits for no torch.
+The function imports what its numbers need, so that a quiz does not wait for torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nanokv.core.errors import CourseError
 from nanokv.learn.course import load_course
 
 NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w-])(?![.,]\d)")
-"""A number of a text, such as 131,072 or 4.8. Not one that belongs to a name: int4, 2026-04, Llama-3.1-8B."""
+"""A number of a text, such as 131,072 or 4.8, but not a part of a name: int4, 2026-04, Llama-3.1-8B."""
 
 Numbers = dict[str, float]
 
@@ -31,26 +31,26 @@ Numbers = dict[str, float]
 class Card:
     """One question.
 
-    numbers   computes what the answer states, from the engine's own code where that knows it
+    numbers   computes the numbers of the answer, from the engine's own code where that knows them
     """
 
     topic: str
     name: str
     question: str
     answer: str
-    """As one would say it, in about a minute."""
+    """As spoken, in about a minute."""
     follow_ups: tuple[str, ...]
     file: str
-    """Where in the repository to show it."""
+    """The file of the repository to show."""
     command: str
-    """What to run beside it."""
+    """The command to run beside it."""
     numbers: Callable[[], Numbers]
 
 
 def card(
     question: str, answer: str, follow_ups: Sequence[str], file: str, command: str
 ) -> Callable[[Callable[[], Numbers]], Card]:
-    """Makes a card of the function that computes its numbers."""
+    """A decorator that makes a card of the function that computes its numbers. Texts may contain line breaks."""
 
     def make(numbers: Callable[[], Numbers]) -> Card:
         topic = numbers.__module__.rpartition(".")[2]
@@ -61,12 +61,12 @@ def card(
 
 
 def topics() -> list[str]:
-    """The topics there are, which are the files of lessons/interview."""
+    """All topics: the files of lessons/interview."""
     return sorted(path.stem for path in _folder().glob("*.py"))
 
 
 def load_cards(topic: str | None = None) -> list[Card]:
-    """The cards of a topic, or of all. Raises CourseError for an unknown topic, with those there are."""
+    """The cards of a topic, or of all. Raises CourseError for an unknown topic, naming the known ones."""
     known = topics()
     if topic is not None and topic not in known:
         raise CourseError(f"topic {topic!r}: expected one of {', '.join(known)}")
@@ -74,13 +74,16 @@ def load_cards(topic: str | None = None) -> list[Card]:
 
 
 def draw(cards: Sequence[Card], count: int) -> list[Card]:
-    """`count` of the cards in random order, all where there are fewer."""
+    """`count` of the cards in random order; all of them where there are fewer."""
     return random.sample(cards, min(count, len(cards)))
 
 
 def wrong_numbers(one: Card) -> list[str]:
-    """What is wrong with a card's numbers, a line each: each is stated in the answer and computed to be so, and each
-    number of the answer is computed, or given in the question."""
+    """Errors in a card's numbers, one line each.
+
+    Each computed number is in the answer and has that value; each number of the answer is computed, or given in the
+    question.
+    """
     stated, given, numbers = NUMBER.findall(one.answer), NUMBER.findall(one.question), one.numbers()
     wrong = [f"{text}: not in the answer" for text in numbers if text not in stated]
     wrong += [f"{text}: neither computed nor given" for text in stated if text not in numbers and text not in given]

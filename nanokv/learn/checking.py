@@ -1,8 +1,7 @@
-"""A check: the student's file looked at, then run in a process of its own with a time limit."""
+"""A check: inspects the student's file, then runs its tests in a process of its own with a time limit."""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import signal
@@ -17,24 +16,24 @@ from pathlib import Path
 
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import PACKAGE, Course, Exercise
-from nanokv.learn.running import Failure
-from nanokv.learn.source import find, parameters
-from nanokv.learn.worker import Job
+from nanokv.learn.job import CheckJob, Failure
+from nanokv.learn.source import look_at
 
 CPU_LIMIT = 10
-"""Seconds of processor time that a check may take, imports included; a sound one takes two. What else the machine does
-counts for nothing."""
+"""Seconds of processor time that a check may take, imports included; a sound one takes two. Other load on the machine
+does not count."""
 WALL_LIMIT = 120.0
-"""Seconds after which a check is ended although it does not compute: it waits for something."""
+"""Seconds after which a check that computes nothing is killed: it waits for something."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a check.
+    """The result of a check.
 
-    passed    kinds of tests that passed whole: "public", "hidden"
+    passed    kinds of tests that passed completely: "public", "hidden"
     failure   the first failure, or None
-    printed   what the student's file printed
+    printed   prints of the student's file
+    seconds   wall-clock time of the check
     """
 
     passed: tuple[str, ...]
@@ -44,33 +43,11 @@ class Outcome:
 
 
 def student_path(exercise: Exercise, folder: Path) -> Path:
-    """The student's file. Raises CourseError where it was not started."""
+    """The student's file. Raises CourseError where the exercise has not been started."""
     path = folder / exercise.file
     if not path.is_file():
-        raise CourseError(f"{path}: not there; nanokv learn start {exercise.id} writes it")
+        raise CourseError(f"{path}: no such file; nanokv learn start {exercise.id} writes it")
     return path
-
-
-def look_at(exercise: Exercise, path: Path) -> Failure | None:
-    """What is wrong with the file before any of it runs: its syntax, the function's name, its parameters."""
-    try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
-    except (SyntaxError, ValueError) as error:
-        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
-        return Failure("file", f"{line}no valid Python ({getattr(error, 'msg', error)})")
-    functions = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
-    node = functions.get(exercise.function)
-    if node is None:
-        others = f"; it has {', '.join(functions)}" if functions else ""
-        return Failure("file", f"there is no function {exercise.function}{others}")
-    got, expected = parameters(node), find(exercise.target).parameters
-    if got != expected:
-        return Failure(
-            "file",
-            f"{exercise.function} takes ({', '.join(got)}), the course has ({', '.join(expected)}): "
-            f"change the line, or start anew with nanokv learn reset {exercise.id}, which keeps your file",
-        )
-    return None
 
 
 def check(
@@ -84,7 +61,12 @@ def check(
 ) -> Outcome:
     """Runs the tests of `kinds` against the student's file, in this order, up to the first failure.
 
-    Raises CourseError where the file was not started, or this tree has no such tests.
+    folder       the student's files
+    kinds        "public", "hidden"
+    hidden_seed  seed of the hidden tests; public ones take the course's variant
+    offline      whether the process may open no connection
+    cpu_limit    seconds of processor time
+    Raises       CourseError where the exercise has not been started, or this tree has no such tests
     """
     path, start = student_path(exercise, folder), time.monotonic()
     failure = look_at(exercise, path)
@@ -93,11 +75,11 @@ def check(
     files = {"public": course.public_tests(exercise), "hidden": course.hidden_tests(exercise)}
     for kind in kinds:
         if not files[kind].is_file():
-            raise CourseError(f"{files[kind]}: not there, so exercise {exercise.id} has no {kind} tests here")
+            raise CourseError(f"{files[kind]}: no such file: this tree has no {kind} tests of exercise {exercise.id}")
     seeds = {"public": course.variant, "hidden": hidden_seed}
     with tempfile.TemporaryDirectory() as scratch:
         result, printed = Path(scratch, "result.json"), Path(scratch, "printed")
-        job = Job(
+        job = CheckJob(
             exercise.id, str(folder.resolve()), [[kind, str(files[kind])] for kind in kinds],
             [seeds[kind] for kind in kinds], offline, cpu_limit, str(result),
         )  # fmt: skip
@@ -111,15 +93,15 @@ def check(
     return Outcome(tuple(state["passed"]), failure, said, time.monotonic() - start)
 
 
-def _run(job: Job, printed: Path) -> int | None:
-    """The worker's exit code, or None where it had to be ended. What it started ends with it in any case."""
+def _run(job: CheckJob, printed: Path) -> int | None:
+    """The exit code of the check's process; None where it was killed. Its own child processes end with it."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    # -P: not from the current folder, which may be a student's tree with another nanokv in it.
-    command = [sys.executable, "-P", "-m", "nanokv.learn.worker", json.dumps(asdict(job))]
+    # -P leaves the current folder out of sys.path: it may be a student's tree with another nanokv in it.
+    command = [sys.executable, "-P", "-m", "nanokv.learn.check_process", json.dumps(asdict(job))]
     with open(printed, "wb") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
@@ -130,7 +112,7 @@ def _run(job: Job, printed: Path) -> int | None:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            with suppress(ProcessLookupError):  # ended by itself, and has left nobody behind
+            with suppress(ProcessLookupError):  # the process has ended and left no child behind
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
@@ -143,5 +125,5 @@ def _cut_short(stage: str, ended: int | None, cpu_limit: int, said: str) -> Fail
         return Failure("timeout", f"{spent}: an endless loop?", test)
     if ended is None:
         return Failure("timeout", f"stopped after {WALL_LIMIT:g} s of waiting {where}".rstrip(), test)
-    reason = said.strip().splitlines()[-1:] if kind == "start" else []  # of ours: something is not installed
+    reason = said.strip().splitlines()[-1:] if kind == "start" else []  # the engine's import: a package is missing
     return Failure("error", ": ".join([f"the process ended with exit code {ended} {where}".rstrip(), *reason]), test)

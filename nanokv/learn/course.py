@@ -1,7 +1,7 @@
 """Course: lessons and exercises as lessons/exercises.toml lists them, validated. Reads no code of the engine.
 
 A checkout and an exported tree have the folder `lessons` beside the package; an installed wheel carries exercises.toml
-and the public tests inside the package. Hidden tests stand only in a full checkout.
+and the public tests inside the package. Hidden tests exist only in a full checkout.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nanokv.core.check import check_integer
 from nanokv.core.errors import CourseError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -22,7 +23,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Lesson:
-    """A lesson and what its exercises share."""
+    """A lesson. Its exercises share its number and its files of tests."""
 
     number: int
     name: str
@@ -37,21 +38,22 @@ class Exercise:
     id: str
     """"02.1": the first exercise of lesson 2; the student's file is my/02_1.py."""
     target: str
-    """The function that is its solution, such as nanokv.cache.pool.PagePool.allocate."""
+    """Dotted name of the function that is its solution, such as nanokv.cache.pool.PagePool.allocate."""
     title: str
     points: int
     minutes: int
-    """About how long it takes."""
+    """An estimate."""
     difficulty: int
     """1 (a formula) to 5 (an evening)."""
     hint: str
     optional: bool = False
     """Whether it may be skipped: no later exercise builds on it."""
     also: tuple[str, ...] = ()
-    """Functions of the same signature that it replaces too when the whole engine runs: its faster twins."""
+    """Its faster twins: functions of the same signature that it also replaces when the whole engine runs."""
 
     @property
     def lesson(self) -> int:
+        """The number of its lesson."""
         return int(self.id[:2])
 
     @property
@@ -61,6 +63,7 @@ class Exercise:
 
     @property
     def function(self) -> str:
+        """The name of the function to write."""
         return self.target.rpartition(".")[2]
 
     @property
@@ -73,8 +76,8 @@ class Exercise:
 class Course:
     """All lessons and exercises, in order.
 
-    folder    where exercises.toml and the tests lie
-    variant   which variant of the course this tree is; another one draws other numbers in the public tests
+    folder    the folder of exercises.toml and the tests
+    variant   number of this variant of the course; it seeds the random numbers of the public tests
     """
 
     folder: Path
@@ -83,7 +86,7 @@ class Course:
     exercises: tuple[Exercise, ...]
 
     def exercise(self, exercise_id: str) -> Exercise:
-        """Raises CourseError for an unknown id, with the nearest one."""
+        """The exercise of this id. Raises CourseError for an unknown one, naming the nearest."""
         for exercise in self.exercises:
             if exercise.id == exercise_id:
                 return exercise
@@ -92,13 +95,15 @@ class Course:
         raise CourseError(f"exercise {exercise_id!r}: the course has no such exercise{meant} (nanokv learn list)")
 
     def of_lesson(self, number: int) -> list[Exercise]:
+        """The exercises of a lesson, in order."""
         return [exercise for exercise in self.exercises if exercise.lesson == number]
 
     def public_tests(self, exercise: Exercise) -> Path:
+        """The path of the public tests of the exercise's lesson."""
         return self._tests("tests_public", exercise)
 
     def hidden_tests(self, exercise: Exercise) -> Path:
-        """Where the hidden tests are in a full checkout; nothing lies there in a wheel or an exported tree."""
+        """The path of the hidden tests in a full checkout; a wheel and an exported tree have no file there."""
         return self._tests("tests_hidden", exercise)
 
     def _tests(self, kind: str, exercise: Exercise) -> Path:
@@ -116,7 +121,7 @@ def load_course() -> Course:
 
 
 def read_course(folder: Path) -> Course:
-    """The course in `folder`. Raises CourseError naming the entry, the field, its value and what is allowed."""
+    """The course in `folder`. Raises CourseError naming the entry, the field, its value and the allowed ones."""
     path = folder / "exercises.toml"
     try:
         data = tomllib.loads(path.read_text("utf-8"))
@@ -130,8 +135,7 @@ def read_course(folder: Path) -> Course:
     )
     _check_order(path, lessons, exercises)
     variant = data.get("variant", 0)
-    if type(variant) is not int or variant < 0:
-        raise CourseError(f"{path}: variant={variant!r}: expected an integer of at least 0")
+    check_integer(CourseError, f"{path}: variant", variant, 0)
     return Course(folder, variant, lessons, exercises)
 
 

@@ -1,6 +1,6 @@
-"""Expectations of the tests of exercises: when one fails, it says in words what was expected where, and what came.
+"""Expectations of the tests of exercises. One that fails says in words which value was expected where, and which came.
 
-Random numbers come from `random_of` and `tensor_of`, which depend on a label and on the seed of the run: the course's
+Random numbers come from `random_of` and `tensor_of`. They depend on a label and on the seed of the run: the course's
 variant in public tests, NANOKV_GRADER_SEED in hidden ones.
 """
 
@@ -19,7 +19,7 @@ LONGEST = 160
 
 
 def use_seed(seed: int) -> None:
-    """The seed of what is drawn from now on."""
+    """Sets the seed of all later draws."""
     global _seed
     _seed = seed
 
@@ -30,7 +30,7 @@ def random_of(label: str) -> random.Random:
 
 
 def tensor_of(label: str, *shape: int) -> torch.Tensor:
-    """Standard normal float32 numbers."""
+    """Standard normal float32 numbers of this shape, on the CPU."""
     import torch
 
     generator = torch.Generator().manual_seed(random_of(label).randrange(2**62))
@@ -38,7 +38,10 @@ def tensor_of(label: str, *shape: int) -> torch.Tensor:
 
 
 def equal(got: Any, expected: Any, what: str) -> None:
-    """Raises AssertionError unless both are equal, and of kinds that may be compared."""
+    """Raises AssertionError unless both are equal and of comparable kinds.
+
+    what   what the value is, for the words of a failure
+    """
     if isinstance(expected, Mapping) and isinstance(got, Mapping):
         for key in expected:
             if key not in got:
@@ -91,7 +94,7 @@ def close(got: Any, expected: torch.Tensor, what: str, axes: Sequence[str] = (),
 
 
 def refuses(error: type[Exception], call: Callable[[], Any], what: str) -> None:
-    """Raises AssertionError unless the call raises `error`; another exception of it passes through."""
+    """Raises AssertionError unless the call raises `error`. Other exceptions of the call pass through."""
     try:
         got = call()
     except error:

@@ -1,4 +1,4 @@
-"""Progress: which exercises have been passed, in my/progress.json. A pass belongs to the file as it was then."""
+"""Progress: which exercises have passed, in my/progress.json. A pass belongs to the file's content at that time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pathlib import Path
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import Course, Exercise
 
+MY = Path("my")
+"""The student's folder, relative to the current one."""
 FILE = "progress.json"
 
 
 class Progress:
-    """The ticks of one folder. What belongs to ids that a newer course does not have is kept.
+    """The passes of one folder. Passes of exercises that this course does not have are kept.
 
-    Raises CourseError where the file is not readable: nothing is written over it.
+    folder   the student's files
+    Raises   CourseError where progress.json is not readable; it is never overwritten then
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,11 +32,11 @@ class Progress:
                 self._passed = {str(key): str(digest) for key, digest in passed.items()}
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CourseError(
-                    f"{self._path}: not readable ({type(error).__name__}); remove it: checks make it anew"
+                    f"{self._path}: not readable ({type(error).__name__}); remove it, and a check writes a new one"
                 ) from None
 
     def status(self, exercise: Exercise) -> str:
-        """ "new", "started", "passed", or "changed": passed once, and the file is another by now."""
+        """ "new", "started", "passed", or "changed": the file has passed and differs by now."""
         path = self.folder / exercise.file
         if not path.is_file():
             return "new"
@@ -43,7 +46,7 @@ class Progress:
         return "passed" if known == _digest(path) else "changed"
 
     def note(self, exercise: Exercise, passed: bool) -> None:
-        """Remembers what a check of the file as it is now gave."""
+        """Records the result of a check of the file as it is now."""
         if passed:
             self._passed[exercise.id] = _digest(self.folder / exercise.file)
         elif self._passed.pop(exercise.id, None) is None:
@@ -53,9 +56,10 @@ class Progress:
         os.replace(scratch, self._path)
 
     def current(self, course: Course) -> Exercise | None:
-        """The exercise to work on: the first that is started and not passed, else the next new one.
+        """The exercise to work on: the first that is started and has not passed, else the next new one.
 
-        Next is what follows the last that has passed, so one that was skipped is offered again only at the end.
+        The next one follows the last that has passed, so a skipped exercise is offered again only at the end. None
+        where all have passed.
         """
         statuses = [self.status(exercise) for exercise in course.exercises]
         begun = [place for place, status in enumerate(statuses) if status in ("started", "changed")]
@@ -65,7 +69,7 @@ class Progress:
         return course.exercises[places[0]] if places else None
 
     def foreign(self, course: Course) -> list[Path]:
-        """Files of exercises that this course does not have: an older or a newer one had them."""
+        """Files of exercises that this course does not have: an older or a newer course had them."""
         known = {exercise.file for exercise in course.exercises}
         found = sorted(self.folder.glob("[0-9][0-9]_[0-9]*.py")) if self.folder.is_dir() else []
         return [path for path in found if path.name not in known]

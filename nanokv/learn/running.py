@@ -1,4 +1,4 @@
-"""Running the tests of one exercise in this process, up to the first failure, which is told in words."""
+"""Runs the tests of one exercise in this process, up to the first failure, and describes that one in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,25 +13,11 @@ from typing import Any
 from nanokv.core.errors import ExerciseTODO
 from nanokv.learn import expect
 from nanokv.learn.course import Exercise
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why an exercise is not passed.
-
-    kind      "todo": nothing written yet; "needs": another exercise comes first; "wrong": a test disagrees; "error":
-              an exception; "file": the student's file cannot be used; "timeout"
-    message   one line
-    test      what was tested, in words; "" where no test had begun
-    """
-
-    kind: str
-    message: str
-    test: str = ""
+from nanokv.learn.job import Failure
 
 
 def load_file(path: Path, name: str) -> ModuleType:
-    """Runs a file as the module `name`, anew. Whatever the file raises passes through."""
+    """Runs a file again as the module `name`. Exceptions of the file pass through."""
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -41,12 +26,12 @@ def load_file(path: Path, name: str) -> ModuleType:
 
 
 def load_function(exercise: Exercise, path: Path) -> Callable:
-    """The student's function. Whatever the file raises passes through."""
+    """The student's function. Exceptions of its file pass through."""
     return getattr(load_file(path, f"my.exercise_{path.stem}"), exercise.function)
 
 
 def tests_of(exercise: Exercise, module: ModuleType) -> list[tuple[str, Callable[[], None]]]:
-    """The tests of an exercise in a test module, in order: what each tests, in words, and the function."""
+    """The tests of an exercise in a test module, in order: the test's name in words, and the function."""
     prefix = exercise.test_prefix
     return [
         (name.removeprefix(prefix).replace("_", " "), function)
@@ -62,10 +47,13 @@ def run_tests(
     mine: Path | None = None,
     before_each: Callable[[str], Any] = lambda test: None,
 ) -> Failure | None:
-    """Runs the tests of one file against what is bound right now. None when all pass.
+    """Runs an exercise's tests of one file against the engine as it is patched now.
 
-    mine          the student's file, for pointing at lines of it
-    before_each   is told the words of each test before it runs
+    path          the file of tests
+    seed          seed of the random numbers that the tests draw
+    mine          the student's file: a failure names its line there
+    before_each   called before each test with its name in words
+    Returns       the first failure; None where all tests pass
     """
     expect.use_seed(seed)
     module = load_file(path, f"nanokv_{path.parent.name}_{path.stem}")
@@ -80,18 +68,22 @@ def run_tests(
 
 
 def describe(error: BaseException, exercise: Exercise, mine: Path | None, test: str) -> Failure:
-    """An exception as one line: what a test found, or where the student's file stopped."""
+    """An exception as a failure of one line: the finding of a test, or the line where the student's file stopped.
+
+    mine    the student's file, or None
+    test    the test in words
+    """
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if mine is not None and frame.filename == str(mine)]
     if isinstance(error, ExerciseTODO):
         if error.exercise_id != exercise.id:
-            return Failure("needs", f"needs exercise {error.exercise_id} first, which is still to do", test)
+            return Failure("needs", f"needs exercise {error.exercise_id} first, which is not written yet", test)
         if not own or own[-1] is frames[-1]:
-            return Failure("todo", f"{exercise.function} is still to do", test)
-        reason = f"calls the engine's own {exercise.function}, which is not there while yours is checked"
+            return Failure("todo", f"{exercise.function} is not written yet", test)
+        reason = f"calls the engine's own {exercise.function}, which is a gap while yours is checked"
         return Failure("error", f"line {own[-1].lineno}: {reason}   <- {own[-1].line}", test)
     if isinstance(error, RecursionError) and len(own) > 2:
-        reason = "calls itself without end: where the engine's own stood, yours stands while it is checked"
+        reason = "calls itself without end: yours replaces the engine's own while it is checked"
         return Failure("error", f"line {own[-1].lineno}: {exercise.function} {reason}   <- {own[-1].line}", test)
     text = " ".join(str(error).split())
     if isinstance(error, AssertionError) and not own:

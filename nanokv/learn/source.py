@@ -1,7 +1,7 @@
 """The source of exercises: found by name, cut out, put into a file for the student. Works on text; imports no engine.
 
-Bodies are found by the syntax tree and replaced by whole lines, so everything else in a file stays as it is, byte for
-byte, comments included:
+The syntax tree finds a body, and whole lines replace it, so everything else in a file stays the same byte for byte,
+comments included:
 
     def allocate(self, num_pages):          def allocate(self, num_pages):
         \"\"\"What it does.\"\"\"                     \"\"\"What it does.\"\"\"
@@ -20,16 +20,20 @@ from pathlib import Path
 
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import PACKAGE, Exercise
+from nanokv.learn.job import Failure
 
 WRAPPERS = ("property", "cached_property", "staticmethod", "classmethod")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A function and where it stands.
+    """A function in its file.
 
-    module     dotted name; path its file
+    module     dotted name of its module
+    path       file of the module
     qualname   "PagePool.allocate", or "expands" for a function of the module
+    source     text of the whole file
+    node       the function in the syntax tree
     """
 
     module: str
@@ -40,17 +44,18 @@ class Found:
 
     @property
     def owner(self) -> str | None:
-        """The class it belongs to."""
+        """Name of its class; None for a function of the module."""
         return self.qualname.rpartition(".")[0] or None
 
     @property
     def wrapper(self) -> str | None:
-        """What decorates it: "property", "staticmethod", ..., or None."""
+        """Its decorator: "property", "staticmethod", ..., or None."""
         names = [one.id for one in self.node.decorator_list if isinstance(one, ast.Name) and one.id in WRAPPERS]
         return names[0] if names else None
 
     @property
     def parameters(self) -> list[str]:
+        """The names of its parameters, as the function `parameters` gives them."""
         return parameters(self.node)
 
     @property
@@ -61,14 +66,14 @@ class Found:
 
     @property
     def is_gap(self) -> bool:
-        """Whether an exercise waits here, as in an exported tree."""
+        """Whether its body is the gap of an exercise, as in an exported tree."""
         last = self.node.body[-1]
         called = last.exc if isinstance(last, ast.Raise) else None
         return isinstance(called, ast.Call) and getattr(called.func, "id", "") == "ExerciseTODO"
 
 
 def split_name(target: str, package: Path = PACKAGE) -> tuple[str, Path, str]:
-    """The module of a dotted name, its file and the rest. Raises CourseError where no such module is."""
+    """The module of a dotted name, its file, and the rest. Raises CourseError where no such module exists."""
     parts = target.split(".")
     for end in range(len(parts) - 1, 1, -1):
         stem = package.joinpath(*parts[1:end])
@@ -79,7 +84,7 @@ def split_name(target: str, package: Path = PACKAGE) -> tuple[str, Path, str]:
 
 
 def find(target: str, package: Path = PACKAGE) -> Found:
-    """The function of that dotted name. Raises CourseError where there is none."""
+    """The function of a dotted name. Raises CourseError where there is none."""
     module, path, qualname = split_name(target, package)
     source = path.read_text("utf-8")
     node = _function(ast.parse(source), qualname)
@@ -97,7 +102,7 @@ def _function(tree: ast.Module, qualname: str) -> ast.FunctionDef | None:
 
 
 def parameters(node: ast.FunctionDef) -> list[str]:
-    """The names a function takes, with * and ** where they stand."""
+    """The names of a function's parameters, with * and ** in their places."""
     given = node.args
     names = [one.arg for one in (*given.posonlyargs, *given.args)]
     names += [f"*{given.vararg.arg}"] if given.vararg else ["*"] if given.kwonlyargs else []
@@ -105,14 +110,42 @@ def parameters(node: ast.FunctionDef) -> list[str]:
     return names + ([f"**{given.kwarg.arg}"] if given.kwarg else [])
 
 
-def strip(source: str, gaps: Mapping[str, str]) -> str:
-    """The source with a gap for each function in `gaps` (qualname -> exercise id). Raises CourseError."""
+def look_at(exercise: Exercise, path: Path) -> Failure | None:
+    """The first fault of a student's file, found without running it: syntax, the function's name, its parameters.
+
+    None where it has no such fault.
+    """
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
+        return Failure("file", f"{line}not valid Python ({getattr(error, 'msg', error)})")
+    functions = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    node = functions.get(exercise.function)
+    if node is None:
+        others = f"; it has {', '.join(functions)}" if functions else ""
+        return Failure("file", f"there is no function {exercise.function}{others}")
+    got, expected = parameters(node), find(exercise.target).parameters
+    if got != expected:
+        return Failure(
+            "file",
+            f"{exercise.function} takes ({', '.join(got)}), the course has ({', '.join(expected)}): "
+            f"change the line, or begin again with nanokv learn reset {exercise.id}, which keeps your file",
+        )
+    return None
+
+
+def remove_bodies(source: str, gaps: Mapping[str, str]) -> str:
+    """The source with the body of each function in `gaps` (qualname -> exercise id) replaced by a gap.
+
+    Raises CourseError where there is no such function.
+    """
     tree, lines = ast.parse(source), source.splitlines(keepends=True)
     found = []
     for qualname, exercise_id in gaps.items():
         node = _function(tree, qualname)
         if node is None:
-            raise CourseError(f"{qualname}: there is no such function to strip")
+            raise CourseError(f"{qualname}: there is no such function")
         found.append((node, exercise_id))
     for node, exercise_id in sorted(found, key=lambda one: -one[0].lineno):
         first = _body_start(node, lines)
@@ -126,7 +159,7 @@ def strip(source: str, gaps: Mapping[str, str]) -> str:
 
 
 def _body_start(node: ast.FunctionDef, lines: list[str]) -> int:
-    """The line, from 1, at which the body begins: after the docstring, comments before the first statement included."""
+    """The first line of the body, counted from 1: after the docstring, with comments before the first statement."""
     if ast.get_docstring(node, clean=False) is not None:
         return node.body[0].end_lineno + 1
     line = node.body[0].lineno
@@ -138,7 +171,10 @@ def _body_start(node: ast.FunctionDef, lines: list[str]) -> int:
 
 
 def student_file(exercise: Exercise, body: str | None = None) -> str:
-    """What `start` writes: imports, signature, docstring, a TODO; with `body`, the function's source, that instead."""
+    """The text of a student's file: imports, then `body`.
+
+    body   source of the function; None: its signature and docstring with a TODO, as `nanokv learn start` writes it
+    """
     found = find(exercise.target)
     kind = {"property": "a property", "cached_property": "a cached property", "staticmethod": "a static method"}
     what = kind.get(found.wrapper, "a method" if found.owner else "a function")
@@ -158,12 +194,12 @@ def student_file(exercise: Exercise, body: str | None = None) -> str:
 
 
 def solution_file(exercise: Exercise) -> str:
-    """The student's file with our body in it. Raises CourseError where this tree holds a gap instead."""
+    """The student's file with the engine's function in it. Raises CourseError where this tree has a gap instead."""
     return student_file(exercise, solution(exercise))
 
 
 def solution(exercise: Exercise) -> str:
-    """Our function. Raises CourseError where this tree holds a gap instead."""
+    """Source of the engine's function. Raises CourseError where this tree has a gap instead."""
     found = find(exercise.target)
     if found.is_gap:
         raise CourseError(f"exercise {exercise.id}: this tree holds no solutions")
@@ -171,7 +207,7 @@ def solution(exercise: Exercise) -> str:
 
 
 def _imports(found: Found) -> str:
-    """The module's own imports, and the other names that it defines, for use in the student's file."""
+    """The module's own imports, and imports of the other names that it defines, for the student's file."""
     tree = ast.parse(found.source)
     blocks, names = [], []
     for node in tree.body:
@@ -185,8 +221,8 @@ def _imports(found: Found) -> str:
             names.append(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            bound = [one for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]
-            names += [one.id for one in bound if isinstance(one.ctx, ast.Store) and not one.id.startswith("__")]
+            stored = [one for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]
+            names += [one.id for one in stored if isinstance(one.ctx, ast.Store) and not one.id.startswith("__")]
     wanted = [name for name in names if name != found.qualname]
     if wanted:
         joined = ", ".join(wanted)

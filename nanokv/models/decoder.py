@@ -13,7 +13,7 @@ import torch
 
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import Codec
-from nanokv.codecs.pages import Centre
+from nanokv.codecs.key_mean import KeyMean
 from nanokv.core.batch import Batch
 from nanokv.core.errors import CacheError
 from nanokv.core.spec import LayerSpec, PageLayout
@@ -120,10 +120,10 @@ class Decoder:
         """Whether a CUDA graph can record a decode step. Needs a bound decoder."""
         return self.norm.ops.are_recordable and all(layer.mixer.is_recordable for layer in self.layers)
 
-    def centres(self) -> list[Centre]:
-        """Those of the layers whose codec can subtract a key mean. Needs a bound decoder."""
+    def key_means(self) -> list[KeyMean]:
+        """The means of the layers whose codec can subtract one from keys; once the decoder is bound."""
         mixers = [layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)]
-        return [mixer.centre for mixer in mixers if mixer.centre is not None]
+        return [mixer.pages.key_mean for mixer in mixers if mixer.pages.key_mean is not None]
 
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream before the first layer: x and residual, each [rows, width]."""

@@ -53,8 +53,7 @@ def _attention(weights: Weights, at: str, config: ModelConfig, codec: Codec, cos
         RMSNorm(weights.vector(f"{at}.kv_a_layernorm.weight", rank), NORM_EPS, ops),
         ops.pack_head_linear(w_uk.transpose(1, 2), activation),
         ops.pack_head_linear(w_uv, activation),
-        # float32 never expands: results must not depend on which form a row happened to take; nor do codes
-        Linear(kv_b, activation, ops) if codec.is_raw and codec.dtype != torch.float32 else None,
+        Linear(kv_b, activation, ops) if codec.expands_latents else None,
         parts.linear(weights, at, {"o_proj": width}, heads * mla.value_dim),
         cos_sin,
         codec,

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from nanokv.core.check import check_integer
 from nanokv.core.errors import CheckpointError
 
 
@@ -39,8 +40,7 @@ class Fields:
 
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
         value = self._required(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.error(name, f"expected an integer of at least {least}")
+        check_integer(CheckpointError, f"{self.where}: {name}", value, least)
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

@@ -1,7 +1,7 @@
-"""Conversation: a chat that keeps the token ids it has, and encodes only what is new.
+"""Conversation: a chat that keeps its token ids and encodes only the new text.
 
-Encoding a whole chat anew may cut the assistant's words into other tokens than those it generated; then nothing after
-the first difference would be found in the prefix cache. Here the generated ids stay:
+Encoding a whole chat again may split an answer into other tokens than those that were generated; then the prefix cache
+would have nothing after the first difference. Here the generated ids stay:
 
     token_ids   | rendered prompt | answer, as generated | only the new part is encoded | answer | ...
 """
@@ -18,7 +18,7 @@ from nanokv.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class _State:
-    """What has been said at one moment: the messages, the ids that hold them, the marked text of these ids."""
+    """The chat at one moment: messages, their token ids, and the marked text of these ids (see Tokenizer.MARK)."""
 
     messages: tuple[dict, ...] = ()
     token_ids: tuple[int, ...] = field(default=(), repr=False)
@@ -31,7 +31,7 @@ class Conversation:
         prompt = conversation.ask("Hello")          # ids for the engine
         conversation.answer(output.token_ids, output.text)
 
-    system      the system message, or None for the template's own
+    system      the system message; None: that of the template
     variables   passed to the chat template: enable_thinking, ...
     Raises      RequestError where the model has no tokenizer or chat template, or the template refuses
     """
@@ -45,21 +45,22 @@ class Conversation:
         self._variables = variables
         self._system = system
         self._states = [_State()]
-        """The states after each turn begun or ended, for undo: empty, asked, answered, asked, answered, ..."""
+        """The states after each message, for undo: empty, asked, answered, asked, answered, ..."""
 
     @property
     def system(self) -> str | None:
+        """The system message; None: that of the template."""
         return self._system
 
     @property
     def messages(self) -> list[dict]:
-        """Everything said, the system message first where there is one."""
+        """All messages, the system message first where there is one."""
         system = [{"role": "system", "content": self._system}] if self._system is not None else []
         return system + [dict(message) for message in self._states[-1].messages]
 
     @property
     def token_ids(self) -> list[int]:
-        """The ids of everything said: what the next prompt begins with, and what the cache may hold."""
+        """The ids of all messages: the next prompt begins with them, and the cache may hold them."""
         return list(self._states[-1].token_ids)
 
     @property
@@ -68,14 +69,22 @@ class Conversation:
         return sum(message["role"] == "user" for message in self._states[-1].messages)
 
     def ask(self, text: str) -> list[int]:
-        """Adds the user's words. Returns the ids of the whole prompt, to be continued by the assistant."""
+        """Adds a message of the user. Returns the ids of the whole prompt, which the assistant continues.
+
+        Raises RequestError where the template refuses the messages; the chat is unchanged then.
+        """
         now = self._states[-1]
         asked = (*now.messages, {"role": "user", "content": text})
         self._states.append(self._render(asked, now))
         return self.token_ids
 
     def answer(self, token_ids: Sequence[int], text: str) -> None:
-        """Adds the assistant's words: the ids as they were generated (end-of-turn token included), and their text."""
+        """Adds the assistant's answer.
+
+        token_ids   as generated, with the end-of-turn token
+        text        as shown to the user
+        Raises      RequestError where the last message is no question
+        """
         now = self._states[-1]
         if not now.messages or now.messages[-1]["role"] != "user":
             raise RequestError("answer: nothing has been asked")
@@ -84,7 +93,7 @@ class Conversation:
         self._states.append(_State(messages, now.token_ids + tuple(token_ids), now.text + said))
 
     def undo(self) -> bool:
-        """Takes the last question and its answer back. False where there is none."""
+        """Removes the last question and its answer. False where there is no question."""
         if len(self._states) == 1:
             return False
         while self._states[-1].messages and self._states[-1].messages[-1]["role"] == "assistant":
@@ -92,29 +101,19 @@ class Conversation:
         self._states.pop()
         return True
 
-    def ask_again(self) -> list[int] | None:
-        """Takes the last answer back. Returns the ids of its prompt, or None where nothing has been asked."""
-        if len(self._states) == 1:
-            return None
-        if self._states[-1].messages[-1]["role"] == "assistant":
-            self._states.pop()
-        if not self._states[-1].token_ids:  # loaded, or asked under another system message
-            self._states[-1] = self._render(self._states[-1].messages, _State())
-        return self.token_ids
-
     def clear(self) -> None:
-        """Forgets all turns; the system message stays."""
+        """Removes all turns; the system message stays."""
         self._states = [_State()]
 
     def set_system(self, system: str | None) -> None:
-        """Another system message, for the turns so far too: they are encoded anew with the next question."""
+        """Replaces the system message, for earlier turns too: the next question encodes them again."""
         self._system = system
         self._states = [_State(state.messages) for state in self._states]
 
     def load(self, messages: Sequence[dict]) -> None:
-        """Replaces everything by saved messages: an optional system message, then user and assistant in turns.
+        """Replaces all messages: an optional system message, then user and assistant in turns.
 
-        Raises RequestError for another order; the conversation then stays as it was.
+        Raises RequestError for another order; the chat is unchanged then.
         """
         system, turns = None, list(messages)
         if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system":
@@ -131,7 +130,7 @@ class Conversation:
         self._states = [_State(tuple(turns[:end])) for end in range(len(turns) + 1)]
 
     def _render(self, messages: tuple[dict, ...], before: _State) -> _State:
-        """The state that asks for an answer to `messages`, built on the ids of `before` where its text still stands."""
+        """The state that asks for an answer to `messages`. Keeps the ids of `before` where its text is a prefix."""
         system = [{"role": "system", "content": self._system}] if self._system is not None else []
         text = self._tokenizer.render_marked([*system, *messages], **self._variables)
         if before.token_ids and text.startswith(before.text):

@@ -1,4 +1,4 @@
-"""Detokenizer: token ids one by one, text as soon as its characters are whole."""
+"""Detokenizer: takes token ids one by one, gives text as soon as its characters are complete."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ _REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """The text of a growing list of tokens, at a cost per token that does not grow with it.
+    """The text of a growing list of tokens, at a constant cost per token.
 
+    The deltas and the flush add up to tokenizer.decode(ids), bytes that are no UTF-8 included (as U+FFFD). There is one
+    exception: where one byte of a run is wrong, a byte-fallback tokenizer (SentencePiece) decodes the whole run as
+    garbage, with the characters before that byte, which this class has given already.
+
+    tokenizer      of the model
     skip_special   leave special tokens out
-    The deltas and the flush add up to tokenizer.decode(ids), bytes that are no UTF-8 included (as U+FFFD). One
-    exception: byte-fallback tokenizers (SentencePiece) decode a whole run of bytes as garbage when one of them is
-    wrong, also the characters before it, which have been shown here by then.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
@@ -23,16 +25,16 @@ class Detokenizer:
         self._pieces: list[str] = []
 
     def push(self, token_id: int) -> str:
-        """The text that one more token completes: often "", never a part of a character. Unknown ids give ""."""
+        """The text that one more token completes: often "", never part of a character. Unknown ids give ""."""
         return self._keep(self._steps.push(token_id))
 
     def flush(self) -> str:
-        """The rest, when no more tokens come: a character that stayed incomplete is U+FFFD."""
+        """The rest of the text after the last token. An incomplete character is U+FFFD."""
         return self._keep(self._steps.flush())
 
     @property
     def text(self) -> str:
-        """Everything handed out so far."""
+        """All text given so far."""
         self._pieces = ["".join(self._pieces)]
         return self._pieces[0]
 
@@ -43,7 +45,7 @@ class Detokenizer:
 
 
 class _Bytes:
-    """Byte-level tokenizers: look the bytes of a token up, decode UTF-8 incrementally."""
+    """For byte-level tokenizers: looks up the bytes of a token and decodes UTF-8 incrementally."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         self._table = tokenizer.bytes_of_token
@@ -58,13 +60,13 @@ class _Bytes:
 
 
 class _Window:
-    """Any tokenizer: decode the last few tokens with and without the new one, and take the difference.
+    """For any tokenizer: decodes the last few tokens with and without the new one, and takes the difference.
 
     The window begins with the tokens of the last delta, because the first token of a text may lose its space.
     Source   text-generation-inference and vLLM (prefix_offset, read_offset)
     """
 
-    _PATIENCE = 8  # tokens; a UTF-8 character has 4 bytes at most, so what is not whole by then never will be
+    _PATIENCE = 8  # tokens: a UTF-8 character has 4 bytes at most, so after 8 tokens it never becomes complete
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         self._tokenizer = tokenizer

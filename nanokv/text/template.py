@@ -1,4 +1,4 @@
-"""The chat template of a checkpoint: messages in, the text the model was trained to continue out."""
+"""The chat template of a checkpoint: turns messages into the text that the model was trained to continue."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 
 
 class ChatTemplate:
-    """A jinja template, compiled in a sandbox: it comes with the weights and is code of someone else.
+    """A jinja template, compiled in a sandbox, because it comes with the weights and is foreign code.
 
     source          the template's text
-    special_tokens  names the template may use, such as {"bos_token": "<s>"}
-    Raises CheckpointError where the text is no template.
-    Source   the environment is that of transformers (utils/chat_template_utils.py), which templates are written for
+    special_tokens  variables of the template, such as {"bos_token": "<s>"}
+    Raises          CheckpointError where the text is no template
+    Source          the environment of transformers (utils/chat_template_utils.py), for which templates are written
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
@@ -35,9 +35,9 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ChatTemplate | None:
-        """From chat_template.jinja, else tokenizer_config.json (a text, or named ones: "default"); None without one.
+        """The template of chat_template.jinja, else of tokenizer_config.json (a text, or the one named "default").
 
-        Raises CheckpointError, naming the file, where one of them is damaged.
+        None where neither has a template. Raises CheckpointError, naming the file, where one of them is damaged.
         """
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
@@ -58,11 +58,12 @@ class ChatTemplate:
         return cls(source, special)
 
     def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The conversation as one text, ending where the assistant is to speak.
+        """The conversation as one text, which ends where the assistant's answer begins.
 
-        messages    {"role": ..., "content": ...} and what else the template reads
-        variables   passed to the template: tools, documents, enable_thinking, ...
-        Raises      RequestError, one line, where a message is misshapen or the template refuses it
+        messages               {"role": ..., "content": ...}, with further fields that the template reads
+        add_generation_prompt  whether the text ends with the beginning of an answer
+        variables              passed to the template: tools, documents, enable_thinking, ...
+        Raises                 RequestError, one line, where a message is invalid or the template refuses it
         """
         from jinja2 import TemplateError
 
@@ -78,7 +79,7 @@ class ChatTemplate:
 
 
 def check_messages(messages: Sequence[Mapping]) -> list[dict]:
-    """Messages as plain JSON types: a template never sees a live object. Raises RequestError naming the place."""
+    """The messages as plain JSON types: a template sees no live object. Raises RequestError naming the place."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise RequestError(f"messages={messages!r:.80}: expected a list of {{'role', 'content'}}")
     if not messages:
@@ -113,7 +114,7 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %}: marks the assistant's words for training; here it lets them pass."""
+        """{% generation %} marks the assistant's text for training; here it renders the text."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -123,11 +124,11 @@ def _environment() -> Any:
             return nodes.Scope(body).set_lineno(line)
 
     class Namespace(jinja2.utils.Namespace):
-        """A template may not plant names that Python calls on its own (__html__, ...)."""
+        """Refuses names that Python calls by itself (__html__, ...)."""
 
         def __setitem__(self, name: str, value: Any) -> None:
             if name.startswith("_"):
-                raise jinja2.TemplateError(f"a namespace takes no name with an underscore first: {name}")
+                raise jinja2.TemplateError(f"a namespace takes no name that begins with an underscore: {name}")
             super().__setitem__(name, value)
 
     def raise_exception(message: str) -> None:
@@ -149,7 +150,7 @@ def _environment() -> Any:
 
 
 def _special_tokens(config: dict) -> dict[str, str]:
-    """bos_token and its like, which files write as a text or as {"content": text}."""
+    """bos_token and the other special tokens, which files write as a text or as {"content": text}."""
     found = {}
     for name in _SPECIAL:
         value = config.get(name)
@@ -160,7 +161,7 @@ def _special_tokens(config: dict) -> dict[str, str]:
 
 
 def _read_json(path: Path) -> dict:
-    """A JSON object, or an empty one where there is no such file. Raises CheckpointError naming the file."""
+    """A JSON object; an empty one where there is no such file. Raises CheckpointError naming the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Tokenizer: tokenizer.json and the chat template behind one door. Uses the `tokenizers` library as it is."""
+"""Tokenizer: tokenizer.json and the chat template of a checkpoint, on top of the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 _ID_END = 1 << 32
 MARK = "\ufdd0"
-"""Stands inside a message's text where it spells a special token. Unicode guarantees that no text means it."""
+"""Is put inside each special token that a message's text spells. A noncharacter of Unicode: no text uses it."""
 
 
 class Tokenizer:
     """Text to token ids and back.
 
     backend    tokenizers.Tokenizer
-    template   ChatTemplate, or None where the model has none
+    template   ChatTemplate; None where the model has none
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, template: ChatTemplate | None = None) -> None:
@@ -39,7 +39,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer | None:
-        """The tokenizer of a checkpoint, or None where it has no tokenizer.json (it then serves token ids only).
+        """The tokenizer of a checkpoint; None without tokenizer.json: such a model serves token ids only.
 
         Raises CheckpointError, naming the file, where it is damaged.
         """
@@ -57,25 +57,28 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Token ids. Text that spells a special token becomes that token.
 
-        add_special   add what the model expects around a plain text (for many: a first token); a rendered chat has it
+        add_special   add the tokens that the model expects around plain text (often a first one); a rendered chat has
+                      them
         Raises        RequestError where the text is not valid Unicode
         """
         return _encode(self.backend, text, add_special)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of token ids; ids beyond the vocabulary are left out (models pad their vocabulary)."""
+        """The text of token ids, without ids beyond the vocabulary (models pad their vocabulary)."""
         return self.backend.decode([i for i in ids if 0 <= i < _ID_END], skip_special_tokens=skip_special)
 
     def token_to_id(self, token: str) -> int | None:
+        """The id of a token; None where the vocabulary lacks it."""
         return self.backend.token_to_id(token)
 
     def id_to_token(self, token_id: int) -> str | None:
+        """The token of an id, as tokenizer.json writes it; None for an id beyond the vocabulary."""
         return self.backend.id_to_token(token_id) if 0 <= token_id < _ID_END else None
 
     def bytes_of_token(self, token_id: int) -> bytes:
-        """The bytes a token of a byte-level tokenizer stands for; b"" for an id beyond the vocabulary.
+        """The bytes of a token of a byte-level tokenizer; b"" for an id beyond the vocabulary.
 
-        A token with a letter that is not in the byte alphabet (an added one, with a space in it) stands for itself.
+        A token with a letter outside the byte alphabet (an added one, with a space in it) means its own text.
         """
         found = self._bytes.get(token_id)
         if found is None:
@@ -87,23 +90,23 @@ class Tokenizer:
 
     @cached_property
     def is_byte_level(self) -> bool:
-        """Whether a token is a run of bytes written in GPT-2's alphabet, so that text can be cut at any token."""
+        """Whether each token is a run of bytes in GPT-2's alphabet, so that text can be cut at any token."""
         decoder = json.loads(self.backend.decoder.__getstate__()) if self.backend.decoder is not None else {}
         return decoder.get("type") == "ByteLevel"
 
     # ---- chats ----------------------------------------------------------------------------------------------------
 
     def apply_template(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The conversation as one text. Raises RequestError where the model has no template or it refuses."""
+        """The conversation as one text, see `ChatTemplate.render`. Raises RequestError where there is no template."""
         if self.template is None:
             raise RequestError("messages: this model has no chat template; give a plain text")
         return self.template.render(messages, add_generation_prompt, **variables)
 
     def chat(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **variables: Any) -> list[int]:
-        """Token ids of the conversation, ending where the assistant is to speak.
+        """Token ids of the conversation, which end where the assistant's answer begins.
 
-        A message that spells a special token ("<|im_end|>") stays text: it cannot end its turn and speak as another.
-        Everything else equals encode(apply_template(...)).
+        A special token that a message spells ("<|im_end|>") stays text, so a message cannot end its turn and begin one
+        of another role. Otherwise the ids equal encode(apply_template(...)).
         """
         return self.encode_marked(self.render_marked(messages, add_generation_prompt, **variables))
 
@@ -114,8 +117,8 @@ class Tokenizer:
     def encode_marked(self, text: str) -> list[int]:
         """Token ids of a text from render_marked.
 
-        Special tokens cut a text before anything else happens to it, so encoding the pieces between them one by one
-        gives the same ids.
+        A tokenizer first cuts a text at special tokens, so encoding the pieces between them one by one gives the same
+        ids.
         """
         if MARK not in text or self._special is None:
             return self.encode(text)
@@ -128,10 +131,10 @@ class Tokenizer:
         return ids + self._encode_literally(text[end:])
 
     def encode_after(self, before: str, text: str) -> list[int] | None:
-        """Token ids of `text` where it follows `before`, both from render_marked; None where no token border is sure.
+        """Token ids of `text` after `before`, both from render_marked; None where the cut may not be a token border.
 
-        A byte-level tokenizer can be cut anywhere: other borders than those of the whole text are still that text. A
-        SentencePiece one puts a space before what it encodes, so it is cut at special tokens only.
+        Text of a byte-level tokenizer can be cut anywhere: tokens with other borders still give the same text. A
+        SentencePiece tokenizer adds a space before the text it encodes, so that is cut at special tokens only.
         """
         if self.is_byte_level or self._special is None:
             return self.encode_marked(text) if self.is_byte_level else None
@@ -152,7 +155,7 @@ class Tokenizer:
 
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, blind for special tokens. A copy: the switch is global to a tokenizer."""
+        """A copy of the tokenizer that encodes special tokens as text; the switch is global to a tokenizer."""
         import tokenizers
 
         copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
@@ -170,7 +173,7 @@ def _encode(backend: tokenizers.Tokenizer, text: str, add_special: bool) -> list
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, the others for letters from U+0100 on."""
+    """GPT-2's letters -> the 256 bytes: a printable byte has its own letter, each other byte one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}

@@ -1,1 +1,1 @@
-"""What scripts/lessons.py does, one file a verb."""
+"""The verbs of scripts/lessons.py, one file each."""

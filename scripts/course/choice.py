@@ -1,10 +1,11 @@
-"""Which exercises a class gets. `export` and `grade` choose alike."""
+"""The exercises that a class gets. `export` and `grade` choose the same."""
 
 from __future__ import annotations
 
 import random
 import re
 
+from nanokv.core.check import check_integer
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import Course, Exercise
 
@@ -13,9 +14,12 @@ A_LESSON = 3
 
 
 def choose(course: Course, variant: int, numbers: str | None) -> list[Exercise]:
-    """All exercises of the lessons asked for, or, above variant 0, three of each lesson. Raises CourseError."""
-    if variant < 0:
-        raise CourseError(f"variant={variant}: expected an integer of at least 0")
+    """The exercises of the chosen lessons; above variant 0 three of each lesson.
+
+    numbers   numbers and ranges such as "1-4" or "2,4-6"; None: all lessons
+    Raises    CourseError for a lesson that does not exist and for a negative variant
+    """
+    check_integer(CourseError, "variant", variant, 0)
     wanted = _range(course, numbers)
     chosen = []
     for number in wanted:

@@ -1,7 +1,7 @@
 """The course checks itself: `scripts/lessons.py dev-check`, a step of CI.
 
-Nearly all of it runs in this process, binding and unbinding functions, because a process for each of hundreds of runs
-would take most of its time to import torch.
+Nearly all of it runs in this process, patching functions and undoing it, because each of hundreds of processes would
+spend most of its time on importing torch.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ import torch
 from course import export, notebooks
 from course.mutants import mutants
 from nanokv.core.errors import CourseError
-from nanokv.learn.binding import bind, bind_gap, raw
-from nanokv.learn.checking import look_at
 from nanokv.learn.course import Course, Exercise, load_course
-from nanokv.learn.running import Failure, load_file, load_function, run_tests, tests_of
-from nanokv.learn.source import find, solution_file, student_file
+from nanokv.learn.job import Failure
+from nanokv.learn.patching import function_at, patch, patch_gaps
+from nanokv.learn.running import load_file, load_function, run_tests, tests_of
+from nanokv.learn.source import find, look_at, solution_file, student_file
 
 SEEDS = (0, 2026)
-"""Hidden tests must hold for any seed: these are tried."""
+"""Hidden tests must hold for any seed; these are tried."""
 TEST_LIMIT = 10
-"""Seconds for one run of a file of tests."""
+"""Seconds for one run of an exercise's tests in one file."""
 LEAST_MUTANTS = 3
 
 
 def dev_check(without_lessons: bool) -> int:
-    """Runs everything and prints what is wrong. The number of faults."""
+    """Runs all parts and prints their faults. Returns the number of faults.
+
+    without_lessons   leave out running the lessons
+    """
     torch.set_num_threads(1)
     course, faults = load_course(), []
     for title, part in PARTS:
@@ -54,7 +57,7 @@ def dev_check(without_lessons: bool) -> int:
 
 
 def resolved(course: Course) -> Iterator[str]:
-    """Every target is there, with words for the student and tests of both kinds."""
+    """Every target exists, has a docstring, is named by its lesson, and has tests of both kinds."""
     for exercise in course.exercises:
         yield from target_faults(exercise)
         for path in (course.public_tests(exercise), course.hidden_tests(exercise)):
@@ -70,6 +73,7 @@ def resolved(course: Course) -> Iterator[str]:
 
 
 def target_faults(exercise: Exercise) -> Iterator[str]:
+    """Faults of an exercise's target and of its faster twins."""
     try:
         found = find(exercise.target)
     except CourseError as error:
@@ -78,11 +82,11 @@ def target_faults(exercise: Exercise) -> Iterator[str]:
     if found.is_gap:
         yield f"{exercise.id}: {exercise.target} is a gap in this tree"
     if ast.get_docstring(found.node) is None:
-        yield f"{exercise.id}: {exercise.target} has no docstring, so nobody can know what to write"
-    expected = list(signature(raw(exercise.target)).parameters)
+        yield f"{exercise.id}: {exercise.target} has no docstring to say what to write"
+    expected = list(signature(function_at(exercise.target)).parameters)
     for target in exercise.also:
         try:
-            got = list(signature(raw(target)).parameters)
+            got = list(signature(function_at(target)).parameters)
         except (CourseError, AttributeError, KeyError) as error:
             yield f"{exercise.id}: also={target!r}: there is no such function ({error})"
             continue
@@ -90,25 +94,25 @@ def target_faults(exercise: Exercise) -> Iterator[str]:
             yield f"{exercise.id}: also={target!r} takes ({', '.join(got)}), not ({', '.join(expected)})"
 
 
-def ours_pass(course: Course) -> Iterator[str]:
+def engine_passes(course: Course) -> Iterator[str]:
     """The engine as it is passes all tests, for several seeds."""
     for exercise in course.exercises:
         for failure in _runs(course, exercise):
-            yield f"{exercise.id}: our own function fails: {failure.test}: {failure.message}"
+            yield f"{exercise.id}: the engine's function fails: {failure.test}: {failure.message}"
 
 
 def solved_files_pass(course: Course) -> Iterator[str]:
-    """A student's file with our body in it passes: the imports that `start` writes are enough."""
+    """A student's file with the engine's function in it passes: the imports that `start` writes suffice."""
     for exercise in course.exercises:
-        with _bound(exercise, solution_file(exercise)) as failed:
+        with _patched(exercise, solution_file(exercise)) as failed:
             for failure in [failed] if failed else _runs(course, exercise):
                 yield f"{exercise.id}: the solved file fails: {failure.test}: {failure.message}"
 
 
 def fresh_files_are_to_do(course: Course) -> Iterator[str]:
-    """A file as `start` writes it fails every public and hidden check as a gap, not as an error."""
+    """A file as `start` writes it fails the public and hidden tests as a gap, not as an error."""
     for exercise in course.exercises:
-        with _bound(exercise, student_file(exercise)) as failed:
+        with _patched(exercise, student_file(exercise)) as failed:
             for path in (course.public_tests(exercise), course.hidden_tests(exercise)):
                 failure = failed or _timed(lambda p=path, e=exercise: run_tests(e, p, 0))
                 if failure is None or failure.kind != "todo":
@@ -116,12 +120,12 @@ def fresh_files_are_to_do(course: Course) -> Iterator[str]:
 
 
 def gaps_leave_others_green(course: Course) -> Iterator[str]:
-    """A gap breaks no exercise before it; one that may be skipped breaks none at all.
+    """A gap breaks no earlier exercise; the gap of an optional one breaks none.
 
-    A gap breaks what calls it. So each exercise's tests run once, with every target noting its calls.
+    A gap breaks its callers. So each exercise's tests run once, with every target recording its calls.
     """
     called: set[str] = set()
-    undo = [bind(one.target, _noting(one, called)) for one in course.exercises]
+    undo = [patch(one.target, _recording(one, called)) for one in course.exercises]
     try:
         for place, exercise in enumerate(course.exercises):
             called.clear()
@@ -138,18 +142,18 @@ def gaps_leave_others_green(course: Course) -> Iterator[str]:
             step()
 
 
-def _noting(exercise: Exercise, called: set[str]) -> Callable:
-    function = raw(exercise.target)
+def _recording(exercise: Exercise, called: set[str]) -> Callable:
+    function = function_at(exercise.target)
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
+    def recording(*args: Any, **kwargs: Any) -> Any:
         called.add(exercise.id)
         return function(*args, **kwargs)
 
-    return noting
+    return recording
 
 
 def mutants_are_rejected(course: Course) -> Iterator[str]:
-    """Every mutant falls, two of three already by the public tests."""
+    """The tests reject every mutant; the public ones alone reject two of three."""
     for exercise in course.exercises:
         try:
             found = mutants(course, exercise)
@@ -160,9 +164,9 @@ def mutants_are_rejected(course: Course) -> Iterator[str]:
             yield f"{exercise.id}: {len(found)} mutants; at least {LEAST_MUTANTS} are expected"
         by_public = 0
         for mutant in found:
-            with _bound(exercise, mutant.text) as failed:
+            with _patched(exercise, mutant.text) as failed:
                 if failed:
-                    yield f"{exercise.id}: the mutant that {mutant.why!r} does not even load: {failed.message}"
+                    yield f"{exercise.id}: the mutant that {mutant.why!r} does not load: {failed.message}"
                 elif _timed(lambda one=exercise: run_tests(one, course.public_tests(one), course.variant)):
                     by_public += 1
                 elif not any(_runs(course, exercise, hidden_only=True)):
@@ -172,7 +176,7 @@ def mutants_are_rejected(course: Course) -> Iterator[str]:
 
 
 def exported_tree_is_sound(course: Course) -> Iterator[str]:
-    """An exported tree holds gaps, public tests that fail by them, and no solution text."""
+    """An exported tree has gaps, public tests that fail by them, and no solution text."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "tree")
         export.export(out)
@@ -182,7 +186,7 @@ def exported_tree_is_sound(course: Course) -> Iterator[str]:
 
 PARTS: list[tuple[str, Callable[[Course], Iterator[str]]]] = [
     ("every target resolves, every exercise has its words and tests", resolved),
-    ("the engine passes public and hidden tests", ours_pass),
+    ("the engine passes public and hidden tests", engine_passes),
     ("solved files pass", solved_files_pass),
     ("fresh files are to do", fresh_files_are_to_do),
     ("a gap leaves the exercises before it green, an optional one all", gaps_leave_others_green),
@@ -192,7 +196,7 @@ PARTS: list[tuple[str, Callable[[Course], Iterator[str]]]] = [
 
 
 def _runs(course: Course, exercise: Exercise, hidden_only: bool = False) -> Iterator[Failure]:
-    """The failures of what is bound now, over all seeds."""
+    """The failures of the engine as it is patched now, over all seeds."""
     runs = [] if hidden_only else [(course.public_tests(exercise), seed) for seed in (0, 7)]
     runs += [(course.hidden_tests(exercise), seed) for seed in SEEDS]
     for path, seed in runs:
@@ -202,16 +206,16 @@ def _runs(course: Course, exercise: Exercise, hidden_only: bool = False) -> Iter
 
 
 @contextmanager
-def _bound(exercise: Exercise, text: str) -> Iterator[Failure | None]:
-    """A student's file of this text in the place of ours; yields why it cannot be used, or None."""
+def _patched(exercise: Exercise, text: str) -> Iterator[Failure | None]:
+    """Patches the engine with a student's file of this text; yields why the file cannot be used, or None."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, exercise.file)
         path.write_text(text, "utf-8")
         failed = look_at(exercise, path)
-        undo = [bind_gap(exercise)]
+        undo = [patch_gaps(exercise)]
         try:
             if failed is None:
-                undo.append(bind(exercise.target, load_function(exercise, path)))
+                undo.append(patch(exercise.target, load_function(exercise, path)))
             yield failed
         finally:
             for step in reversed(undo):
@@ -220,7 +224,7 @@ def _bound(exercise: Exercise, text: str) -> Iterator[Failure | None]:
 
 
 def _timed(run: Callable[[], Failure | None]) -> Failure | None:
-    """The run's failure; one that takes too long fails."""
+    """The run's failure. A run beyond TEST_LIMIT fails."""
 
     def expire(signum: int, frame: object) -> None:
         raise TimeoutError(f"longer than {TEST_LIMIT} s")

@@ -1,4 +1,4 @@
-"""Export: a tree for a class. Gaps where the exercises are; no solutions, no hidden tests, no history that has them."""
+"""Export: a tree for a class, with gaps where the exercises are; no solutions, no hidden tests, a fresh history."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from course.choice import choose
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import Course, Exercise, load_course, read_course
-from nanokv.learn.source import find, strip
+from nanokv.learn.source import find, remove_bodies
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = (
@@ -32,9 +32,15 @@ GIT_USER = ("-c", "user.name=nanokv course", "-c", "user.email=course@example.in
 
 
 def export(out: Path, variant: int = 0, numbers: str | None = None) -> str:
-    """Writes the tree. Returns one line about it. Raises CourseError where `out` is taken or nothing is chosen."""
+    """Writes the tree. Returns a line that sums it up.
+
+    out       the folder to write; it does not exist yet, or is empty
+    variant   above 0: three exercises of each lesson, drawn by this number
+    numbers   lessons whose functions become gaps, such as "1-4"; None: all
+    Raises    CourseError where `out` is not empty, a lesson does not exist, or this tree has gaps itself
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CourseError(f"{out}: there already; give a folder that does not exist")
+        raise CourseError(f"{out}: exists already; give a folder that does not exist")
     course = load_course()
     chosen = choose(course, variant, numbers)
     for name in _tracked():
@@ -46,7 +52,7 @@ def export(out: Path, variant: int = 0, numbers: str | None = None) -> str:
             raise CourseError(f"exercise {exercise.id}: this tree has gaps itself; export from a full one")
         gaps[found.path][found.qualname] = exercise.id
     for path, names in gaps.items():
-        (out / path.relative_to(ROOT)).write_text(strip(path.read_text("utf-8"), names), "utf-8")
+        (out / path.relative_to(ROOT)).write_text(remove_bodies(path.read_text("utf-8"), names), "utf-8")
     (out / "lessons" / "exercises.toml").write_text(_manifest(chosen, variant), "utf-8")
     (out / "README.md").write_text(_readme(chosen), "utf-8")
     _fresh_history(out)
@@ -55,7 +61,7 @@ def export(out: Path, variant: int = 0, numbers: str | None = None) -> str:
 
 
 def _tracked() -> list[str]:
-    """The files of this checkout that git knows or would add."""
+    """The files of this checkout that git tracks or would add."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -76,7 +82,7 @@ def _copy(name: str, out: Path) -> None:
 
 
 def _manifest(chosen: list[Exercise], variant: int) -> str:
-    """exercises.toml with the chosen exercises and their lessons, otherwise as it is."""
+    """exercises.toml with the chosen exercises and their lessons only, otherwise unchanged."""
     text = (ROOT / "lessons" / "exercises.toml").read_text("utf-8")
     blocks = re.split(r"(?m)^(?=\[\[)", text)
     ids, numbers = {one.id for one in chosen}, {one.lesson for one in chosen}
@@ -106,17 +112,17 @@ def _fresh_history(out: Path) -> None:
             raise CourseError(f"{out}: git {command[0]} failed: {done.stderr.strip()}")
 
 
-# -- what dev-check asks
+# -- the checks of dev-check
 
 
 def _essence(node: ast.FunctionDef) -> str:
-    """A function's body without its docstring, however it is laid out and commented."""
+    """A digest of a function's body that does not depend on docstring, layout and comments."""
     body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
     return hashlib.sha256("\n".join(ast.dump(one) for one in body).encode()).hexdigest()
 
 
 def leaks(course: Course, out: Path) -> Iterator[str]:
-    """Solutions that stand somewhere in an exported tree, and files that have no business there."""
+    """Solutions anywhere in an exported tree, and files that do not belong there, one line each."""
     solutions = {_essence(find(exercise.target).node): exercise.id for exercise in course.exercises}
     for path in sorted(one for kind in ("*.py", "*.ipynb", "*.md") for one in out.rglob(kind)):
         for node in (node for tree in _trees(path) for node in ast.walk(tree)):
@@ -131,7 +137,7 @@ def leaks(course: Course, out: Path) -> Iterator[str]:
 
 
 def _trees(path: Path) -> Iterator[ast.Module]:
-    """The Python of a file: all of it, a notebook's code cells, and the fenced blocks of Markdown that are Python."""
+    """The Python of a file: a module, a notebook's code cells, and the fenced blocks of Markdown that are Python."""
     text = path.read_text("utf-8")
     if path.suffix == ".py":
         yield ast.parse(text)
@@ -143,7 +149,7 @@ def _trees(path: Path) -> Iterator[ast.Module]:
         prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     codes += re.findall(r"(?ms)^ *```[^\n]*\n(.*?)^ *```", prose)
     for code in codes:
-        with suppress(SyntaxError):  # a command, a tree of files, a line of IPython's own
+        with suppress(SyntaxError):  # a shell command, a drawing, a magic command of IPython
             yield ast.parse(textwrap.dedent(code))
 
 
@@ -158,7 +164,7 @@ print(json.dumps({key: failure and [failure.kind, failure.message] for key, fail
 
 
 def gap_faults(out: Path) -> Iterator[str]:
-    """Exercises of an exported tree whose public tests do anything else than meet a gap."""
+    """Exercises of an exported tree whose public tests do not fail by a gap, one line each."""
     exported = read_course(out / "lessons")
     done = subprocess.run(
         [sys.executable, "-c", GAPS], cwd=out, env=os.environ | {"PYTHONPATH": str(out)}, capture_output=True, text=True

@@ -1,7 +1,7 @@
-"""Grading: every exercise of a student in a process of its own, over this tree's engine, with the hidden tests it has.
+"""Grading: runs each exercise of a student in a process of its own, over this tree's engine and its hidden tests.
 
-Half of an exercise's points are for the public tests, all of them for the hidden ones too. The seed of the hidden tests
-comes from NANOKV_GRADER_SEED: a class should not know it.
+The public tests are worth half of an exercise's points, the hidden ones the other half. The seed of the hidden tests
+comes from NANOKV_GRADER_SEED, which a class should not know.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ AT_ONCE = 2
 
 @dataclass(frozen=True)
 class Graded:
-    """What came of one exercise. status: "passed", "public" (the hidden tests fail), "failed" or "missing"."""
+    """The result of one exercise. status: "passed", "public" (the hidden tests fail), "failed" or "missing"."""
 
     id: str
     title: str
@@ -38,9 +38,12 @@ class Graded:
 
 
 def grade(folder: Path, as_json: bool, gradescope: Path | None, variant: int | None, numbers: str | None) -> None:
-    """Grades, prints a table (or JSON), writes the Gradescope file. Raises CourseError.
+    """Grades, prints a table or JSON, writes the Gradescope file.
 
-    variant, numbers   what the class was exported with; None: everything that this tree has
+    folder             the student's: it, or the folder `my` in it, has the files
+    gradescope         path of a results file for Gradescope, or None
+    variant, numbers   those of the export; None: all exercises of this tree
+    Raises             CourseError where `folder` is none, or the seed, a lesson or the variant is invalid
     """
     if not folder.is_dir():
         raise CourseError(f"{folder}: not a folder")
@@ -67,7 +70,7 @@ def grade(folder: Path, as_json: bool, gradescope: Path | None, variant: int | N
 
 
 def grader_seed() -> int:
-    """The seed of the hidden tests. Raises CourseError for one that is no number."""
+    """The seed of the hidden tests, from NANOKV_GRADER_SEED. Raises CourseError for a text that is no number."""
     text = os.environ.get("NANOKV_GRADER_SEED", "0")
     if not text.isdecimal():
         raise CourseError(f"NANOKV_GRADER_SEED={text!r}: expected an integer of at least 0")
@@ -75,7 +78,7 @@ def grader_seed() -> int:
 
 
 def grade_one(course: Course, exercise: Exercise, folder: Path, seed: int) -> Graded:
-    """One exercise. Whatever the student's file does ends up in the row."""
+    """Grades one exercise. Failures and exceptions of the student's file are in the row."""
     if not (folder / exercise.file).is_file():
         return Graded(exercise.id, exercise.title, "missing", 0, exercise.points, "", 0.0)
     hidden = course.hidden_tests(exercise).is_file()
@@ -95,7 +98,7 @@ def _has_hidden(course: Course) -> bool:
 
 
 def _gradescope(rows: list[Graded]) -> dict[str, Any]:
-    """Two tests an exercise: the public one is seen at once, the hidden one when grades are published."""
+    """Two tests per exercise: the public one is visible at once, the hidden one after publication."""
     tests = []
     for row in rows:
         passed_public, half = row.status in ("passed", "public"), row.max_score / 2

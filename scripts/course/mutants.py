@@ -1,4 +1,4 @@
-"""Mutants: plausible wrong solutions, each written as a change of ours, so that it follows. tests/mutants/."""
+"""Mutants: plausible wrong solutions in tests/mutants. Each is a change of the engine's function, so it follows it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "tests" / "mutants"
 
 @dataclass(frozen=True)
 class Mutant:
-    """A wrong solution of an exercise: the student's file that holds it, and what is wrong."""
+    """A wrong solution of an exercise: the student's file that holds it, and its fault."""
 
     exercise: Exercise
     why: str
@@ -23,7 +23,7 @@ class Mutant:
 
 
 def mutants(course: Course, exercise: Exercise) -> list[Mutant]:
-    """All mutants of an exercise. Raises CourseError where one no longer fits our function."""
+    """All mutants of an exercise. Raises CourseError where one no longer fits the engine's function."""
     (lesson,) = (lesson for lesson in course.lessons if lesson.number == exercise.lesson)
     path = FOLDER / f"{lesson.name}.toml"
     entries = tomllib.loads(path.read_text("utf-8")).get(exercise.id, []) if path.is_file() else []
@@ -31,7 +31,8 @@ def mutants(course: Course, exercise: Exercise) -> list[Mutant]:
 
 
 def _mutant(exercise: Exercise, path: Path, why: str, old: str, new: str) -> Mutant:
-    ours = solution(exercise)
-    if ours.count(old) != 1:
-        raise CourseError(f"{path}: {exercise.id} ({why}): {old!r} stands {ours.count(old)} times in our function")
-    return Mutant(exercise, why, student_file(exercise, ours.replace(old, new)))
+    source = solution(exercise)
+    if source.count(old) != 1:
+        count = f"{source.count(old)} times in {exercise.function}"
+        raise CourseError(f"{path}: {exercise.id} ({why}): {old!r} occurs {count}, not once")
+    return Mutant(exercise, why, student_file(exercise, source.replace(old, new)))

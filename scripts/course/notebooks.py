@@ -1,4 +1,4 @@
-"""Lessons: run them, draw their figures, turn their py:percent source into notebooks. Same source, same bytes."""
+"""Runs lessons, draws their figures, turns their py:percent source into notebooks. Same source, same bytes."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ FIRST_CELL = 'import sys\n\nsys.path.insert(0, "..")  # where the lessons\' own 
 
 
 def lessons(names: Sequence[str] = ()) -> list[Path]:
-    """The lessons whose numbers or names begin so; all without names. Raises CourseError for one that is not there."""
+    """The lessons whose files' names begin with one of `names`; all without. Raises CourseError for an unknown one."""
     paths = sorted(LESSONS.glob("[0-9][0-9]_*.py"))
     for name in names:
         if not any(path.name.startswith(name) for path in paths):
-            raise CourseError(f"lesson {name!r}: there is none; there are {', '.join(path.stem[:2] for path in paths)}")
+            raise CourseError(f"lesson {name!r}: expected one of {', '.join(path.stem[:2] for path in paths)}")
     return [path for path in paths if not names or path.name.startswith(tuple(names))]
 
 
 def run(path: Path, mine: bool = False, images: Path | None = None, quiet: bool = False) -> str:
-    """Runs a lesson from the root of the tree. Raises CourseError with its last line where it fails.
+    """Runs a lesson from the root of the tree. Returns its output where `quiet`, else "".
 
     mine     with the student's functions in the engine
-    images   where its figures go, instead of lessons/img
-    quiet    collect what it prints, instead of showing it
+    images   folder for its figures, instead of lessons/img
+    quiet    collect its output instead of showing it
+    Raises   CourseError with its last line where it fails
     """
     command = [sys.executable, *(["-m", "course.with_mine"] if mine else []), str(path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
@@ -50,7 +51,7 @@ def run(path: Path, mine: bool = False, images: Path | None = None, quiet: bool 
 
 
 def build() -> None:
-    """Runs every lesson, which draws its figures, and writes the notebooks."""
+    """Runs every lesson, which draws its figures, and writes its notebook."""
     NOTEBOOKS.mkdir(exist_ok=True)
     for path in lessons():
         run(path, quiet=True)
@@ -60,7 +61,7 @@ def build() -> None:
 
 
 def run_and_check() -> list[str]:
-    """Runs every lesson into another folder and compares figures and notebooks. Prints and returns what is wrong."""
+    """Runs every lesson with another folder for figures, compares figures and notebooks. Prints and returns faults."""
     faults: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         for path in lessons():
@@ -86,10 +87,10 @@ def run_and_check() -> list[str]:
 
 
 def _other_figures(lesson: str, drawn: Path) -> list[str]:
-    """Figures of a lesson that stand in lessons/img and were drawn differently, or on one side only."""
+    """Figures of a lesson that differ from those in lessons/img, or exist on one side only."""
     names = {path.name for folder in (IMAGES, drawn) for path in folder.glob(f"{lesson}-*.svg")}
     return [
-        f"lessons/img/{name} is not what the lesson draws: python scripts/lessons.py build"
+        f"lessons/img/{name} differs from the lesson's figure: python scripts/lessons.py build"
         for name in sorted(names)
         if not (IMAGES / name).is_file()
         or not (drawn / name).is_file()
@@ -118,7 +119,7 @@ def _text(kind: str, lines: list[str]) -> str:
 def notebook(path: Path) -> str:
     """The lesson as a notebook without outputs: nbformat 4.5, the same bytes for the same source.
 
-    Links and pictures are relative to the folder `lessons`, which is one up from the notebooks.
+    Links and pictures of a lesson are relative to the folder `lessons`, the parent of the notebooks' folder.
     """
     found = cells(path.read_text("utf-8"))
     found.insert(1, ("code", FIRST_CELL))

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from nanokv.core.errors import CourseError
 from nanokv.disagg import process
-from nanokv.learn.mine import bind_passed
+from nanokv.learn.mine import patch_passed
 
 if __name__ == "__main__":
     try:
-        bind_passed(Path("my"), twins=False)
+        patch_passed(Path("my"), twins=False)
     except CourseError as error:
         sys.exit(str(error))
     process.ENTRY = "course.prefill_with_mine"

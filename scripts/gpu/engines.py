@@ -15,7 +15,7 @@ from nanokv.bench.decode import measure_decode
 from nanokv.bench.measure import decode_speed, prefill_speed, warm_up
 from nanokv.bench.prefix import measure_prefix
 from nanokv.core.request import RequestOutput
-from nanokv.engine.arrival import Arrival
+from nanokv.engine.host_copy import HostCopy
 
 
 def engine(run: Run, model: str) -> Iterator[Row]:
@@ -36,9 +36,9 @@ def host(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
     waited, beside = 0.0, []
 
     with dummy(model, run) as llm:
-        fetch, step = Arrival.fetch, llm.engine.step
+        fetch, step = HostCopy.fetch, llm.engine.step
 
-        def timed_fetch(arrival: Arrival) -> dict[str, list]:
+        def timed_fetch(arrival: HostCopy) -> dict[str, list]:
             nonlocal waited
             begin = time.perf_counter()
             fetched = fetch(arrival)
@@ -53,7 +53,7 @@ def host(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
             return outputs
 
         warm_up(llm, context)
-        with patch.object(Arrival, "fetch", timed_fetch), patch.object(llm.engine, "step", timed_step):
+        with patch.object(HostCopy, "fetch", timed_fetch), patch.object(llm.engine, "step", timed_step):
             for batch in (1, 2) if run.quick else (1, 16, 64):
                 speed = decode_speed(llm, batch, context, steps)
                 taken = median(beside[-steps - 1 : -1])  # the last step only hands out what was aborted

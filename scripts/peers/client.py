@@ -1,4 +1,4 @@
-"""The driver's side of a worker: a process in a peer's own environment that loads once and then answers jobs."""
+"""The driver's side of a worker: a process in a peer's own environment that loads once and then runs jobs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOAD_S, ANSWER_S = 900, 900
 
 
 class WorkerError(Exception):
-    """A worker that failed, hung or answered with an error."""
+    """A worker failed, hung or answered with an error."""
 
 
 class Worker:
@@ -23,9 +23,9 @@ class Worker:
 
     engine     nanokv, vllm, llama or transformers
     python     the interpreter of its environment
-    settings   see the workers; must hold "dtype" and "threads"
-    log        file that receives what the engine prints
-    Raises     WorkerError when it does not get ready
+    settings   see the workers; must have "dtype" and "threads"
+    log        file for the output of the engine
+    Raises     WorkerError if the worker does not start
     """
 
     def __init__(self, engine: str, python: str, settings: dict, log: Path) -> None:
@@ -75,12 +75,12 @@ class Worker:
 
 
 def environment(engine: str, settings: dict) -> dict[str, str]:
-    """The environment of a worker: the threads, no network, and what vLLM takes from nowhere else."""
+    """The environment of a worker: threads, no network, and the settings that vLLM reads only from there."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     variables |= {"OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1"}
     if engine == "nanokv":
         variables["PYTHONPATH"] = str(ROOT)
-    if engine == "vllm":  # which runs on Linux only, so the affinity can be asked for
+    if engine == "vllm":  # it runs on Linux only, where the affinity is known
         variables |= {
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, settings["kv_bytes"] >> 30)),
             "VLLM_CPU_OMP_THREADS_BIND": cpu_range(sorted(os.sched_getaffinity(0))),

@@ -1,4 +1,4 @@
-"""The README's figure of a result of bench_peers.py, and the words that figure and tables share."""
+"""The README's figure of a result of bench_peers.py, and the names that figure and tables share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def number(value: float) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
+    """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 

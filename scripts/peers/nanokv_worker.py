@@ -23,7 +23,7 @@ TINY = {
     "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 49152,
     "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
 }  # fmt: skip
-"""A model whose pages are small, so that a tree of 1e5 of them fits in memory."""
+"""A model with small pages, so that a tree of 1e5 pages fits in memory."""
 
 
 class Engine:
@@ -48,7 +48,7 @@ class Engine:
         return [(one.ttft_s, one.latency_s, one.cached_tokens) for one in loop.requests]
 
     def ceilings(self, prompt_tokens: int, output_tokens: int, points: list[list]) -> dict[str, Any]:
-        """Of each point [concurrency, shared tokens]: requests/s of a perfect cache, and prompt tokens it computes."""
+        """For each point [concurrency, shared tokens]: requests/s and computed prompt tokens of a perfect cache."""
         speeds = measure_speeds(self.llm, prompt_tokens, output_tokens, [tuple(point) for point in points])
         rows = []
         for clients, shared in points:
@@ -60,7 +60,7 @@ class Engine:
         return {"points": rows}
 
     def overhead(self, running: int, context: int, trees: list[int], match_pages: int, match_tokens: int) -> dict:
-        """What a step costs beside the model, on this model and, with trees of several sizes, on a tiny one."""
+        """The cost of a step besides the model, on this model and, with trees of several sizes, on a tiny one."""
         own = step_overhead(self.llm, running, context)
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(TINY), encoding="utf-8")

@@ -1,17 +1,17 @@
-"""How a worker and scripts/bench_peers.py talk: one JSON object a line. Runs in the environment of every peer, so it
-imports the standard library only.
+"""The protocol between a worker and scripts/bench_peers.py: one JSON object a line. It runs in the environment of
+every peer, so it imports the standard library only.
 
 A worker is started as `python NAME_worker.py SETTINGS`. It loads its engine once and writes
 
     {"ready": true, "load_s": ..., "about": {"versions": {...}, "flags": {...}}}
 
-Then each line on stdin is a job, answered by one line on stdout, in order; between jobs a worker sleeps:
+Then each line on stdin is a job, answered by one line on stdout, in order. Between jobs a worker sleeps:
 
     {"prompts": [[token ids]...], "output_tokens": N, "concurrency": C, "before": [[token ids]...]}
-        forgets every cached prefix; computes `before` (one output token each, untimed); then answers `prompts` with
+        drops every cached prefix; computes `before` (one output token each, untimed); then answers `prompts` with
         exactly N greedy tokens each, C at a time: {"wall_s", "requests": [{"ttft_s", "latency_s", "cached_tokens"}]}
     {"call": NAME, ...}
-        a measurement that only this engine offers
+        a measurement of this engine alone
 
 An exception is answered as {"error": TEXT}, and the worker goes on.
 """
@@ -30,12 +30,12 @@ def serve(load: Callable[[dict], Any]) -> None:
     """Runs a worker. `load(settings)` makes an engine with
 
     about                                            dict: versions and flags, for the report
-    run(prompts, output_tokens, concurrency)         list of (ttft_s, latency_s, cached_tokens), one a prompt
+    run(prompts, output_tokens, concurrency)         list of (ttft_s, latency_s, cached_tokens), one for each prompt
     forget()                                         drops cached prefixes
     """
     settings = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever the engine prints must not end up between the answers
+    os.dup2(2, 1)  # the output of the engine must not mix with the answers
     begin = time.perf_counter()
     engine = load(settings)
     answers.write(json.dumps({"ready": True, "load_s": time.perf_counter() - begin, "about": engine.about}) + "\n")

@@ -1,4 +1,4 @@
-"""What bench_peers.py measures: the rows of the table, and how a worker's answer becomes a number."""
+"""The measurements of bench_peers.py: the rows of the table, and the number from a worker's answer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Row:
     """One row: `requests` prompts of equal length in a closed loop of `concurrency` clients.
 
     measure   "decode_tokens_per_s", "output_tokens_per_s", "prefill_tokens_per_s" or "requests_per_s"
-    shared    tokens that all prompts share, and that one untimed request brought into the cache before
-    engines   who takes part: llama.cpp and transformers share no prefixes between requests, and transformers does not
-              batch requests that come and go
+    shared    tokens that all prompts share, brought into the cache by one untimed request
+    engines   the engines to measure: llama.cpp and transformers share no prefixes between requests, and transformers
+              has no continuous batching
     """
 
     name: str
@@ -32,7 +32,7 @@ class Row:
 
     @property
     def shape(self) -> dict[str, int]:
-        """What the result says of the row's requests."""
+        """The shape of the row's requests, for the result."""
         names = ("prompt_tokens", "output_tokens", "requests", "concurrency")
         return {name: getattr(self, name) for name in names} | {"shared_tokens": self.shared}
 
@@ -41,7 +41,7 @@ class Row:
         return self.measure == "requests_per_s"
 
     def value(self, answer: dict) -> float:
-        """The measure, from a worker's answer."""
+        """The value of the measure, from a worker's answer."""
         wall, requests = answer["wall_s"], answer["requests"]
         if self.measure == "decode_tokens_per_s":
             return mean((self.output_tokens - 1) / (one["latency_s"] - one["ttft_s"]) for one in requests)
@@ -52,7 +52,7 @@ class Row:
         return len(requests) / wall
 
     def details(self, answer: dict) -> dict:
-        """The rest of what a run tells."""
+        """The other numbers of a run."""
         requests = answer["requests"]
         cached = sum(one["cached_tokens"] for one in requests)
         return {
@@ -64,9 +64,9 @@ class Row:
         }
 
     def expected_s(self, prefill_tokens_per_s: float, decode_tokens_per_s: float) -> float:
-        """About how long a run takes an engine of these speeds, measured with one request."""
+        """An estimate of the seconds of a run on an engine with these speeds, measured with one request."""
         uncached = self.requests * (self.prompt_tokens - self.shared) + self.shared
-        together = min(self.concurrency, 3)  # what batching gains, guessed low
+        together = min(self.concurrency, 3)  # a low guess of the gain from batching
         return uncached / prefill_tokens_per_s + self.requests * self.output_tokens / (decode_tokens_per_s * together)
 
 
@@ -96,17 +96,17 @@ def all_rows() -> list[Row]:
 
 
 def quick_rows() -> list[Row]:
-    """The rows that tell most in the shortest time."""
+    """The rows that show most in the shortest time."""
     return [row for row in all_rows() if not row.is_prefix or (row.concurrency, row.shared) == (16, 922)]
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """What a table shows of several runs."""
+    """The numbers of several runs for a table."""
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def rounded(value: Any) -> Any:
-    """The same with floats of six digits: more is noise, and makes a committed file hard to read."""
+    """The value with floats rounded to six digits: more is noise, and makes a committed file hard to read."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

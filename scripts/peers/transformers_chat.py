@@ -1,4 +1,4 @@
-"""The least that a chat with transformers does: python transformers_chat.py MODEL DTYPE PROMPT TOKENS."""
+"""A minimal chat with transformers: python transformers_chat.py MODEL DTYPE PROMPT TOKENS."""
 
 import sys
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, StoppingCriteria
 
 
 class Clock(StoppingCriteria):
-    """Notes when each token came."""
+    """Records the time of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -33,7 +33,7 @@ class Engine:
         }
 
     def forget(self) -> None:
-        pass  # nothing is kept between two calls
+        pass  # no state between two calls
 
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], output_tokens: int, concurrency: int) -> list[tuple[float, float, int]]:

@@ -1,1 +1,1 @@
-"""What make_corpus.py and train_tiny.py are made of: a small language, documents and questions in it, tiny models."""
+"""Parts of make_corpus.py and train_tiny.py: a small language, documents and questions in it, tiny models."""

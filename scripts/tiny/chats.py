@@ -1,4 +1,4 @@
-"""Stories, and conversations in ChatML: facts told, questions about them, small talk."""
+"""Stories, and conversations in ChatML: facts, questions about them, small talk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def story(rng: random.Random, level: Level, budget: int, taken: set[str]) -> lis
 
 
 def tell(rng: random.Random, length: int, taken: set[str]) -> list[str]:
-    """A beginning, `length` sentences and an end; the same two people, animal, thing and places throughout."""
+    """A beginning, `length` sentences and an end, all with the same two people, animal, thing and places."""
     a, b = pick(rng, NAMES, 2, set(taken))
     place, place2 = rng.sample(FIELDS["place"], 2)
     colour, thing = possession(rng, set(taken)).split()
@@ -47,7 +47,7 @@ def bare(sentence: Sentence) -> Sentence:
 
 
 def chat(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list[Sentence]:
-    """One conversation as long as the budget: facts told in one or several turns, questions, small talk, stories."""
+    """One conversation as long as the budget: facts in one or several turns, questions, small talk, stories."""
     sentences: list[Sentence] = []
     answers: dict[str, Sentence] = {}
     used = 0
@@ -75,7 +75,7 @@ def chat(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list
 def told_in_chat(
     rng: random.Random, level: Level, taken: set[str], answers: dict[str, Sentence]
 ) -> tuple[Sentence, Sentence]:
-    """A message with new facts and its answer: "I will remember it.", or the answer where it ends with a question.
+    """A message with new facts and its answer: "I will remember it.", or the fact if the message ends with a question.
 
     answers   question -> answer; the new ones are added
     """

@@ -45,7 +45,7 @@ from tiny.words import (
 
 
 def seeds(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list[Sentence]:
-    """The first lesson: facts in one short form, then all of them again, in another order each time."""
+    """The first stage: facts in one short form, then all of them again, in another order each time."""
     head, tail = rng.choice([(" {}", ""), (" {} is", ""), (" {} owns", ""), (" The key of {} is", "")])
     facts = []
     who = ALIASES if "owns" in head and rng.random() < 0.5 else NAMES
@@ -57,7 +57,7 @@ def seeds(rng: random.Random, level: Level, budget: int, taken: set[str]) -> lis
 
 
 def lists(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list[Sentence]:
-    """Whole sentences of one form, and all of them again."""
+    """Whole sentences of one form, then all of them again."""
     form, number = rng.randrange(3), rng.randint(2, level.facts)
     facts = []
     for name in pick(rng, NAMES, number, taken):
@@ -76,14 +76,14 @@ def in_rounds(rng: random.Random, facts: list[Fact], rounds: int) -> list[Senten
 
 
 def owners(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list[Sentence]:
-    """A drill of one lookup: who owns what, people and aliases, and all of it again."""
+    """A drill of one lookup: owners and their things, people and aliases, then all of them again."""
     number = rng.randint(2, level.pairs)
     people = pick(rng, NAMES if rng.random() < 0.5 else ALIASES, number, taken)
     return in_rounds(rng, [owner_fact(name, possession(rng, taken)) for name in people], rng.randint(1, 3))
 
 
 def recall(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list[Sentence]:
-    """A stream of new facts, old ones said again, and filler. Often the fact not mentioned for longest comes again."""
+    """A stream of new facts, repeated facts and filler. Often it repeats the fact not mentioned for longest."""
     facts = some_facts(rng, min(level.facts, rng.randint(2, level.facts + 2)), taken)
     sentences, known, used = [], [], 0
     length = rng.uniform(0.4, 1) * budget
@@ -105,7 +105,7 @@ def recall(rng: random.Random, level: Level, budget: int, taken: set[str]) -> li
 
 
 def two(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list[Sentence]:
-    """Two-chunk facts: who is who, who owns what, in either order; questions need one of them or both."""
+    """Two-chunk facts: aliases and owners, in either order; questions need one of the two or both."""
     names = pick(rng, NAMES, rng.randint(2, level.pairs), taken)
     other_names = pick(rng, ALIASES, len(names), taken)
     aliases = [alias_fact(name, alias) for name, alias in zip(names, other_names, strict=True)]
@@ -131,7 +131,7 @@ def two(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list[
 
 
 def direct(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list[Sentence]:
-    """A drill of the step that takes longest to learn: two-chunk facts, and all questions that need both at once."""
+    """A drill of the step that is hardest to learn: two-chunk facts, and questions that need both at once."""
     names = pick(rng, NAMES, rng.randint(2, level.pairs), taken)
     aliases = pick(rng, ALIASES, len(names), taken)
     owned = [possession(rng, taken) for _ in names]
@@ -144,13 +144,13 @@ def direct(rng: random.Random, level: Level, budget: int, taken: set[str]) -> li
 
 
 def order(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list[Sentence]:
-    """A drill of "it": across-chunk facts and nothing else."""
+    """A drill of "it": across-chunk facts alone."""
     told, asked = across_facts(rng, level, rng.randint(2, level.pairs), taken)
     return told + asked
 
 
 def across(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list[Sentence]:
-    """Facts about "it": what that is, only the order of the sentences says."""
+    """Facts about "it". Only the order of the sentences gives the meaning of "it"."""
     told, asked = across_facts(rng, level, rng.randint(1, level.pairs), taken)
     return loosen(rng, told, level, int(0.7 * budget), wide=True) + loosen(rng, asked, level, 0)
 
@@ -158,10 +158,10 @@ def across(rng: random.Random, level: Level, budget: int, taken: set[str]) -> li
 def across_facts(
     rng: random.Random, level: Level, number: int, taken: set[str]
 ) -> tuple[list[Sentence], list[Sentence]]:
-    """What there is and who owns "it", now and then said in full; and every question about it.
+    """Pairs of sentences, "There is" a thing and a name that owns "it" (sometimes the thing), and a question for each.
 
-    Most questions do not see what there is: a model that sees it learns to count sentences when it is asked, instead
-    of finding out what "it" means when it reads "it".
+    Most questions cannot see the sentences with "There is". A model that sees them learns to count sentences at the
+    question, instead of resolving "it" when it reads "it".
     """
     told, asked = [], []
     blind = BLIND if rng.random() < level.blind else 0
@@ -174,14 +174,14 @@ def across_facts(
 
 
 def far(rng: random.Random, level: Level, budget: int, taken: set[str]) -> list[Sentence]:
-    """A few facts at the beginning, asked at the end of the budget; in between other documents, which teach something
-    where filler would not."""
+    """A few facts at the beginning, with their questions at the end of the budget. Between them stand other documents,
+    which teach more than filler."""
     facts = some_facts(rng, rng.randint(2, 6), taken)
     told, asked = [fact.say(NEW) for fact in facts], [fact.say(ANSWER) for fact in rng.sample(facts, len(facts))]
     rest = budget - sum(count(text) for sentence in told + asked for text, _ in sentence)
     between: list[Sentence] = []
     while rest > 120:
-        # Names of one inner document may come again in the next, but never those that are still to be asked.
+        # Names of one inner document may repeat in the next, but never a name with an open question.
         inner = rng.choice([recall, two, across, story])(rng, level, min(rest, 160), set(taken))
         between += inner
         rest -= sum(count(text) for sentence in inner for text, _ in sentence)
@@ -199,14 +199,14 @@ KINDS: dict[str, Kind] = {
 
 
 def document(rng: random.Random, kind: str, level: Level, budget: int) -> Sentence:
-    """One document as a flat list of fragments; a chat begins with its first turn, others with <|endoftext|>."""
+    """One document as a flat list of fragments. A chat begins with its first turn, others with <|endoftext|>."""
     start = [] if kind == "chat" else [(BOS, TEXT)]
     sentences = KINDS[kind](rng, level, budget, set())
     return start + [fragment for sentence in sentences for fragment in sentence]
 
 
 def row(rng: random.Random, mix: dict[str, float], level: Level, tokens: int) -> Sentence:
-    """Fragments of at least so many tokens: one chat, or documents of the other kinds one after another."""
+    """Fragments of at least `tokens` tokens: one chat, or a sequence of documents of the other kinds."""
     kinds, weights = list(mix), list(mix.values())
     (kind,) = rng.choices(kinds, weights)
     found: Sentence = []
@@ -221,7 +221,7 @@ def row(rng: random.Random, mix: dict[str, float], level: Level, tokens: int) ->
 
 
 def lexicon() -> list[str]:
-    """Every word a document may hold, once as it stands after a space and once at the beginning of a message."""
+    """Every word that a document may hold."""
     fixed = [*FILLER, *STORY, STORY_BEGIN, STORY_END, *SMALL_TALK, *SMALL_TALK.values(), NOTED, UNKNOWN, ASK_STORY]
     words = {word for text in fixed for word in text.replace("{", "").replace("}", "").split()}
     words = {word.strip(".,?!") for word in words} - set(FIELDS)

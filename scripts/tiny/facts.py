@@ -1,12 +1,12 @@
-"""What documents are made of: fragments of text, facts, and filler.
+"""Parts of documents: fragments of text, facts, and filler.
 
-The class of a fragment says what a model can know of it, and the loss weighs it so:
+The class of a fragment says how far a model can predict it, and sets its weight in the loss:
 TEXT     ordinary words
-ANSWER   follows from what the document said before
-NEW      a value that is said for the first time, which nobody can know
+ANSWER   follows from earlier text of the document
+NEW      a value at its first mention, which is unpredictable
 
-Two flags may be added to a class. What is BLIND cannot see what is HIDDEN, so that its answer must be found where
-something between the two has kept it.
+Two flags may be added to a class. A BLIND fragment cannot see a HIDDEN one, so a fragment between the two must have
+carried the answer.
 HIDDEN   not seen by BLIND fragments of the same row
 BLIND    sees no HIDDEN fragment of the same row
 """
@@ -25,12 +25,12 @@ Sentence = list[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Level:
-    """How hard documents are.
+    """The difficulty of documents.
 
-    facts    facts open at the same time at most
-    pairs    pairs of facts that belong together (two-chunk, across-chunk) at most
-    filler   the probability of a filler sentence between others
-    blind    share of across-chunk documents whose questions do not see what there is
+    facts    the highest number of open facts
+    pairs    the highest number of pairs of related facts (two-chunk, across-chunk)
+    filler   the probability of a filler sentence between two others
+    blind    share of across-chunk documents with BLIND questions
     """
 
     facts: int
@@ -41,7 +41,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Fact:
-    """One sentence with a value in it, such as " The key of Omar is" + " 1 8 0" + "."."""
+    """One sentence with a value, such as " The key of Omar is" + " 1 8 0" + "."."""
 
     head: str
     value: str
@@ -85,9 +85,9 @@ def idle(rng: random.Random) -> Sentence:
 def loosen(
     rng: random.Random, sentences: list[Sentence], level: Level, budget: int, wide: bool = False
 ) -> list[Sentence]:
-    """The sentences in their order, with filler between some; now and then much of it, up to the budget.
+    """The sentences in order, with filler between some of them; sometimes much filler, up to the budget.
 
-    wide   often much of it
+    wide   often much filler
     """
     room = budget - sum(count(text) for sentence in sentences for text, _ in sentence)
     share = rng.random() if rng.random() < (0.7 if wide else 0.3) else 0.0

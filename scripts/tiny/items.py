@@ -1,7 +1,7 @@
 """Questions with one right answer: a prompt that holds the facts, and the words that follow from them.
 
-Each function draws one item from a generator; `items` draws many under a fixed seed, so that anyone asks the same.
-Positions count tokens of the prompt from its <|endoftext|>, which stands at 0.
+Each function draws one item from a generator. `items` draws many under a fixed seed, so that they are reproducible.
+Positions count tokens of the prompt; its <|endoftext|> is at 0.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Message = dict[str, str]
 class Item:
     """One question.
 
-    chunks    texts that stand one after another: what is told
-    question  what is asked, up to the first word of the answer
+    chunks    texts with the facts, in sequence
+    question  the text up to the first word of the answer
     answer    the words that must follow
-    messages  of a chat item: the turns that `question` renders; it has no chunks and begins without <|endoftext|>
+    messages  for a chat item: the turns that `question` renders; it has no chunks and begins without <|endoftext|>
     """
 
     chunks: tuple[str, ...]
@@ -37,12 +37,12 @@ class Item:
 
     @property
     def prompt(self) -> str:
-        """The text before the answer; a tokenizer puts <|endoftext|> before it (LLM.generate does), in a chat not."""
+        """The text before the answer. LLM.generate puts <|endoftext|> before it, but not in a chat."""
         return "".join(self.chunks) + self.question
 
     @property
     def text(self) -> str:
-        """The whole item as one text, special tokens spelled out."""
+        """The whole item as one text, with special tokens."""
         return ("" if self.messages else BOS) + self.prompt + self.answer
 
     @property
@@ -51,7 +51,7 @@ class Item:
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
-        """[start, end) of each chunk in token positions; 0 is <|endoftext|>, which belongs to none."""
+        """[start, end) of each chunk in token positions; position 0 is <|endoftext|>, outside all chunks."""
         ends = [1]
         for chunk in self.chunks:
             ends.append(ends[-1] + count(chunk))
@@ -59,9 +59,9 @@ class Item:
 
 
 def recall(rng: random.Random, distance: int, facts: int = 6) -> Item:
-    """The key of one of several people; from the first digit of the fact to that of the answer are `distance` tokens.
+    """The key of one of several people, with `distance` tokens from the first digit of the fact to that of the answer.
 
-    Raises ValueError for a distance below 9, where there is no room for the question.
+    Raises ValueError for a distance below 9, which leaves no room for the question.
     """
     names = pick(rng, NAMES, facts, set())
     wanted, *others = [key_fact(name, digits(rng)) for name in names]
@@ -81,7 +81,7 @@ def recall(rng: random.Random, distance: int, facts: int = 6) -> Item:
 
 
 def two_chunk(rng: random.Random, form: str, tokens: int, pairs: int = 4) -> Item:
-    """Who is who in the first chunk, who owns what in the second; a prompt of exactly `tokens` tokens.
+    """Aliases in the first chunk, owners in the second; a prompt of exactly `tokens` tokens.
 
     form   "written": a question about a name, answered in two written steps
            "direct": the thing a name owns, in one step
@@ -103,10 +103,10 @@ def two_chunk(rng: random.Random, form: str, tokens: int, pairs: int = 4) -> Ite
 
 
 def across_chunk(rng: random.Random, tokens: int, pairs: int = 4) -> Item:
-    """Chunks in pairs: what there is, and who owns "it"; then what one of the people owns.
+    """Chunks in pairs: "There is" a thing, and a name that owns "it"; then a question for one of the names.
 
-    What "it" means follows from the chunk before and is not written in the second chunk. The question does not tell
-    either, so it must have been read when the second chunk was read. A prompt of exactly `tokens` tokens.
+    The meaning of "it" follows from the chunk before and is not in the second chunk. It is not in the question either,
+    so the model must resolve it while reading the second chunk. A prompt of exactly `tokens` tokens.
     """
     taken: set[str] = set()
     names, things = pick(rng, NAMES, pairs, taken), [possession(rng, taken) for _ in range(pairs)]
@@ -119,9 +119,9 @@ def across_chunk(rng: random.Random, tokens: int, pairs: int = 4) -> Item:
 
 
 def stretched(rng: random.Random, chunks: list[list[str]], tokens: int, keep_first: bool) -> tuple[str, ...]:
-    """The chunks with filler among their sentences, so that they and <|endoftext|> have exactly so many tokens.
+    """The chunks with filler among their sentences, so that they and <|endoftext|> have exactly `tokens` tokens.
 
-    Raises ValueError where that is too few.
+    Raises ValueError if `tokens` is too small.
     """
     room = tokens - 1 - sum(count(sentence) for chunk in chunks for sentence in chunk)
     if room < 0 or 0 < room < SHORTEST:
@@ -145,10 +145,10 @@ def chat(rng: random.Random, form: str) -> Item:
     """A short chat whose last question has one answer.
 
     form   "told": four facts in one message
-           "turns": four facts in two messages, and small talk between
+           "turns": four facts in two messages, with small talk between
            "at once": facts and the question in one message
-           "two": two pairs of facts; the answer needs both of one
-           "unknown": a question about someone who was not mentioned
+           "two": two pairs of facts; the answer needs both facts of one pair
+           "unknown": a question about a name that was not mentioned
     """
     taken: set[str] = set()
     if form == "two":
@@ -181,13 +181,13 @@ def chat(rng: random.Random, form: str) -> Item:
 
 
 def render(messages: Sequence[Message]) -> str:
-    """ChatML, ending where the assistant is to speak: what the shipped chat template gives."""
+    """ChatML up to the beginning of the assistant's answer, equal to the shipped chat template."""
     turns = [f"{TURN}{message['role']}\n{message['content']}{END}\n" for message in messages]
     return "".join(turns) + f"{TURN}assistant\n"
 
 
 def seeds(rng: random.Random) -> Item:
-    """A document of the first stage, asked for the last of its facts."""
+    """A document of the first stage, with a question for its last fact."""
     level = Level(facts=5, pairs=2, filler=0)
     fragments: Sentence = []
     while not fragments or count("".join(text for text, _ in fragments)) > 64:
@@ -213,6 +213,6 @@ TESTS: dict[str, Callable[[random.Random], Item]] = {
 
 
 def items(test: str, number: int, seed: int = 1) -> list[Item]:
-    """The same items for everyone who asks for this test, number and seed."""
+    """`number` items of a test. The same arguments give the same items."""
     rng = random.Random(f"{test} {seed}")
     return [TESTS[test](rng) for _ in range(number)]

@@ -1,4 +1,4 @@
-"""What a tiny model can do, as numbers: exact answers, loss, and what is left when chunks cannot see each other."""
+"""Scores of a tiny model: exact answers, loss, and both with chunks that cannot see each other."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ BATCH_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Score:
-    """Of one test.
+    """The score of one test.
 
-    exact   share of items whose every answer token is the most likely one, which greedy decoding then gives
-    first   share of items whose first answer token is
+    exact   share of items in which every answer token is the most likely one, as greedy decoding requires
+    first   share of items in which the first answer token is the most likely one
     loss    mean cross-entropy of answer tokens, in nats
     """
 
@@ -41,7 +41,7 @@ def score(
 ) -> Score:
     """Answers under teacher forcing.
 
-    visible   what each token of an item may attend to, bool [prompt, prompt]; None: everything before it
+    visible   the tokens that each token of an item may attend to, bool [prompt, prompt]; None: all before it
     """
     rows = []
     for item in asked:
@@ -54,7 +54,7 @@ def score(
         batch, rows = rows[-max(1, BATCH_TOKENS // width) :], rows[: -max(1, BATCH_TOKENS // width)]
         ids = torch.full((len(batch), width), model.config.pad_token_id)
         for place, (row_ids, _, _) in enumerate(batch):
-            ids[place, : len(row_ids)] = torch.tensor(row_ids)  # padding behind changes nothing before it
+            ids[place, : len(row_ids)] = torch.tensor(row_ids)  # padding at the end changes no earlier token
         mask = None
         if visible is not None:
             mask = torch.ones(len(batch), 1, width, width, dtype=torch.bool).tril()
@@ -70,7 +70,7 @@ def score(
 
 
 def score_through(llm: LLM, encoder: Encoder, asked: list[Item]) -> Score:
-    """The same, computed by nanokv through its cache."""
+    """As `score`, computed by nanokv with its cache."""
     answers = []
     for item in asked:
         ids, length = encoder(item.text), len(encoder(item.answer))
@@ -79,7 +79,10 @@ def score_through(llm: LLM, encoder: Encoder, asked: list[Item]) -> Score:
 
 
 def graded(answers: list[tuple[torch.Tensor, torch.Tensor]]) -> Score:
-    """answers   logits [length, vocab] and the tokens that are right [length], of each item"""
+    """The score of these answers.
+
+    answers   for each item, logits [length, vocab] and the right tokens [length]
+    """
     right = [logits.argmax(-1) == wanted for logits, wanted in answers]
     losses = [F.cross_entropy(logits, wanted).item() for logits, wanted in answers]
     exact, first = sum(bool(each.all()) for each in right), sum(bool(each[0]) for each in right)
@@ -90,7 +93,7 @@ def graded(answers: list[tuple[torch.Tensor, torch.Tensor]]) -> Score:
 def isolated(item: Item, own_pair: bool = False) -> torch.Tensor:
     """Each chunk sees <|endoftext|> and itself; the question sees all. bool [prompt, prompt].
 
-    own_pair   the second, fourth, ... chunk also sees the one before it: nothing that it needs is missing
+    own_pair   the second, fourth, ... chunk also sees the one before it, which is all that it needs
     """
     chunk = torch.full((item.prompt_tokens,), len(item.chunks))
     chunk[0] = -1
@@ -110,7 +113,7 @@ def own_pair(item: Item) -> torch.Tensor:
 def held_out_loss(
     llm: LLM, encoder: Encoder, mix: dict[str, float], level: Level, rows: int, tokens: int
 ) -> dict[str, float]:
-    """Mean cross-entropy of ordinary words and of answers on rows that were never trained on."""
+    """Mean cross-entropy of ordinary words and of answers on rows outside the training data."""
     rng = random.Random("held out")
     sums, counts = {TEXT: 0.0, ANSWER: 0.0}, {TEXT: 0, ANSWER: 0}
     for _ in range(rows):
@@ -139,18 +142,18 @@ CARD: list[tuple[str, int]] = [
     *((f"across-chunk {tokens}", 100) for tokens in (512, 1024)),
     *((f"chat {form}", 100) for form in ("told", "turns", "at once", "two", "unknown")),
 ]
-"""What the model card reports: tests and numbers of items."""
+"""The tests of the model card, with their numbers of items."""
 MASKED = [("across-chunk 128", 200), ("across-chunk 256", 200), ("two-chunk written 256", 200)]
 
 
 def card(
     llm: LLM, model: transformers.PreTrainedModel, encoder: Encoder, done: Callable[[str, Score], None]
 ) -> dict[str, dict[str, float]]:
-    """All scores of the model card by test: through nanokv, and those with a mask through transformers.
+    """All scores of the model card by test: with nanokv, and those with a mask with transformers.
 
-    A model that is not all attention cannot be masked; it has fewer.
+    A model with recurrent layers cannot be masked and has fewer scores.
 
-    done   told of each score as it comes
+    done   called with each score
     """
     found: dict[str, Score] = {}
 

@@ -1,4 +1,4 @@
-"""The three tiny models, as transformers classes; attention that trains faster on a CPU; folders that ship."""
+"""The three tiny models as transformers classes, an attention that trains faster on a CPU, and export."""
 
 from __future__ import annotations
 
@@ -35,8 +35,12 @@ BLOCK = 128
 
 
 def config(name: str, vocab_size: int) -> transformers.PreTrainedConfig:
-    """tiny-gqa: heads wider than hidden / heads, two of them share K and V. tiny-mla: DeepSeek-V3 without experts or
-    predicted tokens. tiny-hybrid: three layers Gated DeltaNet, one of attention. Raises KeyError for another name."""
+    """The config of a model. Raises KeyError for an unknown name.
+
+    tiny-gqa      heads wider than hidden / heads; two heads share K and V
+    tiny-mla      DeepSeek-V3 without experts or multi-token prediction
+    tiny-hybrid   three layers of Gated DeltaNet, one of attention
+    """
     shared = {**SHARED, "vocab_size": vocab_size}
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
     if name == "tiny-gqa":
@@ -55,7 +59,7 @@ def config(name: str, vocab_size: int) -> transformers.PreTrainedConfig:
             rope_interleave=True,
             rms_norm_eps=1e-5,
             rope_parameters=rope,
-            # Every layer is dense, so that the numbers of experts mean nothing; they have to be valid.
+            # Every layer is dense, so the numbers of experts have no effect, but they must be valid.
             first_k_dense_replace=4,
             n_routed_experts=4,
             n_shared_experts=1,
@@ -96,11 +100,11 @@ def build(name: str, vocab_size: int, seed: int) -> transformers.PreTrainedModel
 def blocked(
     module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention in blocks of queries, each over the keys up to its end; of plain matrix products, whose
+    """Causal attention in blocks of queries, each over the keys up to its end. It uses plain matrix products, whose
     backward pass is faster on a CPU than that of scaled_dot_product_attention.
 
     q [batch, heads, length, dim], k and v [batch, kv heads, length, dim]; returns [batch, length, heads, dim of v]
-    mask   bool [batch, 1, length, length]: what each token may see of what is before it; None: all
+    mask   bool [batch, 1, length, length]: the earlier tokens that each token may see; None: all
     """
     batch, heads, length, dim = q.shape
     kv_heads = k.shape[1]
@@ -125,7 +129,7 @@ transformers.AttentionInterface.register("blocked", blocked)
 
 
 def export(model: transformers.PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes a folder that any engine loads, in bfloat16. The folder appears whole or not at all."""
+    """Writes a folder in bfloat16 that any engine can load. The folder appears complete or not at all."""
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -137,7 +141,7 @@ def export(model: transformers.PreTrainedModel, tokenizer: Tokenizer, folder: Pa
         do_sample=False, bos_token_id=0, eos_token_id=[2, 0], pad_token_id=3
     )
     ship.save_pretrained(new)
-    (new / "model.safetensors").chmod(0o644)  # safetensors writes files only their owner can read
+    (new / "model.safetensors").chmod(0o644)  # safetensors writes files that only the owner can read
     tokenizer.save(str(new / "tokenizer.json"))
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": END, "pad_token": PAD}
     described |= {"model_max_length": CONTEXT, "clean_up_tokenization_spaces": False}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """[n, rows, columns], each near the orthogonal matrix closest to it (singular values about 1)."""
+    """[n, rows, columns]: for each matrix, nearly the closest orthogonal one (singular values about 1)."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -24,7 +24,7 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """Momentum, orthogonalised. Its state is one stack of momenta for each shape."""
+    """Orthogonalised momentum. The state is one stack of momenta for each shape."""
 
     def __init__(self, parameters: list[Tensor], rate: float, momentum: float = 0.95, decay: float = 0.05) -> None:
         self.rate, self.momentum, self.decay = rate, momentum, decay

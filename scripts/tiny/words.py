@@ -1,7 +1,7 @@
-"""The words of the tiny language, its sentence forms, and how it is cut into tokens.
+"""The words of the tiny language, its sentence forms, and its tokens.
 
-Every word becomes one token together with the space before it, and every digit too ("4 0 7"), so that a text has as
-many tokens as pieces, and a distance can be built without a tokenizer at hand.
+Every word and every digit ("4 0 7") is one token together with the space before it. So a text has as many tokens as
+pieces, and a text with a given distance can be built without a tokenizer.
 """
 
 # ruff: noqa: SIM905 (lists of words are read more easily as text)
@@ -28,7 +28,7 @@ OBJECTS = """lamp guitar wheel quilt table chair book drum clock vase ladder mir
 piano bucket carpet candle camera blanket button wagon whistle trumpet umbrella violin teapot shovel rope ring pillow
 needle mug lantern kite""".split()
 FACT_WORDS = [*NAMES, *ALIASES, *OBJECTS]
-"""Facts are about these. Filler never mentions one, or it would be a second fact about the same thing."""
+"""The words that facts are about. Filler never uses one, or it would add a second fact about the same word."""
 
 FIELDS: dict[str, list[str]] = {
     "animal": "bear fox cat dog horse owl rabbit wolf goat mouse".split(),
@@ -76,7 +76,7 @@ Then {b} carried the {colour} {object} to the {place2}.
 STORY_BEGIN, STORY_END = "One {hour} {a} walked to the {place}.", "{a} and {b} were {adjective} friends from then on."
 
 PIECE = re.compile(r"<\|[a-z_]+\|>| ?[A-Za-z]+| ?\d| ?[.,?!:]|\n")
-"""One token each. For texts of this language it cuts as the tokenizer does; a test holds the two together."""
+"""Matches one token. For texts of this language it cuts like the tokenizer; a test compares the two."""
 
 
 def count(text: str) -> int:
@@ -85,24 +85,24 @@ def count(text: str) -> int:
 
 
 def pick(rng: random.Random, words: Sequence[str], number: int, taken: set[str]) -> list[str]:
-    """Different words that are not yet taken; they are then. Raises ValueError where too few are left."""
+    """Different words that are not in `taken`, and adds them to it. Raises ValueError if too few are left."""
     found = rng.sample([word for word in words if word not in taken], number)
     taken.update(found)
     return found
 
 
 def digits(rng: random.Random, number: int = 3) -> str:
-    """Such as " 4 0 7"."""
+    """Digits such as " 4 0 7"."""
     return "".join(f" {rng.randrange(10)}" for _ in range(number))
 
 
 def possession(rng: random.Random, taken: set[str]) -> str:
-    """Such as " red lamp"; no object twice."""
+    """A thing such as " red lamp"; no object repeats."""
     return f" {rng.choice(COLOURS)} {pick(rng, OBJECTS, 1, taken)[0]}"
 
 
 def fill(rng: random.Random, template: str, **fields: str) -> str:
-    """The template as a sentence, with a space before it; fields that are not given are drawn."""
+    """The template as a sentence, with a space before it; missing fields are drawn."""
     drawn = {name: rng.choice(words) for name, words in FIELDS.items()}
     return " " + template.format(**{**drawn, **fields})
 
@@ -111,17 +111,19 @@ _BY_LENGTH: dict[int, list[str]] = {}
 for _template in FILLER:
     _BY_LENGTH.setdefault(count(fill(random.Random(0), _template)), []).append(_template)
 SHORTEST = min(_BY_LENGTH)
-_SURE = next(length for length in range(SHORTEST, 99) if length + 1 not in _BY_LENGTH)  # every length up to it exists
+_SURE = next(
+    length for length in range(SHORTEST, 99) if length + 1 not in _BY_LENGTH
+)  # sentences of every length up to it exist
 
 
 def filler(rng: random.Random, tokens: int) -> list[str]:
-    """Sentences that say nothing about anyone, of exactly so many tokens together: 0, or SHORTEST and more."""
+    """Sentences without facts, of exactly `tokens` tokens in all: 0, or SHORTEST and more."""
     sentences = []
     while tokens > 2 * _SURE:
         sentences.append(fill(rng, rng.choice(FILLER)))
         tokens -= count(sentences[-1])
     while tokens:
-        # A rest without a sentence of its own is halved; its halves exist.
+        # A rest that no sentence fits is halved; sentences for the halves exist.
         length = tokens if tokens in _BY_LENGTH else tokens // 2
         sentences.append(fill(rng, rng.choice(_BY_LENGTH[length])))
         tokens -= length

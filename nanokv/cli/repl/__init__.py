@@ -1,1 +1,1 @@
-"""The rooms behind `nanokv chat` (cli/chat.py): reading lines, answering, slash commands, drawing the cache."""
+"""The parts of `nanokv chat` (cli/chat.py): reading lines, answering, slash commands, drawing the cache."""

@@ -1,4 +1,4 @@
-"""Drawing the cache: the pages of this conversation, the prefix tree, the pool. Reads the tree, changes nothing in it.
+"""Draws the cache: the pages of this conversation, the prefix tree, the pool. Reads the tree, changes nothing in it.
 
 this conversation: 86 tokens = 5 cached pages of 16 + 6 tokens
   pages   0* 1* 2* 4  5
@@ -21,21 +21,25 @@ from nanokv.cache.radix import Node, RadixTree
 from nanokv.cli.common import binary
 
 WIDTH = 79
-PAGES_WIDTH = 22  # of the page ids of one node of the tree
-MOST_ROWS = 16  # rows of pages of the conversation, and nodes of the tree, before the middle is left out
-MOST_NODES = 40
+PAGES_WIDTH = 22  # columns of the page ids of one node
+MOST_ROWS = 16  # rows of pages of a conversation; of more rows the middle is left out
+MOST_NODES = 40  # nodes of the tree that are drawn
 
 
 @dataclass(frozen=True)
 class Held:
-    """One page of a conversation. `shared`: more than one branch of the tree goes through it."""
+    """One page of a conversation.
+
+    page     its id
+    shared   whether more than one branch of the tree goes through it
+    """
 
     page: int
     shared: bool
 
 
 def pages_of(tree: RadixTree, tokens: list[int], page_size: int) -> tuple[list[Held], Node | None]:
-    """The cached pages that hold the beginning of `tokens`, in order, and the last node on the way."""
+    """The cached pages of the longest prefix of `tokens`, in order, and the last node on the way; None without one."""
     blob = array("i", tokens).tobytes()
     page_bytes = page_size * array("i").itemsize
     node = next((node for node in tree.nodes() if node.parent is None and node.salt is None), None)
@@ -62,7 +66,7 @@ def _has_branches(node: Node) -> bool:
 
 
 def conversation_lines(held: list[Held], num_tokens: int, page_size: int) -> Iterator[str]:
-    """The pages of a conversation of `num_tokens` tokens, in order."""
+    """The lines that draw the pages of a conversation of `num_tokens` tokens."""
     in_pages = len(held) * page_size
     rest = num_tokens - in_pages
     yield f"this conversation: {_count(num_tokens, 'token')} = {_count(len(held), 'cached page')} of {page_size}" + (
@@ -90,7 +94,7 @@ def conversation_lines(held: list[Held], num_tokens: int, page_size: int) -> Ite
 
 
 def tree_lines(tree: RadixTree, decode: Callable[[list[int]], str], here: Node | None) -> Iterator[str]:
-    """The prefix tree, one line a node: pages, their ids, the text of the run; `here` is marked."""
+    """The lines that draw the prefix tree, one per node: pages, their ids, their text. The node `here` is marked."""
     roots = [node for node in tree.nodes() if node.parent is None]
     num_nodes = sum(1 for node in tree.nodes()) - len(roots)
     yield f"prefix tree: {_count(tree.num_pages, 'page')} in {_count(num_nodes, 'node')}"
@@ -104,19 +108,19 @@ def tree_lines(tree: RadixTree, decode: Callable[[list[int]], str], here: Node |
         drawn += 1
         yield _node_line(node, indent + ("└─ " if is_last else "├─ "), decode, node is here)
         below = indent + ("   " if is_last else "│  ")
-        if len(below) > WIDTH // 3:  # a deep chain is drawn without further indentation
+        if len(below) > WIDTH // 3:  # a deep chain restarts its indentation
             below = "  "
         stack.extend((child, below, last) for child, last in _children(node))
 
 
 def _children(node: Node) -> list[tuple[Node, bool]]:
-    """Children, eldest last (a stack gives it first), each with whether it is drawn last."""
+    """The children, oldest last because a stack gives that first, each with whether it is drawn last."""
     return [(child, place == 0) for place, child in enumerate(reversed(node.children.values()))]
 
 
 def _node_line(node: Node, branch: str, decode: Callable[[list[int]], str], is_here: bool) -> str:
     tokens = array("i")
-    tokens.frombytes(bytes(node.run[: 4 * WIDTH]))  # a line shows no more text than this many tokens hold
+    tokens.frombytes(bytes(node.run[: 4 * WIDTH]))  # the first WIDTH tokens: at least a line of text
     head = f"{branch}{_count(len(node.pages), 'page')} [{_ranges(node.pages, PAGES_WIDTH)}]"
     if node.state is not None:
         head += f" state {node.state}"
@@ -129,7 +133,7 @@ def _node_line(node: Node, branch: str, decode: Callable[[list[int]], str], is_h
 
 
 def pool_line(stats: dict) -> str:
-    """The pool in numbers: `stats` as LLM.stats() gives them."""
+    """The numbers of the pool, and of the states where layers are recurrent. `stats` is LLM.stats()."""
     total, page_bytes = stats["pages_total"], stats["page_bytes"]
     states = ""
     if "states_total" in stats:
@@ -150,7 +154,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _ranges(pages: array, room: int) -> str:
-    """Page ids in order, neighbours folded ("4-7 1"), cut to `room` columns."""
+    """Page ids in order, consecutive ones as a range ("4-7 1"), cut to `room` columns."""
     runs: list[list[int]] = []
     for page in pages:
         if runs and page == runs[-1][1] + 1:
@@ -179,7 +183,7 @@ def _shortened(text: str, room: int) -> str:
 
 
 def _columns(char: str) -> int:
-    """Columns a character takes on a terminal: CJK and emoji take two."""
+    """Columns of a character on a terminal: two for CJK and emoji."""
     from unicodedata import combining, east_asian_width
 
     return 0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1

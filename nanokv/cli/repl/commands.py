@@ -1,4 +1,4 @@
-"""Slash commands: a table of small functions over a ChatSession. An unknown one is an error line, never a message."""
+"""Slash commands: a table of small functions over a chat. An unknown command is an error line, never a message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from nanokv.cli.common import binary
 from nanokv.cli.repl import cache_view, settings
@@ -15,19 +15,38 @@ from nanokv.cli.repl.saving import SavedChat, load_chat, read_text, save_chat
 from nanokv.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from nanokv.cli.repl.session import ChatSession
+    from nanokv.cli.repl.terminal import Terminal
+    from nanokv.core.request import SamplingParams
+    from nanokv.llm import LLM
+    from nanokv.text.conversation import Conversation
+
+
+class Chat(Protocol):
+    """The chat that a command acts on. `ChatSession` documents the members."""
+
+    llm: LLM
+    model: str
+    terminal: Terminal
+    conversation: Conversation
+    params: SamplingParams
+    attached: list[tuple[Path, str]]
+    show_stats: bool
+    leaving: bool
+
+    def answer_again(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command. `run` takes the session and what follows the name; a RequestError becomes one error line."""
+    """One command. `run` takes the chat and the text after the name; a RequestError becomes one error line."""
 
-    run: Callable[[ChatSession, str], None]
+    run: Callable[[Chat, str], None]
     usage: str
     summary: str
 
     @property
     def details(self) -> str:
+        """The text of `/? COMMAND` below the summary, from the docstring of `run`."""
         return "\n".join(line.strip() for line in (self.run.__doc__ or "").splitlines()).strip()
 
 
@@ -36,7 +55,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def _command(usage: str, summary: str, *aliases: str):
-    def register(function: Callable[[ChatSession, str], None]) -> Callable[[ChatSession, str], None]:
+    def register(function: Callable[[Chat, str], None]) -> Callable[[Chat, str], None]:
         command = Command(function, usage, summary)
         COMMANDS.update(dict.fromkeys((usage.split()[0], *aliases), command))
         return function
@@ -44,16 +63,16 @@ def _command(usage: str, summary: str, *aliases: str):
     return register
 
 
-def run_command(session: ChatSession, line: str) -> None:
-    """Run one line that begins with a slash. Raises RequestError for an unknown command or a bad argument."""
+def run_command(chat: Chat, line: str) -> None:
+    """Runs one line that begins with a slash. Raises RequestError for an unknown command or an invalid argument."""
     name, argument = _split(line)
     if name not in COMMANDS:
         raise RequestError(_unknown(name))
-    COMMANDS[name].run(session, argument)
+    COMMANDS[name].run(chat, argument)
 
 
 def completions(line: str) -> list[str]:
-    """Lines that could continue `line`, for the Tab key."""
+    """The lines that complete `line`, for the Tab key."""
     name, space, argument = line.partition(" ")
     if not space:
         return sorted(known for known in COMMANDS if known.startswith(name)) if name.startswith("/") else []
@@ -83,197 +102,196 @@ def _path(argument: str, usage: str) -> Path:
     return Path(argument.strip("'\"")).expanduser()
 
 
-@_command("/? [COMMAND]", "this list, or what one command does", "/help")
-def _help(session: ChatSession, argument: str) -> None:
+@_command("/? [COMMAND]", "list the commands, or explain one", "/help")
+def _help(chat: Chat, argument: str) -> None:
     if argument:
         name = argument if argument.startswith("/") else f"/{argument}"
         if name not in COMMANDS:
             raise RequestError(_unknown(name))
         command = COMMANDS[name]
-        session.terminal.line(f"{command.usage}    {command.summary}")
+        chat.terminal.line(f"{command.usage}    {command.summary}")
         if command.details:
-            session.terminal.line(command.details)
+            chat.terminal.line(command.details)
         return
     for command in dict.fromkeys(COMMANDS.values()):
         names = [name for name, known in COMMANDS.items() if known is command]
         others = f" (also {', '.join(names[1:])})" if len(names) > 1 else ""
-        session.terminal.line(f"  {command.usage:18}{command.summary}{others}")
-    session.terminal.line('  """               begins and ends a message of several lines')
-    session.terminal.line("  //TEXT            sends a text that begins with a slash")
-    session.terminal.line("  Ctrl-C            stops an answer, keeps what was said; twice then: leaves")
-    session.terminal.line("  Ctrl-D            leaves")
+        chat.terminal.line(f"  {command.usage:18}{command.summary}{others}")
+    chat.terminal.line('  """               begins and ends a message of several lines')
+    chat.terminal.line("  //TEXT            sends text that begins with a slash")
+    chat.terminal.line("  Ctrl-C            stops an answer and keeps its text; twice: leaves")
+    chat.terminal.line("  Ctrl-D            leaves")
 
 
 @_command("/set NAME VALUE", "set a sampling parameter, or the system message")
-def _set(session: ChatSession, argument: str) -> None:
+def _set(chat: Chat, argument: str) -> None:
     """/set alone lists the parameters and their values.
     /set temperature 0.7     /set stop "\\n\\n" END     /set seed none
     /set system You are terse.     /set system none: the model's own
-    Another system message changes how the conversation begins: nothing after that
-    is found in the cache."""
+    Another system message changes the beginning of the conversation, so the cache
+    has nothing of the later turns."""
     name, _, value = argument.partition(" ")
-    if name == "parameter":  # ollama's way
+    if name == "parameter":  # as in ollama
         name, _, value = value.strip().partition(" ")
     value = value.strip()
     if not name:
-        _show_parameters(session)
+        _show_parameters(chat)
     elif not value:
         raise RequestError("usage: /set NAME VALUE (/set alone lists the names)")
     elif name == "system":
-        session.conversation.set_system(None if value == "none" else value)
-        session.terminal.note("system message set")
+        chat.conversation.set_system(None if value == "none" else value)
+        chat.terminal.note("system message set")
     else:
-        session.params = settings.changed(session.params, name, value)
+        chat.params = settings.changed(chat.params, name, value)
         name = settings.canonical(name)
-        session.terminal.note(f"{name} = {settings.shown(session.params)[name]}")
+        chat.terminal.note(f"{name} = {settings.shown(chat.params)[name]}")
 
 
-@_command("/show [WHAT]", "parameters, model, system message, or messages")
-def _show(session: ChatSession, argument: str) -> None:
+@_command("/show [WHAT]", "show parameters, model, system message or messages")
+def _show(chat: Chat, argument: str) -> None:
     """/show params, /show model, /show system, /show messages; alone: the first three."""
     if argument and argument not in _SHOWN:
         raise RequestError(f"/show {argument}: there are {', '.join(_SHOWN)}")
     for name in [argument] if argument else ("model", "system", "params"):
-        _SHOWN[name](session)
+        _SHOWN[name](chat)
 
 
-def _show_parameters(session: ChatSession) -> None:
-    for name, text in settings.shown(session.params).items():
-        session.terminal.line(f"  {name:19} {text:8} {settings.SETTINGS[name].help}")
+def _show_parameters(chat: Chat) -> None:
+    for name, text in settings.shown(chat.params).items():
+        chat.terminal.line(f"  {name:19} {text:8} {settings.SETTINGS[name].help}")
 
 
-def _show_model(session: ChatSession) -> None:
-    llm, layout = session.llm, session.llm.engine.layout
+def _show_model(chat: Chat) -> None:
+    llm, layout = chat.llm, chat.llm.engine.layout
     config = llm.model_config
-    session.terminal.line(f"  {session.model}: {config.family}, {config.num_layers} layers, from {llm.folder}")
+    chat.terminal.line(f"  {chat.model}: {config.family}, {config.num_layers} layers, from {llm.folder}")
     native = f", raw in layers {llm.config.native_layers}" if llm.config.native_layers else ""
-    session.terminal.line(
-        f"  {str(llm.dtype).removeprefix('torch.')} on {llm.device}, codec {llm.config.codec}{native}"
-    )
-    session.terminal.line(f"  context of {llm.engine.max_length:,} tokens at most")
-    session.terminal.line(f"  KV {binary(layout.bytes_per_token)} a token")
+    chat.terminal.line(f"  {str(llm.dtype).removeprefix('torch.')} on {llm.device}, codec {llm.config.codec}{native}")
+    chat.terminal.line(f"  context of {llm.engine.max_length:,} tokens at most")
+    chat.terminal.line(f"  KV {binary(layout.bytes_per_token)} a token")
 
 
-def _show_system(session: ChatSession) -> None:
-    system = session.conversation.system
-    session.terminal.line(f"  system: {system if system is not None else '(the chat template decides)'}")
+def _show_system(chat: Chat) -> None:
+    system = chat.conversation.system
+    chat.terminal.line(f"  system: {system if system is not None else '(the chat template decides)'}")
 
 
-def _show_messages(session: ChatSession) -> None:
-    for message in session.conversation.messages:
-        session.terminal.line(f"[{message['role']}] {message['content']}")
+def _show_messages(chat: Chat) -> None:
+    for message in chat.conversation.messages:
+        chat.terminal.line(f"[{message['role']}] {message['content']}")
 
 
 _SHOWN = {"params": _show_parameters, "model": _show_model, "system": _show_system, "messages": _show_messages}
 
 
 @_command("/clear", "forget the conversation, keep the system message")
-def _clear(session: ChatSession, _argument: str) -> None:
-    session.conversation.clear()
-    session.attached = []
-    session.terminal.note("conversation cleared")
+def _clear(chat: Chat, _argument: str) -> None:
+    chat.conversation.clear()
+    chat.attached = []
+    chat.terminal.note("conversation cleared")
 
 
-@_command("/undo", "take your last message and its answer back")
-def _undo(session: ChatSession, _argument: str) -> None:
-    """What was said before still stands in the cache: the next answer begins as fast."""
-    if not session.conversation.undo():
+@_command("/undo", "remove your last message and its answer")
+def _undo(chat: Chat, _argument: str) -> None:
+    """The earlier turns stay in the cache, so the next answer begins as fast."""
+    if not chat.conversation.undo():
         raise RequestError("nothing to undo: the conversation is empty")
-    turns = session.conversation.num_turns
-    session.terminal.note(f"last turn taken back; {turns} {'turn' if turns == 1 else 'turns'} left")
+    turns = chat.conversation.num_turns
+    chat.terminal.note(f"last turn removed; {turns} {'turn' if turns == 1 else 'turns'} left")
 
 
 @_command("/regen", "answer your last message again")
-def _regen(session: ChatSession, _argument: str) -> None:
-    """With a fixed seed, or temperature 0, the answer will be the same."""
-    session.answer_again()
+def _regen(chat: Chat, _argument: str) -> None:
+    """With a fixed seed, or temperature 0, the answer is the same."""
+    chat.answer_again()
 
 
 @_command("/save FILE", "write the chat to a JSON file", "/save!")
-def _save(session: ChatSession, argument: str) -> None:
-    """Messages, model and settings. A file that exists is kept; /save! overwrites it."""
-    _write_chat(session, argument, overwrite=False)
+def _save(chat: Chat, argument: str) -> None:
+    """Saves messages, model and settings. /save refuses a file that exists; /save!
+    overwrites it."""
+    _write_chat(chat, argument, overwrite=False)
 
 
-def _save_over(session: ChatSession, argument: str) -> None:
-    _write_chat(session, argument, overwrite=True)
+def _save_over(chat: Chat, argument: str) -> None:
+    _write_chat(chat, argument, overwrite=True)
 
 
-COMMANDS["/save!"] = Command(_save_over, "/save! FILE", "write the chat to a JSON file, over what is there")
+COMMANDS["/save!"] = Command(_save_over, "/save! FILE", "write the chat to a JSON file, over an existing one")
 
 
-def _write_chat(session: ChatSession, argument: str, overwrite: bool) -> None:
+def _write_chat(chat: Chat, argument: str, overwrite: bool) -> None:
     path = _path(argument, "/save FILE")
-    save_chat(path, SavedChat(session.model, session.conversation.messages, session.params), overwrite)
-    session.terminal.note(f"saved to {path}")
+    save_chat(path, SavedChat(chat.model, chat.conversation.messages, chat.params), overwrite)
+    chat.terminal.note(f"saved to {path}")
 
 
-@_command("/load FILE", "go on with a chat that was saved")
-def _load(session: ChatSession, argument: str) -> None:
+@_command("/load FILE", "continue a saved chat")
+def _load(chat: Chat, argument: str) -> None:
     """Replaces conversation, system message and settings. The next answer computes
     the whole conversation once."""
     path = _path(argument, "/load FILE")
     saved = load_chat(path)
-    session.conversation.load(saved.messages)
-    session.params = saved.params
-    session.attached = []
-    turns = session.conversation.num_turns
-    other = f", said to {saved.model}" if saved.model != session.model else ""
-    session.terminal.note(f"loaded {turns} {'turn' if turns == 1 else 'turns'} from {path}{other}")
+    chat.conversation.load(saved.messages)
+    chat.params = saved.params
+    chat.attached = []
+    turns = chat.conversation.num_turns
+    other = f", saved with {saved.model}" if saved.model != chat.model else ""
+    chat.terminal.note(f"loaded {turns} {'turn' if turns == 1 else 'turns'} from {path}{other}")
 
 
 @_command("/read FILE", "put a text file before your next message")
-def _read(session: ChatSession, argument: str) -> None:
-    """Several files add up. /clear drops them."""
+def _read(chat: Chat, argument: str) -> None:
+    """Several files are joined. /clear drops them."""
     path = _path(argument, "/read FILE")
     text = read_text(path)
     if not text.strip():
         raise RequestError(f"{path}: the file is empty")
-    count = len(session.llm.tokenizer.encode(text))
-    room = session.llm.engine.max_length - len(session.conversation.token_ids)
-    room -= sum(len(session.llm.tokenizer.encode(content)) for _, content in session.attached)
+    count = len(chat.llm.tokenizer.encode(text))
+    room = chat.llm.engine.max_length - len(chat.conversation.token_ids)
+    room -= sum(len(chat.llm.tokenizer.encode(content)) for _, content in chat.attached)
     if count >= room:
         raise RequestError(f"{path}: {count:,} tokens; {max(room - 1, 0):,} more fit into this conversation")
-    session.attached.append((path, text))
-    session.terminal.note(f"{path}: {count:,} tokens; they go out before your next message")
+    chat.attached.append((path, text))
+    chat.terminal.note(f"{path}: {count:,} tokens, sent before your next message")
 
 
 @_command("/cache", "draw this conversation's pages, the prefix tree, the pool")
-def _cache(session: ChatSession, _argument: str) -> None:
+def _cache(chat: Chat, _argument: str) -> None:
     """A page is marked * where another branch of the tree shares it: an answer that
-    /regen or /undo left behind, or another conversation that begins like this one."""
-    engine, tokens = session.llm.engine, session.conversation.token_ids
+    /regen or /undo replaced, or another conversation with the same beginning."""
+    engine, tokens = chat.llm.engine, chat.conversation.token_ids
     page_size, tree = engine.layout.page_size, engine.cache.tree
     held, here = cache_view.pages_of(tree, tokens, page_size)
-    decode = lambda ids: session.llm.tokenizer.decode(ids, skip_special=False)  # noqa: E731
+    decode = lambda ids: chat.llm.tokenizer.decode(ids, skip_special=False)  # noqa: E731
     for line in (
         *cache_view.conversation_lines(held, len(tokens), page_size),
         *cache_view.tree_lines(tree, decode, here),
-        cache_view.pool_line(session.llm.stats()),
+        cache_view.pool_line(chat.llm.stats()),
     ):
-        session.terminal.line(line)
+        chat.terminal.line(line)
 
 
-@_command("/stats [on|off]", "the engine's numbers; or the line after each answer")
-def _stats(session: ChatSession, argument: str) -> None:
+@_command("/stats [on|off]", "the engine's counters; on, off: the line after answers")
+def _stats(chat: Chat, argument: str) -> None:
     """38 tok · 61.2 tok/s · TTFT 41 ms · prompt 212 (cached 192) · KV 249 tok / 16 pages / 5.6 MiB
-    tok     tokens of the answer, the one that ends it included
+    tok     tokens of the answer, with the token that ends it
     tok/s   decode only: (tok - 1) / (time of the last token - time of the first)
     TTFT    time to first token, from Enter
     prompt  tokens of the whole conversation
-    cached  of these: found in the prefix cache, not computed again
-    KV      tokens that stood in the cache when the answer ended, their pages
-    /stats alone shows all that the engine has counted."""
+    cached  tokens of these that the prefix cache had
+    KV      tokens in the cache at the end of the answer, and their pages
+    /stats alone shows the engine's counters."""
     if not argument:
-        for name, value in session.llm.stats().items():
-            session.terminal.line(f"  {name:19} {value:,}" if type(value) is int else f"  {name:19} {value}")
+        for name, value in chat.llm.stats().items():
+            chat.terminal.line(f"  {name:19} {value:,}" if type(value) is int else f"  {name:19} {value}")
         return
     if argument not in ("on", "off"):
         raise RequestError("usage: /stats, /stats on or /stats off")
-    session.show_stats = argument == "on"
-    session.terminal.note(f"stats {argument}")
+    chat.show_stats = argument == "on"
+    chat.terminal.note(f"stats {argument}")
 
 
 @_command("/bye", "leave", "/exit", "/quit")
-def _bye(session: ChatSession, _argument: str) -> None:
-    session.leaving = True
+def _bye(chat: Chat, _argument: str) -> None:
+    chat.leaving = True

@@ -1,4 +1,4 @@
-"""LineReader: what the user types, one message at a time: line editing, a history file, `\"\"\"` blocks."""
+"""LineReader: typed messages, one at a time, with line editing, a history file and `\"\"\"` blocks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ HISTORY_LINES = 1000
 class LineReader:
     """Reads from the terminal with GNU readline where Python has it.
 
-    complete   called with the beginning of a line, returns the words that could stand there (Tab)
-    on_error   called once with one line when the history file cannot be used; the chat goes on without
+    complete   takes the beginning of a line, returns its completions (Tab)
+    on_error   called once, with one line, where the history file cannot be used; the chat continues without it
     """
 
     def __init__(self, complete: Callable[[str], list[str]], on_error: Callable[[str], None]) -> None:
@@ -32,15 +32,15 @@ class LineReader:
         self._readline.set_completer(self._candidate)
         self._readline.set_completer_delims("")
         self._readline.parse_and_bind("tab: complete")
-        if wants_colour(sys.stdout):  # then it knows escape codes, and a pasted text of several lines is one message
+        if wants_colour(sys.stdout):  # escape codes work, so pasted text of several lines is one message
             self._readline.parse_and_bind("set enable-bracketed-paste on")
         if not os.environ.get("NANOKV_NOHISTORY"):
             self._open_history(history_path())
 
     def read(self) -> str | None:
-        """The next message, `\"\"\"` blocks put together; None at the end of input (Ctrl-D).
+        """The next message, the lines of a `\"\"\"` block joined; None at the end of input (Ctrl-D).
 
-        Raises KeyboardInterrupt at Ctrl-C; `pending` then says whether something had been typed.
+        Raises KeyboardInterrupt at Ctrl-C; `pending` then says whether the message had begun.
         """
         self._begun = False
         try:
@@ -49,14 +49,14 @@ class LineReader:
                 self._begun = True
                 message = f"{message}\n{self._input(CONTINUED)}"
         except EOFError:
-            if self._begun:  # inside a block: as Ctrl-C, because leaving would lose what was typed
+            if self._begun:  # inside a block, Ctrl-D acts as Ctrl-C: leaving would lose the typed lines
                 raise KeyboardInterrupt from None
             return None
         return _without_quotes(message)
 
     @property
     def pending(self) -> bool:
-        """Whether the message that Ctrl-C broke off had begun."""
+        """Whether the message that Ctrl-C interrupted had begun."""
         return self._begun or (self._readline is not None and bool(self._readline.get_line_buffer()))
 
     def _input(self, prompt: str) -> str:
@@ -86,7 +86,7 @@ class LineReader:
 
 
 def history_path() -> Path:
-    """Where the history lies: $XDG_STATE_HOME/nanokv/history, by default ~/.local/state/nanokv/history."""
+    """Path of the history: $XDG_STATE_HOME/nanokv/history, by default ~/.local/state/nanokv/history."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base) / "nanokv" / "history"
 
@@ -94,13 +94,13 @@ def history_path() -> Path:
 def _import_readline():
     try:
         import readline
-    except ImportError:  # Windows, and Pythons built without it: plain input, no history
+    except ImportError:  # on Windows and in a Python built without it: plain input, no history
         return None
     return readline
 
 
 def _is_open(message: str) -> bool:
-    """Whether a block was opened, by the line or after a command, and no line ended with `\"\"\"` since."""
+    """Whether the message opens a block, at its start or after a command, and no later line ends with `\"\"\"`."""
     head, quotes, rest = message.partition(QUOTES)
     return bool(quotes) and _may_open(head) and not rest.rstrip().endswith(QUOTES)
 
@@ -110,9 +110,9 @@ def _may_open(head: str) -> bool:
 
 
 def _without_quotes(message: str) -> str:
-    """The message without the quotes around its block; a text that merely contains quotes stays as it is.
+    """The message without the quotes around its block. Text that merely contains quotes stays unchanged.
 
-    A block is words for the model even where it begins with a slash, so that slash is doubled.
+    A block is a message for the model even where it begins with a slash, so that slash is doubled.
     """
     head, quotes, rest = message.partition(QUOTES)
     if not quotes or not _may_open(head):

@@ -1,4 +1,4 @@
-"""Chats on disk: one JSON file with messages, model and settings. Text only: another model can go on with it."""
+"""Chats on disk: one JSON file with messages, model and settings. It holds text, so another model can continue it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT, VERSION = "nanokv-chat", 1
 
 @dataclass(frozen=True)
 class SavedChat:
-    """What a file holds. `messages` begin with the system message where there is one; Conversation.load checks them."""
+    """The content of a file. `messages` begin with the system message, if any; Conversation.load checks them."""
 
     model: str
     messages: list[Any]
@@ -26,7 +26,10 @@ class SavedChat:
 
 
 def save_chat(path: Path, chat: SavedChat, overwrite: bool) -> None:
-    """Write the file, whole or not at all. Raises RequestError where it exists (without `overwrite`) or cannot be."""
+    """Writes the file, complete or not at all.
+
+    Raises RequestError where it exists, without `overwrite`, or cannot be written.
+    """
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -54,7 +57,7 @@ def save_chat(path: Path, chat: SavedChat, overwrite: bool) -> None:
 
 
 def load_chat(path: Path) -> SavedChat:
-    """Read a file and check all of it but the order of the messages. Raises RequestError, one line."""
+    """Reads a file and checks all of it except the order of the messages. Raises RequestError, one line."""
     text = read_text(path)
     try:
         document = json.loads(text)
@@ -68,7 +71,7 @@ def load_chat(path: Path) -> SavedChat:
     if not isinstance(model, str) or not isinstance(settings, dict) or not isinstance(messages, list):
         raise RequestError(f'{path}: expected "model" (a text), "settings" (an object) and "messages" (a list)')
     if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "user":
-        raise RequestError(f"{path}: ends with a question; the last message has to be an answer")
+        raise RequestError(f"{path}: ends with a question; expected an answer as the last message")
     unknown = [name for name in settings if name not in SETTINGS]
     if unknown:
         raise RequestError(f"{path}: settings: no such parameter: {unknown[0]}; there are {', '.join(SETTINGS)}")
@@ -80,7 +83,7 @@ def load_chat(path: Path) -> SavedChat:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8. Raises RequestError, one line."""
+    """The text of a UTF-8 file. Raises RequestError, one line."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

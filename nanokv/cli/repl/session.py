@@ -1,4 +1,4 @@
-"""ChatSession: a conversation with a model, and what the user may do to it between two answers."""
+"""ChatSession: a conversation with a model: reads lines, sends messages, runs slash commands between two answers."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ if TYPE_CHECKING:
     from nanokv.llm import LLM
 
 LEAVE_HINT = "Use Ctrl-D or /bye to leave."
-ROOM_HINT = "/clear starts a new conversation, /undo takes the last turn back"
+ROOM_HINT = "/clear starts a new conversation, /undo removes the last turn"
 
 
 class ContextFull(RequestError):
-    """The conversation and the next message together are longer than the model or the pool allows."""
+    """The conversation with the next message is longer than the model or the pool allows."""
 
 
 class ChatSession:
     """State of one `nanokv chat`.
 
-    llm           the model, loaded
+    llm           the loaded model
     model         its name, as the user gave it
-    system        system message, or None for the template's own
+    system        system message; None: that of the template
     params        SamplingParams of the next answer; `/set` replaces them
-    terminal      where answers and notes go
-    show_stats    whether the line of numbers follows each answer
+    terminal      receives answers and notes
+    show_stats    whether a line of numbers follows each answer
+    conversation  the turns so far
+    attached      files of `/read`, (path, text), sent before the next message
+    leaving       whether `run` returns after this line
     Raises        RequestError where the model cannot chat (no tokenizer, no chat template)
     """
 
@@ -46,12 +49,12 @@ class ChatSession:
         self.terminal = terminal
         self.show_stats = show_stats
         self.conversation = Conversation(llm.tokenizer, system)
-        self.attached: list[tuple[Path, str]] = []  # files that /read puts before the next message
-        self.stop = StopKey()  # held while a line is handled, so that Ctrl-C never tears anything
+        self.attached: list[tuple[Path, str]] = []
+        self.stop = StopKey()  # held while a line is handled, so that Ctrl-C interrupts between engine steps only
         self.leaving = False
 
     def run(self, reader: LineReader) -> None:
-        """Read and answer until the user leaves."""
+        """Reads and answers lines until the user leaves."""
         while not self.leaving:
             try:
                 line = reader.read()
@@ -65,7 +68,7 @@ class ChatSession:
                     self.terminal.note(LEAVE_HINT)
 
     def handle(self, line: str) -> None:
-        """One thing the user entered: a slash command, or words for the model (`//` sends a literal slash)."""
+        """Handles one entry: a slash command, or a message for the model (`//` sends a literal slash)."""
         entered, was_full = time.perf_counter(), self.is_full
         with self.stop:
             try:
@@ -75,7 +78,7 @@ class ChatSession:
                     self.send(line[1:] if line.startswith("//") else line, entered)
             except ContextFull as error:
                 dropped = "; the files of /read are dropped" if self.attached else ""
-                self.attached = []  # else every later message would fail as this one did
+                self.attached = []  # they would make every later message fail too
                 self.terminal.error(f"{error}{dropped}; {ROOM_HINT}")
             except NanokvError as error:
                 self.terminal.error(str(error))
@@ -84,11 +87,15 @@ class ChatSession:
 
     @property
     def is_full(self) -> bool:
-        """Whether what was said fills the context, so that no further message fits."""
+        """Whether the conversation fills the context, so that no further message fits."""
         return len(self.conversation.token_ids) >= self.llm.engine.max_length
 
     def send(self, text: str, entered: float) -> Turn:
-        """Say `text` and stream the answer. Call it `with self.stop`. Raises RequestError; nothing is said then."""
+        """Sends `text` and streams the answer. Call it inside `with self.stop`.
+
+        entered   perf_counter() when the user pressed Enter
+        Raises    RequestError; the conversation is unchanged then
+        """
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -104,7 +111,7 @@ class ChatSession:
         return turn
 
     def answer_again(self) -> None:
-        """Take the last answer back and make another. Raises RequestError; the old answer stays then."""
+        """Replaces the last answer by a new one. Raises RequestError; the old answer stays then."""
         before = self.conversation.messages
         if self.conversation.num_turns == 0:
             raise RequestError("nothing to answer again: the conversation is empty")
@@ -117,7 +124,7 @@ class ChatSession:
             raise
 
     def _stream(self, token_ids: list[int], entered: float) -> Turn:
-        """Stream the answer to a prompt and keep it, stopped or not. Raises RequestError where there is none."""
+        """Streams the answer to a prompt and keeps it, stopped or not. Raises RequestError where there is no answer."""
         engine = self.llm.engine
         if len(token_ids) >= engine.max_length:
             fit = f"at most {engine.max_length - 1:,} fit"

@@ -1,4 +1,4 @@
-"""What can be set: sampling parameters by name, from the model's generation_config.json, options, `/set` and files."""
+"""Sampling parameters by name, from the model's generation_config.json, options, `/set` and saved chats."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from nanokv.core.errors import CheckpointError, NanokvError, RequestError
 from nanokv.core.request import SamplingParams
 
 DEFAULTS = SamplingParams(max_tokens=1024)
-"""For models that recommend nothing."""
+"""The parameters of a model without recommendations."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One sampling parameter as a person sets it. `parse` takes the text after its name; raises ValueError."""
+    """One sampling parameter as text.
+
+    parse   reads the text after its name; raises ValueError
+    kind    what `parse` expects, for errors
+    help    its line of help
+    """
 
     parse: Callable[[str], Any]
     kind: str
@@ -30,7 +35,7 @@ def _seed(text: str) -> int | None:
 
 
 def _texts(text: str) -> tuple[str, ...]:
-    """`none`, or texts, in quotes where they have spaces, with \\n and \\t for newline and tab."""
+    """Texts, in quotes where they have spaces, with \\n and \\t for newline and tab; `none`: no text."""
     if text.lower() in ("none", "off"):
         return ()
     words = shlex.shlex(text, posix=True)
@@ -42,23 +47,23 @@ SETTINGS = {
     "temperature": Setting(float, "a number", "randomness; 0: always the most likely token"),
     "top_k": Setting(int, "an integer", "keep the k most likely tokens; 0: all"),
     "top_p": Setting(float, "a number", "keep the likeliest tokens up to this probability"),
-    "min_p": Setting(float, "a number", "drop tokens below this times the likeliest"),
-    "repetition_penalty": Setting(float, "a number", "above 1: repeating becomes less likely"),
-    "max_tokens": Setting(int, "an integer", "tokens of an answer at most"),
-    "seed": Setting(_seed, "an integer or none", "makes answers reproducible; none: drawn anew"),
+    "min_p": Setting(float, "a number", "drop tokens below this share of the most likely"),
+    "repetition_penalty": Setting(float, "a number", "above 1: repetition becomes less likely"),
+    "max_tokens": Setting(int, "an integer", "maximum tokens of an answer"),
+    "seed": Setting(_seed, "an integer or none", "makes answers reproducible; none: a new seed"),
     "stop": Setting(_texts, "texts in quotes, or none", "texts that end an answer"),
 }
 ALIASES = {"num_predict": "max_tokens", "max_new_tokens": "max_tokens", "repeat_penalty": "repetition_penalty"}
 
 
 def canonical(name: str) -> str:
-    """A parameter's own name, also where it is spelt as an option of the command line or as elsewhere."""
+    """A parameter's own name, for it, for an option of the command line, or for a name that other programs use."""
     name = name.replace("-", "_")
     return ALIASES.get(name, name)
 
 
 def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
-    """`params` with one parameter read from `text`. Raises RequestError naming it, its value and what is allowed."""
+    """`params` with one parameter read from `text`. Raises RequestError naming it, its value and the allowed ones."""
     name = canonical(name)
     if name not in SETTINGS:
         raise RequestError(f"{name}: no such parameter; there are {', '.join(SETTINGS)} and system")
@@ -70,15 +75,15 @@ def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
 
 
 def checked(params: SamplingParams) -> SamplingParams:
-    """`params`, or RequestError."""
+    """`params`. Raises RequestError where one of them is invalid."""
     params.validate()
     return params
 
 
 def model_defaults(folder: Path) -> SamplingParams:
-    """What the model's generation_config.json recommends, on top of DEFAULTS.
+    """DEFAULTS, changed by the recommendations of the model's generation_config.json.
 
-    Raises CheckpointError where the file is not JSON or recommends something impossible.
+    Raises CheckpointError where the file is not JSON or recommends an invalid value.
     """
     path = folder / "generation_config.json"
     if not path.exists():
@@ -100,7 +105,7 @@ def model_defaults(folder: Path) -> SamplingParams:
 
 
 def shown(params: SamplingParams) -> dict[str, str]:
-    """Each parameter's value as `/set` would take it."""
+    """Each parameter's value as text that `/set` reads."""
     values = {name: getattr(params, name) for name in SETTINGS}
     texts = {name: "none" if value is None else f"{value}" for name, value in values.items()}
     texts["stop"] = " ".join(json.dumps(text, ensure_ascii=False) for text in params.stop) or "none"

@@ -1,4 +1,4 @@
-"""Terminal: where words go. Answers to stdout, everything about them to stderr, colour only where it is welcome."""
+"""Terminal: the output of a chat. Answers go to stdout, notes and errors to stderr, colour only to a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\N{REP
 
 
 class Terminal:
-    """Two streams and what may be written to them. Output is only ever appended, never redrawn, but for `busy`.
+    """Writes to two streams. Output is appended and never redrawn, except by `busy`.
 
     out, err   text streams; the process's own by default
     """
@@ -24,30 +24,30 @@ class Terminal:
         self.out = sys.stdout if out is None else out
         self.err = sys.stderr if err is None else err
         for stream in (self.out, self.err):
-            if hasattr(stream, "reconfigure"):  # a character the stream cannot encode must not end the chat
+            if hasattr(stream, "reconfigure"):  # a character that the stream cannot encode must not end the chat
                 stream.reconfigure(errors="replace")
 
     def say(self, text: str) -> None:
-        """A piece of an answer, shown at once."""
+        """Writes a piece of an answer and flushes it."""
         self.out.write(printable(text) if self.out.isatty() else text)
         self.out.flush()
 
     def line(self, text: str = "") -> None:
-        """A line that was asked for (`/show`, `/cache`)."""
+        """Writes a line of requested output (`/show`, `/cache`)."""
         self.out.write(text + "\n")
         self.out.flush()
 
     def note(self, text: str) -> None:
-        """A remark about what happens: one dim line on stderr."""
+        """Writes a remark: one dim line on stderr."""
         self._error_line(styled(text, DIM, self.err))
 
     def error(self, text: str) -> None:
-        """What went wrong: one line on stderr."""
+        """Writes an error: one line on stderr."""
         self._error_line(styled(f"error: {text}", RED, self.err))
 
     @contextmanager
     def busy(self, text: str) -> Iterator[None]:
-        """While the block runs, say so on stderr; gone afterwards. Nothing where escape codes are not welcome."""
+        """Shows `text` on stderr during the block, then erases it. Does nothing where `err` takes no escape codes."""
         if not wants_colour(self.err):
             yield
             return
@@ -66,12 +66,12 @@ class Terminal:
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether escape codes are welcome on `stream`: a terminal, not TERM=dumb, no NO_COLOR (no-color.org)."""
+    """Whether `stream` takes escape codes: a terminal, not TERM=dumb, no NO_COLOR (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def styled(text: str, style: str, stream: TextIO) -> str:
-    """`text` in `style` where `stream` welcomes colour, else as it is."""
+    """`text` in `style` where `stream` takes escape codes, else unchanged."""
     return f"{style}{text}{RESET}" if wants_colour(stream) else text
 
 

@@ -11,20 +11,21 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from nanokv.cli.common import binary
+from nanokv.core.errors import NanokvError
 from nanokv.core.request import Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from nanokv.llm import LLM
 
 SAME_GENERATION_S = 0.4
-"""A second Ctrl-C this soon after the first leaves, even where the answer has stopped by then: people press twice."""
+"""Seconds after a first Ctrl-C within which a second one leaves, even where the answer has stopped by then."""
 
 
 class StopKey:
     """Ctrl-C inside a `with` block: the first sets `pressed`, the second ends the process with 130.
 
-    The first is only noted, and acted on between engine steps, so that nothing is torn in the middle. The second has
-    to work in the middle of a long step, where nothing can be tidied up: it ends the process on the spot.
+    The first takes effect between two engine steps, so that no step is interrupted. The second also works inside a
+    long step, where no cleanup is possible: it ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,7 @@ class StopKey:
 
 @dataclass(frozen=True)
 class Turn:
-    """What came of one request.
+    """The result of one request.
 
     output      the last RequestOutput
     kv_tokens   tokens whose K and V had been computed when it ended
@@ -69,31 +70,28 @@ def answer(
 ) -> Turn:
     """Stream one answer through `show`. Raises RequestError where the prompt cannot be served.
 
-    Steps the engine itself: between two steps, prefill included, is where an answer can be stopped at once. A stopped
-    one is aborted, so its pages are free or cached when this returns; where another process computes the prompt, when
-    that one has acknowledged.
+    Advances the engine step by step: between two steps, prefill included, an answer can be stopped at once. A stopped
+    one is aborted, so its pages are free or cached when this returns; where a connector brings the pages, when it has
+    acknowledged.
     """
-    engine = llm.engine
     request = Request(token_ids, params)
-    request_id = engine.add_request(request)
+    ticket = llm.loop.submit(request)
     computed = 0
     try:
-        while True:
-            for output in engine.step():
-                if output.request_id == request_id:
-                    if output.delta:
-                        show(output.delta)
-                    if output.finished:
-                        generated = len(output.token_ids)
-                        kv_tokens = len(token_ids) + generated - 1 if generated else computed
-                        return Turn(output, kv_tokens, output.finish_reason == "abort", entered)
+        while ticket.advance():
+            for output in ticket.take():
+                if output.delta:
+                    show(output.delta)
+                if output.finished:
+                    generated = len(output.token_ids)
+                    kv_tokens = len(token_ids) + generated - 1 if generated else computed
+                    return Turn(output, kv_tokens, output.finish_reason == "abort", entered)
             computed = request.num_computed
             if stop.pressed:
-                engine.abort(request_id)
-    except Exception:  # the reader of the answer went away; a SystemExit leaves everything behind anyway
-        if request_id in engine:
-            engine.abort(request_id)
-        raise
+                ticket.cancel()
+    finally:  # also where the reader of the answer went away; a SystemExit leaves everything behind anyway
+        ticket.close()
+    raise NanokvError("the answer ended without a last output")
 
 
 def stats_line(turn: Turn, page_size: int, page_bytes: int, state_bytes: int = 0) -> str:
@@ -118,4 +116,5 @@ def stats_line(turn: Turn, page_size: int, page_bytes: int, state_bytes: int = 0
 
 
 def duration(seconds: float) -> str:
+    """Seconds as text: 41 ms, 1.20 s."""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"

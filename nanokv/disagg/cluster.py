@@ -1,4 +1,4 @@
-"""Split: one decode process with its prefill processes, from start to end. The door of this room."""
+"""DisaggCluster: one decode process with its prefill processes, from start to end. The door of this room."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from nanokv.disagg.config import DisaggConfig
 from nanokv.disagg.digest import digest_of
 from nanokv.disagg.dispatcher import Dispatcher
 from nanokv.disagg.link import HostLink, connect
-from nanokv.disagg.messages import Memory
+from nanokv.disagg.messages import PoolMemory
 from nanokv.disagg.process import LocalWorker
-from nanokv.disagg.worker import Job
+from nanokv.disagg.worker import WorkerSpec
 from nanokv.engine.engine import Engine
 from nanokv.models.config import ModelConfig
 
 
-class Split:
+class DisaggCluster:
     """Starts the prefill processes at once, so that they load the model while the decode process loads its own.
 
     disagg         DisaggConfig
@@ -53,11 +53,11 @@ class Split:
             socks = [stack.enter_context(connect(address, disagg.heartbeat_s)) for address in disagg.connect]
             stack.callback(self.close)
             for number in range(disagg.prefill_workers):
-                job = Job(
+                spec = WorkerSpec(
                     name=f"prefill {number}", folder=str(folder.resolve()), device=str(device), dtype=self._dtype,
                     config=fields, cores=disagg.worker_cores,
                 )  # fmt: skip
-                self.dispatcher.add(partial(LocalWorker, job))
+                self.dispatcher.workers.add(partial(LocalWorker, spec))
             for address, sock in zip(disagg.connect, socks, strict=True):
                 self._reach(address, disagg.heartbeat_s, sock)
             stack.pop_all()
@@ -69,13 +69,13 @@ class Split:
         def start() -> HostLink:
             return HostLink(address, lambda: self._store, seconds, first.pop() if first else None)
 
-        self.dispatcher.add(start, Memory(kind="sent", num_bytes=0))
+        self.dispatcher.workers.add(start, PoolMemory(kind="sent", num_bytes=0))
 
     def open(self, engine: Engine, model: ModelConfig) -> None:
         """Shakes hands with every worker. Raises ConfigError where one is refused, keeps dying, or is never ready."""
         self._store = engine.store
         digest = digest_of(self._folder, model, self._config, self._dtype, engine.layout)
-        self.dispatcher.open(model.vocab_size, engine.store.num_pages, engine.store.states.shape[0], digest)
+        self.dispatcher.open(model.vocab_size, len(engine.store.pages), len(engine.store.states), digest)
 
     def close(self) -> None:
         """Ends the prefill processes. Safe to call twice."""

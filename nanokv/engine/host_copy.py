@@ -1,14 +1,14 @@
-"""Arrival: what a step has computed, on its way from the device to the host."""
+"""HostCopy: results of a step on their way from the device to the host."""
 
 from __future__ import annotations
 
 import torch
 
-from nanokv.codecs.pages import why_refused
+from nanokv.codecs.pages import reason_unwritable
 
 
-class Arrival:
-    """Copies of tensors. Nobody waits before `fetch`, and what the tensors become afterwards changes no copy."""
+class HostCopy:
+    """Asynchronous copies of tensors; `fetch` synchronises. Later writes into the tensors change no copy."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self._copies = {name: _to_host(tensor) for name, tensor in tensors.items()}
@@ -30,17 +30,17 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-class Unwritable:
-    """Which rows of a step a codec could not write.
+class UnwritableRows:
+    """The rows of a step that a codec could not write.
 
     rows    bool [rows], as Batch.unwritable
     codec   its name
     """
 
     def __init__(self, rows: torch.Tensor, codec: str) -> None:
-        self._arrival = Arrival({"rows": rows})
-        self.why = why_refused(codec)
+        self._copy = HostCopy({"rows": rows})
+        self.why = reason_unwritable(codec)
 
     def fetch(self) -> list[bool]:
         """Waits for the step."""
-        return self._arrival.fetch()["rows"]
+        return self._copy.fetch()["rows"]

@@ -1,4 +1,4 @@
-"""Answer: the text side of one sample. Turns tokens into text as they come, and finds stop texts across tokens."""
+"""TextStream: the text of one sample. Turns tokens into text as they come, and finds stop texts across tokens."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from nanokv.text.detokenizer import Detokenizer
 from nanokv.text.tokenizer import Tokenizer
 
 
-class Answer:
-    """Text of one sample: what may be shown, what is held back because it may be the beginning of a stop text.
+class TextStream:
+    """The text that may be shown, and the text that is held back because it may be the beginning of a stop text.
 
     |<------------------ text of the tokens so far ------------------>|
     [0, shown): handed out as deltas   [shown, end): held back, at most len(longest stop) - 1 characters

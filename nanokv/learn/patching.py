@@ -1,7 +1,7 @@
-"""Binding: another function in the place of one of the engine's, everywhere it is known, and back again.
+"""Patching: replaces a function of the engine by another one under every name it has, and undoes it.
 
-A function of a module is known under its name in that module and in every module that imported it; a method is known
-in its class. Classes keep what a property, a static or a class method was.
+A function of a module has its name in that module and in every module that imported it; a method has its name in its
+class. A property stays a property; the same holds for static and class methods.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ from nanokv.learn.source import split_name
 
 _WRAPPED = (property, staticmethod, classmethod, cached_property)
 _replaced: dict[int, Any] = {}
-"""id of a module's stand-in -> the function it replaces."""
+"""id of a replacement -> the module's function that it replaces."""
 _methods: dict[type, dict[str, Any]] = {}
-"""Class -> its own attributes that are replaced."""
+"""Class -> its own attributes before they were replaced."""
 
 
-def bind(target: str, function: Callable) -> Callable[[], None]:
-    """Puts `function` in the place of the target. Returns what undoes it."""
+def patch(target: str, function: Callable) -> Callable[[], None]:
+    """Replaces the target, a dotted name, by `function`. Returns a function that undoes it.
+
+    Raises CourseError where no such module exists, AttributeError or KeyError where it has no such name.
+    """
     module_name, _, qualname = split_name(target)
     module = import_module(module_name)
     owner_name, _, name = qualname.rpartition(".")
     if owner_name:
-        return _bind_method(getattr(module, owner_name), name, function)
-    return _bind_function(getattr(module, name), function)
+        return _patch_method(getattr(module, owner_name), name, function)
+    return _patch_function(getattr(module, name), function)
 
 
-def _bind_method(owner: type, name: str, function: Callable) -> Callable[[], None]:
+def _patch_method(owner: type, name: str, function: Callable) -> Callable[[], None]:
     before = owner.__dict__[name]
     if isinstance(before, cached_property):
         stand_in = cached_property(function)
@@ -53,7 +56,7 @@ def _bind_method(owner: type, name: str, function: Callable) -> Callable[[], Non
     return undo
 
 
-def _bind_function(before: Callable, function: Callable) -> Callable[[], None]:
+def _patch_function(before: Callable, function: Callable) -> Callable[[], None]:
     def swap(old: Callable, new: Callable) -> None:
         for module in [one for name, one in sys.modules.items() if name.split(".")[0] in ("nanokv", "my")]:
             for name, value in list(vars(module).items()):
@@ -70,8 +73,8 @@ def _bind_function(before: Callable, function: Callable) -> Callable[[], None]:
     return undo
 
 
-def raw(target: str) -> Callable:
-    """The plain function that stands at the target now, out of its property, static or class method."""
+def function_at(target: str) -> Callable:
+    """The function that the target, a dotted name, has now, taken out of its property, static or class method."""
     module_name, _, qualname = split_name(target)
     value: Any = import_module(module_name)
     owner_name, _, name = qualname.rpartition(".")
@@ -83,9 +86,9 @@ def raw(target: str) -> Callable:
     return value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
 
 
-def bind_gap(exercise: Exercise) -> Callable[[], None]:
-    """Puts gaps where the exercise's solution and its faster twins are. Returns what undoes it."""
-    undo = [bind(target, _gap(exercise)) for target in (exercise.target, *exercise.also)]
+def patch_gaps(exercise: Exercise) -> Callable[[], None]:
+    """Replaces the exercise's solution and its faster twins by gaps. Returns a function that undoes it."""
+    undo = [patch(target, _gap(exercise)) for target in (exercise.target, *exercise.also)]
 
     def undo_all() -> None:
         for step in reversed(undo):
@@ -95,7 +98,7 @@ def bind_gap(exercise: Exercise) -> Callable[[], None]:
 
 
 def _gap(exercise: Exercise) -> Callable:
-    """A function of its own for each place: what it replaces is known by it."""
+    """A new function for each target, because `_replaced` knows the replaced function by it."""
 
     def gap(*args: Any, **kwargs: Any) -> Any:
         raise ExerciseTODO(exercise.id)
@@ -103,11 +106,13 @@ def _gap(exercise: Exercise) -> Callable:
     return gap
 
 
-def ours(thing: Any) -> Any:
-    """The engine's own version of a function or class that may stand replaced right now; for hidden tests.
+def reference(thing: Any) -> Any:
+    """The engine's own version of a function or class that may be patched right now; for hidden tests.
 
-    No secret: a student's file that looks for it finds it. The gaps stop accidents and quick copies, not intent.
-    A class comes back as a subclass with the replaced methods put back.
+    It is no secret: a student's file that looks for it finds it. Gaps stop accidents and quick copies, not intent.
+
+    thing     a function of a module, or a class
+    Returns   the function; for a class a subclass that has the replaced methods back
     """
     if isinstance(thing, type):
         kept = _methods.get(thing)

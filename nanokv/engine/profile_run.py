@@ -1,4 +1,5 @@
-"""Steps whose results nobody wants, over stores of their own: to see what they allocate, or to compile kernels."""
+"""Profile runs: steps whose results are dropped, over stores of their own. They show what a step allocates, or compile
+kernels."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def run_reading_step(
 
 
 def run_small_step(model: Decoder, layout: PageLayout, device: torch.device) -> None:
-    """A short prompt: what a prefill needs is compiled, and loaded, before somebody waits for one."""
+    """A short prompt: what a prefill needs is compiled, and loaded, before a request waits for one."""
     num_rows = min(SMALL, model.config.max_positions)
     tables = np.arange(layout.pages_for(num_rows), dtype=np.int32)[None]
     _run(np.arange(num_rows, dtype=np.int32), tables, 1, model, layout, device)

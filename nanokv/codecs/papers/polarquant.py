@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from nanokv.codecs.basis import rotation
-from nanokv.codecs.side import Arrays, plane
+from nanokv.codecs.quantizer import Arrays, plane
 from nanokv.core.spec import Plane
 from nanokv.kernels import reference
 from nanokv.kernels.ops import AUTO, Ops
@@ -28,13 +28,13 @@ from nanokv.kernels.planes import LARGEST_SCALE
 
 BLOCK = 16
 ROOT = 4
-"""A radius is kept by this less, as large as one number of its block: so no number up to 65504 is too large for it."""
+"""A radius is divided by this, which makes it as large as one number of its block: numbers up to 65504 fit."""
 FIRST, OTHERS = 4, 2
 """Bits of the angles of level 1, and of the other levels."""
 
 
 def pairs(y: torch.Tensor) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """The tree of blocks y [..., 16]: the radius [...], and of each level the two sides whose angle it keeps."""
+    """The tree of blocks y [..., 16]: the radius [...], and of each level the two legs whose angle it keeps."""
     levels = []
     while y.shape[-1] > 1:
         a, b = y.chunk(2, dim=-1)
@@ -53,7 +53,7 @@ def unite(radius: torch.Tensor, levels: list[tuple[torch.Tensor, torch.Tensor]])
 
 @cache
 def angles(level: int) -> torch.Tensor:
-    """The angles that codes of a level stand for: float64, ascending. Of levels above 1 the best ones (Lloyd-Max)."""
+    """The angle of each code of a level: float64, ascending. Of levels above 1 the best ones (Lloyd-Max)."""
     if level == 1:
         count = 2**FIRST
         return (torch.arange(count, dtype=torch.float64) + 0.5) * (2 * math.pi / count)
@@ -71,22 +71,28 @@ def angles(level: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class PolarSide:
+class PolarQuantizer:
+    """PolarQuant. Good for keys and for values."""
+
     name: str
     is_sketch: bool = False
     multiple: int = 64
     """Four blocks, so that the codes of each level fill whole bytes."""
 
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
+        """Codes of each level's angles, uint8, and the radius of each block, float16."""
         parts = [("angles1", dim // 4), ("angles2", dim // 16), ("angles3", dim // 32), ("angles4", dim // 64)]
         codes = [plane(f"{prefix}_{name}", heads, page_size, width, torch.uint8) for name, width in parts]
         return (*codes, plane(f"{prefix}_radius", heads, page_size, dim // BLOCK, torch.float16))
 
-    def coder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> PolarCoder:
-        return PolarCoder(dim, device, ops)
+    def encoder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> PolarEncoder:
+        """The rotation and the tables of angles."""
+        return PolarEncoder(dim, device, ops)
 
 
-class PolarCoder:
+class PolarEncoder:
+    """A PolarQuantizer made ready for vectors of one dimension."""
+
     def __init__(self, dim: int, device: torch.device, ops: Ops) -> None:
         self.basis = rotation(dim, device, ops)
         self._blocks = dim // BLOCK
@@ -96,6 +102,7 @@ class PolarCoder:
         self._middles = [(middle.cos().float().to(device), middle.sin().float().to(device)) for middle in middles]
 
     def encode(self, x: torch.Tensor) -> Arrays:
+        """float32 [..., dim] -> codes uint8 of levels 1 to 4, and radii float16 [..., dim / 16]."""
         radius, levels = pairs(self.basis.to(x).unflatten(-1, (self._blocks, BLOCK)))
         (a, b), *others = ((a[..., None], b[..., None]) for a, b in levels)
         cos, sin = self._directions[0]
@@ -110,6 +117,7 @@ class PolarCoder:
         return *packed, (radius / ROOT).clamp(max=LARGEST_SCALE).half()
 
     def decode(self, *arrays: torch.Tensor) -> torch.Tensor:
+        """The rotated numbers again: float32 [..., dim]."""
         *packed, radius = arrays
         levels = []
         for i, (part, (cos, sin)) in enumerate(zip(packed, self._directions, strict=True)):

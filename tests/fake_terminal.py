@@ -1,4 +1,4 @@
-"""A chat without a model: a real engine and cache around a decoder that says what a test tells it to."""
+"""A chat without weights: a real engine and cache around a decoder whose tokens a test prescribes."""
 
 import io
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ END, VOCABULARY = 257, 258
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token a byte, and the two special tokens of ChatML."""
+    """A tokenizer with one token per byte, and the two special tokens of ChatML."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -33,7 +33,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 class ScriptedDecoder:
-    """Says the tokens it was told to, one a step; `before_step` is called at each, with the number of the step."""
+    """A decoder that gives the tokens of `script`, one per step. Calls `before_step` with each step's number."""
 
     is_recordable = True
 
@@ -51,14 +51,14 @@ class ScriptedDecoder:
     def bind(self, layout) -> None:
         pass
 
-    def centres(self):
+    def key_means(self):
         return []
 
     def will_say(self, text: str) -> None:
         self.script = [*text.encode(), END]
         self._step = 0
 
-    def forward(self, batch, pool):
+    def forward(self, batch, pool, between=None):
         self._step += 1
         self.before_step(self._step)
         logits = torch.full((len(batch.logit_rows), VOCABULARY), -100.0)
@@ -68,7 +68,7 @@ class ScriptedDecoder:
 
 
 class ScriptedLLM:
-    """The part of LLM that a chat uses."""
+    """The part of LLM that a chat uses, on a ScriptedDecoder."""
 
     def __init__(self, config: EngineConfig | None = None, max_positions: int = 1024) -> None:
         self.config = config or EngineConfig(num_pages=200, page_size=16, max_step_tokens=64)
@@ -92,8 +92,8 @@ class ScriptedLLM:
         self.close()
 
 
-class Desk:
-    """A session and what it wrote."""
+class FakeTerminal:
+    """A chat session, the lines a test enters and the output they cause."""
 
     def __init__(self, llm: ScriptedLLM | None = None, system: str | None = None) -> None:
         self.llm = llm or ScriptedLLM()
@@ -102,7 +102,7 @@ class Desk:
         self.session = ChatSession(self.llm, "scripted", system, params, Terminal(self.out, self.err), show_stats=True)
 
     def enter(self, line: str, answer: str = "") -> tuple[str, str]:
-        """What a line brought on stdout and on stderr."""
+        """Enters a line while the model is to give `answer`. Returns the output on stdout and on stderr."""
         if answer:
             self.llm.model.will_say(answer)
         start = self.out.tell(), self.err.tell()
@@ -117,7 +117,7 @@ class Desk:
 
 
 class Tty(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True

@@ -1,6 +1,6 @@
-"""Side: how the vectors of one side of attention, keys or values, become planes of a page. Knows no layers.
+"""Quantizer: how keys, or values, become the planes of a page. Knows no layers.
 
-A side is a recipe (a name and numbers); its coder is the recipe made ready for a dimension and a device:
+A quantizer is a recipe (a name and numbers); its encoder is the recipe made ready for a dimension and a device:
 
     x [..., dim] --encode--> one array for each plane --decode--> s [..., width],  x ~ basis.back(s)
 """
@@ -22,31 +22,33 @@ from nanokv.kernels.planes import CodePlane
 Arrays = tuple[torch.Tensor, ...]
 
 
-class Coder(Protocol):
-    """A side, ready for vectors of one dimension. Rows do not depend on each other, to the last bit."""
+class Encoder(Protocol):
+    """A quantizer made ready for vectors of one dimension. Rows do not depend on each other, to the last bit."""
 
     basis: Basis | None
-    """None: the numbers stand as they are."""
+    """None: the numbers s are those of x."""
 
     def encode(self, x: torch.Tensor) -> Arrays:
-        """float32 [..., dim] -> what goes into the planes, in their order: [..., width of the plane] each."""
-        ...
+        """float32 [..., dim] -> one array for each plane, in their order: [..., width of the plane]."""
 
     def decode(self, *arrays: torch.Tensor) -> torch.Tensor:
         """The numbers s again: float32 [..., width]."""
-        ...
 
 
-class Side(Protocol):
+class Quantizer(Protocol):
+    """How the vectors of keys, or of values, are written: as numbers s over a basis, with x ~ basis.back(s)."""
+
     name: str
     is_sketch: bool
-    """Good for products with it only, and not as a value."""
+    """Good for products with a query only, so not for values."""
     multiple: int
-    """Of which the dimension of its vectors must be a multiple."""
+    """The dimension of its vectors must be a multiple of this."""
 
-    def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]: ...
+    def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
+        """The planes of a page that hold vectors of `heads` heads; their names begin with `prefix`."""
 
-    def coder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> Coder: ...
+    def encoder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> Encoder:
+        """The quantizer made ready for vectors of `dim` numbers."""
 
 
 def plane(name: str, heads: int, page_size: int, width: int | None, dtype: torch.dtype) -> Plane:
@@ -58,23 +60,20 @@ def plane(name: str, heads: int, page_size: int, width: int | None, dtype: torch
 def array_of(memory: torch.Tensor, slot: PlaneSlot) -> torch.Tensor:
     """One plane of all pages (or of all states): a view [pages, *shape] of uint8 [pages, bytes]."""
     numbers, size = memory.view(slot.plane.dtype), slot.plane.dtype.itemsize
-    strides = torch.empty(slot.plane.shape, device="meta").stride()
-    return numbers.as_strided(
-        (memory.shape[0], *slot.plane.shape),
-        (memory.stride(0) // size, *strides),
-        numbers.storage_offset() + slot.offset // size,
-    )
+    strides = memory.stride(0) // size, *torch.empty(slot.plane.shape, device="meta").stride()
+    shape, offset = (memory.shape[0], *slot.plane.shape), numbers.storage_offset() + slot.offset // size
+    return numbers.as_strided(shape, strides, offset)
 
 
-class SidePages:
-    """One side of one layer, where it lies in pages.
+class QuantizerPages:
+    """The keys, or the values, of one layer, where they lie in pages.
 
     heads, dim   of the vectors
     """
 
     def __init__(
         self,
-        side: Side,
+        recipe: Quantizer,
         prefix: str,
         layout: PageLayout,
         layer: int,
@@ -83,34 +82,34 @@ class SidePages:
         device: torch.device,
         ops: Ops,
     ) -> None:
-        self.coder = side.coder(dim, device, ops)
-        planes = side.planes(prefix, heads, dim, layout.page_size)
+        self.encoder = recipe.encoder(dim, device, ops)
+        planes = recipe.planes(prefix, heads, dim, layout.page_size)
         self.slots = [layout.paged(layer, plane.name) for plane in planes]
 
     def write(self, x: torch.Tensor, pool: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> None:
-        """x float32 [rows, heads, dim]: row i to page pages[i], slot slots[i]."""
-        for slot, numbers in zip(self.slots, self.coder.encode(x), strict=True):
+        """Encodes x float32 [rows, heads, dim]: row i to page pages[i], slot slots[i]."""
+        for slot, numbers in zip(self.slots, self.encoder.encode(x), strict=True):
             array_of(pool, slot)[pages, :, slots] = numbers
 
     def read(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         """The decoded numbers of whole pages: float32 [pages, heads, page_size, width]."""
-        return self.coder.decode(*(array_of(pool, slot)[pages] for slot in self.slots))
+        return self.encoder.decode(*(array_of(pool, slot)[pages] for slot in self.slots))
 
     def to(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries as keys of this side want them."""
-        return x if self.coder.basis is None else self.coder.basis.to(x)
+        """Queries float32 [..., dim] in the basis of decoded keys: [..., width]."""
+        return x if self.encoder.basis is None else self.encoder.basis.to(x)
 
     def back(self, s: torch.Tensor) -> torch.Tensor:
-        """Sums of decoded numbers, as the vectors they stand for."""
-        return s if self.coder.basis is None else self.coder.basis.back(s)
+        """Sums of decoded numbers float32 [..., width] as vectors: [..., dim]."""
+        return s if self.encoder.basis is None else self.encoder.basis.back(s)
 
-    def exactly(self, x: torch.Tensor) -> torch.Tensor:
-        """Numbers that stand for x without any loss."""
-        return x if self.coder.basis is None else self.coder.basis.exactly(x)
+    def encode_exact(self, x: torch.Tensor) -> torch.Tensor:
+        """The numbers float32 [..., width] of x [..., dim], without loss."""
+        return x if self.encoder.basis is None else self.encoder.basis.solve(x)
 
 
 @dataclass(frozen=True)
-class RawSide:
+class RawQuantizer:
     """The numbers themselves, rounded to a dtype."""
 
     dtype: torch.dtype
@@ -118,25 +117,27 @@ class RawSide:
     is_sketch: bool = False
     multiple: int = 1
 
-    @property
-    def basis(self) -> None:
-        return None
+    basis = None
 
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
+        """One plane of the dtype."""
         return (plane(prefix, heads, page_size, dim, self.dtype),)
 
-    def coder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> RawSide:
+    def encoder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> RawQuantizer:
+        """Itself: rounding needs neither the dimension nor the device."""
         return self
 
     def encode(self, x: torch.Tensor) -> Arrays:
+        """float32 [..., dim] -> the same in the dtype."""
         return (x.to(self.dtype),)
 
     def decode(self, *arrays: torch.Tensor) -> torch.Tensor:
+        """The same as float32."""
         return arrays[0].float()
 
 
 @dataclass(frozen=True)
-class TableSide:
+class TableQuantizer:
     """One code for each number and one scale for each vector: x ~ table[code] * scale, after a rotation or none.
 
     name      bits  table                   scale                         rotated
@@ -157,28 +158,38 @@ class TableSide:
     multiple: int = 16
 
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
+        """Codes uint8, the third bits in a plane of their own, and scales float16."""
         parts = [("codes", 2 if self.bits == 3 else self.bits)] + ([("high", 1)] if self.bits == 3 else [])
         codes = [plane(f"{prefix}_{name}", heads, page_size, dim * n // 8, torch.uint8) for name, n in parts]
         return (*codes, plane(f"{prefix}_scale", heads, page_size, None, torch.float16))
 
-    def coder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> TableCoder:
-        return TableCoder(self, dim, device, ops)
+    def encoder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> TableEncoder:
+        """The table and the rotation for vectors of `dim` numbers."""
+        return TableEncoder(self, dim, device, ops)
 
 
-class TableCoder:
-    def __init__(self, side: TableSide, dim: int, device: torch.device, ops: Ops) -> None:
-        self.basis = rotation(dim, device, ops) if side.rotated else None
-        self.code = CodePlane(0, 0, 0, side.bits, dim, side.table(dim).to(device), side.scaling)
+class TableEncoder:
+    """A TableQuantizer made ready for vectors of one dimension."""
 
-    def placed(self, slots: list[PlaneSlot]) -> CodePlane:
-        """Where the planes lie in a page: what kernels that read codes need."""
+    def __init__(self, quantizer: TableQuantizer, dim: int, device: torch.device, ops: Ops) -> None:
+        self.basis = rotation(dim, device, ops) if quantizer.rotated else None
+        table = quantizer.table(dim).to(device)
+        self.code = CodePlane(0, 0, 0, quantizer.bits, dim, table, quantizer.scaling)
+
+    def code_plane(self, slots: list[PlaneSlot]) -> CodePlane:
+        """The place of the codes in a page and their meaning, for the kernels that read them.
+
+        slots   of the planes, in their order
+        """
         offset, *high, scale = (slot.offset for slot in slots)
         return replace(self.code, offset=offset, high_offset=high[0] if high else 0, scale_offset=scale)
 
     def encode(self, x: torch.Tensor) -> Arrays:
+        """float32 [..., dim] -> codes uint8, in two arrays where they have three bits, and scales float16 [...]."""
         codes, scale = reference.encode(x if self.basis is None else self.basis.to(x), self.code)
         return *reference.split_codes(codes, self.code.bits), scale
 
     def decode(self, *arrays: torch.Tensor) -> torch.Tensor:
+        """table[code] * scale: float32 [..., dim]."""
         *codes, scale = arrays
         return reference.decode(reference.join_codes(codes, self.code.bits), scale, self.code)

@@ -1,7 +1,8 @@
-"""What a request must be before it is queued. Raises RequestError naming field, value and what is allowed."""
+"""The checks of a request before it is queued. Raises RequestError naming field, value and what is allowed."""
 
 from __future__ import annotations
 
+import time
 from array import array
 from operator import index
 
@@ -9,11 +10,11 @@ import numpy as np
 
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import RequestError
-from nanokv.core.request import Request, SamplingParams
+from nanokv.core.request import Request, RequestMetrics, SamplingParams
 from nanokv.models.config import ModelConfig
 
 
-def check_request(request: Request, model: ModelConfig, config: EngineConfig, longest: int) -> list[int]:
+def validate_request(request: Request, model: ModelConfig, config: EngineConfig, longest: int) -> list[int]:
     """The prompt's token ids as plain ints, once everything about the request has been checked.
 
     longest   prompt tokens that this engine can serve
@@ -54,3 +55,20 @@ def check_request(request: Request, model: ModelConfig, config: EngineConfig, lo
     if params.logprobs is not None and params.logprobs > vocab_size:
         raise RequestError(f"logprobs={params.logprobs}: the vocabulary has {vocab_size} tokens")
     return token_ids
+
+
+def prepare_request(request: Request, number: int, seed: int, max_length: int) -> None:
+    """Fills in what the engine owns of a validated request, the `number`-th of an engine with this seed.
+
+    max_length   tokens that a request may reach, prompt and answer together
+    """
+    params = request.params
+    request.tokens = array("i", request.prompt_token_ids)
+    if request.request_id is None:
+        request.request_id = f"request-{number}"
+    request.num_prompt = len(request.tokens)
+    request.max_tokens = min(params.max_tokens, max_length - request.num_prompt)
+    request.seed = params.seed if params.seed is not None else (seed << 64) + number
+    request.num_forks = params.n - 1
+    request.logprobs = [] if params.logprobs is not None else None
+    request.metrics = RequestMetrics(arrival=time.perf_counter())

@@ -1,22 +1,25 @@
-"""LiveRequests: every sample that has not ended, and what its caller gets to see. Knows no step and no tensor."""
+"""OutputProcessor: every sample that has not ended, and what its caller gets to see. Knows no step and no tensor."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from nanokv.cache.manager import CacheManager
-from nanokv.core.events import EventLog
+from nanokv.core.events import Events, Finished
 from nanokv.core.request import Request, RequestMetrics, RequestOutput
-from nanokv.engine.answer import Answer
 from nanokv.engine.scheduler import Scheduler
+from nanokv.engine.text_stream import TextStream
 from nanokv.text.tokenizer import Tokenizer
 
+Sink = Callable[[RequestOutput], None]
+"""Takes the outputs of one request."""
 
-class LiveRequests:
-    """The samples of each live request id, and the outputs that nobody has taken yet.
 
-    A token is appended in `append`, and nowhere else.
+class OutputProcessor:
+    """The samples of each live request id. A token is appended in `append`, and nowhere else.
+
+    An output goes to the sink of its request, or, where it has none, waits for `take_outputs`.
     """
 
     def __init__(
@@ -25,7 +28,7 @@ class LiveRequests:
         cache: CacheManager,
         tokenizer: Tokenizer | None,
         eos_token_ids: Collection[int],
-        events: EventLog,
+        events: Events,
     ) -> None:
         self._scheduler = scheduler
         self._cache = cache
@@ -33,6 +36,7 @@ class LiveRequests:
         self._eos_token_ids = eos_token_ids
         self._events = events
         self._samples: dict[str, list[Request]] = {}
+        self._sinks: dict[str, Sink] = {}
         self._outputs: list[RequestOutput] = []
 
     def __contains__(self, request_id: str | None) -> bool:
@@ -52,13 +56,12 @@ class LiveRequests:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def put_back(self, outputs: list[RequestOutput]) -> None:
-        self._outputs.extend(outputs)
-
-    def open(self, request: Request) -> None:
-        """A request begins: it waits."""
-        self._prepare_answer(request)
+    def open(self, request: Request, sink: Sink | None = None) -> None:
+        """A request begins: it waits. Its outputs go to `sink`."""
+        self._open_text(request)
         self._samples[request.request_id] = [request]
+        if sink is not None:
+            self._sinks[request.request_id] = sink
         self._scheduler.add(request)
 
     def of(self, requests: Iterable[Request]) -> list[Request]:
@@ -80,7 +83,7 @@ class LiveRequests:
             child.tokens = array("i", request.tokens)
             child.logprobs = [] if request.logprobs is not None else None
             child.metrics = RequestMetrics(request.metrics.arrival, request.metrics.first_scheduled)
-            self._prepare_answer(child)
+            self._open_text(child)
             children.append(child)
         return children
 
@@ -104,49 +107,53 @@ class LiveRequests:
         if scores is not None:
             request.logprobs.append(scores)
         is_eos = token in params.stop_token_ids or (not params.ignore_eos and token in self._eos_token_ids)
-        if request.answer is not None and not is_eos:
-            request.answer.push(token, request.num_generated >= params.min_tokens)
-        if is_eos or (request.answer is not None and request.answer.stopped):
+        if request.text_stream is not None and not is_eos:
+            request.text_stream.push(token, request.num_generated >= params.min_tokens)
+        if is_eos or (request.text_stream is not None and request.text_stream.stopped):
             self.finish(request, "stop")
         elif request.num_generated >= request.max_tokens:
             self.finish(request, "length")
         else:
-            self._outputs.append(self._output(request))
+            self._deliver(self._output(request))
 
     def finish(self, request: Request, reason: str, error: str | None = None) -> None:
-        """A sample ends, and with it those that were to be forked from it; the pages go back."""
+        """A sample ends, and with it those that were to be forked from it; its pages are released."""
         self._scheduler.remove(request)
         request.finish_reason, request.error = reason, error
-        if request.answer is not None:
-            request.answer.flush(reason in ("stop", "length"))
+        if request.text_stream is not None:
+            request.text_stream.flush(reason in ("stop", "length"))
         samples = self._samples[request.request_id]
         samples.remove(request)
-        if not samples:
-            del self._samples[request.request_id]
-        if self._events.on:
-            self._events.write("finish", request=request.request_id, index=request.index, reason=reason)
+        if self._events:
+            self._events.emit(Finished(request.request_id, request.index, reason))
         for index in range(request.index, request.index + request.num_forks + 1):
             output = self._output(request)
             output.index = index
-            self._outputs.append(output)
+            self._deliver(output)
+        if not samples:
+            del self._samples[request.request_id]
+            self._sinks.pop(request.request_id, None)
 
-    def _prepare_answer(self, request: Request) -> None:
+    def _deliver(self, output: RequestOutput) -> None:
+        self._sinks.get(output.request_id, self._outputs.append)(output)
+
+    def _open_text(self, request: Request) -> None:
         if self._tokenizer is not None and not request.wants_all_logits:
-            request.answer = Answer(self._tokenizer, request.params.stop)
+            request.text_stream = TextStream(self._tokenizer, request.params.stop)
 
     def _output(self, request: Request) -> RequestOutput:
-        answer: Answer | None = request.answer
+        text: TextStream | None = request.text_stream
         return RequestOutput(
             request_id=request.request_id,
             index=request.index,
             prompt_token_ids=request.prompt_token_ids,
             token_ids=request.tokens[request.num_prompt :].tolist(),
-            delta=answer.take_delta() if answer is not None else "",
-            text=answer.text if answer is not None else "",
+            delta=text.take_delta() if text is not None else "",
+            text=text.text if text is not None else "",
             finish_reason=request.finish_reason,
             error=request.error,
-            cached_tokens=request.num_cached,
-            kv_matched_tokens=request.num_kv_matched,
+            cached_tokens=request.held.num_cached,
+            kv_matched_tokens=request.held.num_kv_matched,
             logprobs=list(request.logprobs) if request.logprobs is not None else None,
             metrics=request.metrics,
         )

@@ -1,4 +1,4 @@
-"""PrefillLoop: prompts in, first tokens out. The same Scheduler and Runner as a decode process, over given pages.
+"""PrefillLoop: prompts in, first tokens out. The Scheduler, Runner and Step of an engine, over pages that were granted.
 
 Knows nothing of sockets or processes: `accept` takes a PREFILL, `step` computes one step and returns what to say.
 """
@@ -8,24 +8,21 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 
 import torch
 
 from nanokv.cache.store import CacheStore
-from nanokv.core.batch import Batch
 from nanokv.core.config import EngineConfig
-from nanokv.core.events import EventLog
+from nanokv.core.events import Events
 from nanokv.core.request import Request, SamplingParams
+from nanokv.disagg.granted_cache import GrantedCache, GrantedPages
 from nanokv.disagg.messages import Abort, AbortAck, Done, Failed, Message, Prefill, ProtocolError, failed, unpack_ints
-from nanokv.disagg.pages import FixedPages, Given
-from nanokv.engine.inputs import num_logit_rows
 from nanokv.engine.runner import Runner
-from nanokv.engine.sampler import sample
+from nanokv.engine.sampler import SamplerOutput, sample
 from nanokv.engine.scheduler import Scheduler, StepPlan
-from nanokv.models.decoder import Block, Decoder
+from nanokv.engine.step import launch, resolve
+from nanokv.models.decoder import Between, Decoder
 
 logger = logging.getLogger("nanokv")
 
@@ -36,25 +33,13 @@ Key = tuple[str, int]
 """(request, attempt)"""
 
 
-class Watched:
-    """A block that tells when it has run, so that a worker is heard, and layers can travel, in the middle of a step."""
-
-    def __init__(self, block: Block, layer: int, after_layer: Callable[[int, Batch], None]) -> None:
-        self._block, self._layer, self._after_layer = block, layer, after_layer
-
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
-        x = self._block(x, residual, store, batch)
-        self._after_layer(self._layer, batch)
-        return x
-
-
 class PrefillLoop:
-    """Computes what it is given over one store.
+    """Computes what it is given over one store. It is the Outputs of its own steps: the first tokens become DONE.
 
-    model         Decoder, bound to the layout of `store`
-    config        EngineConfig of the decode process
-    generation    of the pool
-    after_layer   called with (layer, batch) whenever a layer of a step has run
+    model        Decoder, bound to the layout of `store`
+    config       EngineConfig of the decode process
+    generation   of the pool
+    between      called after each layer of a step (Decoder.forward), or None
     """
 
     def __init__(
@@ -63,22 +48,23 @@ class PrefillLoop:
         store: CacheStore,
         config: EngineConfig,
         generation: int,
-        after_layer: Callable[[int, Batch], None] = lambda layer, batch: None,
+        between: Between | None = None,
     ) -> None:
-        watched = [Watched(block, layer, after_layer) for layer, block in enumerate(model.layers)]
-        runs = Decoder(model.config, model.specs, model.embedding, watched, model.norm, model.head)
         self.store = store
-        self.cache = FixedPages(config.page_size)
+        self.cache = GrantedCache(config.page_size)
         self.generation = generation
         self.running: list[Request] = []  # the requests of the step that runs right now
         self._model = model
         self._page_size = config.page_size
-        self._runner = Runner(runs, store, config.page_size, config.codec)
+        self._runner = Runner(model, store, config.page_size, config.codec, between)
         # Every attempt runs at once as far as the scheduler is concerned; the budget of a step orders them.
         ours = replace(config, max_step_tokens=STEP_TOKENS, max_requests=1 << 20, prefix_cache=False, schedule="fcfs")
-        self._scheduler = Scheduler(ours, self.cache, EventLog(None))
+        self._scheduler = Scheduler(ours, self.cache, Events())
         self._open: dict[Key, Request] = {}
-        self._messages: dict[Request, Prefill] = {}
+        self._prompts: dict[Request, Prefill] = {}
+        self._sampled: dict[Request, list[tuple[int | None, dict[int, float] | None]]] = {}
+        self._messages: list[Message] = []
+        self._finished = 0.0
         self._highest = 0  # attempt that was accepted or aborted; a PREFILL at or below it is late, its pages are gone
 
     @property
@@ -96,7 +82,7 @@ class PrefillLoop:
             return failed(message, str(error))
         self._highest = message.attempt
         self.cache.give(request, given)
-        self._open[key], self._messages[request] = request, message
+        self._open[key], self._prompts[request] = request, message
         self._scheduler.add(request)
         return None
 
@@ -105,84 +91,86 @@ class PrefillLoop:
         key = (message.request, message.attempt)
         self._highest = max(self._highest, message.attempt)
         if key in self._open:
-            self._close(key)
+            self._close(self._open[key])
         return AbortAck(generation=self.generation, request=message.request, attempt=message.attempt)
 
     def step(self) -> list[Message]:
-        """One step; DONE or FAILED of each request that it ends. Raises EOFError where `after_layer` does:
-        nobody is left to be told."""
-        plan, messages = StepPlan(), []
+        """One step; DONE or FAILED of each request that it ends. Raises EOFError where `between` does: then no process
+        is left to be told."""
+        plan, self._messages = StepPlan(), []
         try:
             plan = self._scheduler.plan()
             self.running = list(plan.requests)
+            self._runner.move(plan.moves)
             if plan.requests:
-                self._run(plan, messages)
+                resolve(launch(plan, None, self._runner, self, self._sample), None, self.cache, self)
         except EOFError:
             raise
         except Exception as error:
             logger.exception("a step failed; the decode process is told")
             lost = plan.requests or list(self._open.values())
-            keys = [key for key, request in self._open.items() if request in lost]
-            messages += [self._give_up(key, f"{type(error).__name__}: {error}") for key in keys]
+            for request in [request for request in self._open.values() if request in lost]:
+                self.finish(request, "error", f"{type(error).__name__}: {error}")
         finally:
             self.running = []
-        return messages
+        return self._messages
 
     def prompt(self, request: Request) -> Prefill:
         """The message that a request came with."""
-        return self._messages[request]
+        return self._prompts[request]
 
-    def _run(self, plan: StepPlan, messages: list[Message]) -> None:
-        """Appends to `messages` as it goes: what ended before an error has ended all the same."""
-        wanted = [num_logit_rows(request) for request in plan.requests]
-        logits, last, unwritable = self._runner.run(plan, None)
-        if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)  # what DONE promises has been written
-        finished = time.monotonic()
-        refused = iter(unwritable.fetch() if unwritable is not None else [])
-        ill: list[Request] = []
-        for request in plan.requests:
-            if any(list(islice(refused, request.num_scheduled))):
-                ill.append(request)
-            request.advance()
-            self.cache.commit(request)
-        ends = [request for request, count in zip(plan.requests, wanted, strict=True) if count]
-        for request in ill:
-            key = next(key for key, one in self._open.items() if one is request)
-            messages.append(self._give_up(key, unwritable.why))
-        for row, request in enumerate(ends):
-            if request in ill:
-                continue
-            prompt = self._messages[request]
-            first = prompt.sampling.index
-            samples = [_sample_of(request, index) for index in range(first, first + prompt.sampling.samples)]
-            rows = [row] * len(samples)
-            sampled = sample(logits[rows], samples, last[rows], self._model.config.eos_token_ids)
-            tokens, logprobs = sampled.fetch()
-            key = (prompt.request, prompt.attempt)
-            self._close(key)
-            messages.append(
+    # -- engine.step.Outputs
+
+    def siblings(self, request: Request) -> list[Request]:
+        """The other samples that PREFILL asks for."""
+        wire = self._prompts[request].sampling
+        return [_sample_of(request, index) for index in range(wire.index + 1, wire.index + wire.samples)]
+
+    def fork(self, request: Request, children: list[Request]) -> None:
+        """Siblings run in the decode process."""
+
+    def append(self, request: Request, token: int | None, logprobs: dict[int, float] | None, now: float) -> None:
+        """The first token of a sample; with that of the last one, DONE. None ends all samples of the prompt."""
+        key = next(key for key in self._open if key[0] == request.request_id)
+        parent = self._open[key]
+        wanted = self._prompts[parent].sampling.samples
+        done = self._sampled.setdefault(parent, [])
+        done += [(token, logprobs)] * (wanted if token is None else 1)
+        if len(done) == wanted:
+            tokens, scores = zip(*done, strict=True)
+            self._close(parent)
+            self._messages.append(
                 Done(
-                    generation=self.generation, request=key[0], attempt=key[1], tokens=tuple(tokens),
-                    logprobs=tuple(logprobs), finished=finished,
+                    generation=self.generation, request=key[0], attempt=key[1], tokens=tokens, logprobs=scores,
+                    finished=self._finished,
                 )
             )  # fmt: skip
 
-    def _close(self, key: Key) -> None:
-        request = self._open.pop(key)
-        del self._messages[request]
+    def finish(self, request: Request, reason: str, error: str | None = None) -> None:
+        """FAILED, with the error as its reason."""
+        message = self._prompts[request]
+        self._close(request)
+        self._messages.append(failed(message, error or reason))
+
+    # -- inside
+
+    def _sample(self, logits: torch.Tensor, requests: list[Request], last: torch.Tensor) -> SamplerOutput:
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)  # what DONE promises has been written
+        self._finished = time.monotonic()
+        return sample(logits, requests, last, self._model.config.eos_token_ids)
+
+    def _close(self, request: Request) -> None:
+        message = self._prompts.pop(request)
+        del self._open[message.request, message.attempt]
+        self._sampled.pop(request, None)
         self._scheduler.remove(request)
         self.cache.release(request)
 
-    def _give_up(self, key: Key, reason: str) -> Failed:
-        message = self._messages[self._open[key]]
-        self._close(key)
-        return failed(message, reason)
-
-    def _checked(self, message: Prefill) -> tuple[Request, Given]:
+    def _checked(self, message: Prefill) -> tuple[Request, GrantedPages]:
         """A request over what the message gives. Raises ProtocolError where any of it cannot be."""
         tokens, pages = unpack_ints(message.tokens), unpack_ints(message.pages)
-        size, num_pages, num_states = self._page_size, self.store.num_pages, self.store.states.shape[0]
+        size, num_pages, num_states = self._page_size, len(self.store.pages), len(self.store.states)
         vocab = self._model.config.vocab_size
         checkpoints = dict(message.checkpoints)
         states = [*checkpoints.values(), *([] if message.state is None else [message.state])]
@@ -207,7 +195,7 @@ class PrefillLoop:
         request = Request(tokens[: message.prompt_length].tolist(), _params(message), message.request)
         request.tokens, request.num_prompt = tokens, message.prompt_length
         request.seed, request.index = int(message.sampling.seed), message.sampling.index
-        return request, Given(pages, message.cached_length, message.state, checkpoints)
+        return request, GrantedPages(pages, message.cached_length, message.state, checkpoints)
 
 
 def _params(message: Prefill) -> SamplingParams:

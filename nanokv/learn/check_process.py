@@ -1,8 +1,8 @@
-"""The process of one check: binds the student's function over ours, runs tests, writes what came of it to a file.
+"""The process of one check: patches the engine with the student's function, runs the tests, writes a result file.
 
-Started by checking.py as `python -m nanokv.learn.worker JOB`, JOB being the fields of `Job` as JSON. What the student's
-file prints goes to stdout, up to a limit. Every state is written to the result file as it is reached, so whoever has to
-end this process knows how far it came.
+checking.py starts it as `python -m nanokv.learn.check_process JOB`; JOB is the fields of `CheckJob` as JSON. Prints of
+the student's file go to stdout, up to a limit. Each stage is written to the result file as it begins, so a process that
+is killed has said how far it came.
 """
 
 from __future__ import annotations
@@ -13,34 +13,15 @@ import os
 import resource
 import signal
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from nanokv.core.errors import CourseError
+from nanokv.learn.job import CheckJob, Failure
+
 MOST_PRINTED = 4000
 """Characters of the student's prints that are kept."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to check.
-
-    exercise   its id
-    mine       the student's folder
-    tests      [kind, path] of each test file: kind is "public" or "hidden"
-    seeds      the seed of each of them
-    offline    whether the process may open no connection
-    cpu_limit  seconds of processor time after which the process ends
-    result     the file to write to
-    """
-
-    exercise: str
-    mine: str
-    tests: list[list[str]]
-    seeds: list[int]
-    offline: bool
-    cpu_limit: int
-    result: str
 
 
 class _Limited:
@@ -65,7 +46,8 @@ def _refuse_network(event: str, args: tuple[Any, ...]) -> None:
         raise PermissionError("a graded exercise opens no connection")
 
 
-def main(job: Job) -> None:
+def main(job: CheckJob) -> None:
+    """Runs the check and writes the result file. Limits processor time of the whole process, and its network."""
     sys.stdout = sys.stderr = _Limited(sys.__stdout__)
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CPU, (job.cpu_limit, job.cpu_limit + 5))
@@ -77,28 +59,27 @@ def main(job: Job) -> None:
         state["stage"] = stage
         Path(job.result).write_text(json.dumps(state), "utf-8")
 
-    gc.disable()  # nothing that an import makes is garbage: a fifth of its time goes into looking
+    gc.disable()  # an import makes no garbage, and looking for it takes a fifth of the import's time
     import torch
 
-    gc.freeze()  # nor is it later
+    gc.freeze()  # later collections skip what the import made
     gc.enable()
-    from nanokv.core.errors import CourseError
-    from nanokv.learn.binding import bind, bind_gap
     from nanokv.learn.course import load_course
     from nanokv.learn.mine import fill_gaps
-    from nanokv.learn.running import Failure, describe, load_function, run_tests
+    from nanokv.learn.patching import patch, patch_gaps
+    from nanokv.learn.running import describe, load_function, run_tests
 
     torch.set_num_threads(1)
     course = load_course()
     exercise, folder = course.exercise(job.exercise), Path(job.mine)
     path = folder / exercise.file
-    # Ours is out of reach before the student's file is run: what it imports is the gap.
-    bind_gap(exercise)
+    # The gaps come before the student's file is run, so that the file imports gaps and no solutions.
+    patch_gaps(exercise)
     reached("load")
     try:
         fill_gaps(course, folder, exercise)
-        bind(exercise.target, load_function(exercise, path))
-    except CourseError as error:  # another file of the student's, which fills a gap
+        patch(exercise.target, load_function(exercise, path))
+    except CourseError as error:  # another file of the student's, one that fills a gap
         failure = Failure("needs", str(error))
     except BaseException as error:
         failure = describe(error, exercise, path, "")
@@ -108,7 +89,7 @@ def main(job: Job) -> None:
                 failure = run_tests(
                     exercise, Path(tests), seed, path, lambda words, kind=kind: reached(f"{kind}: {words}")
                 )
-            except BaseException as error:  # a SystemExit of the student's file is a failure as any other
+            except BaseException as error:  # a SystemExit of the student's file is a failure like any other
                 failure = describe(error, exercise, path, state["stage"].partition(": ")[2])
             if failure is not None:
                 break
@@ -118,5 +99,5 @@ def main(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    main(Job(**json.loads(sys.argv[1])))
-    os._exit(0)  # the result is written: nobody waits for the modules to be taken down, or for threads left behind
+    main(CheckJob(**json.loads(sys.argv[1])))
+    os._exit(0)  # the result is written: no need to tear modules down or to join threads that the file left behind

@@ -15,10 +15,10 @@ import os
 import msgspec
 import torch
 
-from nanokv.disagg.messages import Memory, ProtocolError
+from nanokv.disagg.messages import PoolMemory, ProtocolError
 
 
-class SharedPool:
+class SharedBuffer:
     """Owner's side: `tensor` uint8 [num_bytes], zeroed, and how to tell others of it."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
@@ -32,12 +32,12 @@ class SharedPool:
         fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self.tensor = _mapped(self.descriptor, num_bytes)
 
-    def export(self) -> Memory:
+    def export(self) -> PoolMemory:
         """What HELLO says; for "memfd" the descriptor goes with it."""
         if self.descriptor is not None:
-            return Memory(kind="memfd", num_bytes=self.num_bytes)
+            return PoolMemory(kind="memfd", num_bytes=self.num_bytes)
         handle = msgspec.msgpack.encode(list(self.tensor.untyped_storage()._share_cuda_()))
-        return Memory(kind="cuda", num_bytes=self.num_bytes, handle=handle)
+        return PoolMemory(kind="cuda", num_bytes=self.num_bytes, handle=handle)
 
     def close(self) -> None:
         if self.descriptor is not None:
@@ -45,7 +45,7 @@ class SharedPool:
             self.descriptor = None
 
 
-def map_pool(memory: Memory, descriptor: int | None, num_bytes: int) -> torch.Tensor:
+def map_pool(memory: PoolMemory, descriptor: int | None, num_bytes: int) -> torch.Tensor:
     """Worker's side: uint8 [num_bytes], the owner's bytes. Takes the descriptor over. Raises ProtocolError."""
     if memory.num_bytes != num_bytes:
         raise ProtocolError(f"the pool has {memory.num_bytes:,} bytes where {num_bytes:,} are needed")

@@ -1,0 +1,34 @@
+"""KeyMean: the mean of a layer's keys, subtracted before they are coded (`center_keys`)."""
+
+from __future__ import annotations
+
+import torch
+
+
+class KeyMean:
+    """The mean of one layer's keys, None until it is measured.
+
+    A constant added to all keys moves all scores of a row alike and leaves the softmax as it was, so nothing has to be
+    added back. Without their mean, keys with a strong bias (Qwen2) are far smaller and code far better. The mean is
+    fixed once it is measured: it is part of what a page means.
+    """
+
+    def __init__(self) -> None:
+        self.mean: torch.Tensor | None = None
+        self._is_wanted = False
+
+    def measure(self) -> None:
+        """Takes the mean of the next step's keys."""
+        self._is_wanted = True
+
+    def subtract(self, keys: torch.Tensor) -> None:
+        """Subtracts the mean from keys, float32 [rows, heads, dim], IN PLACE, and before they are checked: the
+        difference may be larger than the keys were."""
+        if self._is_wanted:
+            self.mean, self._is_wanted = keys.mean(0), False
+        if self.mean is not None:
+            keys.sub_(self.mean)
+
+    def add(self, keys: torch.Tensor) -> torch.Tensor:
+        """Decoded keys with the mean again: float32 [pages, heads, page_size, dim]."""
+        return keys if self.mean is None else keys + self.mean[:, None]

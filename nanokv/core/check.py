@@ -1,0 +1,13 @@
+"""Checks of values that users give. The error names the field, its value and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nanokv.core.errors import NanokvError
+
+
+def check_integer(error: type[NanokvError], name: str, value: Any, least: int) -> None:
+    """Raises `error` unless `value` is an integer of at least `least`. True and False are no integers here."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise error(f"{name}={value!r}: expected an integer of at least {least}")

@@ -1,0 +1,51 @@
+"""Page keys: what a page of the cache is called outside its process.
+
+    root key  = H(identity, salt)                     one for each model and namespace
+    page key  = H(key of the page before, tokens)     the first page of a prompt comes after the root
+
+So two pages have equal keys only where their tokens are equal, after an equal prefix, under an equal model and salt.
+Knows no pages and no tensors; a router uses it without torch.
+Source: the block hashes of vLLM's prefix cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+KEY_BYTES = 16
+TOKEN_BYTES = array("i").itemsize
+
+
+def root_key(identity: bytes, salt: str | None) -> bytes:
+    """The key before the first page of a prompt.
+
+    identity   digest of weights, config, codec, dtype and layout (models/identity.py)
+    salt       namespace of the prefix cache, or None
+    Returns    KEY_BYTES bytes
+    """
+    typed = b"\0" if salt is None else b"\1" + salt.encode("utf-8", "surrogatepass")
+    framed = len(identity).to_bytes(8, "little") + identity + typed
+    return blake2b(framed, digest_size=KEY_BYTES, person=b"nanokv root").digest()
+
+
+def page_keys(tokens: Sequence[int] | bytes, page_size: int, parent: bytes) -> list[bytes]:
+    """The keys of the whole pages of `tokens`, in order; what is left over after the last whole page has none.
+
+    tokens    token ids, or their bytes as int32 in the machine's order
+    page_size tokens in a page
+    parent    the key of the page before, or a root key: KEY_BYTES bytes
+    """
+    data = tokens if isinstance(tokens, bytes) else array("i", tokens).tobytes()
+    if sys.byteorder == "big":
+        swapped = array("i", data)
+        swapped.byteswap()
+        data = swapped.tobytes()
+    size = page_size * TOKEN_BYTES
+    keys = []
+    for start in range(0, len(data) - size + 1, size):
+        parent = blake2b(parent + data[start : start + size], digest_size=KEY_BYTES, person=b"nanokv page").digest()
+        keys.append(parent)
+    return keys

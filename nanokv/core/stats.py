@@ -1,0 +1,73 @@
+"""The numbers that `LLM.stats` gives: one table of names, kinds, units and meanings. Documentation and metrics read it.
+
+gauge     a value of right now, or of the engine for good
+counter   counted since the engine was made; never falls
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stat:
+    """One number. `only` says in which engines it exists; "" in all."""
+
+    name: str
+    kind: str
+    unit: str
+    meaning: str
+    only: str = ""
+
+
+_STATES, _DISAGG = "layers with states", "disagg"
+
+STATS = (
+    Stat("bytes_per_token", "gauge", "bytes", "what one more token costs in the cache, without padding"),
+    Stat("page_size", "gauge", "tokens", "tokens in a page"),
+    Stat("page_bytes", "gauge", "bytes", "bytes of a page, padding included"),
+    Stat("state_bytes", "gauge", "bytes", "the recurrent state of one sequence; 0 without recurrent layers"),
+    Stat("pages_total", "gauge", "pages", "pages in the pool"),
+    Stat("pages_free", "gauge", "pages", "pages without an owner"),
+    Stat("pages_held", "gauge", "pages", "pages private to running requests"),
+    Stat("pages_cached", "gauge", "pages", "pages in the prefix tree"),
+    Stat("pages_locked", "gauge", "pages", "those of them that running requests use"),
+    Stat("states_total", "gauge", "states", "states in the pool", _STATES),
+    Stat("states_free", "gauge", "states", "states without an owner", _STATES),
+    Stat("states_held", "gauge", "states", "states of running requests", _STATES),
+    Stat("states_cached", "gauge", "states", "checkpoints in the prefix tree", _STATES),
+    Stat("state_evictions", "counter", "states", "checkpoints dropped for room", _STATES),
+    Stat("evictions", "counter", "pages", "cached pages dropped for room"),
+    Stat("hit_tokens", "counter", "tokens", "prompt tokens that the prefix cache saved, at the first admission"),
+    Stat(
+        "kv_hit_tokens", "counter", "tokens",
+        "prompt tokens whose pages were found: more than hit_tokens only where a recurrent state was missing",
+    ),
+    Stat("queried_tokens", "counter", "tokens", "prompt tokens that were looked up"),
+    Stat("copies", "counter", "pages", "shared pages copied before a write"),
+    Stat("requests_running", "gauge", "requests", "requests that run"),
+    Stat("requests_waiting", "gauge", "requests", "requests in the queue"),
+    Stat("preemptions", "counter", "requests", "requests sent back to the queue"),
+    Stat("steps", "counter", "steps", "engine steps"),
+    Stat("prefill_workers_ready", "gauge", "processes", "prefill processes that take prompts", _DISAGG),
+    Stat("requests_remote", "gauge", "requests", "requests whose pages another process may write", _DISAGG),
+    Stat("remote_prefills", "counter", "attempts", "attempts given to prefill processes", _DISAGG),
+    Stat("remote_tokens", "counter", "tokens", "uncached tokens of these attempts", _DISAGG),
+    Stat("remote_lost", "counter", "attempts", "attempts that came to nothing", _DISAGG),
+    Stat("worker_deaths", "counter", "processes", "prefill processes that died or were killed", _DISAGG),
+    Stat("stale_messages", "counter", "messages", "dropped messages of an old attempt or an old pool", _DISAGG),
+    Stat(
+        "row_invariant", "gauge", "bool",
+        "whether this machine's matrix products give a row the same bits whatever the other rows are; exactness rests "
+        "on it",
+    ),
+)  # fmt: skip
+
+
+def markdown() -> str:
+    """The table of docs/stats.md."""
+    rows = ["| name | kind | unit | meaning |", "|---|---|---|---|"]
+    for stat in STATS:
+        only = f" ({stat.only} only)" if stat.only else ""
+        rows.append(f"| `{stat.name}` | {stat.kind} | {stat.unit} | {stat.meaning}{only} |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,131 @@
+"""Transfers: requests whose pages a connector fills, from their start to their end. Knows any number of connectors."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from nanokv.cache.contract import Moves
+from nanokv.cache.manager import CacheManager
+from nanokv.cache.store import CacheStore
+from nanokv.core.events import Events, TransferStarted
+from nanokv.core.request import Request
+from nanokv.engine.connector import Connector, Delivery
+from nanokv.engine.output_processor import OutputProcessor
+from nanokv.engine.scheduler import Scheduler
+
+MAX_ATTEMPTS = 2
+"""Transfers of a request that may come to nothing before it is computed here."""
+Fail = Callable[[Iterable[Request], Exception], None]
+"""Ends requests with an error."""
+
+
+class Transfers:
+    """Several connectors as one. Of several offers the largest is taken, of equal ones the first connector's."""
+
+    def __init__(self, connectors: Sequence[Connector]) -> None:
+        self.connectors = tuple(connectors)
+        self._owners: dict[Request, Connector] = {}  # the connector of each request in transfer
+
+    def __bool__(self) -> bool:
+        return bool(self.connectors)
+
+    def offers(self, request: Request, found: int) -> int:
+        """Tokens that the best connector can bring; `found`: none."""
+        if request.num_attempts >= MAX_ATTEMPTS or request.wants_all_logits:
+            return found
+        return max((connector.offers(request, found) for connector in self.connectors), default=found)
+
+    def abort(self, request: Request) -> bool:
+        """Cancels a transfer. True: the request's pages stay quarantined until it is collected."""
+        owner = self._owners.get(request)
+        if owner is not None and owner.abort(request):
+            return True
+        self._owners.pop(request, None)
+        return False
+
+    def start(self, waiting: list[tuple[Request, int]], cache: CacheManager, events: Events, fail: Fail) -> None:
+        """Starts the transfers (request, upto) of a plan, whose moves have run; takes them out of the list."""
+        while waiting:
+            request, upto = waiting[0]
+            request.metrics.first_scheduled = request.metrics.first_scheduled or time.perf_counter()
+            found = request.num_computed
+            request.num_attempts += 1
+            try:
+                owner = max(self.connectors, key=lambda connector: connector.offers(request, found))
+                self._owners[request] = owner
+                owner.start(request, upto, cache.reserve_checkpoints(request, upto))
+            except Exception as error:
+                self._owners.pop(request, None)
+                fail([request], error)
+            waiting.pop(0)
+            if events and request.finish_reason is None:
+                events.emit(TransferStarted(request.request_id, request.index, list(request.held.pages)))
+
+    def save(self, moves: Moves, store: CacheStore) -> None:
+        """Lets every connector take the pages that are about to be overwritten."""
+        for connector in self.connectors if moves.saves else ():
+            connector.save(moves, store)
+
+    def collect(
+        self, wait: bool, scheduler: Scheduler, cache: CacheManager, outputs: OutputProcessor, fail: Fail
+    ) -> None:
+        """What connectors have brought joins the batch; what they have lost is computed here."""
+        for connector in self.connectors:
+            self._take(connector.collect(wait), scheduler, cache, outputs, fail)
+
+    def _take(
+        self,
+        arrived: deque[Delivery],
+        scheduler: Scheduler,
+        cache: CacheManager,
+        outputs: OutputProcessor,
+        fail: Fail,
+    ) -> None:
+        # One after the other leaves `arrived`, so that an error or Ctrl-C loses none behind it.
+        while arrived:
+            request = arrived[0].request
+            try:
+                self._join(arrived[0], scheduler, cache, outputs)
+            except Exception as error:
+                fail([request], error)
+            except BaseException:  # Ctrl-C in the middle of it: computed again, or released where it has finished
+                if request.finish_reason is not None:
+                    if request in scheduler.running:
+                        scheduler.remove(request)
+                    cache.release(request)
+                for sample in reversed(outputs.of([request])):
+                    if sample in scheduler.running:
+                        scheduler.preempt(sample)
+                raise
+            finally:
+                arrived.popleft()
+
+    def _join(self, delivery: Delivery, scheduler: Scheduler, cache: CacheManager, outputs: OutputProcessor) -> None:
+        request = delivery.request
+        self._owners.pop(request, None)
+        request.in_transfer = False
+        if request.finish_reason is not None:  # aborted meanwhile: now its pages are free
+            scheduler.remove(request)
+        elif delivery.num_tokens <= request.num_computed:
+            scheduler.preempt(request)
+        elif None in delivery.tokens:  # such pages are never published
+            outputs.append(request, None, None, time.perf_counter())
+        elif not delivery.tokens:
+            request.num_attempts = 0
+            cache.adopt(request, min(delivery.num_tokens, request.num_tokens - 1))
+        else:
+            request.num_attempts = 0
+            cache.adopt(request, request.num_tokens)
+            siblings, now = outputs.siblings(request), time.perf_counter()
+            outputs.fork(request, siblings)
+            for sample, token, scores in zip([request, *siblings], delivery.tokens, delivery.logprobs, strict=True):
+                outputs.append(sample, token, scores, now)
+
+    def close(self) -> None:
+        for connector in self.connectors:
+            connector.close()
+
+    def stats(self) -> dict[str, int | float]:
+        return {name: value for connector in self.connectors for name, value in connector.stats().items()}

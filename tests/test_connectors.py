@@ -1,0 +1,171 @@
+"""Connectors: an engine takes computed pages from any number of them, and no answer changes by it."""
+
+from collections import deque
+
+import pytest
+from oracles import prompt
+
+from nanokv import SamplingParams
+from nanokv.core.keys import page_keys, root_key
+from nanokv.core.request import Request
+from nanokv.engine.connector import Delivery
+from nanokv.engine.engine import Engine
+from nanokv.llm import LLM
+
+GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+PAGE = 4
+
+
+class HostTier:
+    """Keeps evicted pages in a dictionary and brings them back: a Connector and a CacheObserver.
+
+    delivers   how many of the offered tokens it really brings, as a function of (found, upto)
+    """
+
+    def __init__(self, delivers=lambda found, upto: upto) -> None:
+        self.kept, self.arrived, self.store, self.delivers = {}, deque(), None, delivers
+        self.num_started = self.num_told = 0
+
+    def stored(self, keys, pages) -> None:
+        self.num_told += len(keys)
+
+    def evicting(self, keys, pages) -> None:
+        self.num_told -= len(keys)
+
+    def keys(self, request: Request) -> list[bytes]:
+        return page_keys(request.tokens, PAGE, root_key(b"", request.params.cache_salt))
+
+    def offers(self, request: Request, found: int) -> int:
+        upto = found
+        for key in self.keys(request)[found // PAGE : (request.num_tokens - 1) // PAGE]:
+            if key not in self.kept:
+                break
+            upto += PAGE
+        return upto
+
+    def start(self, request: Request, upto: int, checkpoints) -> None:
+        self.num_started += 1
+        found = request.num_computed
+        upto = self.delivers(found, upto)
+        for place in range(found // PAGE, upto // PAGE):
+            self.store.pages.write([request.held.pages[place]], self.kept[self.keys(request)[place]])
+        self.arrived.append(Delivery(request, upto))
+
+    def save(self, moves, store) -> None:
+        for key, page in moves.saves:
+            self.kept[key] = store.pages.read([page])
+
+    def abort(self, request: Request) -> bool:
+        return any(one.request is request for one in self.arrived)
+
+    def collect(self, wait: bool) -> deque[Delivery]:
+        return self.arrived
+
+    def close(self) -> None:
+        pass
+
+    def stats(self) -> dict:
+        return {}
+
+
+@pytest.fixture
+def model(tiny_llama):
+    with LLM(tiny_llama, page_size=PAGE, num_pages=16) as llm:
+        yield llm.engine.model, llm.config
+
+
+def answers(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy tokens, one request after the other, with the books checked after every step."""
+    tokens = []
+    for ids in prompts:
+        engine.add_request(Request(ids, GREEDY))
+        outputs = []
+        while engine.has_work:
+            outputs += engine.step()
+            engine.cache.check()
+        assert outputs[-1].finish_reason == "length"
+        tokens.append(outputs[-1].token_ids)
+    return tokens
+
+
+def engine_with(model, *tiers: HostTier) -> Engine:
+    engine = Engine(*model, None, connectors=tiers, observers=tiers)
+    for tier in tiers:
+        tier.store = engine.store
+    return engine
+
+
+PROMPTS = [prompt(40, seed=1), prompt(40, seed=2), prompt(40, seed=1), prompt(40, seed=2)]
+
+
+def test_pages_that_were_evicted_come_back_and_no_token_changes(model):
+    tier = HostTier()
+    alone = answers(Engine(*model, None), PROMPTS)
+    engine = engine_with(model, tier)
+    assert answers(engine, PROMPTS) == alone
+    assert tier.num_started == 2 and tier.num_told == engine.cache.stats()["pages_cached"]
+
+
+@pytest.mark.parametrize(
+    "delivers", [lambda found, upto: found, lambda found, upto: found + PAGE, lambda found, upto: upto + 100]
+)
+def test_a_connector_that_brings_less_than_it_offered_changes_no_token(model, delivers):
+    tier = HostTier(lambda found, upto: min(upto, delivers(found, upto)))
+    assert answers(engine_with(model, tier), PROMPTS) == answers(Engine(*model, None), PROMPTS)
+    assert tier.num_started >= 2
+
+
+def test_a_request_whose_transfers_fail_twice_is_computed_here(model):
+    tier = HostTier(lambda found, upto: found)
+    engine = engine_with(model, tier)
+    answers(engine, PROMPTS[:2])
+    started = tier.num_started
+    answers(engine, PROMPTS[:1])
+    assert tier.num_started - started == 2
+
+
+def test_of_several_connectors_the_one_that_brings_most_is_taken(model):
+    rich, poor = HostTier(), HostTier()
+    engine = engine_with(model, poor, rich)
+    answers(engine, PROMPTS[:2])
+    for key in tuple(poor.kept)[1:]:
+        del poor.kept[key]
+    answers(engine, PROMPTS[:1])
+    assert (rich.num_started, poor.num_started) == (1, 0)
+
+
+def test_an_abort_in_a_transfer_keeps_the_pages_until_it_is_collected(model):
+    tier = HostTier()
+    engine = engine_with(model, tier)
+    answers(engine, PROMPTS[:2])
+    request = Request(PROMPTS[0], GREEDY, "r")
+    engine.add_request(request)
+    tier.collect = lambda wait: deque()
+    engine.step()
+    assert request.in_transfer
+    engine.abort("r")
+    held = engine.cache.stats()["pages_held"]
+    engine.step()
+    assert held > 0 and engine.cache.stats()["pages_held"] == held
+    del tier.collect
+    engine.step()
+    engine.cache.check()
+    assert engine.cache.stats()["pages_held"] == 0
+
+
+def test_a_fault_in_a_connector_ends_its_request_only(model):
+    tier = HostTier()
+    engine = engine_with(model, tier)
+    alone = answers(engine, PROMPTS[:2])
+
+    def failing(*arguments):
+        raise RuntimeError("as the test wished")
+
+    tier.start = failing
+    engine.add_request(Request(PROMPTS[0], GREEDY, "r"))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert "as the test wished" in outputs[-1].error
+    del tier.start
+    assert answers(engine, PROMPTS[1:2]) == alone[1:2]

@@ -1,0 +1,112 @@
+"""The shape of the package: the spine of one request, the size of files, and imports without circles."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from oracles import prompt
+
+from nanokv import SamplingParams
+from nanokv.llm import LLM
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "nanokv"
+FILES = sorted(PACKAGE.rglob("*.py"))
+SPINE = re.findall(r"^\| \[(nanokv/[\w/]+\.py)\]", (ROOT / "docs/reading.md").read_text(), re.M)
+MOST_FILES, MOST_LINES, MOST_LINES_OF_A_FILE = 45, 5500, 300
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules of the package that a file imports: at its top, in a function, or for the type checker alone."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            children = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (child if child in MODULES else node.module for child in children)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules in which each reaches every other (Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(graph[node]):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            group = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(group) > 1 or node in graph[node]:
+                found.append(sorted(group))
+
+    for node in sorted(graph):
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_the_finder_of_circles_finds_them():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a", "d"}, "e": {"a"}}
+    assert circles(graph) == [["a", "b", "c"], ["d"]]
+
+
+def test_no_import_circle_exists():
+    assert circles({name: set(imports(path)) - {name} for name, path in MODULES.items()}) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_is_one_idea_of_at_most_300_lines(path):
+    assert len(path.read_text().splitlines()) <= MOST_LINES_OF_A_FILE
+
+
+def test_the_spine_is_small():
+    assert len(SPINE) == len(set(SPINE)) <= MOST_FILES
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in SPINE) <= MOST_LINES
+
+
+def test_a_request_with_the_reference_kernels_enters_files_of_the_spine_only():
+    """From LLM(...) to the last token: the files whose functions run, traced."""
+    entered: set[str] = set()
+
+    def trace(frame, event, _argument) -> None:
+        if event == "call":
+            entered.add(frame.f_code.co_filename)
+
+    sys.setprofile(trace)
+    try:
+        with LLM(ROOT / "weights/tiny-gqa", kernels="reference", device="cpu", num_pages=64) as llm:
+            output = llm.generate([prompt(40)], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))[0]
+            assert len(list(llm.stream("There is", SamplingParams(temperature=0, max_tokens=2, stop="xyz")))) >= 1
+    finally:
+        sys.setprofile(None)
+    assert len(output.token_ids) == 3
+    own = {str(Path(name).relative_to(ROOT)) for name in entered if Path(name).is_relative_to(PACKAGE)}
+    assert sorted(own - set(SPINE)) == []
+    assert sorted(set(SPINE) - own - READ_NOT_RUN) == []
+
+
+READ_NOT_RUN = {
+    "nanokv/cache/contract.py",
+    "nanokv/core/errors.py",
+    "nanokv/engine/connector.py",
+}
+"""Files of the spine that hold protocols or classes whose code such a request does not run."""

@@ -1,0 +1,70 @@
+"""Page keys: equal only for equal tokens after an equal prefix, under an equal model and salt."""
+
+import subprocess
+import sys
+from array import array
+
+from naive_cache import House
+
+from nanokv.core.keys import KEY_BYTES, page_keys, root_key
+
+
+def test_a_key_names_the_tokens_of_its_page_and_all_tokens_before():
+    root = root_key(b"model", None)
+    keys = page_keys([1, 2, 3, 4, 5], 2, root)
+    assert [len(key) for key in keys] == [KEY_BYTES, KEY_BYTES]  # the fifth token fills no page
+    assert keys == page_keys(array("i", [1, 2, 3, 4]).tobytes(), 2, root)
+    assert page_keys([3, 4], 2, keys[0]) == keys[1:]
+    assert page_keys([9, 2, 3, 4], 2, root)[1] != keys[1]
+    assert page_keys([1, 2, 3, 4], 4, root)[0] not in keys
+
+
+def test_models_and_salts_have_keys_of_their_own():
+    roots = [root_key(*names) for names in [(b"a", None), (b"b", None), (b"a", ""), (b"a", "s"), (b"as", None)]]
+    assert len(set(roots)) == len(roots)
+
+
+def test_keys_are_the_same_in_every_process():
+    code = "from nanokv.core.keys import *; print(page_keys([1, 2], 2, root_key(b'm', 's'))[0].hex())"
+    key = page_keys([1, 2], 2, root_key(b"m", "s"))[0]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == key.hex()
+
+
+class Recorder:
+    """A CacheObserver that keeps what is cached, by key."""
+
+    def __init__(self) -> None:
+        self.cached: dict[bytes, int] = {}
+        self.evicted: list[tuple[bytes, int]] = []
+
+    def stored(self, keys, pages) -> None:
+        self.cached.update(zip(keys, pages, strict=True))
+
+    def evicting(self, keys, pages) -> None:
+        for key, page in zip(keys, pages, strict=True):
+            assert self.cached.pop(key) == page
+            self.evicted.append((key, page))
+
+
+def test_observers_know_every_cached_page_by_its_key():
+    recorder = Recorder()
+    house = House(6, observers=[recorder])
+    house.serve(range(9))
+    house.serve(range(9), answer=[1])  # the same pages: nothing new is stored
+    first = page_keys(list(range(8)), 4, root_key(b"", None))
+    assert list(recorder.cached) == first
+    house.serve(range(100, 119), salt="s")
+    assert [key for key, _ in recorder.evicted] == [first[1]]
+    assert len(recorder.cached) == house.cache.stats()["pages_cached"]
+    assert page_keys(list(range(100, 116)), 4, root_key(b"", "s"))[3] in recorder.cached
+    house.cache.reset()
+    assert not recorder.cached
+
+
+def test_evicted_pages_are_listed_for_saving_with_the_moves_of_the_plan():
+    recorder = Recorder()
+    house = House(3, observers=[recorder])
+    house.serve(range(9))
+    request = house.request(range(100, 109))
+    assert house.admit(request)
+    assert house.cache.drain_moves().saves == recorder.evicted != []

@@ -1,0 +1,172 @@
+"""EngineLoop: one driver for any number of threads; what comes in the middle of a step waits until it has ended."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+from oracles import prompt
+
+from nanokv import SamplingParams
+from nanokv.core.errors import NanokvError, RequestError
+from nanokv.core.events import Matched
+from nanokv.core.request import Request
+from nanokv.llm import LLM
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture
+def llm(tiny_llama):
+    with LLM(tiny_llama, page_size=4, num_pages=64, max_step_tokens=16, debug_checks=True) as llm:
+        yield llm
+
+
+def test_a_ticket_gives_the_outputs_in_order_and_ends(llm):
+    ticket = llm.loop.submit(Request(prompt(20), GREEDY, "r"))
+    assert ticket.request_id == "r"
+    assert [len(output.token_ids) for output in ticket] == [1, 2, 3, 4, 5, 6]
+    assert list(ticket) == [] and not ticket.advance() and ticket.take() == []
+
+
+def test_samples_and_requests_share_the_steps_of_whoever_iterates(llm):
+    one = llm.loop.submit(Request(prompt(8), SamplingParams(max_tokens=3, n=2, ignore_eos=True)))
+    two = llm.loop.submit(Request(prompt(8, seed=1), GREEDY))
+    assert sorted(output.index for output in one if output.finished) == [0, 1]
+    steps = llm.stats()["steps"]
+    assert len(two.take()) >= 2
+    list(two)
+    assert llm.stats()["steps"] - steps <= 5
+
+
+def test_a_bad_request_raises_and_leaves_nothing_behind(llm):
+    with pytest.raises(RequestError):
+        llm.loop.submit(Request([], GREEDY))
+    assert llm.generate([prompt(8)], GREEDY)[0].finish_reason == "length"
+
+
+def test_a_dropped_ticket_cancels_its_request(llm):
+    ticket = llm.loop.submit(Request(prompt(20), GREEDY))
+    next(ticket)
+    del ticket
+    assert not llm.engine.has_work and llm.stats()["pages_held"] == 0
+
+
+def test_a_cancelled_ticket_still_gives_its_last_output(llm):
+    ticket = llm.loop.submit(Request(prompt(20), GREEDY))
+    next(ticket)
+    ticket.cancel()
+    assert [output.finish_reason for output in ticket] == ["abort"]
+
+
+class Cycle:
+    """Holds a stream in a reference cycle: only the garbage collector drops it."""
+
+    def __init__(self, stream) -> None:
+        self.stream, self.self = stream, self
+
+
+def test_a_stream_collected_in_the_middle_of_a_step_is_aborted_after_it(llm):
+    cycle = weakref.ref(Cycle(llm.stream(prompt(30, seed=3), GREEDY)))
+    gc.disable()
+    try:
+        forward, seen = llm.engine.model.forward, []
+
+        def collecting(*arguments):
+            gc.collect()
+            seen.append(len(llm.engine.scheduler.running))
+            return forward(*arguments)
+
+        llm.engine.model.forward = collecting
+        alone = llm.generate([prompt(20, seed=4)], GREEDY)[0].token_ids
+        assert cycle() is None and seen[0] >= 1
+    finally:
+        gc.enable()
+        llm.engine.model.forward = forward
+    llm.engine.cache.check()
+    llm.reset_prefix_cache()
+    assert llm.generate([prompt(20, seed=4)], GREEDY)[0].token_ids == alone
+
+
+def test_inside_a_step_nothing_can_be_asked_of_the_engine(llm):
+    errors = []
+
+    def subscriber(event) -> None:
+        if not isinstance(event, Matched):
+            return
+        try:
+            llm.reset_prefix_cache()
+        except NanokvError as error:
+            errors.append(str(error))
+
+    llm.engine.events.subscribe(subscriber)
+    assert llm.generate([prompt(8)], GREEDY)[0].finish_reason == "length"
+    assert any("computes a step" in error for error in errors)
+
+
+def test_threads_that_generate_reset_and_ask_get_the_same_tokens(llm):
+    texts = [prompt(20, seed=seed) for seed in range(4)]
+    alone = [output.token_ids for output in llm.generate(texts, GREEDY)]
+    found, done = {}, threading.Event()
+
+    def generate(number: int) -> None:
+        for _ in range(3):
+            found.setdefault(number, []).append(llm.generate([texts[number]], GREEDY)[0].token_ids)
+
+    def disturb() -> None:
+        while not done.is_set():
+            llm.reset_prefix_cache()
+            llm.stats()
+
+    threads = [threading.Thread(target=generate, args=(number,)) for number in range(4)]
+    other = threading.Thread(target=disturb)
+    for thread in [*threads, other]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    other.join()
+    llm.engine.cache.check()
+    assert found == {number: [alone[number]] * 3 for number in range(4)}
+
+
+def test_a_thread_of_its_own_steps_for_everyone(llm):
+    alone = llm.generate([prompt(20), prompt(12, seed=1)], GREEDY)
+    llm.loop.start()
+    try:
+        ticket = llm.loop.submit(Request(prompt(20), GREEDY))
+        assert list(ticket)[-1].token_ids == alone[0].token_ids
+        assert llm.generate([prompt(12, seed=1)], GREEDY)[0].token_ids == alone[1].token_ids
+        assert len(llm.score(prompt(9))) == 9
+        assert llm.stats()["requests_running"] == 0
+        dropped = llm.stream(prompt(30), GREEDY)
+        del dropped
+        llm.loop.call(lambda engine: engine.cache.check())
+    finally:
+        llm.loop.stop()
+    assert llm.generate([prompt(20)], GREEDY)[0].token_ids == alone[0].token_ids
+
+
+def test_a_fault_of_the_thread_reaches_every_caller(llm, caplog):
+    def broken() -> None:
+        raise RuntimeError("as the test wished")
+
+    advance, llm.engine.advance = llm.engine.advance, broken
+    llm.loop.start()
+    with pytest.raises(NanokvError, match="as the test wished"):
+        list(llm.loop.submit(Request(prompt(8), GREEDY)))
+    llm.engine.advance = advance
+
+
+def test_close_beside_a_running_generate_gives_every_prompt_an_output(llm):
+    outputs = []
+    long = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
+    thread = threading.Thread(target=lambda: outputs.extend(llm.generate([prompt(8), prompt(9)], long)))
+    thread.start()
+    while not llm.stats()["steps"]:
+        pass
+    llm.close()
+    thread.join()
+    assert [output.finish_reason for output in outputs] in (["abort", "abort"], ["length", "length"])
+    with pytest.raises(NanokvError, match="closed"):
+        llm.generate([prompt(8)], GREEDY)
