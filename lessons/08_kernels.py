@@ -28,7 +28,7 @@ import figures
 import torch
 
 from nanokv.core.batch import Batch
-from nanokv.kernels import ops, reference
+from nanokv.kernels import cpu, reference
 from nanokv.kernels.planes import KVPlanes
 from nanokv.kernels.reference.attention import paged_attention, plane_view
 
@@ -179,16 +179,16 @@ figures.save(figure, "08_kernels-2")
 # one more property: the order of every sum depends on the *position* of a token, and on nothing else.
 
 # %%
-second = ops.paged_attention(q, pool, planes, batch, DIM**-0.5)
+second = cpu.paged_attention(q, pool, planes, batch, DIM**-0.5)
 assert (second - first).abs().max() < 1e-5
 
-alone = ops.paged_attention(q[:1], pool, planes, batch_of({0: [39]}, TABLES, 16), DIM**-0.5)
+alone = cpu.paged_attention(q[:1], pool, planes, batch_of({0: [39]}, TABLES, 16), DIM**-0.5)
 assert torch.equal(alone[0], second[0])
 
 small, small_tables = planes_for(8), [[3, 14, 5, 20, 8], [1, 0, 17, 9, 2]]
 pages_of_8 = filled(keys, values, small_tables, small)
 elsewhere = batch_of({0: [39], 1: list(range(16, 23))}, small_tables, 8)
-assert torch.equal(ops.paged_attention(q, pages_of_8, small, elsewhere, DIM**-0.5), second)
+assert torch.equal(cpu.paged_attention(q, pages_of_8, small, elsewhere, DIM**-0.5), second)
 
 # %% [markdown]
 # Look at the second and third check: `equal`, not "close". Alone or in a batch, in pages of 16 or of 8 in other places:
@@ -206,7 +206,7 @@ big_tables = torch.randperm(512).view(16, 32).tolist()
 decodes = batch_of({request: [511] for request in range(16)}, big_tables, 16)
 times: dict[str, list[float]] = {"reference": [], "cpu": []}
 for _ in range(15):
-    for name, twin in (("reference", reference.paged_attention), ("cpu", ops.paged_attention)):
+    for name, twin in (("reference", reference.paged_attention), ("cpu", cpu.paged_attention)):
         start = time.perf_counter()
         twin(many, big_pool, big, decodes, DIM**-0.5)
         times[name].append(time.perf_counter() - start)

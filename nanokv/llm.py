@@ -20,7 +20,7 @@ from nanokv.engine.device import choose_device
 from nanokv.engine.engine import Engine
 from nanokv.engine.loop import EngineLoop, Ticket
 from nanokv.hub.home import resolve_model
-from nanokv.kernels import ops
+from nanokv.kernels.ops import Ops
 from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
 from nanokv.models.read import read_folder
@@ -80,6 +80,7 @@ class LLM:
                 page_size=self.config.page_size,
                 load=self.config.load,
                 seed=self.config.seed,
+                kernels=self.config.kernels,
             )
             connectors = () if cluster is None else (cluster.dispatcher,)
             allocate = None if cluster is None else cluster.dispatcher.allocate
@@ -169,7 +170,7 @@ class LLM:
 
     def stats(self) -> dict[str, int | float | bool]:
         """Plain numbers since the LLM was made, by the names of core/stats.py."""
-        invariant = ops.row_invariant(self.dtype, self.device)
+        invariant = Ops(self.config.kernels).row_invariant(self.dtype, self.device)
         return {**self.loop.call(lambda engine: engine.stats()), "row_invariant": invariant}
 
     def reset_prefix_cache(self) -> None:

@@ -13,24 +13,25 @@ import torch
 from nanokv.codecs.raw import RawCodec
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.kernels import ops
+from nanokv.kernels.ops import AUTO
+from nanokv.kernels.planes import KVPlanes
 
 PAGE_SIZE, LAYERS, REPEATS = 16, 30, 9
 
 
-def smollm2(dtype: torch.dtype) -> tuple[PageLayout, list[ops.KVPlanes], int]:
+def smollm2(dtype: torch.dtype) -> tuple[PageLayout, list[KVPlanes], int]:
     """Pages of 30 layers with 3 KV heads of 64 dimensions. Returns the layout, the planes and the 9 query heads."""
     codec = RawCodec(dtype)
     layout = PageLayout([LayerSpec(codec.planes(3, 64, PAGE_SIZE))] * LAYERS, PAGE_SIZE)
     return layout, [codec.bind(layout, layer) for layer in range(LAYERS)], 9
 
 
-def deepseek_v2_lite(dtype: torch.dtype) -> tuple[PageLayout, list[ops.KVPlanes], int]:
+def deepseek_v2_lite(dtype: torch.dtype) -> tuple[PageLayout, list[KVPlanes], int]:
     """Pages of one layer with latents of 512 and rotated keys of 64. Returns as `smollm2`, with 16 query heads."""
     planes = Plane("latent", (PAGE_SIZE, 512), dtype, 0), Plane("k_rope", (PAGE_SIZE, 64), dtype, 0)
     layout, size = PageLayout([LayerSpec(planes)], PAGE_SIZE), dtype.itemsize
     return layout, [
-        ops.KVPlanes(
+        KVPlanes(
             k_offset=0, v_offset=0, tail_offset=layout.paged(0, "k_rope").offset, page_bytes=layout.page_bytes,
             page_size=PAGE_SIZE, token_stride=512 * size, head_stride=0, tail_stride=64 * size, kv_heads=1,
             head_dim=512, value_dim=512, tail_dim=64, dtype=dtype,
@@ -65,7 +66,7 @@ def milliseconds(
     for _ in range(REPEATS + 1):
         begin = time.perf_counter()
         for layer in planes[:layers]:
-            ops.paged_attention(q, pool, layer, batch, depth**-0.5)
+            AUTO.paged_attention(q, pool, layer, batch, depth**-0.5)
         times.append((time.perf_counter() - begin) * 1e3)
     return sorted(times[1:])
 

@@ -16,7 +16,7 @@ from bench_attention import LAYERS, PAGE_SIZE, REPEATS, batch_of, smollm2
 
 from nanokv.cli.common import hardware
 from nanokv.codecs import tables
-from nanokv.kernels import ops
+from nanokv.kernels.ops import AUTO
 from nanokv.kernels.planes import CodePlane, CodePlanes
 
 KV_HEADS, DIM = 3, 64
@@ -50,11 +50,11 @@ def measure(requests: int, length: int) -> list[dict]:
     batch, pages = batch_of(requests, length, 1)
     q = torch.randn(requests, heads, DIM)
     numbers = torch.randn(pages * layout.page_bytes // 2).bfloat16()
-    runs = {"raw": (ops.paged_attention, numbers.view(torch.uint8).view(pages, -1), raw)}
+    runs = {"raw": (AUTO.paged_attention, numbers.view(torch.uint8).view(pages, -1), raw)}
     for name, table in TABLES.items():
         planes = planes_of(table)
         pool = torch.full((pages, planes[0].page_bytes), 0x35, dtype=torch.uint8)  # a scale of about a third in float16
-        runs[name] = ops.code_attention, pool, planes
+        runs[name] = AUTO.code_attention, pool, planes
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(REPEATS + 1):  # the first one compiles
         for name, (attend, pool, planes) in runs.items():

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from transformers.models.qwen3_5 import modeling_qwen3_5 as transformers
 
 from nanokv.core.batch import Batch
-from nanokv.kernels import ops, reference
+from nanokv.kernels import reference
+from nanokv.kernels.ops import AUTO
+from nanokv.kernels.planes import StatePlanes
 
 HEADS, DIM, TOKENS, REPEATS = 16, 128, 2048, 9
 WIDTH, STATE = HEADS * DIM, 4 * HEADS * DIM * DIM
-PLANES = ops.StatePlanes(STATE, 0, STATE + 6 * 3 * WIDTH, HEADS, HEADS, DIM, DIM, 4, torch.bfloat16)
+PLANES = StatePlanes(STATE, 0, STATE + 6 * 3 * WIDTH, HEADS, HEADS, DIM, DIM, 4, torch.bfloat16)
 KEEP = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
 LAYERS = 18  # between two uses of a state, the states of all other layers have passed through the CPU caches
 
@@ -53,13 +55,13 @@ def prefill(x, z, gates, weight, norm, a_log, dt_bias) -> None:
     batch, states = batch_of(1, TOKENS, 0), torch.zeros(1, PLANES.state_bytes, dtype=torch.uint8)
     columns, terms, gated = x.T[None], terms_of(x, gates, a_log, dt_bias), transformers.Qwen3_5RMSNormGated(DIM)
     given = (x, gates, a_log, dt_bias, states, PLANES, batch)
-    out = ops.delta_rule_chunk(*given)
-    measure("delta_rule_chunk", lambda: ops.delta_rule_chunk(*given))
+    out = AUTO.delta_rule_chunk(*given)
+    measure("delta_rule_chunk", lambda: AUTO.delta_rule_chunk(*given))
     measure("  its torch twin", lambda: reference.delta_rule_chunk(*given))
     measure("  transformers", lambda: transformers.torch_chunk_gated_delta_rule(*terms, **KEEP))
-    measure("gated_rms_norm", lambda: ops.gated_rms_norm(out, z, norm, 1e-6))
+    measure("gated_rms_norm", lambda: AUTO.gated_rms_norm(out, z, norm, 1e-6))
     measure("  transformers", lambda: gated(out.view(-1, DIM), z.reshape(-1, DIM)))
-    measure("short_conv", lambda: ops.short_conv(x, weight, states, PLANES, batch))
+    measure("short_conv", lambda: AUTO.short_conv(x, weight, states, PLANES, batch))
     measure("  transformers", lambda: transformers.causal_conv1d_fn(columns, weight, activation="silu"))
 
 
@@ -72,11 +74,11 @@ def decode(requests: int, x, z, gates, weight, norm, a_log, dt_bias) -> None:
 
     def step():
         for x, states in layers:
-            ops.delta_rule_step(x, gates, a_log, dt_bias, states, PLANES, batch)
+            AUTO.delta_rule_step(x, gates, a_log, dt_bias, states, PLANES, batch)
 
     def conv():
         for x, states in layers:
-            ops.short_conv(x, weight, states, PLANES, batch)
+            AUTO.short_conv(x, weight, states, PLANES, batch)
 
     def peer():
         for state in matrices:
@@ -84,7 +86,7 @@ def decode(requests: int, x, z, gates, weight, norm, a_log, dt_bias) -> None:
 
     measure("delta_rule_step", step, LAYERS)
     measure("  transformers", peer, LAYERS)
-    measure("gated_rms_norm", lambda: ops.gated_rms_norm(z, z, norm, 1e-6))
+    measure("gated_rms_norm", lambda: AUTO.gated_rms_norm(z, z, norm, 1e-6))
     measure("short_conv", conv, LAYERS)
 
 

@@ -30,9 +30,11 @@ from nanokv.codecs import resolve_codec
 from nanokv.codecs.pages import Heads as CodedHeads
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
-from nanokv.kernels import cuda, ops
+from nanokv.kernels import cuda
 from nanokv.kernels.cuda.launch import Launch, recording
+from nanokv.kernels.experts import Experts
 from nanokv.kernels.linear import PackedLinear
+from nanokv.kernels.planes import HeadNorms, KVPlanes, StatePlanes
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
@@ -146,9 +148,9 @@ MIXTURES = {"Qwen3-30B-A3B": (128, 8, 2048, 768), "DeepSeek-V2-Lite": (64, 6, 20
 """Experts, experts of a row, width, and width between the two products."""
 
 
-def _planes(kv_heads: int, dim: int, dtype: torch.dtype) -> ops.KVPlanes:
+def _planes(kv_heads: int, dim: int, dtype: torch.dtype) -> KVPlanes:
     size = dim * dtype.itemsize
-    return ops.KVPlanes(0, 16 * kv_heads * size, 0, 32 * kv_heads * size * 28, 16, size, 16 * size, 0, kv_heads, dim,
+    return KVPlanes(0, 16 * kv_heads * size, 0, 32 * kv_heads * size * 28, 16, size, 16 * size, 0, kv_heads, dim,
                         dim, 0, dtype)  # fmt: skip
 
 
@@ -160,7 +162,7 @@ def _grouped(shape: Heads, dtype: torch.dtype, batch: Batch) -> None:
     planes, pool = _planes(shape.kv_heads, shape.dim, dtype), _empty(64, 1024, dtype=torch.uint8)
     qkv = _empty(batch.num_rows, (shape.heads + 2 * shape.kv_heads) * shape.dim, dtype=dtype)
     weight = _empty(shape.dim, dtype=dtype)
-    norms = ops.HeadNorms(weight, weight, 1e-6) if shape.are_normed else None
+    norms = HeadNorms(weight, weight, 1e-6) if shape.are_normed else None
     cos_sin = _empty(4096, shape.rotary, dtype=torch.float32)
     cuda.rope_and_store(qkv, cos_sin, pool, planes, batch, shape.heads, norms)
     q = qkv[:, : shape.heads * shape.dim].unflatten(1, (shape.heads, shape.dim))
@@ -178,7 +180,7 @@ def _codes(codec: str, dtype: torch.dtype, batch: Batch) -> None:
 
 def _latent(heads: int, dtype: torch.dtype, batch: Batch) -> None:
     size, rows, pool = dtype.itemsize, batch.num_rows, _empty(64, 1024, dtype=torch.uint8)
-    planes = ops.KVPlanes(0, 0, 16 * 512 * size, 16 * 576 * size * 27, 16, 512 * size, 0, 64 * size, 1, 512, 512, 64,
+    planes = KVPlanes(0, 0, 16 * 512 * size, 16 * 576 * size * 27, 16, 512 * size, 0, 64 * size, 1, 512, 512, 64,
                           dtype)  # fmt: skip
     cos_sin = _empty(4096, 64, dtype=torch.float32)
     cuda.store_latent(_empty(rows, heads, 64, dtype=dtype), _empty(rows, 576, dtype=dtype), _empty(512, dtype=dtype),
@@ -186,14 +188,14 @@ def _latent(heads: int, dtype: torch.dtype, batch: Batch) -> None:
     cuda.paged_attention(_empty(rows, heads, 576, dtype=dtype), pool, planes, batch, 0.1)
     if rows > batch.num_requests:
         row = heads * 256 + 64
-        own = ops.KVPlanes(0, 128 * size, heads * 256 * size, 4096 * row * size, 4096, row * size, 256 * size,
+        own = KVPlanes(0, 128 * size, heads * 256 * size, 4096 * row * size, 4096, row * size, 256 * size,
                            row * size, heads, 128, 128, 64, dtype)  # fmt: skip
         cuda.paged_attention(_empty(rows, heads, 192, dtype=dtype), pool, own, batch, 0.1)
 
 
 def _recurrent(key_heads: int, value_heads: int, dtype: torch.dtype, batch: Batch) -> None:
     matrices, channels = 4 * value_heads * 128 * 128, (2 * key_heads + value_heads) * 128
-    planes = ops.StatePlanes(0, matrices, 18 * (matrices + channels * 3 * dtype.itemsize), key_heads, value_heads, 128,
+    planes = StatePlanes(0, matrices, 18 * (matrices + channels * 3 * dtype.itemsize), key_heads, value_heads, 128,
                              128, 4, dtype)  # fmt: skip
     states, heads = _empty(4, 1024, dtype=torch.uint8), _empty(value_heads, dtype=torch.float32)
     qkv, gates = (_empty(batch.num_rows, width, dtype=dtype) for width in (channels, 2 * value_heads))
@@ -204,7 +206,7 @@ def _recurrent(key_heads: int, value_heads: int, dtype: torch.dtype, batch: Batc
 
 
 def _experts(count: int, per_token: int, width: int, hidden: int, dtype: torch.dtype, batch: Batch) -> None:
-    experts, rows = ops.Experts(*([PackedLinear(shape, dtype, dtype, "plain", _empty(*shape, dtype=dtype))] * count
+    experts, rows = Experts(*([PackedLinear(shape, dtype, dtype, "plain", _empty(*shape, dtype=dtype))] * count
                                   for shape in ((2 * hidden, width), (width, hidden)))), batch.num_rows  # fmt: skip
     x, weights = _empty(rows, width, dtype=dtype), _empty(rows, per_token, dtype=torch.float32)
     cuda.add_experts(x, x, weights, _empty(rows, per_token, dtype=torch.int64), experts)

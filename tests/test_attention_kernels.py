@@ -11,7 +11,9 @@ from helpers import last, same_bits
 from nanokv.codecs import resolve_codec
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout
-from nanokv.kernels import cpu, ops, reference
+from nanokv.kernels import cpu, reference
+from nanokv.kernels.ops import AUTO
+from nanokv.kernels.planes import KVPlanes
 from nanokv.kernels.reference.attention import plane_view
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -154,7 +156,7 @@ def test_scattered_positions_see_what_lies_before_each():
 def test_pages_past_four_gibibytes_are_reached():
     page_bytes = 1 << 20
     pool = torch.from_numpy(np.zeros((4200, page_bytes), np.uint8))  # only touched pages take memory
-    planes = ops.KVPlanes(
+    planes = KVPlanes(
         k_offset=page_bytes - 4096, v_offset=page_bytes - 2048, tail_offset=0, page_bytes=page_bytes, page_size=8,
         token_stride=256, head_stride=2048, tail_stride=0, kv_heads=1, head_dim=64, value_dim=64, tail_dim=0, dtype=F32,
     )  # fmt: skip
@@ -195,4 +197,4 @@ def test_no_rows_give_no_rows_and_a_q_that_does_not_fit_is_refused():
 
 def test_ops_picks_the_compiled_twin_for_the_cpu():
     requests = Requests([50])
-    assert same_bits(requests.attend({0: last(50, 3)}, ops), requests.attend({0: last(50, 3)}))
+    assert same_bits(requests.attend({0: last(50, 3)}, AUTO), requests.attend({0: last(50, 3)}))

@@ -221,9 +221,10 @@ def test_every_bench_prints_a_table_for_people(what, title, tiny_llama):
 
 def test_dummy_weights_need_no_checkpoint(tiny_llama, tmp_path):
     (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
-    result = bench("request", tmp_path, *SMALL["request"], "--dummy", "--json")
+    result = bench("request", tmp_path, *SMALL["request"], "--dummy", "--json", "--kernels", "reference")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["settings"]["dummy"] is True
+    settings = json.loads(result.stdout)["settings"]
+    assert settings["dummy"] is True and settings["kernels"] == "reference"
 
 
 def test_points_beyond_the_pool_are_left_out_and_named(tiny_llama):

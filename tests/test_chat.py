@@ -382,3 +382,10 @@ def test_a_first_run_says_that_it_compiles(command, monkeypatch):
     monkeypatch.setattr("nanokv.kernels.ops.are_compiled", lambda: False)
     result = command("-p", "Hi")
     assert "compiles kernels" in result.stderr and result.stdout == "An answer.\n"
+    result = command("-p", "Hi", "--kernels", "reference")
+    assert "compiles kernels" not in result.stderr and result.llm.asked_config.kernels == "reference"
+
+
+def test_a_wrong_choice_of_kernels_names_the_allowed_ones(command):
+    result = command("-p", "Hi", "--kernels", "fast")
+    assert result.exit_code == 2 and "'auto', 'reference'" in result.stderr

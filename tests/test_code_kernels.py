@@ -8,7 +8,8 @@ from harness import step_of
 from helpers import last
 
 from nanokv.codecs import tables
-from nanokv.kernels import cpu, ops, reference
+from nanokv.kernels import cpu, reference
+from nanokv.kernels.ops import AUTO
 from nanokv.kernels.planes import CodePlane, CodePlanes
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -205,6 +206,6 @@ def test_what_does_not_fit_is_refused():
 
 def test_ops_picks_the_compiled_twins_for_the_cpu():
     requests = Requests([50])
-    assert torch.equal(requests.attend({0: last(50, 3)}, ops), requests.attend({0: last(50, 3)}))
+    assert torch.equal(requests.attend({0: last(50, 3)}, AUTO), requests.attend({0: last(50, 3)}))
     rows = {0: last(50, 50)}
-    assert torch.equal(*(requests.store(rows, twin, requests.pool.clone()) for twin in (ops, cpu)))
+    assert torch.equal(*(requests.store(rows, twin, requests.pool.clone()) for twin in (AUTO, cpu)))

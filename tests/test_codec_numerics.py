@@ -13,7 +13,9 @@ from nanokv.codecs.kivi import Groups
 from nanokv.codecs.papers import polarquant
 from nanokv.codecs.papers.turboquant_prod import ProdQuantizer
 from nanokv.codecs.quantizer import TableQuantizer
-from nanokv.kernels import ops
+from nanokv.kernels import reference
+from nanokv.kernels.ops import AUTO
+from nanokv.kernels.planes import CodePlane
 from nanokv.kernels.reference import pack_codes, unpack_codes
 
 CPU = torch.device("cpu")
@@ -23,14 +25,14 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def code_of(bits: int, dim: int, scaling: str) -> ops.CodePlane:
-    return ops.CodePlane(0, 0, 0, bits, dim, tables.lloyd_max(bits, dim), scaling)
+def code_of(bits: int, dim: int, scaling: str) -> CodePlane:
+    return CodePlane(0, 0, 0, bits, dim, tables.lloyd_max(bits, dim), scaling)
 
 
 def turboquant(x: torch.Tensor, bits: int, scaling: str) -> torch.Tensor:
     """Coded and decoded, in rotated space."""
     code = code_of(bits, x.shape[-1], scaling)
-    return ops.decode(*ops.encode(x, code), code)
+    return reference.decode(*reference.encode(x, code), code)
 
 
 # ---- tables and rotations -----------------------------------------------------------------------------------------
@@ -73,17 +75,17 @@ def test_a_rotation_is_orthogonal_and_spreads_any_vector_alike():
 def test_a_basis_turns_back_what_it_turned():
     x = noise(5, 3, 64)
     for matrix in (haar(64), torch.cat((haar(64), sketch(64, 64, False) @ haar(64))), sketch(128, 64, True)):
-        basis = Basis(matrix, CPU)
+        basis = Basis(matrix, CPU, AUTO)
         assert torch.allclose(basis.back(basis.solve(x)), x, atol=1e-4)
-    assert torch.allclose(Basis(haar(64), CPU).to(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+    assert torch.allclose(Basis(haar(64), CPU, AUTO).to(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
 
 
 def test_e4m3_is_the_format_of_eight_bits_in_order():
     table = tables.e4m3()
     assert (table.diff() >= 0).all() and table[-1] == 448 and table[0] == -448
     x = noise(1000) * 100
-    code = ops.CodePlane(0, 0, 0, 8, 1000, table, "absmax")
-    codes, scale = ops.encode(x, code)
+    code = CodePlane(0, 0, 0, 8, 1000, table, "absmax")
+    codes, scale = reference.encode(x, code)
     assert torch.equal(scale, (x.abs().max() / 448).half())
     expected = (x / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn).float()
     assert (table[codes.int()] == expected).float().mean() > 0.999  # but for ties
@@ -140,7 +142,7 @@ def test_products_of_turboquant_prod_are_unbiased_with_the_variance_of_theory(bi
         monkeypatch.setattr("nanokv.codecs.papers.turboquant_prod.haar", lambda d, s=draw: haar(d, 5000 + s))
         matrix = sketch(dim, dim, orthogonal, seed=9000 + draw)
         monkeypatch.setattr("nanokv.codecs.papers.turboquant_prod.sketch", lambda *_, m=matrix: m)
-        rotation = Basis(haar(dim, 5000 + draw), CPU)
+        rotation = Basis(haar(dim, 5000 + draw), CPU, AUTO)
         monkeypatch.setattr("nanokv.codecs.papers.turboquant_prod.rotation", lambda *_, r=rotation: r)
         monkeypatch.setattr("nanokv.codecs.papers.turboquant_prod._basis", _fresh_basis)
         encoder = ProdQuantizer("prod", bits, orthogonal).encoder(dim, CPU)
@@ -159,11 +161,11 @@ def test_products_of_turboquant_prod_are_unbiased_with_the_variance_of_theory(bi
     assert dim * torch.cat(errors).square().mean().item() == pytest.approx(factor, rel=0.05)
 
 
-def _fresh_basis(dim, orthogonal, device):
+def _fresh_basis(dim, orthogonal, device, ops):
     from nanokv.codecs.papers import turboquant_prod as prod
 
     rotation = prod.haar(dim)
-    return Basis(torch.cat((rotation, prod.sketch(dim, dim, orthogonal) @ rotation)), device)
+    return Basis(torch.cat((rotation, prod.sketch(dim, dim, orthogonal) @ rotation)), device, ops)
 
 
 def test_one_bit_of_turboquant_prod_is_a_sketch_alone():
@@ -215,8 +217,8 @@ def test_codes_survive_packing_at_both_extremes_and_between(bits):
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(2**bits, (7, 3, 64), generator=generator).byte()
     codes[0], codes[1] = 0, 2**bits - 1
-    assert torch.equal(ops.join_codes(ops.split_codes(codes, bits), bits), codes)
-    assert sum(part.nbytes for part in ops.split_codes(codes, bits)) == codes.numel() * bits // 8
+    assert torch.equal(reference.join_codes(reference.split_codes(codes, bits), bits), codes)
+    assert sum(part.nbytes for part in reference.split_codes(codes, bits)) == codes.numel() * bits // 8
 
 
 def test_byte_j_holds_coordinate_j_below_and_its_partner_of_the_other_half_above():

@@ -14,7 +14,9 @@ from nanokv.codecs.pages import Heads
 from nanokv.codecs.quantizer import TableQuantizer
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import LayerSpec, PageLayout
-from nanokv.kernels import ops, reference
+from nanokv.kernels import reference
+from nanokv.kernels.ops import AUTO, Ops
+from nanokv.kernels.planes import HeadNorms
 from nanokv.layers.rotary import RopeConfig, cos_sin_table
 
 PER_TOKEN = {  # bytes of a token and KV head, keys and values, at 64 and at 128 numbers
@@ -164,10 +166,10 @@ def test_rope_alone_turns_what_rope_and_store_turns():
     batch = step_of({0: list(range(40))}, TABLES, 32, TABLES[0, positions // 32], positions % 32)
     angles = torch.randn(40, 32, generator=torch.Generator().manual_seed(2))
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
-    norms = ops.HeadNorms(torch.full((64,), 1.5), torch.full((64,), 0.5), 1e-6)
+    norms = HeadNorms(torch.full((64,), 1.5), torch.full((64,), 0.5), 1e-6)
     alone, stored, reference_alone = (heads_of(40) for _ in range(3))
-    ops.rope(alone, cos_sin, batch, 6, 3, 64, norms)
-    ops.rope_and_store(stored, cos_sin, raw.pool, raw.pages.planes, batch, 6, norms)
+    AUTO.rope(alone, cos_sin, batch, 6, 3, 64, norms)
+    AUTO.rope_and_store(stored, cos_sin, raw.pool, raw.pages.planes, batch, 6, norms)
     reference.rope(reference_alone, cos_sin, batch, 6, 3, 64, norms)
     assert torch.equal(alone, stored) and torch.allclose(alone, reference_alone, atol=1e-5)
     assert (layer.pool == 0x3F).all()  # nothing was written
@@ -235,8 +237,8 @@ def test_a_gpu_attends_in_the_dtype_of_the_model(name, monkeypatch):
     for module in (pages, kivi):
         monkeypatch.setattr(module, "attention_dtype", lambda _: torch.bfloat16)
     for op in ("paged_attention", "code_attention"):
-        own = getattr(ops, op)
-        monkeypatch.setattr(ops, op, lambda q, *rest, own=own: seen.append((q, rest[1])) or own(q, *rest))
+        own = getattr(Ops, op)
+        monkeypatch.setattr(Ops, op, lambda self, q, *rest, own=own: seen.append((q, rest[1])) or own(self, q, *rest))
     found = Layer(name).attend(qkv, {0: range(40)}, TABLES)
     ((q, planes),) = seen
     assert q.dtype == torch.bfloat16 and getattr(planes, "dtype", torch.bfloat16) == torch.bfloat16

@@ -10,7 +10,9 @@ from helpers import same_bits
 
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.kernels import cpu, ops, reference
+from nanokv.kernels import cpu, reference
+from nanokv.kernels.ops import AUTO
+from nanokv.kernels.planes import StatePlanes
 from nanokv.kernels.reference.delta_rule import conv_view, state_view
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -34,7 +36,7 @@ class Requests:
         conv = Plane("conv", (channels, 3), conv_dtype, None)
         layout = PageLayout([LayerSpec(state=(conv, Plane("state", (heads, key_dim, value_dim), F32, None)))] * 3, 16)
         offsets = layout.state(1, "conv").offset, layout.state(1, "state").offset
-        self.planes = ops.StatePlanes(
+        self.planes = StatePlanes(
             *offsets, layout.state_bytes, key_heads, heads, key_dim, value_dim, 4, conv_dtype
         )  # fmt: skip
         assert self.planes.channels == channels
@@ -305,7 +307,7 @@ def test_a_long_request_stays_close_to_the_truth():
 
 def test_states_past_four_gibibytes_are_reached():
     requests = Requests([3], key_heads=1, group=1)
-    requests.planes = ops.StatePlanes(1 << 19, (1 << 20) - 4096, 1 << 20, 1, 1, 32, 32, 4, F32)
+    requests.planes = StatePlanes(1 << 19, (1 << 20) - 4096, 1 << 20, 1, 1, 32, 32, 4, F32)
     requests.ids = torch.tensor([4199], dtype=torch.int32)
     states = torch.from_numpy(np.zeros((4200, 1 << 20), np.uint8))  # only touched states take memory
     requests.conv({0: (0, 3)}, states)
@@ -337,7 +339,7 @@ def test_no_rows_give_no_rows_and_inputs_that_do_not_fit_are_refused():
 def test_ops_picks_the_compiled_twins_for_the_cpu():
     requests = Requests([50])
     ours, theirs = requests.pool(), requests.pool()
-    assert same_bits(requests.conv(requests.whole(), ours, ops), requests.conv(requests.whole(), theirs))
-    assert same_bits(requests.rule(requests.whole(), ours, ops), requests.rule(requests.whole(), theirs))
-    assert same_bits(requests.rule({0: (49, 50)}, ours, ops, "delta_rule_step"), requests.rule({0: (49, 50)}, theirs))
+    assert same_bits(requests.conv(requests.whole(), ours, AUTO), requests.conv(requests.whole(), theirs))
+    assert same_bits(requests.rule(requests.whole(), ours, AUTO), requests.rule(requests.whole(), theirs))
+    assert same_bits(requests.rule({0: (49, 50)}, ours, AUTO, "delta_rule_step"), requests.rule({0: (49, 50)}, theirs))
     assert same_bits(ours, theirs)

@@ -1,12 +1,13 @@
 """Every family against transformers in float32, in every layout of checkpoint, and against itself bit for bit."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import oracles
 import pytest
 import torch
-from harness import Rig, load
+from harness import Rig, load, make_batch
 from safetensors.torch import load_file, save_file
 
 from nanokv.codecs import RawCodec
@@ -108,6 +109,50 @@ def test_no_bit_depends_on_batch_mates(folders, family):
     last = rig.step(*((sequence, 1) for sequence in reversed(sequences)))[::-1]
     for got, row, expected in zip(together, last, alone, strict=True):
         assert torch.equal(torch.cat((got, row)), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hook_between_layers_sees_each_layer_and_changes_nothing(folders, family):
+    decoder, tokens = load(folders(family)), oracles.prompt(9)
+    rig = Rig(decoder)
+    sequence, seen = rig.sequence(tokens), []
+
+    def between(layer, x, residual, batch):
+        seen.append((layer, x.shape, residual.shape, batch.num_rows))
+        return x, residual, batch
+
+    with torch.inference_mode():
+        watched = decoder.forward(make_batch([(sequence, 9)], rig.page_size), rig.store, between)
+    assert seen == [(layer, (9, 64), (9, 64), 9) for layer in range(decoder.config.num_layers)]
+    assert torch.equal(watched, Rig(decoder).run(tokens, 9))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dropped_after", [0, 1])
+def test_a_hook_between_layers_may_drop_a_request(folders, family, dropped_after):
+    decoder, tokens = load(folders(family)), oracles.prompt(18, seed=18)
+    rig = Rig(decoder)
+    sequences = [rig.sequence(one) for one in (oracles.prompt(7), tokens)]
+
+    def between(layer, x, residual, batch):
+        if layer != dropped_after:
+            return x, residual, batch
+        rows, left = batch.select([1])
+        return x[rows], residual[rows], replace(left, logit_rows=torch.arange(18))
+
+    with torch.inference_mode():
+        batch = make_batch([(sequences[0], 7), (sequences[1], 18)], rig.page_size)
+        logits = decoder.forward(batch, rig.store, between)
+    assert torch.equal(logits, Rig(decoder).run(tokens, 18))
+
+
+def test_a_hook_between_layers_may_replace_rows(folders):
+    decoder = load(folders("llama"))
+    rig = Rig(decoder)
+    batch = make_batch([(rig.sequence(PROMPT[:5]), 5)], rig.page_size)
+    with torch.inference_mode():
+        logits = decoder.forward(batch, rig.store, lambda layer, x, residual, batch: (x * 0, residual * 0, batch))
+    assert not logits.any()
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2_lite", "deepseek_v3"])

@@ -11,7 +11,9 @@ from nanokv import SamplingParams
 from nanokv.core.request import Request
 from nanokv.engine.device import cuda_obstacle
 from nanokv.engine.device_sampler import sample_on_device
-from nanokv.kernels import ops, reference
+from nanokv.kernels import reference
+from nanokv.kernels.ops import AUTO
+from nanokv.kernels.planes import KVPlanes
 from nanokv.llm import LLM
 
 pytestmark = pytest.mark.gpu
@@ -130,13 +132,13 @@ def test_attention_on_the_card_is_the_references(card, dtype, heads, kv_heads, d
     batch = step_of({request: list(own) for request, own in rows.items()}, tables, 16)
     batch = replace(batch, **{k: v.to(card) for k, v in vars(batch).items() if torch.is_tensor(v)})
     size = 16 * dim * dtype.itemsize * kv_heads
-    planes = ops.KVPlanes(
+    planes = KVPlanes(
         0, size, 0, 2 * size, 16, dim * dtype.itemsize, 16 * dim * dtype.itemsize, 0, kv_heads, dim, dim, 0, dtype
     )
     pool = torch.randn(6 * 256, 2 * size // dtype.itemsize, generator=generator).to(card, dtype).view(torch.uint8)
     q = torch.randn(batch.num_rows, heads, dim, generator=generator).to(card, dtype)
     arguments = (q, pool, planes, batch, 1 / math.sqrt(dim))
-    close(ops.paged_attention(*arguments), reference.paged_attention(*arguments))
+    close(AUTO.paged_attention(*arguments), reference.paged_attention(*arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -145,10 +147,10 @@ def test_norms_and_gates_on_the_card_are_the_references(card, dtype, rows):
     generator = torch.Generator().manual_seed(rows)
     x, residual, z = (torch.randn(rows, 1024, generator=generator).to(card, dtype) for _ in range(3))
     weight = torch.randn(1024, generator=generator).to(card, dtype)
-    close(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+    close(AUTO.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
     own, theirs = residual.clone(), residual.clone()
-    close(ops.add_rms_norm(x, own, weight, 1e-6), reference.add_rms_norm(x, theirs, weight, 1e-6))
+    close(AUTO.add_rms_norm(x, own, weight, 1e-6), reference.add_rms_norm(x, theirs, weight, 1e-6))
     close(own, theirs)
-    close(ops.silu_mul(x), reference.silu_mul(x))
-    close(ops.sigmoid_mul(x, z), reference.sigmoid_mul(x, z))
-    close(ops.gated_rms_norm(x, z, weight[:128], 1e-6), reference.gated_rms_norm(x, z, weight[:128], 1e-6))
+    close(AUTO.silu_mul(x), reference.silu_mul(x))
+    close(AUTO.sigmoid_mul(x, z), reference.sigmoid_mul(x, z))
+    close(AUTO.gated_rms_norm(x, z, weight[:128], 1e-6), reference.gated_rms_norm(x, z, weight[:128], 1e-6))

@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import RawCodec
 from nanokv.core.spec import PageLayout
+from nanokv.kernels.ops import AUTO
 from nanokv.layers.attention import Attention
 from nanokv.layers.linear import Embedding, Linear
 from nanokv.layers.mlp import MLP
@@ -55,8 +56,8 @@ def test_llama3_scaling_keeps_short_waves_and_divides_long_ones():
 
 def test_linear_multiplies_and_adds_its_bias():
     x, weight, bias = normal(5, 24), normal(40, 24, seed=1), normal(40, seed=2)
-    torch.testing.assert_close(Linear(weight, torch.float32)(x), x @ weight.T, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(Linear(weight, torch.float32, bias)(x), x @ weight.T + bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(Linear(weight, torch.float32, AUTO)(x), x @ weight.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(Linear(weight, torch.float32, AUTO, bias)(x), x @ weight.T + bias, rtol=1e-5, atol=1e-5)
 
 
 def test_embedding_gives_new_rows_in_the_activation_dtype():
@@ -72,7 +73,7 @@ def test_norm_adds_to_the_residual_in_place():
     x, residual, weight = normal(3, 16), normal(3, 16, seed=1), normal(16, seed=2)
     total = x + residual
     expected = F.rms_norm(total, (16,), weight, 1e-5)
-    norm = RMSNorm(weight, 1e-5)
+    norm = RMSNorm(weight, 1e-5, AUTO)
     torch.testing.assert_close(norm(total.clone()), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(norm.add(x, residual), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(residual, total)
@@ -80,7 +81,7 @@ def test_norm_adds_to_the_residual_in_place():
 
 def test_mlp_is_swiglu_with_gate_before_up():
     x, gate, up, down = normal(4, 16), normal(24, 16, seed=1), normal(24, 16, seed=2), normal(16, 24, seed=3)
-    mlp = MLP(Linear(torch.cat((gate, up)), torch.float32), Linear(down, torch.float32))
+    mlp = MLP(Linear(torch.cat((gate, up)), torch.float32, AUTO), Linear(down, torch.float32, AUTO), AUTO)
     torch.testing.assert_close(mlp(x), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T, rtol=1e-4, atol=1e-4)
 
 
@@ -97,8 +98,9 @@ def test_attention_sees_its_own_request_up_to_itself():
     projection, out = normal(width, 32, seed=1), normal(32, heads * dim, seed=2)
     no_turn = torch.cat((torch.ones(64, dim // 2), torch.zeros(64, dim // 2)), dim=1)
     attention = Attention(
-        Linear(projection, torch.float32), Linear(out, torch.float32), no_turn, codec, heads, kv_heads, dim, dim**-0.5
-    )
+        Linear(projection, torch.float32, AUTO), Linear(out, torch.float32, AUTO), no_turn, codec, heads, kv_heads, dim,
+        dim**-0.5, AUTO,
+    )  # fmt: skip
     layout = PageLayout([Attention.spec(codec, kv_heads, dim, page_size)] * 2, page_size)
     attention.bind(layout, 1)
     store = CacheStore(layout, 8)

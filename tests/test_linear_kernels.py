@@ -8,7 +8,8 @@ import torch
 from helpers import noise
 
 from nanokv.kernels import linear as kernels
-from nanokv.kernels.linear import activation_dtype, embed, linear, pack_linear, row_invariant
+from nanokv.kernels.linear import activation_dtype, embed, head_linear, linear, pack_linear, row_invariant
+from nanokv.kernels.ops import Ops
 from nanokv.kernels.reference import linear as reference
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -106,6 +107,18 @@ def test_a_packed_weight_is_also_an_embedding_table_and_unpacks_to_itself(shape,
     assert embed(packed, ids).is_contiguous()
     assert torch.equal(packed.unpack(), table)
     assert packed.table is None
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_the_reference_choice_multiplies_plain_weights_on_a_cpu(dtype):
+    weight, x, ops = noise(100, 77).to(dtype), noise(5, 77, seed=1), Ops("reference")
+    packed = ops.pack_linear(weight, torch.float32, keep=True)
+    assert packed.form == "plain" and torch.equal(packed.unpack(), weight)
+    assert torch.allclose(linear(x, packed), reference.linear(x, weight), atol=1e-4)
+    assert torch.equal(embed(packed, torch.tensor([3])), reference.embed(weight, torch.tensor([3]), torch.float32))
+    heads = ops.pack_head_linear(noise(4, 16, 8, seed=2).to(dtype), torch.float32)
+    assert heads.form == "plain" and head_linear(noise(5, 4, 8, seed=3), heads).shape == (5, 4, 16)
+    assert ops.row_invariant(dtype, "cpu") in (True, False)
 
 
 def test_16_bit_weights_stay_16_bit():

@@ -8,8 +8,10 @@ from harness import step_of
 from helpers import last, noise, same_bits
 
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.kernels import cpu, ops, reference
+from nanokv.kernels import cpu, reference
 from nanokv.kernels.linear import head_linear, pack_head_linear
+from nanokv.kernels.ops import AUTO
+from nanokv.kernels.planes import KVPlanes
 from nanokv.kernels.reference import linear as plain
 from nanokv.kernels.reference.attention import plane_view, tail_view
 
@@ -24,10 +26,10 @@ def assert_close(mine: torch.Tensor, truth: torch.Tensor, atol: float = 1e-5) ->
     torch.testing.assert_close(mine.float(), truth.float(), atol=atol, rtol=step)
 
 
-def latent_planes(layout: PageLayout, layer: int) -> ops.KVPlanes:
+def latent_planes(layout: PageLayout, layer: int) -> KVPlanes:
     latent, k_rope = layout.paged(layer, "latent"), layout.paged(layer, "k_rope")
     (page_size, rank), rope, dtype = latent.plane.shape, k_rope.plane.shape[1], latent.plane.dtype
-    return ops.KVPlanes(
+    return KVPlanes(
         k_offset=latent.offset, v_offset=latent.offset, tail_offset=k_rope.offset, page_bytes=layout.page_bytes,
         page_size=page_size, token_stride=rank * dtype.itemsize, head_stride=0, tail_stride=rope * dtype.itemsize,
         kv_heads=1, head_dim=rank, value_dim=rank, tail_dim=rope, dtype=dtype,
@@ -39,9 +41,9 @@ def latent_layout(rank: int, rope: int, page_size: int, dtype: torch.dtype) -> P
     return PageLayout([LayerSpec(paged=planes)] * 2, page_size)
 
 
-def expanded_planes(kv_heads: int, nope: int, value: int, rope: int, tokens: int, dtype: torch.dtype) -> ops.KVPlanes:
+def expanded_planes(kv_heads: int, nope: int, value: int, rope: int, tokens: int, dtype: torch.dtype) -> KVPlanes:
     size, width = dtype.itemsize, kv_heads * (nope + value) + rope
-    return ops.KVPlanes(
+    return KVPlanes(
         k_offset=0, v_offset=nope * size, tail_offset=kv_heads * (nope + value) * size,
         page_bytes=tokens * width * size, page_size=tokens, token_stride=width * size,
         head_stride=(nope + value) * size, tail_stride=width * size, kv_heads=kv_heads, head_dim=nope, value_dim=value,
@@ -305,9 +307,9 @@ def test_an_x_that_does_not_fit_the_heads_is_refused():
 
 def test_ops_picks_the_compiled_twins_for_the_cpu():
     requests = Latents([50])
-    assert same_bits(requests.attend({0: last(50, 3)}, ops), requests.attend({0: last(50, 3)}))
+    assert same_bits(requests.attend({0: last(50, 3)}, AUTO), requests.attend({0: last(50, 3)}))
     q, kv, cos_sin, pool, planes, batch = stored(9, 4, 32, 8, 16, F32, F32)
     pools = pool.clone(), pool.clone()
-    for twin, own in zip((cpu, ops), pools, strict=True):
+    for twin, own in zip((cpu, AUTO), pools, strict=True):
         twin.store_latent(q.clone()[..., 20:], kv.clone()[:, :-5], noise(32), 1e-6, cos_sin, own, planes, batch)
     assert torch.equal(*pools)

@@ -26,8 +26,11 @@ from nanokv.codecs import resolve_codec
 from nanokv.codecs.pages import Heads
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout
-from nanokv.kernels import cuda, ops, reference
+from nanokv.kernels import cuda, reference
+from nanokv.kernels.experts import Experts
 from nanokv.kernels.linear import PackedLinear
+from nanokv.kernels.ops import AUTO
+from nanokv.kernels.planes import CodePlane, CodePlanes, HeadNorms
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FORMATS = {"float32": F32, "bfloat16": BF16}
@@ -45,7 +48,7 @@ def copied(value: Any, device: str) -> Any:
         return copy.copy_(value)
     if isinstance(value, list):
         return [copied(one, device) for one in value]
-    if isinstance(value, (Batch, ops.HeadNorms, ops.Experts, ops.CodePlanes, ops.CodePlane, PackedLinear)):
+    if isinstance(value, (Batch, HeadNorms, Experts, CodePlanes, CodePlane, PackedLinear)):
         given = [field.name for field in fields(value) if field.init]
         return replace(value, **{name: copied(getattr(value, name), device) for name in given})
     return value
@@ -59,7 +62,7 @@ class Off:
 
     def of(self, op: str, *args: Any, kept: torch.dtype | None = None) -> None:
         """kept   what a written tensor of bytes holds, where an op writes any"""
-        truths = SimpleNamespace(add_experts=ops.add_experts) if op == "add_experts" else reference
+        truths = SimpleNamespace(add_experts=AUTO.add_experts) if op == "add_experts" else reference
         theirs, mine = copied(list(args), "cpu"), copied(list(args), self.device)
         truth, result = getattr(truths, op)(*theirs), getattr(cuda, op)(*mine)
         if truth is not None:
@@ -135,13 +138,13 @@ def ops_batch(requests: Any, rows: dict[int, list[int]]) -> Batch:
 def writes(off: Off) -> None:
     for rotary, with_norms in ((32, True), (32, False), (16, True), (24, False)):
         qkv, cos_sin, pool, planes, batch = pages_for(5, 4, 2, 32, 16, off.dtype, rotary, off.dtype)
-        norms = ops.HeadNorms(noise(32), noise(32, seed=1), 1e-6) if with_norms else None
+        norms = HeadNorms(noise(32), noise(32, seed=1), 1e-6) if with_norms else None
         off.of("rope_and_store", wide(qkv), cos_sin, pool, planes, batch, 4, norms, kept=off.dtype)
 
 
 def rotations(off: Off) -> None:
     qkv, cos_sin, _, _, batch = pages_for(5, 4, 2, 32, 16, off.dtype, 16, off.dtype)
-    off.of("rope", wide(qkv), cos_sin, batch, 4, 2, 32, ops.HeadNorms(noise(32), noise(32, seed=1), 1e-6))
+    off.of("rope", wide(qkv), cos_sin, batch, 4, 2, 32, HeadNorms(noise(32), noise(32, seed=1), 1e-6))
 
 
 def latent_writes(off: Off) -> None:
@@ -242,7 +245,7 @@ def experts(off: Off) -> None:
     count, width, hidden = 6, 48, 40
     weights = [noise(2 * hidden, width, seed=e) / 7 for e in range(count)]
     downs = [noise(width, hidden, seed=9 + e) / 7 for e in range(count)]
-    packed = ops.Experts(*([PackedLinear(tuple(one.shape), off.dtype, off.dtype, "plain", one.to(off.dtype))
+    packed = Experts(*([PackedLinear(tuple(one.shape), off.dtype, off.dtype, "plain", one.to(off.dtype))
                             for one in many] for many in (weights, downs)))  # fmt: skip
     for rows in (1, 70):
         chosen = noise(rows, count, seed=5).topk(2).indices

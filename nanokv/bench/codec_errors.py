@@ -27,7 +27,8 @@ from nanokv.codecs.tables import distortion
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
 from nanokv.engine.calibrate import first_pages
-from nanokv.kernels import ops
+from nanokv.kernels.linear import activation_dtype
+from nanokv.kernels.ops import AUTO, Ops
 from nanokv.llm import LLM
 
 RANDOM_TOKENS, RANDOM_HEADS = 512, 32
@@ -89,7 +90,7 @@ def replay(llm: LLM, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, Ve
     llm.reset_prefix_cache()
     store, mixer = llm.engine.store, llm.engine.model.layers[layer].mixer
     batch = first_pages(torch.zeros(len(inputs), dtype=torch.int64), llm.config.page_size, store)
-    outputs = mixer(inputs.to(ops.activation_dtype(llm.device, llm.dtype), copy=True), store, batch).float()
+    outputs = mixer(inputs.to(activation_dtype(llm.device, llm.dtype), copy=True), store, batch).float()
     pages = batch.page_tables[0].long()
     return outputs, mixer.pages.vectors(store.pages.data, pages)
 
@@ -118,12 +119,13 @@ def model_errors(llm: LLM, recorded: Sequence[Recorded]) -> dict[str, float | No
 
 
 @torch.inference_mode()
-def random_errors(codec: Codec, dim: int, page_size: int) -> dict[str, float]:
+def random_errors(codec: Codec, dim: int, page_size: int, ops: Ops = AUTO) -> dict[str, float]:
     """Errors on random vectors of length 1, keys and values alike."""
     layout = PageLayout([codec.spec(RANDOM_HEADS, dim, page_size)], page_size)
     store = CacheStore(layout, layout.pages_for(RANDOM_TOKENS), num_states=1 if layout.state_bytes else 0)
     turned = torch.cat((torch.ones(RANDOM_TOKENS, dim // 2), torch.zeros(RANDOM_TOKENS, dim // 2)), dim=1)  # not at all
-    pages = codec.pages(layout, 0, Heads(RANDOM_HEADS, RANDOM_HEADS, dim, 1 / math.sqrt(dim), turned))
+    heads = Heads(RANDOM_HEADS, RANDOM_HEADS, dim, 1 / math.sqrt(dim), turned, ops=ops)
+    pages = codec.pages(layout, 0, heads)
     batch = first_pages(torch.zeros(RANDOM_TOKENS, dtype=torch.int64), page_size, store)
     noise = torch.randn(RANDOM_TOKENS, 3 * RANDOM_HEADS, dim, generator=torch.Generator().manual_seed(0))
     x = noise / noise.norm(dim=-1, keepdim=True)

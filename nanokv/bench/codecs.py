@@ -28,6 +28,7 @@ from nanokv.codecs import resolve_codec, value_quantizer
 from nanokv.core.config import EngineConfig
 from nanokv.core.spec import PageLayout
 from nanokv.engine.memory import Memory, pool_size
+from nanokv.kernels.ops import Ops
 from nanokv.llm import LLM
 from nanokv.models.decoder import layer_specs
 
@@ -211,7 +212,7 @@ def _random(llm: LLM, codec: str) -> Row:
     resolved = resolve_codec(codec, llm.dtype, layers=config.attention_layers)
     k, _, v = codec.partition("/")
     v = v or value_quantizer(k)
-    return random_errors(resolved, dim, page_size_of(codec)) | {
+    return random_errors(resolved, dim, page_size_of(codec), Ops(llm.config.kernels)) | {
         "theory_k_mse": theory(k, dim),
         "theory_v_mse": theory(v, dim),
     }

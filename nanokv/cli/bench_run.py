@@ -14,6 +14,7 @@ import click
 from nanokv.cli.common import (
     emit_json,
     json_option,
+    kernels_option,
     model_folder,
     new_figure,
     plot_option,
@@ -65,6 +66,7 @@ def model_options(command: Callable) -> Callable:
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
         click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
                      show_default=True, help="auto: the checkpoint's own."),
+        kernels_option,
         click.option("--kv-memory", metavar="SIZE", help="Memory for pages, such as 2GiB."),
         click.option("--dummy", is_flag=True, help="Use random weights of the model's shape; fetch and read none."),
         json_option,
@@ -98,7 +100,7 @@ class Bench:
         self._as_json, self._plot = options["as_json"], options["plot"]
         self._name = options["model"] or DEFAULT_MODEL
         self._asked, self._dummy = options["model"], options["dummy"]
-        self._fields = {name: options[name] for name in ("device", "dtype", "kv_memory")} | fields
+        self._fields = {name: options[name] for name in ("device", "dtype", "kernels", "kv_memory")} | fields
         if self._plot is not None:
             new_figure(1, 1)  # reports a missing matplotlib before the measurements
 
@@ -118,6 +120,7 @@ class Bench:
             "repeat": self.repeat,
             "device": str(self.llm.device),
             "dtype": str(self.llm.dtype).removeprefix("torch."),
+            "kernels": self.llm.config.kernels,
             "dummy": self._dummy,
             "page_size": self.llm.config.page_size,
             "max_step_tokens": self.llm.config.max_step_tokens,

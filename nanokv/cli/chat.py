@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nanokv.cli.common import model_folder
+from nanokv.cli.common import kernels_option, model_folder
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError, RequestError
 from nanokv.core.request import SamplingParams
@@ -41,6 +41,7 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option("--codec", default="raw", show_default=True, help="Codec of K and V: raw, fp8, tq4, ..., or a pair K/V.")
+@kernels_option
 @click.option("--kv-memory", metavar="SIZE", help="Memory for the pages of K and V, such as 512MiB.")
 @click.option("--page-size", type=int, default=16, show_default=True, help="Tokens in a page.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse K and V of earlier turns. Default: yes.")
@@ -134,7 +135,7 @@ def _open(
             from nanokv.kernels import ops
             from nanokv.llm import LLM
 
-            is_first_run = not ops.are_compiled()  # read before loading, which compiles some kernels
+            is_first_run = config.kernels == "auto" and not ops.are_compiled()  # before loading, which compiles some
             session = ChatSession(LLM(folder, config, split), name, system, params, terminal, stats)
     finally:
         gc.freeze()

@@ -1,4 +1,4 @@
-"""Parts that commands share: a model by name, progress bars, the JSON envelope, figures."""
+"""Parts that commands share: a model by name, options, progress bars, the JSON envelope, figures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import nanokv
+from nanokv.core.config import KERNELS
 from nanokv.core.errors import NanokvError
 from nanokv.hub.catalog import DEFAULT_MODEL
 from nanokv.hub.home import find_damage, folder_for, resolve_model
@@ -21,6 +22,10 @@ from nanokv.hub.home import find_damage, folder_for, resolve_model
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+kernels_option = click.option(
+    "--kernels", type=click.Choice(KERNELS), default="auto", show_default=True,
+    help="auto: compiled for the device; reference: readable torch, on any device.",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 

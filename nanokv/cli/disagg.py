@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nanokv.cli.common import model_folder
+from nanokv.cli.common import kernels_option, model_folder
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError
 from nanokv.disagg.config import split_address
@@ -27,6 +27,7 @@ def disagg() -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option("--codec", default="raw", show_default=True, help="As on the other host.")
+@kernels_option
 @click.option(
     "--native-layers", "--unquantized-layers", default="", metavar="LAYERS",
     help="As on the other host, such as first2,last2.",

@@ -13,7 +13,8 @@ from functools import cache, cached_property
 
 import torch
 
-from nanokv.kernels import ops
+from nanokv.kernels.linear import PackedLinear, linear
+from nanokv.kernels.ops import Ops
 
 ROTATION, SKETCH = 1, 2
 """Seeds. They differ: an estimator that draws both from one seed is biased."""
@@ -46,18 +47,18 @@ def sketch(rows: int, dim: int, orthogonal: bool, seed: int = SKETCH) -> torch.T
 class Basis:
     """A matrix B float64 [width, dim], of rank dim, packed for products whose rows do not depend on each other."""
 
-    def __init__(self, matrix: torch.Tensor, device: torch.device) -> None:
+    def __init__(self, matrix: torch.Tensor, device: torch.device, ops: Ops) -> None:
         self.width, self.dim = matrix.shape
+        self._ops = ops
         self._matrix = matrix.to(device)
         self._to = self._pack(self._matrix)
         self._back = self._pack(self._matrix.T)
 
-    @staticmethod
-    def _pack(matrix: torch.Tensor) -> ops.PackedLinear:
-        return ops.pack_linear(matrix.float(), torch.float32)
+    def _pack(self, matrix: torch.Tensor) -> PackedLinear:
+        return self._ops.pack_linear(matrix.float(), torch.float32)
 
     @cached_property
-    def _inverse(self) -> ops.PackedLinear:
+    def _inverse(self) -> PackedLinear:
         return self._pack(torch.linalg.pinv(self._matrix).T)
 
     def to(self, x: torch.Tensor) -> torch.Tensor:
@@ -73,11 +74,11 @@ class Basis:
         return _product(x, self._inverse)
 
 
-def _product(x: torch.Tensor, packed: ops.PackedLinear) -> torch.Tensor:
-    return ops.linear(x.reshape(-1, x.shape[-1]), packed).unflatten(0, x.shape[:-1])
+def _product(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    return linear(x.reshape(-1, x.shape[-1]), packed).unflatten(0, x.shape[:-1])
 
 
 @cache
-def rotation(dim: int, device: torch.device) -> Basis:
+def rotation(dim: int, device: torch.device, ops: Ops) -> Basis:
     """The rotation of every vector of this dimension."""
-    return Basis(haar(dim), device)
+    return Basis(haar(dim), device, ops)

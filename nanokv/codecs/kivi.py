@@ -22,7 +22,7 @@ from nanokv.codecs.quantizer import array_of, plane
 from nanokv.core.batch import Batch
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.kernels import ops
+from nanokv.kernels.reference import join_codes, split_codes
 
 GROUPS = (32, 64)
 
@@ -136,7 +136,7 @@ class KiviPages:
         tables, sealed = batch.once(piece_tables, self._exact)
         k, v = (torch.cat((old, own.float())) for old, own in zip(self._decode(pool, sealed), new, strict=True))
         by_piece = replace(batch, request_starts=pieces.starts)
-        out = attend_decoded(q, (k, v, None), by_piece, tables, heads.scale, attention_dtype(qkv))
+        out = attend_decoded(heads.ops, q, (k, v, None), by_piece, tables, heads.scale, attention_dtype(qkv))
         return out.to(qkv.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,18 +158,18 @@ class KiviPages:
         """Writes the pages that this step fills, in codes."""
         k, v = (x[pieces.full].float() for x in new)
         codes, step, low = self._keys.encode(k)
-        parts = [ops.split_codes(codes, self._bits)[0], step.squeeze(-2), low.squeeze(-2)]
+        parts = [split_codes(codes, self._bits)[0], step.squeeze(-2), low.squeeze(-2)]
         codes, step, low = self._values.encode(v.unflatten(-1, (-1, self._group)))
-        parts += [ops.split_codes(codes.flatten(-2), self._bits)[0], step.squeeze(-1), low.squeeze(-1)]
+        parts += [split_codes(codes.flatten(-2), self._bits)[0], step.squeeze(-1), low.squeeze(-1)]
         for slot, numbers in zip((*self._k, *self._v), parts, strict=True):
             array_of(pool, slot)[pages] = numbers
 
     def _decode(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of full pages: float32 [pages, kv_heads, page_size, head_dim] each."""
         codes, step, low = (array_of(pool, slot)[pages] for slot in self._k)
-        k = Groups.decode(ops.join_codes([codes], self._bits), step.unsqueeze(-2), low.unsqueeze(-2))
+        k = Groups.decode(join_codes([codes], self._bits), step.unsqueeze(-2), low.unsqueeze(-2))
         codes, step, low = (array_of(pool, slot)[pages] for slot in self._v)
-        codes = ops.join_codes([codes], self._bits).unflatten(-1, (-1, self._group))
+        codes = join_codes([codes], self._bits).unflatten(-1, (-1, self._group))
         return k, Groups.decode(codes, step.unsqueeze(-1), low.unsqueeze(-1)).flatten(-2)
 
 

@@ -15,7 +15,10 @@ from nanokv.codecs.pages import attend_decoded, attention_dtype, refuse_unwritab
 from nanokv.codecs.quantizer import Quantizer, QuantizerPages, array_of
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
-from nanokv.kernels import ops
+from nanokv.kernels.linear import PackedHeadLinear, head_linear
+from nanokv.kernels.ops import Ops
+from nanokv.kernels.planes import KVPlanes
+from nanokv.kernels.reference import read_latents
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Latent:
     norm, eps    weight [rank] and eps of the latent's RMS norm
     cos_sin      float32 [positions, rope]
     scale        factor of the scores
-    w_uk, w_uv   heads of [rank, nope_dim] and of [value_dim, rank], packed for ops.head_linear
+    ops          Ops of the layer
+    w_uk, w_uv   heads of [rank, nope_dim] and of [value_dim, rank], packed for head_linear
     expand       latents [tokens, rank] -> [tokens, heads * (nope_dim + value_dim)], or None: every row is absorbed
     expands      whether `rows` new rows over `cached` tokens cost less expanded
     """
@@ -37,17 +41,18 @@ class Latent:
     eps: float
     cos_sin: torch.Tensor
     scale: float
-    w_uk: ops.PackedHeadLinear
-    w_uv: ops.PackedHeadLinear
+    ops: Ops
+    w_uk: PackedHeadLinear
+    w_uv: PackedHeadLinear
     expand: Callable[[torch.Tensor], torch.Tensor] | None
     expands: Callable[[int, int], bool]
 
 
 def latent_planes(
     latent: Latent, offset: int, rope_offset: int, page_bytes: int, page_size: int, dtype: torch.dtype
-) -> ops.KVPlanes:
+) -> KVPlanes:
     """Pages of latents [page_size, rank] at `offset` and rotated keys [page_size, rope] at `rope_offset`, in bytes."""
-    return ops.KVPlanes(
+    return KVPlanes(
         k_offset=offset, v_offset=offset, tail_offset=rope_offset, page_bytes=page_bytes, page_size=page_size,
         token_stride=latent.rank * dtype.itemsize, head_stride=0, tail_stride=latent.rope * dtype.itemsize, kv_heads=1,
         head_dim=latent.rank, value_dim=latent.rank, tail_dim=latent.rope, dtype=dtype,
@@ -76,7 +81,7 @@ class RawLatentPages:
         pool   uint8 [num_pages, page_bytes]
         """
         latent = self._latent
-        ops.store_latent(rope, kv, latent.norm, latent.eps, latent.cos_sin, pool, self.planes, batch)
+        latent.ops.store_latent(rope, kv, latent.norm, latent.eps, latent.cos_sin, pool, self.planes, batch)
         expanding = self._expanding(batch)
         if not expanding:
             return self.absorbed(nope, rope, pool, batch)
@@ -90,9 +95,9 @@ class RawLatentPages:
 
     def absorbed(self, nope: torch.Tensor, rope: torch.Tensor, pool: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Attention over the latents themselves: queries as `attend` takes them, rotated -> its result."""
-        q = torch.cat((ops.head_linear(nope, self._latent.w_uk), rope), dim=-1)
-        latents = ops.paged_attention(q, pool, self.planes, batch, self._latent.scale)
-        return ops.head_linear(latents.unflatten(1, (nope.shape[1], -1)), self._latent.w_uv).flatten(1)
+        q = torch.cat((head_linear(nope, self._latent.w_uk), rope), dim=-1)
+        latents = self._latent.ops.paged_attention(q, pool, self.planes, batch, self._latent.scale)
+        return head_linear(latents.unflatten(1, (nope.shape[1], -1)), self._latent.w_uv).flatten(1)
 
     def expanded(self, nope: torch.Tensor, rope: torch.Tensor, pool: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The same for one request: expands all latents that its rows see into one scratch page, and attends over it.
@@ -102,18 +107,18 @@ class RawLatentPages:
         heads, nope_dim = nope.shape[1:]
         length = int(batch.positions[-1]) + 1
         pages = batch.page_tables[0, : -(-length // batch.page_size)].long()
-        latents, keys = (part.to(nope.dtype) for part in ops.read_latents(pool, self.planes, pages, length))
+        latents, keys = (part.to(nope.dtype) for part in read_latents(pool, self.planes, pages, length))
         scratch = torch.cat((self._latent.expand(latents), keys), dim=1)
         size, value_dim = scratch.element_size(), self._latent.w_uv.shape[1]
         row, head = scratch.shape[1] * size, (nope_dim + value_dim) * size
-        own = ops.KVPlanes(
+        own = KVPlanes(
             k_offset=0, v_offset=nope_dim * size, tail_offset=heads * head, page_bytes=scratch.nbytes,
             page_size=length, token_stride=row, head_stride=head, tail_stride=row, kv_heads=heads, head_dim=nope_dim,
             value_dim=value_dim, tail_dim=self._latent.rope, dtype=scratch.dtype,
         )  # fmt: skip
         alone = replace(batch, page_tables=torch.zeros_like(batch.page_tables[:, :1]), page_size=length)
-        q = torch.cat((nope, rope), dim=-1)
-        return ops.paged_attention(q, scratch.view(torch.uint8).view(1, -1), own, alone, self._latent.scale)
+        q, page = torch.cat((nope, rope), dim=-1), scratch.view(torch.uint8).view(1, -1)
+        return self._latent.ops.paged_attention(q, page, own, alone, self._latent.scale)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor]:
         """The latents of whole pages: float32 [pages, 1, page_size, rank]."""
@@ -137,7 +142,8 @@ class LatentPages:
     def __init__(self, quantizer: Quantizer, layout: PageLayout, layer: int, latent: Latent, exact: bool) -> None:
         self._latent = latent
         self._exact = exact
-        self._coded = QuantizerPages(quantizer, "latent", layout, layer, 1, latent.rank, latent.cos_sin.device)
+        where = layout, layer, 1, latent.rank, latent.cos_sin.device, latent.ops
+        self._coded = QuantizerPages(quantizer, "latent", *where)
         self._rope = layout.paged(layer, "k_rope")
 
     def attend(
@@ -147,6 +153,7 @@ class LatentPages:
 
         batch   rows with NaN, infinity or numbers beyond float16 are marked in batch.unwritable
         """
+        latent = self._latent
         latents, keys = self._compute(rope, kv, batch)
         for numbers in (latents, keys[:, None]):
             refuse_unwritable(numbers, batch)
@@ -154,12 +161,12 @@ class LatentPages:
         stored_keys[batch.write_pages.long(), batch.write_slots.long()] = keys.to(stored_keys.dtype)
         numbers = write_and_decode(self._coded, latents, pool, batch, self._exact)
         used, places = batch.once(used_pages)
-        absorbed = ops.head_linear(nope, self._latent.w_uk)
+        absorbed = head_linear(nope, latent.w_uk)
         queries = torch.cat((self._coded.to(absorbed.float()), rope.float()), dim=-1)
         scratch = numbers, None, stored_keys[used].float()
-        out = attend_decoded(queries, scratch, batch, places, self._latent.scale, attention_dtype(nope)).float()
+        out = attend_decoded(latent.ops, queries, scratch, batch, places, latent.scale, attention_dtype(nope)).float()
         mixed = self._coded.back(out.unflatten(1, (nope.shape[1], -1))).to(nope.dtype)
-        return ops.head_linear(mixed, self._latent.w_uv).flatten(1)
+        return head_linear(mixed, latent.w_uv).flatten(1)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor]:
         """As RawLatentPages.vectors, decoded."""
@@ -173,6 +180,6 @@ class LatentPages:
         planes = latent_planes(latent, 0, 4 * rows * latent.rank, page.shape[1], rows, torch.float32)
         slots = torch.arange(rows, dtype=torch.int32, device=kv.device)
         here = replace(batch, write_pages=torch.zeros_like(slots), write_slots=slots)
-        ops.store_latent(rope, kv, latent.norm, latent.eps, latent.cos_sin, page, planes, here)
+        latent.ops.store_latent(rope, kv, latent.norm, latent.eps, latent.cos_sin, page, planes, here)
         numbers = page.view(torch.float32)[0].split((rows * latent.rank, rows * latent.rope))
         return numbers[0].view(rows, 1, latent.rank), numbers[1].view(rows, latent.rope)

@@ -18,11 +18,13 @@ from nanokv.codecs.key_mean import KeyMean
 from nanokv.codecs.quantizer import Quantizer, QuantizerPages, TableEncoder
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
-from nanokv.kernels import ops
+from nanokv.kernels.ops import AUTO, Ops
+from nanokv.kernels.planes import LARGEST_SCALE, CodePlanes, HeadNorms
+from nanokv.kernels.reference import decoded_batch
 
 Decoded = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-"""k, v and the rotated key of decoded pages, as ops.decoded_batch takes them."""
-LARGEST = ops.LARGEST_SCALE
+"""k, v and the rotated key of decoded pages, as decoded_batch takes them."""
+LARGEST = LARGEST_SCALE
 """The largest number that is written: that of float16, the dtype of scales."""
 
 
@@ -34,6 +36,7 @@ class Heads:
     scale     factor of the scores
     cos_sin   float32 [positions, rotary dims]
     norms     HeadNorms of q and k, or None
+    ops       Ops of the layer
     """
 
     num_heads: int
@@ -41,7 +44,8 @@ class Heads:
     head_dim: int
     scale: float
     cos_sin: torch.Tensor
-    norms: ops.HeadNorms | None = None
+    norms: HeadNorms | None = None
+    ops: Ops = AUTO
 
 
 def rotated(
@@ -52,7 +56,7 @@ def rotated(
     qkv     [rows, (num_heads + 2 * kv_heads) * head_dim], normed and rotated IN PLACE
     batch   rows of k and v that no scale can hold are marked in batch.unwritable
     """
-    ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
+    heads.ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
     x = qkv.unflatten(1, (-1, heads.head_dim)).float()
     q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
     key_mean.subtract(k)
@@ -91,12 +95,12 @@ class AttentionPages:
     def __init__(self, k: Quantizer, v: Quantizer, layout: PageLayout, layer: int, heads: Heads, exact: bool) -> None:
         self._heads = heads
         self._exact = exact
-        where = layout, layer, heads.kv_heads, heads.head_dim, heads.cos_sin.device
+        where = layout, layer, heads.kv_heads, heads.head_dim, heads.cos_sin.device, heads.ops
         self._k, self._v = QuantizerPages(k, "k", *where), QuantizerPages(v, "v", *where)
         self._planes = None
         if isinstance(self._k.encoder, TableEncoder) and isinstance(self._v.encoder, TableEncoder):
             k_plane, v_plane = (own.encoder.code_plane(own.slots) for own in (self._k, self._v))
-            self._planes = ops.CodePlanes(k_plane, v_plane, layout.page_bytes, layout.page_size, heads.kv_heads)
+            self._planes = CodePlanes(k_plane, v_plane, layout.page_bytes, layout.page_size, heads.kv_heads)
         self.key_mean = KeyMean()
 
     @property
@@ -131,13 +135,14 @@ class AttentionPages:
             q, k, v = basis.to(torch.cat((q, k, v), dim=1)).split((q.shape[1], k.shape[1], v.shape[1]), dim=1)
         else:
             q, k, v = self._k.to(q), self._k.to(k), self._v.to(v)
-        ops.store_codes(k, v, pool, self._planes, batch)
-        return ops.code_attention(q.to(dtype), pool, self._planes, batch, self._heads.scale)
+        self._heads.ops.store_codes(k, v, pool, self._planes, batch)
+        return self._heads.ops.code_attention(q.to(dtype), pool, self._planes, batch, self._heads.scale)
 
     def _attend_decoded(self, q, k, v, pool, batch, dtype) -> torch.Tensor:
         keys, values = (write_and_decode(own, x, pool, batch, self._exact) for own, x in ((self._k, k), (self._v, v)))
         places = batch.once(used_pages)[1]
-        return attend_decoded(self._k.to(q), (keys, values, None), batch, places, self._heads.scale, dtype)
+        heads, scratch = self._heads, (keys, values, None)
+        return attend_decoded(heads.ops, self._k.to(q), scratch, batch, places, heads.scale, dtype)
 
 
 def attention_dtype(activations: torch.Tensor) -> torch.dtype:
@@ -147,7 +152,7 @@ def attention_dtype(activations: torch.Tensor) -> torch.dtype:
 
 
 def attend_decoded(
-    q: torch.Tensor, decoded: Decoded, batch: Batch, tables: torch.Tensor, scale: float, dtype: torch.dtype
+    ops: Ops, q: torch.Tensor, decoded: Decoded, batch: Batch, tables: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
     """Attention over pages decoded for this step: [rows, heads * value_dim], `dtype`.
 
@@ -155,7 +160,7 @@ def attend_decoded(
     tables    int32 [requests, widest]: the pages of each request, as places in `decoded`
     """
     k, v, rope = (None if x is None else x.to(dtype) for x in decoded)
-    return ops.paged_attention(q.to(dtype), *ops.decoded_batch(k, v, rope, batch, tables), scale)
+    return ops.paged_attention(q.to(dtype), *decoded_batch(k, v, rope, batch, tables), scale)
 
 
 def used_pages(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

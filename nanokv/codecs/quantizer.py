@@ -15,7 +15,9 @@ import torch
 
 from nanokv.codecs.basis import Basis, rotation
 from nanokv.core.spec import PageLayout, Plane, PlaneSlot
-from nanokv.kernels import ops
+from nanokv.kernels import reference
+from nanokv.kernels.ops import AUTO, Ops
+from nanokv.kernels.planes import CodePlane
 
 Arrays = tuple[torch.Tensor, ...]
 
@@ -45,7 +47,7 @@ class Quantizer(Protocol):
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
         """The planes of a page that hold vectors of `heads` heads; their names begin with `prefix`."""
 
-    def encoder(self, dim: int, device: torch.device) -> Encoder:
+    def encoder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> Encoder:
         """The quantizer made ready for vectors of `dim` numbers."""
 
 
@@ -70,9 +72,17 @@ class QuantizerPages:
     """
 
     def __init__(
-        self, recipe: Quantizer, prefix: str, layout: PageLayout, layer: int, heads: int, dim: int, device: torch.device
+        self,
+        recipe: Quantizer,
+        prefix: str,
+        layout: PageLayout,
+        layer: int,
+        heads: int,
+        dim: int,
+        device: torch.device,
+        ops: Ops,
     ) -> None:
-        self.encoder = recipe.encoder(dim, device)
+        self.encoder = recipe.encoder(dim, device, ops)
         planes = recipe.planes(prefix, heads, dim, layout.page_size)
         self.slots = [layout.paged(layer, plane.name) for plane in planes]
 
@@ -113,7 +123,7 @@ class RawQuantizer:
         """One plane of the dtype."""
         return (plane(prefix, heads, page_size, dim, self.dtype),)
 
-    def encoder(self, dim: int, device: torch.device) -> RawQuantizer:
+    def encoder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> RawQuantizer:
         """Itself: rounding needs neither the dimension nor the device."""
         return self
 
@@ -153,20 +163,20 @@ class TableQuantizer:
         codes = [plane(f"{prefix}_{name}", heads, page_size, dim * n // 8, torch.uint8) for name, n in parts]
         return (*codes, plane(f"{prefix}_scale", heads, page_size, None, torch.float16))
 
-    def encoder(self, dim: int, device: torch.device) -> TableEncoder:
+    def encoder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> TableEncoder:
         """The table and the rotation for vectors of `dim` numbers."""
-        return TableEncoder(self, dim, device)
+        return TableEncoder(self, dim, device, ops)
 
 
 class TableEncoder:
     """A TableQuantizer made ready for vectors of one dimension."""
 
-    def __init__(self, quantizer: TableQuantizer, dim: int, device: torch.device) -> None:
-        self.basis = rotation(dim, device) if quantizer.rotated else None
+    def __init__(self, quantizer: TableQuantizer, dim: int, device: torch.device, ops: Ops) -> None:
+        self.basis = rotation(dim, device, ops) if quantizer.rotated else None
         table = quantizer.table(dim).to(device)
-        self.code = ops.CodePlane(0, 0, 0, quantizer.bits, dim, table, quantizer.scaling)
+        self.code = CodePlane(0, 0, 0, quantizer.bits, dim, table, quantizer.scaling)
 
-    def code_plane(self, slots: list[PlaneSlot]) -> ops.CodePlane:
+    def code_plane(self, slots: list[PlaneSlot]) -> CodePlane:
         """The place of the codes in a page and their meaning, for the kernels that read them.
 
         slots   of the planes, in their order
@@ -176,10 +186,10 @@ class TableEncoder:
 
     def encode(self, x: torch.Tensor) -> Arrays:
         """float32 [..., dim] -> codes uint8, in two arrays where they have three bits, and scales float16 [...]."""
-        codes, scale = ops.encode(x if self.basis is None else self.basis.to(x), self.code)
-        return *ops.split_codes(codes, self.code.bits), scale
+        codes, scale = reference.encode(x if self.basis is None else self.basis.to(x), self.code)
+        return *reference.split_codes(codes, self.code.bits), scale
 
     def decode(self, *arrays: torch.Tensor) -> torch.Tensor:
         """table[code] * scale: float32 [..., dim]."""
         *codes, scale = arrays
-        return ops.decode(ops.join_codes(codes, self.code.bits), scale, self.code)
+        return reference.decode(reference.join_codes(codes, self.code.bits), scale, self.code)

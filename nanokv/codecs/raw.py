@@ -10,8 +10,7 @@ from nanokv.codecs.quantizer import array_of
 from nanokv.core.batch import Batch
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import LayerSpec, PageLayout, Plane, PlaneSlot
-from nanokv.kernels import ops
-from nanokv.kernels.ops import KVPlanes
+from nanokv.kernels.planes import KVPlanes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,9 +82,9 @@ class RawPages:
     def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """As AttentionPages.attend."""
         heads = self._heads
-        ops.rope_and_store(qkv, heads.cos_sin, pool, self.planes, batch, heads.num_heads, heads.norms)
+        heads.ops.rope_and_store(qkv, heads.cos_sin, pool, self.planes, batch, heads.num_heads, heads.norms)
         q = qkv[:, : heads.num_heads * heads.head_dim].unflatten(1, (heads.num_heads, heads.head_dim))
-        return ops.paged_attention(q, pool, self.planes, batch, heads.scale)
+        return heads.ops.paged_attention(q, pool, self.planes, batch, heads.scale)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """As AttentionPages.vectors."""

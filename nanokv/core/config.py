@@ -17,6 +17,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 _SCHEDULES = ("fcfs", "longest-prefix")
 _LOADS = ("auto", "dummy")
 _PREFILLS = ("exact", "fast")
+KERNELS = ("auto", "reference")
 
 
 def parse_bytes(value: int | str, field: str = "size") -> int:
@@ -87,6 +88,9 @@ class EngineConfig:
     """Path of a JSONL file that receives one record for each thing that happens to a page or a request."""
     debug_checks: bool = False
     """Recount every page whenever the engine is idle."""
+    kernels: str = "auto"
+    """"auto": compiled kernels for the device (numba, Triton); "reference": the readable torch ones on any device, to
+    step through with a debugger. Much slower; float32 tokens are the same, except where two logits almost tie."""
     load: str = "auto"
     """"auto" reads the checkpoint; "dummy" fills the model with seeded random weights (benchmarks)."""
 
@@ -112,7 +116,8 @@ class EngineConfig:
             parse_bytes(self.kv_memory, "kv_memory")
             if self.num_pages is not None:
                 raise ConfigError("kv_memory and num_pages both size the pool: give one of them")
-        for name, allowed in (("schedule", _SCHEDULES), ("load", _LOADS), ("prefill", _PREFILLS)):
+        choices = {"schedule": _SCHEDULES, "load": _LOADS, "prefill": _PREFILLS, "kernels": KERNELS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
         if not isinstance(self.native_layers, str):

@@ -61,7 +61,7 @@ class PrefillModel:
         kind = getattr(torch, dtype)
         self.decoder: Decoder = load_model(
             folder, described, dtype=kind, device=self.device, codec=codec_of(config, kind, described.attention_layers),
-            page_size=config.page_size, load=config.load, seed=config.seed,
+            page_size=config.page_size, load=config.load, seed=config.seed, kernels=config.kernels,
         )  # fmt: skip
         self.layout = PageLayout(self.decoder.specs, config.page_size)
         self.decoder.bind(self.layout)

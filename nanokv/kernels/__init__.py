@@ -1,1 +1,1 @@
-"""Pure functions on tensors, each op written up to three times under one signature; `ops` picks the twin."""
+"""Pure functions on tensors. An op has up to three implementations with one signature; `ops.Ops` selects one."""

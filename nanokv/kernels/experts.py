@@ -1,4 +1,4 @@
-"""Experts: the feed-forward layers of a mixture as packed weights, and where each lies for a kernel that reads all."""
+"""Experts: the packed weights of a mixture of experts, and their addresses for a kernel that reads all of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nanokv.kernels.linear import PackedLinear
 
 @dataclass(frozen=True)
 class Experts:
-    """The weights of each expert; all have the same shapes.
+    """The weights of the experts of one layer, all of the same shapes.
 
-    gate_up   [2 * hidden, width] each: the rows of gate, then those of up
-    down      [width, hidden] each
+    gate_up   a [2 * hidden, width] for each expert: the rows of gate, then those of up
+    down      a [width, hidden] for each expert
     """
 
     gate_up: list[PackedLinear]
@@ -32,17 +32,20 @@ class Experts:
 
     @cached_property
     def gate_up_at(self) -> torch.Tensor:
-        """int64 [count]: the address of each expert's weight, which must be in the form "plain" and stay there."""
+        """Addresses of the weights `gate_up`: int64 [count].
+
+        Raises ValueError for weights in another form than "plain". The weights must not be moved afterwards.
+        """
         return _addresses(self.gate_up)
 
     @cached_property
     def down_at(self) -> torch.Tensor:
-        """As gate_up_at."""
+        """Addresses of the weights `down`, as `gate_up_at`."""
         return _addresses(self.down)
 
 
 def _addresses(weights: list[PackedLinear]) -> torch.Tensor:
     forms = {weight.form for weight in weights}
     if forms != {"plain"}:
-        raise ValueError(f"experts in the form {forms}: only plain weights can be read by address")
+        raise ValueError(f"experts in the form {forms}: a kernel reads plain weights only")
     return torch.tensor([weight.data.data_ptr() for weight in weights], device=weights[0].data.device)

@@ -1,13 +1,13 @@
-"""Linear layers: a weight packed once into the form its device multiplies fastest, then used for any number of rows.
+"""Products with weights: a weight is packed once for its device and multiplied with any number of rows.
 
-Three forms, chosen by what the device can do:
+The device selects one of three forms:
 
-    blocks   CPU, float32 activations, weights float32, bfloat16 or float16: our own loop (cpu/linear.py). Weights stay
-             as wide as they were; bits of a row depend on that row alone.
-    onednn   CPU with bfloat16 instructions, bfloat16 throughout: oneDNN's packed product (torch.ops.mkldnn).
-    plain    everything else, GPUs first: torch.nn.functional.linear.
+    blocks   CPU, float32 activations, weights float32, bfloat16 or float16: the numba loop of cpu/linear.py. Weights
+             keep their width; the bits of a row depend on that row alone
+    onednn   CPU with bfloat16 instructions, bfloat16 throughout: oneDNN's packed product (torch.ops.mkldnn)
+    plain    everything else, and every weight of a model with the reference kernels: torch.nn.functional.linear
 
-Knows nothing of layers or models. numba is imported when the first blocks are packed.
+Knows neither layers nor models. numba is imported when the first weight is packed into blocks.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-# oneDNN lays out weights for an expected number of rows. A single row would get a layout made for matrix-vector
-# products, so we ask for a small batch, and run a single row as two: from two rows up, a row's bits stay the same.
+# oneDNN lays out weights for an expected number of rows. For a single row it picks a layout for matrix-vector products,
+# so a small batch is requested here and a single row runs as two: from two rows up, the bits of a row stay the same.
 _EXPECTED_ROWS = 32
-_FORMATS = (torch.float32, torch.bfloat16, torch.float16)  # what blocks hold
+_FORMATS = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes of blocks
 
 
 @cache
 def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 instructions and oneDNN uses them; oneDNN alone would also emulate them."""
+    """Whether this CPU has bfloat16 instructions and oneDNN uses them; without them oneDNN emulates, slowly."""
     return (
         torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -43,7 +43,7 @@ def _blocks() -> ModuleType:
 
 
 def activation_dtype(device: torch.device | str, weight_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of activations: that of the weights where the device multiplies it natively, else float32."""
+    """The dtype of activations: the weights' own where the device multiplies it natively, else float32."""
     if torch.device(device).type != "cpu" or weight_dtype not in (torch.bfloat16, torch.float16):
         return weight_dtype
     return torch.bfloat16 if weight_dtype == torch.bfloat16 and _multiplies_bfloat16() else torch.float32
@@ -51,10 +51,10 @@ def activation_dtype(device: torch.device | str, weight_dtype: torch.dtype) -> t
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A weight in one of the three forms. Made by `pack_linear`, used by `linear` and `embed`.
+    """A weight in one of the three forms. `pack_linear` makes it, `linear` and `embed` use it.
 
     shape              (out, in)
-    weight_dtype       of the weight that was packed
+    weight_dtype       of the weight before packing
     activation_dtype   of x and of the result
     form               "blocks", "onednn" or "plain"
     data               the weight in that form
@@ -70,32 +70,35 @@ class PackedLinear:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the weight takes, the plain copy included. oneDNN's form is counted without its padding."""
+        """Bytes of the weight, the plain copy included. oneDNN's form is counted without its padding."""
         table = 0 if self.table is None else self.table.nbytes
         return table + (self.data.numel() * self.data.element_size())
 
     def unpack(self) -> torch.Tensor:
-        """The weight [out, in] again, in its own dtype; a copy unless it was kept."""
+        """The weight [out, in] again, in its own dtype; may share memory with the packed form."""
         if self.form == "blocks":
             return _blocks().unpack(self.data, self.shape[0])
         if self.form == "onednn":
             return self.data.to_dense() if self.table is None else self.table
-        return self.data
+        return self.data.to(self.weight_dtype)
 
 
-def pack_linear(weight: torch.Tensor, activation_dtype: torch.dtype, keep: bool = False) -> PackedLinear:
-    """Pack a weight for its device.
+def pack_linear(
+    weight: torch.Tensor, activation_dtype: torch.dtype, keep: bool = False, plain: bool = False
+) -> PackedLinear:
+    """Packs a weight for its device.
 
-    weight             [out, in], float; not referred to afterwards, unless the form is plain
-    activation_dtype   of the x to come, see `activation_dtype`
-    keep               its rows are wanted too (`embed`): a table that the output layer shares is then held once where
-                       the form allows (blocks, plain), twice for oneDNN
+    weight             [out, in], float; the form "plain" may share its memory
+    activation_dtype   of x, see `activation_dtype`
+    keep               `embed` reads its rows too: a table that the output layer shares is then held once in the forms
+                       blocks and plain, twice in oneDNN's
+    plain              takes the form "plain" on every device
     """
     weight = weight.detach()
-    shape, dtype, on_cpu = tuple(weight.shape), weight.dtype, weight.device.type == "cpu"
-    if on_cpu and activation_dtype == torch.float32 and dtype in _FORMATS:
+    shape, dtype, may_pack = tuple(weight.shape), weight.dtype, weight.device.type == "cpu" and not plain
+    if may_pack and activation_dtype == torch.float32 and dtype in _FORMATS:
         return PackedLinear(shape, dtype, activation_dtype, "blocks", _blocks().pack(weight))
-    if on_cpu and activation_dtype == dtype == torch.bfloat16 and _multiplies_bfloat16():
+    if may_pack and activation_dtype == dtype == torch.bfloat16 and _multiplies_bfloat16():
         return _pack_onednn(weight, keep)
     return PackedLinear(shape, dtype, activation_dtype, "plain", weight.to(activation_dtype).contiguous())
 
@@ -109,10 +112,10 @@ def _pack_onednn(weight: torch.Tensor, keep: bool) -> PackedLinear:
 def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias.
 
-    x        [rows, in], activation dtype; any number of rows, 0 too
+    x        [rows, in], activation dtype; any number of rows, including 0
     bias     [out], activation dtype, or None
     Returns  [rows, out], activation dtype, a new contiguous tensor
-    Raises   TypeError where x does not fit
+    Raises   TypeError for an x of another width or dtype in the form "blocks"; torch raises for the other forms
     """
     if packed.form == "blocks":
         y = _blocks().multiply(x, packed.data, packed.shape[0])
@@ -128,11 +131,11 @@ def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = No
 
 
 def embed(packed: PackedLinear, ids: torch.Tensor) -> torch.Tensor:
-    """Rows `ids` of a packed weight: the embedding table that an output layer shares.
+    """Rows `ids` of a packed weight: an embedding table that the output layer shares.
 
     ids      int64 [rows], 0 <= id < out
     Returns  [rows, in], activation dtype, a new tensor
-    Raises   ValueError where the form hides its rows and the weight was packed without `keep`
+    Raises   ValueError for a weight in oneDNN's form that was packed without `keep`
     """
     if packed.form == "blocks":
         return _blocks().embed(packed.data, ids)
@@ -144,7 +147,7 @@ def embed(packed: PackedLinear, ids: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class PackedHeadLinear:
-    """A weight for each head, on a CPU in the form "blocks" whatever the activations are, else "plain".
+    """One weight a head: on a CPU in the form "blocks" for all activations, else "plain".
 
     shape              (heads, out, in)
     activation_dtype   of x and of the result
@@ -158,21 +161,25 @@ class PackedHeadLinear:
     data: torch.Tensor
 
 
-def pack_head_linear(weight: torch.Tensor, activation_dtype: torch.dtype) -> PackedHeadLinear:
-    """Pack the weights [heads, out, in] of a product that each head has of its own; see `head_linear`."""
+def pack_head_linear(weight: torch.Tensor, activation_dtype: torch.dtype, plain: bool = False) -> PackedHeadLinear:
+    """Packs weights [heads, out, in], one for each head, for `head_linear`.
+
+    plain   takes the form "plain" on every device
+    """
     weight, shape = weight.detach(), tuple(weight.shape)
-    if weight.device.type == "cpu" and weight.dtype in _FORMATS and activation_dtype in _FORMATS:
+    may_pack = weight.device.type == "cpu" and not plain
+    if may_pack and weight.dtype in _FORMATS and activation_dtype in _FORMATS:
         return PackedHeadLinear(shape, activation_dtype, "blocks", _blocks().pack_heads(weight))
     return PackedHeadLinear(shape, activation_dtype, "plain", weight.to(activation_dtype).contiguous())
 
 
 def head_linear(x: torch.Tensor, packed: PackedHeadLinear) -> torch.Tensor:
-    """y[r, h] = weight[h] @ x[r, h]: what MLA's absorption does to queries and to results, head by head.
+    """y[r, h] = weight[h] @ x[r, h]: the absorption of MLA, for queries and for results.
 
-    x        [rows, heads, in], activation dtype; may be a view whose rows and heads lie any distance apart
-    Returns  [rows, heads, out], activation dtype, contiguous; in the form blocks summed in float32, the bits of a row
-             independent of the other rows
-    Raises   TypeError where x does not fit
+    x        [rows, heads, in], activation dtype; may be a view with any strides of rows and heads
+    Returns  [rows, heads, out], activation dtype, contiguous; in the form "blocks" summed in float32, and the bits of
+             a row do not depend on other rows
+    Raises   TypeError for an x of another dtype
     Source   DeepSeek-AI 2024 (DeepSeek-V2)
     """
     if x.dtype is not packed.activation_dtype:
@@ -183,16 +190,17 @@ def head_linear(x: torch.Tensor, packed: PackedHeadLinear) -> torch.Tensor:
 
 
 @cache
-def row_invariant(dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Whether a row of `linear` has the same bits whatever the other rows are: measured, once per process.
+def row_invariant(dtype: torch.dtype, device: torch.device | str, plain: bool = False) -> bool:
+    """Whether the bits of a row of `linear` are independent of the other rows: measured once in a process.
 
     dtype    of the weights; activations take `activation_dtype(device, dtype)`
+    plain    as of `pack_linear`
     """
     device = torch.device(device)
     noise = torch.Generator().manual_seed(0)
     activation = activation_dtype(device, dtype)
     for out, width in ((200, 576), (64, 1536)):
-        packed = pack_linear(torch.randn(out, width, generator=noise).to(device, dtype), activation)
+        packed = pack_linear(torch.randn(out, width, generator=noise).to(device, dtype), activation, plain=plain)
         x = torch.randn(130, width, generator=noise).to(device, activation)
         together = linear(x, packed)
         for start, end in ((0, 1), (1, 3), (3, 6), (6, 10), (10, 17), (17, 33), (33, 66), (66, 130), (5, 130)):

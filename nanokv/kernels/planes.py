@@ -1,4 +1,4 @@
-"""Where the numbers of one layer lie in a page or a state, in bytes: what kernels get instead of strided views."""
+"""Places of one layer's numbers in a page or a state, in bytes. Kernels take these instead of strided views."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 @dataclass(frozen=True)
 class KVPlanes:
-    """Where one attention layer's keys and values lie in a page.
+    """Places of one attention layer's keys and values in a page.
 
-    K of a token and a KV head is `head_dim` numbers at k, then `tail_dim` at tail, which all KV heads share;
-    V of a token and a KV head is `value_dim` numbers at v:
+    The key of a token and a KV head has `head_dim` numbers at k, then `tail_dim` at tail, the rope key that all KV
+    heads share. Its value has `value_dim` numbers at v.
 
-        grouped queries   k and v are planes [kv_heads, page_size, head_dim]; no tail
-        MLA, absorbed     one KV head: k and v are the same plane, the latent [page_size, rank]; the tail is the
-                          rotated key [page_size, rope]
-        MLA, expanded     a page is rows [kv_heads * (nope + value) | rope], one a token, made for one step
+        grouped queries   k and v are planes [kv_heads, page_size, head_dim]; no rope key
+        MLA, absorbed     one KV head: k and v are the same plane, the latent [page_size, rank]; the rope key is a
+                          plane [page_size, rope]
+        MLA, expanded     a page holds a row [kv_heads * (nope + value) | rope] for each token; it lasts one step
 
     k_offset, v_offset, tail_offset   bytes from the start of a page
     page_bytes                        bytes from one page of the pool to the next
@@ -45,7 +45,7 @@ class KVPlanes:
 
     @cached_property
     def geometry(self) -> np.ndarray:
-        """The twelve sizes above as one int64 array, which is how compiled kernels take them."""
+        """The twelve sizes above as an int64 array, the form that compiled kernels take."""
         return np.array(
             [
                 self.k_offset, self.v_offset, self.tail_offset, self.page_bytes, self.page_size, self.token_stride,
@@ -56,30 +56,30 @@ class KVPlanes:
 
 
 LARGEST_SCALE = 65504.0
-"""What a float16 holds: larger scales become this."""
+"""The largest float16; larger scales are clamped to it."""
 
 LOOKUP, UNIFORM, FLOAT8 = range(3)
-"""How a kernel turns a code into table[code]."""
+"""The ways of a kernel to compute table[code]."""
 
 
 @dataclass(frozen=True, eq=False)
 class CodePlane:
-    """One side, K or V, of a layer whose pages hold codes: a number is table[code] * scale of its token and KV head.
+    """The codes of a layer's keys or values. A number is table[code] * scale, with a scale for each token and KV head.
 
     offset         bytes from the start of a page to the codes: uint8 [kv_heads, page_size, dim * low_bits / 8], where
                    low_bits is `bits`, or 2 where bits is 3
     high_offset    bytes to the third bit of each code: uint8 [kv_heads, page_size, dim / 8]; 0 unless bits is 3
     scale_offset   bytes to the scales: float16 [kv_heads, page_size]
     bits           2, 3, 4 or 8
-    dim            numbers a token and KV head
+    dim            numbers of a token and KV head
     table          float32 [2 ** bits], ascending
-    scaling        how the scale of a vector x is found; c is the vector of its table values:
+    scaling        the scale of a vector x; c is the vector of its table values:
                      "absmax"    largest |x| / table[-1], rounded to float16 first; codes are nearest to x / scale
                      "plain"     |x| / sqrt(dim); codes are nearest to x / that, for this and the next two
-                     "length"    |x| / |c|: what is decoded has the length of x
-                     "unbiased"  |x|^2 / <x, c>: what is decoded has the right product with x
+                     "length"    |x| / |c|: the decoded vector has the length of x
+                     "unbiased"  |x|^2 / <x, c>: the product of the decoded vector with x is |x|^2
 
-    A code is the number of thresholds (middles of neighbours in the table) that lie below. Scales are clamped to 65504;
+    A code counts the thresholds (the midpoints of neighbours in the table) below a number. Scales are clamped to 65504;
     a zero vector has scale 0. Several codes share a byte in halves and quarters: with 4 bits, byte j holds coordinate j
     in its low half and j + dim / 2 above; with 2 bits j, j + dim / 4, ...; bit i of a byte j of single bits belongs to
     coordinate j + i * dim / 8.
@@ -100,15 +100,15 @@ class CodePlane:
 
     @cached_property
     def form(self) -> int:
-        """How a kernel turns a code into table[code]: LOOKUP, for up to 4 bits; for 8, UNIFORM (first + code * step) or
-        FLOAT8 (the values of e4m3 in order). Raises ValueError for any other table of 256."""
+        """The way to compute table[code]: LOOKUP for up to 4 bits; for 8 bits, UNIFORM (first + code * step) or FLOAT8
+        (the values of e4m3 in order). Raises ValueError for any other table of 256."""
         if self.bits <= 4:
             return LOOKUP
         code, table = torch.arange(256), self.table.cpu()
         if torch.equal(table, table[0] + code * (table[1] - table[0])):
             return UNIFORM
         magnitude = torch.where(code < 128, 127 - code, code - 128).clamp(max=126).int()
-        value = (magnitude << 20).view(torch.float32) * 2.0**120  # the bits of e4m3 where those of a float32 stand
+        value = (magnitude << 20).view(torch.float32) * 2.0**120  # the bits of e4m3 in their place of a float32
         if torch.equal(table, torch.where(code < 128, -value, value)):
             return FLOAT8
         raise ValueError("table of 8 bits: allowed are values at equal distances and those of float8_e4m3fn, ascending")
@@ -120,7 +120,7 @@ class CodePlane:
 
 @dataclass(frozen=True, eq=False)
 class CodePlanes:
-    """Where one attention layer's codes lie in a page.
+    """Places of one attention layer's codes in a page.
 
     k, v         CodePlane of keys and of values
     page_bytes   bytes from one page of the pool to the next
@@ -142,13 +142,13 @@ class CodePlanes:
 
 @dataclass(frozen=True)
 class StatePlanes:
-    """Where one Gated DeltaNet layer's state lies in each state of the pool: two planes.
+    """Places of one Gated DeltaNet layer's two planes in a state of the pool.
 
     conv_offset    bytes from the start of a state to the last inputs of the convolution: conv_dtype
                    [channels, kernel - 1], oldest first
     state_offset   bytes from the start of a state to the matrices: float32 [value_heads, key_dim, value_dim]
     state_bytes    bytes from one state of the pool to the next
-    kernel         width of the convolution, which runs over the channels of q | k | v
+    kernel         width of the convolution over the channels of q | k | v
     """
 
     conv_offset: int
@@ -167,14 +167,17 @@ class StatePlanes:
 
     @cached_property
     def geometry(self) -> np.ndarray:
-        """The eight sizes above as one int64 array, which is how compiled kernels take them."""
+        """The eight sizes above as an int64 array, the form that compiled kernels take."""
         sizes = [self.conv_offset, self.state_offset, self.state_bytes, self.key_heads, self.value_heads]
         return np.array([*sizes, self.key_dim, self.value_dim, self.kernel], np.int64)
 
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """The norms of queries and keys (Qwen3): weights [head_dim] of one dtype, which all heads share, and eps."""
+    """The RMS norms of queries and keys (Qwen3), shared by all heads.
+
+    q, k   weights [head_dim], of one dtype
+    """
 
     q: torch.Tensor
     k: torch.Tensor

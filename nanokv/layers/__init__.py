@@ -1,1 +1,1 @@
-"""The parts of a transformer block: plain classes that hold tensors and are called. They know no family and no file."""
+"""The parts of a transformer block: plain callable classes that hold tensors. They know neither families nor files."""

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: attention without keys and values per token. A layer keeps one matrix a head for each sequence."""
+"""Gated DeltaNet: attention without keys and values for each token. A sequence keeps one matrix a head and layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from nanokv.cache.store import CacheStore
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.kernels import ops
+from nanokv.kernels.ops import Ops
+from nanokv.kernels.planes import StatePlanes
 from nanokv.layers.linear import Linear
 
 
@@ -20,35 +21,36 @@ class DeltaConfig:
     key_heads: int
     """linear_num_key_heads"""
     value_heads: int
-    """linear_num_value_heads; each key head serves value_heads / key_heads consecutive ones."""
+    """linear_num_value_heads; value_heads / key_heads consecutive value heads share a key head."""
     key_dim: int
     """linear_key_head_dim"""
     value_dim: int
     """linear_value_head_dim"""
     kernel: int
-    """linear_conv_kernel_dim: tokens that the short convolution sees."""
+    """linear_conv_kernel_dim: tokens in the window of the short convolution."""
 
     @property
     def channels(self) -> int:
-        """Width of q, k and v together, which is what the convolution runs over."""
+        """Width of q, k and v together: the channels of the convolution."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 class GatedDeltaNet:
-    """The gated delta rule behind a short convolution (Yang et al. 2024), as in Qwen3-Next and Qwen3.5.
+    """A short convolution, then the gated delta rule (Yang et al. 2024), as in Qwen3-Next and Qwen3.5.
 
-    A head's state S [key_dim, value_dim] maps keys to values. A token lets it decay, corrects what it answers for the
-    token's key towards the token's value, and reads it with the token's query. No positions, nothing per token.
+    The state S [key_dim, value_dim] of a head maps keys to values. For each token the state decays, its answer for the
+    token's key is corrected towards the token's value, and the token's query reads it. There are no positions.
 
-    in_proj   Linear to [q | k | v | z | b | a]: channels, then the gate of the result, then the two gates of the state
-    conv      [channels, kernel] depthwise, over q, k and v together, silu after it
-    a_log, dt_bias   float32 [value_heads]: how fast a head's state decays
-    norm      [value_dim], of each head's result before its gate
+    in_proj   Linear to [q | k | v | z | b | a]: channels, the gate z of the result, the two gates of the state
+    conv      [channels, kernel], depthwise over q, k and v together; silu follows
+    a_log, dt_bias   float32 [value_heads]: the decay rate of a head's state
+    norm      [value_dim]: weight of the norm of each head's result, before its gate
     out       Linear from value_heads * value_dim back to the width of x
-    Call      x [rows, width], store, batch -> [rows, width]; the states batch.state_ids move on by the rows
+    ops       Ops
+    Call      x [rows, width], store, batch -> [rows, width]; updates the states batch.state_ids by these rows
     """
 
-    planes: ops.StatePlanes
+    planes: StatePlanes
     is_recordable = True
 
     def __init__(
@@ -61,6 +63,7 @@ class GatedDeltaNet:
         norm_eps: float,
         out: Linear,
         shape: DeltaConfig,
+        ops: Ops,
     ) -> None:
         self.in_proj = in_proj
         self.conv = conv
@@ -70,19 +73,20 @@ class GatedDeltaNet:
         self.norm_eps = norm_eps
         self.out = out
         self.shape = shape
+        self.ops = ops
 
     @staticmethod
     def spec(shape: DeltaConfig, dtype: torch.dtype) -> LayerSpec:
-        """What such a layer keeps: nothing per token, a float32 state and the last inputs of the convolution."""
+        """The planes of such a layer: a float32 state and the last inputs of the convolution, nothing for a token."""
         conv = Plane("conv", (shape.channels, shape.kernel - 1), dtype, token_axis=None)
         state = Plane("state", (shape.value_heads, shape.key_dim, shape.value_dim), torch.float32, token_axis=None)
         return LayerSpec(state=(state, conv))
 
     def bind(self, layout: PageLayout, layer: int) -> None:
-        """Tells the layer where its planes lie in a state; needed once before the first call."""
+        """Gives the layer the place of its planes in a state; needed once before the first call."""
         conv, state = layout.state(layer, "conv"), layout.state(layer, "state")
         shape = self.shape
-        self.planes = ops.StatePlanes(
+        self.planes = StatePlanes(
             conv.offset, state.offset, layout.state_bytes, shape.key_heads, shape.value_heads, shape.key_dim,
             shape.value_dim, shape.kernel, conv.plane.dtype,
         )  # fmt: skip
@@ -90,7 +94,8 @@ class GatedDeltaNet:
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         heads, inner = self.shape.value_heads, self.shape.value_heads * self.shape.value_dim
         mixed, z, gates = self.in_proj(x).split((self.shape.channels, inner, 2 * heads), dim=1)
-        qkv = ops.short_conv(mixed, self.conv, store.states.data, self.planes, batch)
-        rule = ops.delta_rule_step if batch.num_rows == batch.num_requests else ops.delta_rule_chunk
+        qkv = self.ops.short_conv(mixed, self.conv, store.states.data, self.planes, batch)
+        is_decode = batch.num_rows == batch.num_requests
+        rule = self.ops.delta_rule_step if is_decode else self.ops.delta_rule_chunk
         read = rule(qkv, gates, self.a_log, self.dt_bias, store.states.data, self.planes, batch)
-        return self.out(ops.gated_rms_norm(read, z, self.norm, self.norm_eps))
+        return self.out(self.ops.gated_rms_norm(read, z, self.norm, self.norm_eps))

@@ -1,35 +1,42 @@
-"""Linear, Embedding, and a weight that is both: the ways to use a matrix."""
+"""Linear, Embedding, and TiedEmbedding: the three uses of a weight matrix."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from nanokv.kernels import ops
+from nanokv.kernels.linear import embed, linear
+from nanokv.kernels.ops import Ops
 
 
 class Linear:
-    """x @ weight.T + bias, the weight packed once for the device it is on.
+    """x @ weight.T + bias. The weight is packed once for its device.
 
-    weight       [out, in], float; the caller drops it, the packed form stays
+    weight       [out, in], float; only the packed form is kept
     activation   dtype of x and of the result
+    ops          Ops
     bias         [out] in the activation dtype, or None
-    keep         its rows will be looked up too (TiedEmbedding)
+    keep         whether a TiedEmbedding reads the weight's rows too
     Call         [rows, in] -> [rows, out]
     """
 
     def __init__(
-        self, weight: torch.Tensor, activation: torch.dtype, bias: torch.Tensor | None = None, keep: bool = False
+        self,
+        weight: torch.Tensor,
+        activation: torch.dtype,
+        ops: Ops,
+        bias: torch.Tensor | None = None,
+        keep: bool = False,
     ) -> None:
         self.packed = ops.pack_linear(weight, activation, keep)
         self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(x, self.packed, self.bias)
+        return linear(x, self.packed, self.bias)
 
 
 class Embedding:
-    """The rows of a table.
+    """Looks up rows of a table.
 
     table        [vocab, width], float
     activation   dtype of the result
@@ -45,10 +52,13 @@ class Embedding:
 
 
 class TiedEmbedding:
-    """The rows of the head: one packed weight is both, where the model ties them. Called as Embedding is."""
+    """The rows of the head's weight, for a model that ties the two.
+
+    Call   as Embedding
+    """
 
     def __init__(self, head: Linear) -> None:
         self.head = head
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return ops.embed(self.head.packed, token_ids)
+        return embed(self.head.packed, token_ids)

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: one latent and one rotated key per token serve all heads. Nothing expanded is kept."""
+"""Multi-head latent attention: all heads share one latent and one rotated key a token. Only these two are kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from nanokv.codecs import Codec
 from nanokv.codecs.latents import Latent, LatentPages, RawLatentPages
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.kernels import ops
+from nanokv.kernels.linear import PackedHeadLinear
+from nanokv.kernels.ops import Ops
 from nanokv.layers.linear import Linear
 from nanokv.layers.norm import RMSNorm
 
@@ -21,13 +22,13 @@ class MLAConfig:
     """Multi-head latent attention (DeepSeek-V2): a page keeps one latent and one rotated key of each token."""
 
     q_rank: int | None
-    """q_lora_rank: width that queries are squeezed through; None projects them at once."""
+    """q_lora_rank: width of the low-rank projection of queries; None for a single projection."""
     kv_rank: int
     """kv_lora_rank: width of the latent."""
     nope_dim: int
     """qk_nope_head_dim: part of a head's query and key without positions."""
     rope_dim: int
-    """qk_rope_head_dim: part with rotary positions; its key is shared by all heads."""
+    """qk_rope_head_dim: part with rotary positions; all heads share its key."""
     value_dim: int
     """v_head_dim"""
     interleaved: bool
@@ -39,21 +40,24 @@ class MLA:
 
         key of head h     [W_UK_h c | k_rope]          value of head h     W_UV_h c
 
-    Two ways to the same result. Expanded: compute keys and values of all tokens, then attend as usual. Absorbed: move
-    W_UK into the query and W_UV behind the sum,
+    There are two ways to the same result. Expanded: compute the keys and values of all tokens, then attend as usual.
+    Absorbed: move W_UK into the query and W_UV behind the sum,
 
         q_h . W_UK_h c = (W_UK_h^T q_h) . c            sum_t p_t W_UV_h c_t = W_UV_h (sum_t p_t c_t)
 
-    so that all heads read the latents themselves: one KV head, K = [c | k_rope], V = c. `expands` says which is
-    cheaper.
+    so that all heads read the latents themselves: one KV head, K = [c | k_rope], V = c. `expands` finds the cheaper
+    one.
 
-    down      Linear to [q | latent | k_rope]; q is what q_up takes where queries have a rank, else the queries
+    down      Linear to [q | latent | k_rope]; q is the input of q_up, or the queries themselves without q_up
     q_norm    RMSNorm before q_up, or None
     q_up      Linear to the queries, or None; queries are all heads' nope_dim, then all heads' rope_dim
     kv_norm   RMSNorm of the latent
-    w_uk      heads of [rank, nope_dim] packed for ops.head_linear; w_uv heads of [value_dim, rank]
+    w_uk      PackedHeadLinear, heads of [rank, nope_dim]
+    w_uv      PackedHeadLinear, heads of [value_dim, rank]
     expand    Linear from the latent to [nope_dim | value_dim] of each head, or None: then every row is absorbed
     codec     how latents are written into a page
+    scale     factor of the scores
+    ops       Ops
     Call      x [rows, width], store, batch -> [rows, width]
     """
 
@@ -65,8 +69,8 @@ class MLA:
         q_norm: RMSNorm | None,
         q_up: Linear | None,
         kv_norm: RMSNorm,
-        w_uk: ops.PackedHeadLinear,
-        w_uv: ops.PackedHeadLinear,
+        w_uk: PackedHeadLinear,
+        w_uv: PackedHeadLinear,
         expand: Linear | None,
         out: Linear,
         cos_sin: torch.Tensor,
@@ -74,6 +78,7 @@ class MLA:
         num_heads: int,
         shape: MLAConfig,
         scale: float,
+        ops: Ops,
     ) -> None:
         self.down = down
         self.q_norm = q_norm
@@ -88,6 +93,7 @@ class MLA:
         self.num_heads = num_heads
         self.shape = shape
         self.scale = scale
+        self.ops = ops
 
     @staticmethod
     def spec(codec: Codec, kv_rank: int, rope_dim: int, page_size: int) -> LayerSpec:
@@ -99,8 +105,8 @@ class MLA:
         """Tells the layer where its planes lie in a page; needed once before the first call."""
         shape, norm = self.shape, self.kv_norm
         latent = Latent(
-            shape.kv_rank, shape.rope_dim, norm.weight, norm.eps, self.cos_sin, self.scale, self.w_uk, self.w_uv,
-            self.expand, lambda cached, rows: expands(shape, cached, rows),
+            shape.kv_rank, shape.rope_dim, norm.weight, norm.eps, self.cos_sin, self.scale, self.ops, self.w_uk,
+            self.w_uv, self.expand, lambda cached, rows: expands(shape, cached, rows),
         )  # fmt: skip
         self.pages = self.codec.latent_pages(layout, layer, latent)
 
@@ -121,16 +127,16 @@ class MLA:
 
 
 def expands(shape: MLAConfig, cached: int, rows: int) -> bool:
-    """Whether `rows` new rows over `cached` tokens cost fewer multiply-adds when latents are expanded.
+    """Whether `rows` new rows over `cached` tokens take fewer multiply-adds with expanded latents.
 
     For each head, with R = kv_rank, n = nope_dim, r = rope_dim, v = value_dim, T = cached + rows tokens and
-    P = rows * (cached + rows / 2) pairs of a query and a key that it sees:
+    P = rows * (cached + rows / 2) pairs of a query and a key visible to it:
 
         expanded    T * R * (n + v)  to expand        + P * ((n + r) + v)  to attend
         absorbed    rows * R * (n + v)  to absorb     + P * ((R + r) + R)  to attend
 
-    Expanding wins where   cached * R * (n + v) < P * (2 R - n - v):   always without a cached prefix, never for one
-    row over a long one. DeepSeek-V3 turns at 171 rows over a long prefix.
+    Expanding is cheaper where   cached * R * (n + v) < P * (2 R - n - v):   always without a cached prefix, never for
+    one row over a long one. For DeepSeek-V3 and a long prefix, from 171 rows.
     """
     pairs = rows * (cached + rows / 2)
     inner = shape.nope_dim + shape.value_dim

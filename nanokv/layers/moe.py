@@ -1,28 +1,30 @@
-"""Mixture of experts: a router chooses a few feed-forward layers for each row. Knows no family: the router's rule does.
+"""Mixture of experts: a router selects a few feed-forward layers for each row. Families differ in the router's rule.
 
-Every number of a row follows from that row alone: products keep a row's bits whatever the other rows are, and a row's
-experts are added in the order of their ids. So batch mates change nothing.
+A row's result does not depend on the other rows of its step: products compute each row by itself, and the experts of a
+row are added in the order of their ids.
 """
 
 from __future__ import annotations
 
 import torch
 
-from nanokv.kernels import ops
+from nanokv.kernels.experts import Experts
+from nanokv.kernels.ops import Ops
 from nanokv.layers.linear import Linear
 from nanokv.layers.mlp import MLP
 
 
 class Router:
-    """Which experts a row goes to, and with which weights (Shazeer et al. 2017; DeepSeek-AI 2024).
+    """Selects the experts of a row and their weights (Shazeer et al. 2017; DeepSeek-AI 2024).
 
     gate         Linear to num_experts, float32
-    bias         float32 [num_experts], added to the scores for the choice only (balances the experts of V3), or None
+    bias         float32 [num_experts], added to the scores for the selection only (load balancing of V3), or None
+    per_token    experts of a row
     scoring      "softmax" over all experts, or "sigmoid" of each
-    normalise    make the weights of the chosen sum to 1
-    scale        multiplies the weights
-    num_groups   experts stand in so many groups, of which the best `top_groups` are open: a group counts as its best
-                 expert (softmax), or as its best two together (sigmoid)
+    normalise    whether the weights of the selected experts are scaled to a sum of 1
+    scale        factor of the weights
+    num_groups   groups of experts; a row selects from its best `top_groups` only. The score of a group is that of its
+                 best expert (softmax), or the sum of its best two (sigmoid)
     Call         x [rows, width] -> weights float32 [rows, per_token], experts int64 [rows, per_token]
     """
 
@@ -67,25 +69,29 @@ class Router:
 
 
 class MoE:
-    """The weighted sum of the experts that the router chose, and of one that every row goes to.
+    """The weighted sum of a row's selected experts, plus a shared expert.
 
     router        Router
     experts       list of MLP
-    shared        MLP, or None
+    shared        MLP of every row, or None
     shared_gate   Linear to 1, whose sigmoid scales the shared expert, or None
+    ops           Ops
     Call          [rows, width] -> [rows, width]
     """
 
-    def __init__(self, router: Router, experts: list[MLP], shared: MLP | None, shared_gate: Linear | None) -> None:
+    def __init__(
+        self, router: Router, experts: list[MLP], shared: MLP | None, shared_gate: Linear | None, ops: Ops
+    ) -> None:
         self.router = router
-        self.experts = ops.Experts([one.gate_up.packed for one in experts], [one.down.packed for one in experts])
+        self.experts = Experts([one.gate_up.packed for one in experts], [one.down.packed for one in experts])
         self.shared = shared
         self.shared_gate = shared_gate
+        self.ops = ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.router(x)
         out = self._shared(x)
-        ops.add_experts(out, x, weights, chosen, self.experts)
+        self.ops.add_experts(out, x, weights, chosen, self.experts)
         return out
 
     def _shared(self, x: torch.Tensor) -> torch.Tensor:
@@ -96,6 +102,6 @@ class MoE:
 
 
 def _sigmoid(x: torch.Tensor) -> torch.Tensor:
-    """By the softmax of (x, 0), which torch computes element by element: its sigmoid rounds the last few numbers of a
-    tensor in another way than those before, so a row would depend on the rows around it."""
+    """Sigmoid as the softmax of (x, 0), which torch computes element by element. torch.sigmoid rounds the last few
+    numbers of a tensor differently from those before, so a row would depend on its neighbours."""
     return torch.stack((x, torch.zeros_like(x)), dim=-1).softmax(-1)[..., 0]

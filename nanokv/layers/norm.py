@@ -1,10 +1,10 @@
-"""RMSNorm: alone, or fused with the residual addition that stands before it in every block."""
+"""RMSNorm, alone or fused with the residual addition before it in every block."""
 
 from __future__ import annotations
 
 import torch
 
-from nanokv.kernels import ops
+from nanokv.kernels.ops import Ops
 
 
 class RMSNorm:
@@ -12,15 +12,18 @@ class RMSNorm:
 
     weight   [width] in the activation dtype
     eps      added to the mean square
+    ops      Ops
+    Call     [rows, width] -> [rows, width]
     """
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+    def __init__(self, weight: torch.Tensor, eps: float, ops: Ops) -> None:
         self.weight = weight
         self.eps = eps
+        self.ops = ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """residual += x IN PLACE, then the norm of the sum: [rows, width] -> [rows, width]."""
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)

@@ -1,4 +1,4 @@
-"""Rotary position embedding: the angles of every position, as one table of cosines and sines."""
+"""Rotary position embedding: one table with the cosines and sines of every position."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """How positions turn into angles.
+    """The rotation angle of each position.
 
-    dim     dimensions of a head that are rotated
-    theta   base of the geometric series of frequencies
-    kind    "default"; "linear" divides every frequency by `factor` (Chen et al. 2023); "llama3" divides the low ones
-            only: waves longer than original_max_positions / low_freq_factor, with a ramp down to those shorter than
-            original_max_positions / high_freq_factor, which stay (Llama 3.1); "yarn" does the same with a ramp over
-            the pairs of dimensions instead of their wavelengths (Peng et al. 2023), where the two factors are called
-            beta_slow and beta_fast
-    amplitude   what cosines and sines are multiplied with (yarn)
+    dim         rotated dimensions of a head
+    theta       base of the geometric series of frequencies
+    kind        "default"; "linear" divides every frequency by `factor` (Chen et al. 2023); "llama3" divides only the
+                low ones, with wavelengths above original_max_positions / low_freq_factor, keeps those with wavelengths
+                below original_max_positions / high_freq_factor and interpolates between (Llama 3.1); "yarn" does the
+                same but interpolates over the pairs of dimensions instead of their wavelengths (Peng et al. 2023; the
+                two factors are called beta_slow and beta_fast there)
+    amplitude   factor of cosines and sines (yarn)
     """
 
     dim: int
@@ -52,10 +52,10 @@ def frequencies(rope: RopeConfig) -> torch.Tensor:
 
 
 def _yarn_kept(rope: RopeConfig) -> torch.Tensor:
-    """How much of each pair's frequency stays: 1 for the fast pairs, 0 for the slow ones; float32 [dim / 2]."""
+    """The kept share of each pair's frequency: 1 for the fast pairs, 0 for the slow ones; float32 [dim / 2]."""
 
     def pair(turns: float) -> float:
-        """The pair (a real number) that turns so often over the original positions."""
+        """The pair, as a real number, that makes this many turns over the original positions."""
         return rope.dim * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     first = max(math.floor(pair(rope.high_freq_factor)), 0)

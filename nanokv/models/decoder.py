@@ -1,13 +1,7 @@
-"""Decoder: the stack of blocks that every family shares, in one call or stepped layer by layer.
+"""Decoder: the stack of blocks that every family shares.
 
-    x, residual = decoder.embed(batch)
-    for layer in decoder.layers:
-        x = layer(x, residual, store, batch)
-    logits = decoder.logits(x, residual, batch)
-
-The stream of a row is x + residual: what the last sublayer gave, and the sum before it. The addition waits for the
-next norm, which does both in one pass over memory. A caller that steps the layers may read, drop or replace rows
-between two of them.
+The residual stream of a row is x + residual: the result of the last sublayer, and the sum before it. The next norm does
+the addition, in one pass over memory with its own work.
 """
 
 from __future__ import annotations
@@ -32,7 +26,7 @@ from nanokv.models.config import GATED_DELTA, ModelConfig
 
 
 def layer_specs(config: ModelConfig, codec: Codec, page_size: int) -> list[LayerSpec]:
-    """What each layer of the model keeps, known without its weights (`nanokv size`)."""
+    """The LayerSpec of each layer, from the config alone (`nanokv size` has no weights)."""
 
     def spec(layer: int, kind: str) -> LayerSpec:
         if kind == GATED_DELTA:
@@ -46,24 +40,31 @@ def layer_specs(config: ModelConfig, codec: Codec, page_size: int) -> list[Layer
 
 
 class Mixer(Protocol):
-    """The half of a block that looks at other tokens, and so the half that keeps something."""
+    """The half of a block that reads other tokens, and therefore the half with a cache."""
 
     @property
-    def is_recordable(self) -> bool: ...
+    def is_recordable(self) -> bool:
+        """Whether a CUDA graph can record a decode step. Needs a bound layer."""
+        ...
 
-    def bind(self, layout: PageLayout, layer: int) -> None: ...
+    def bind(self, layout: PageLayout, layer: int) -> None:
+        """Gives the layer the place of its planes; needed once before the first call."""
+        ...
 
-    def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
+        """[rows, width] -> [rows, width]; writes the rows into the layer's planes."""
+        ...
 
+
+FeedForward = Callable[[torch.Tensor], torch.Tensor]
+"""The half of a block that computes each token by itself: MLP or MoE, [rows, width] -> [rows, width]."""
 
 Between = Callable[[int, torch.Tensor, torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, Batch]]
-"""(layer, x, residual, batch) -> (x, residual, batch), called after each layer."""
-FeedForward = Callable[[torch.Tensor], torch.Tensor]
-"""The half of a block that looks at one token at a time: MLP or MoE, [rows, width] -> [rows, width]."""
+"""Called after a layer with (layer, x, residual, batch); its result is the input of the next layer."""
 
 
 class Block:
-    """A pre-norm block: mix tokens, then transform each.
+    """A pre-norm block: mixes tokens, then transforms each.
 
     Call   x, residual [rows, width], activation dtype -> the new x; residual is updated IN PLACE
     """
@@ -82,9 +83,12 @@ class Block:
 class Decoder:
     """A language model over pages. `bind` a layout before the first step.
 
-    config   ModelConfig
-    specs    LayerSpec of each layer, for PageLayout
-    layers   list of Block
+    config      ModelConfig
+    specs       LayerSpec of each layer, for PageLayout
+    embedding   token ids -> the first x
+    layers      list of Block
+    norm        RMSNorm of the last residual stream
+    head        Linear to the vocabulary
     """
 
     def __init__(
@@ -104,7 +108,7 @@ class Decoder:
         self.head = head
 
     def bind(self, layout: PageLayout) -> None:
-        """Gives each layer the offsets of its planes. Raises CacheError for the layout of another model."""
+        """Gives each layer the offsets of its planes. Raises CacheError for another model's layout."""
         sizes = {spec.page_size for spec in self.specs if spec.paged}
         if layout.specs != self.specs or not sizes <= {layout.page_size}:
             raise CacheError("the page layout is that of another model, codec or page size than the decoder's")
@@ -113,8 +117,8 @@ class Decoder:
 
     @property
     def is_recordable(self) -> bool:
-        """Whether a decode step may stand in a CUDA graph; once the decoder is bound."""
-        return all(layer.mixer.is_recordable for layer in self.layers)
+        """Whether a CUDA graph can record a decode step. Needs a bound decoder."""
+        return self.norm.ops.are_recordable and all(layer.mixer.is_recordable for layer in self.layers)
 
     def key_means(self) -> list[KeyMean]:
         """The means of the layers whose codec can subtract one from keys; once the decoder is bound."""
@@ -122,7 +126,7 @@ class Decoder:
         return [mixer.pages.key_mean for mixer in mixers if mixer.pages.key_mean is not None]
 
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stream before the first layer: x and residual, each [rows, width]."""
+        """The residual stream before the first layer: x and residual, each [rows, width]."""
         x = self.embedding(batch.token_ids)
         return x, torch.zeros_like(x)
 
@@ -132,7 +136,15 @@ class Decoder:
         return self.head(self.norm.add(x[rows], residual[rows])).float()
 
     def forward(self, batch: Batch, store: CacheStore, between: Between | None = None) -> torch.Tensor:
-        """One step: writes what every row adds into pages and states, returns float32 [wanted, vocab]."""
+        """One step: writes the rows' keys, values and states into `store`. Returns logits, float32 [wanted, vocab].
+
+        between   called after each layer, the last one included; None: no call. It may read rows, replace their values
+                  and drop rows. Its result is the input of the next layer, and the returned batch must describe exactly
+                  the returned rows: a dropped row is gone from every field, and request_starts and logit_rows count the
+                  remaining rows. Later layers write nothing for a dropped row: in their planes its slot keeps the
+                  previous content, which later rows of the same request read. They mark unwritable rows in the returned
+                  batch alone. An exception ends the step
+        """
         x, residual = self.embed(batch)
         for index, layer in enumerate(self.layers):
             x = layer(x, residual, store, batch)

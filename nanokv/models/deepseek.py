@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from nanokv.codecs import Codec
-from nanokv.kernels import ops
 from nanokv.layers.linear import Linear
 from nanokv.layers.mla import MLA, MLAConfig
 from nanokv.layers.norm import RMSNorm
@@ -97,7 +96,7 @@ def _score_factor(fields: Fields) -> float:
 
 
 def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
-    """The decoder, its weights taken out of `weights` one block after the other."""
+    """The decoder. It takes its tensors from `weights`, one block after the other."""
 
     def mixer(layer: int, cos_sin: torch.Tensor) -> MLA:
         return _attention(weights, f"model.layers.{layer}.self_attn", config, codec.at(layer), cos_sin)
@@ -108,32 +107,34 @@ def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -
 def _attention(weights: Weights, at: str, config: ModelConfig, codec: Codec, cos_sin: torch.Tensor) -> MLA:
     mla, heads, width = config.mla, config.num_heads, config.hidden_size
     q_width, rank = heads * (mla.nope_dim + mla.rope_dim), mla.kv_rank
+    activation, ops = weights.activation, weights.ops
     if mla.q_rank is None:
         down, q_norm, q_up = _by_part(weights.matrix(f"{at}.q_proj.weight", q_width, width), config), None, None
     else:
         down = weights.matrix(f"{at}.q_a_proj.weight", mla.q_rank, width)
-        q_norm = RMSNorm(weights.vector(f"{at}.q_a_layernorm.weight", mla.q_rank), NORM_EPS)
+        q_norm = RMSNorm(weights.vector(f"{at}.q_a_layernorm.weight", mla.q_rank), NORM_EPS, ops)
         stored = weights.matrix(f"{at}.q_b_proj.weight", q_width, mla.q_rank)
-        q_up = Linear(_by_part(stored, config), weights.activation)
+        q_up = Linear(_by_part(stored, config), activation, ops)
     latent, k_rope = weights.matrix(f"{at}.kv_a_proj_with_mqa.weight", rank + mla.rope_dim, width).split(
         (rank, mla.rope_dim)
     )
     kv_b = weights.matrix(f"{at}.kv_b_proj.weight", heads * (mla.nope_dim + mla.value_dim), rank)
     w_uk, w_uv = kv_b.view(heads, -1, rank).split((mla.nope_dim, mla.value_dim), dim=1)
     return MLA(
-        Linear(join([down, latent, _halves(k_rope, config)]), weights.activation),
+        Linear(join([down, latent, _halves(k_rope, config)]), activation, ops),
         q_norm,
         q_up,
-        RMSNorm(weights.vector(f"{at}.kv_a_layernorm.weight", rank), NORM_EPS),
-        ops.pack_head_linear(w_uk.transpose(1, 2), weights.activation),
-        ops.pack_head_linear(w_uv, weights.activation),
-        Linear(kv_b, weights.activation) if codec.expands_latents else None,
+        RMSNorm(weights.vector(f"{at}.kv_a_layernorm.weight", rank), NORM_EPS, ops),
+        ops.pack_head_linear(w_uk.transpose(1, 2), activation),
+        ops.pack_head_linear(w_uv, activation),
+        Linear(kv_b, activation, ops) if codec.expands_latents else None,
         parts.linear(weights, at, {"o_proj": width}, heads * mla.value_dim),
         cos_sin,
         codec,
         heads,
         mla,
         config.softmax_scale,
+        ops,
     )
 
 

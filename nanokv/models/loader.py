@@ -1,7 +1,7 @@
-"""From a folder to a Decoder: says which tensors the model needs, checks them all before the first is read, builds.
+"""Builds the Decoder of a folder: lists the tensors of the model, checks all of them, then reads and packs them.
 
-Raises CheckpointError for whatever is wrong with a folder, in one line that names all of it: nothing is silently
-zero, converted or skipped.
+Every fault of a folder is a CheckpointError whose single line names all faults. No tensor is silently zero, converted
+or skipped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from nanokv.codecs import Codec, RawCodec
-from nanokv.kernels import ops
+from nanokv.kernels.linear import activation_dtype
+from nanokv.kernels.ops import Ops
 from nanokv.models import FAMILIES
 from nanokv.models.checkpoint import Checkpoint
 from nanokv.models.config import ModelConfig
@@ -30,14 +31,16 @@ def load_model(
     page_size: int,
     load: str = "auto",
     seed: int = 0,
+    kernels: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """The model of a folder, ready to be bound to a PageLayout.
+    """The model of a folder; the caller binds it to a PageLayout.
 
     folder     holds *.safetensors; not touched when load is "dummy"
-    dtype      of the weights; activations take ops.activation_dtype(device, dtype)
-    codec      how k and v will be written; with page_size it shapes what the layers keep
-    load       "auto" reads the checkpoint; "dummy" fills the model with noise that follows from `seed`
+    dtype      of the weights; activations have activation_dtype(device, dtype)
+    codec      Codec of pages: it and page_size determine the planes of each layer
+    load       "auto" reads the checkpoint; "dummy" fills the model with noise that `seed` determines
+    kernels    "auto" or "reference", see `Ops`
     progress   called with (tensors taken, tensors in all) while the model is built
     Raises     CheckpointError naming the file, or every tensor that is missing, unexpected, misshapen or quantised
     """
@@ -51,12 +54,12 @@ def load_model(
         read = checkpoint.read
     device = torch.device(device)
     count = None if progress is None else lambda taken: progress(taken, len(shapes))
-    weights = Weights(read, dtype, ops.activation_dtype(device, dtype), device, count)
+    weights = Weights(read, dtype, activation_dtype(device, dtype), device, Ops(kernels), count)
     return build(config, weights, codec, page_size)
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this model holds: the builder, run without numbers."""
+    """Name and shape of every tensor in a checkpoint of this model, found by running the builder without numbers."""
     shapes: dict[str, tuple[int, ...]] = {}
     _builder(config)(config, recorded(shapes), RawCodec(torch.float32), 1)
     return shapes

@@ -1,7 +1,6 @@
-"""What several families are built of: projections, norms, attention, feed-forward layers, and the whole decoder.
+"""Parts that families share: projections, norms, attention, feed-forward layers, and the whole decoder.
 
-Each function takes the tensors it needs by the names that checkpoints use, below a prefix `at` such as
-"model.layers.3.self_attn".
+Each function takes its tensors by their names in checkpoints, below a prefix `at` such as "model.layers.3.self_attn".
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from nanokv.codecs import Codec
-from nanokv.kernels import ops
+from nanokv.kernels.planes import HeadNorms
 from nanokv.layers.attention import Attention
 from nanokv.layers.linear import Embedding, Linear, TiedEmbedding
 from nanokv.layers.mlp import MLP
@@ -23,23 +22,24 @@ from nanokv.models.decoder import Block, Decoder, Mixer, layer_specs
 from nanokv.models.weights import Weights, join
 
 BuildMixer = Callable[[int, torch.Tensor], Mixer]
-"""Layer index, table of cosines and sines -> what mixes the tokens of that layer."""
+"""Layer index, table of cosines and sines -> the Mixer of that layer."""
 
 
 def linear(weights: Weights, at: str, outs: dict[str, int], width: int, bias: bool = False) -> Linear:
-    """The projections `outs` (name -> rows) of one input, as one product whose results stand side by side."""
+    """The projections `outs` (name -> rows) of one input as one product; their results follow each other in a row."""
     parts = [weights.matrix(f"{at}.{name}.weight", rows, width) for name, rows in outs.items()]
     biases = [weights.vector(f"{at}.{name}.bias", rows) for name, rows in outs.items()] if bias else []
     weight = parts[0] if len(parts) == 1 else join(parts)
-    return Linear(weight, weights.activation, join(biases) if biases else None)
+    return Linear(weight, weights.activation, weights.ops, join(biases) if biases else None)
 
 
 def norm(weights: Weights, name: str, config: ModelConfig, size: int) -> RMSNorm:
-    """A norm; where weights are stored around zero (norm_offset) they are kept in float32, so that 1 + w is exact."""
-    return RMSNorm(norm_weight(weights, name, config, size), config.norm_eps)
+    """A norm. Weights stored around zero (norm_offset) stay in float32, so that 1 + w is exact."""
+    return RMSNorm(norm_weight(weights, name, config, size), config.norm_eps, weights.ops)
 
 
 def norm_weight(weights: Weights, name: str, config: ModelConfig, size: int) -> torch.Tensor:
+    """The weight [size] of a norm, with norm_offset added."""
     if not config.norm_offset:
         return weights.vector(f"{name}.weight", size)
     weight = weights.take(f"{name}.weight", (size,), torch.float32)
@@ -49,7 +49,10 @@ def norm_weight(weights: Weights, name: str, config: ModelConfig, size: int) -> 
 def attention(
     weights: Weights, at: str, config: ModelConfig, codec: Codec, cos_sin: torch.Tensor, query: torch.Tensor | None
 ) -> Attention:
-    """Grouped-query attention. query: rows of q, then of the output gate, where a family stores them in another way."""
+    """Grouped-query attention.
+
+    query   the rows of q, then those of the output gate; None: q_proj holds the rows of q and there is no gate
+    """
     width, q_width, kv_width = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads
     kv_width *= config.head_dim
     bias = config.attention_bias
@@ -57,28 +60,31 @@ def attention(
         qkv = linear(weights, at, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}, width, bias)
     else:
         k, v = (weights.matrix(f"{at}.{name}_proj.weight", kv_width, width) for name in "kv")
-        qkv = Linear(join([query[:q_width], k, v, query[q_width:]]), weights.activation)
+        qkv = Linear(join([query[:q_width], k, v, query[q_width:]]), weights.activation, weights.ops)
     norms = None
     if config.qk_norm:
         q_norm, k_norm = (norm_weight(weights, f"{at}.{name}_norm", config, config.head_dim) for name in "qk")
-        norms = ops.HeadNorms(q_norm, k_norm, config.norm_eps)
+        norms = HeadNorms(q_norm, k_norm, config.norm_eps)
     out = linear(weights, at, {"o_proj": width}, q_width, bias)
     return Attention(
-        qkv, out, cos_sin, codec, config.num_heads, config.num_kv_heads, config.head_dim, config.softmax_scale, norms
-    )
+        qkv, out, cos_sin, codec, config.num_heads, config.num_kv_heads, config.head_dim, config.softmax_scale,
+        weights.ops, norms,
+    )  # fmt: skip
 
 
 def mlp(weights: Weights, at: str, width: int, inner: int, bias: bool = False) -> MLP:
+    """A gated feed-forward layer of `inner` hidden numbers."""
     gate_up = linear(weights, at, {"gate_proj": inner, "up_proj": inner}, width, bias)
-    return MLP(gate_up, linear(weights, at, {"down_proj": width}, inner, bias))
+    return MLP(gate_up, linear(weights, at, {"down_proj": width}, inner, bias), weights.ops)
 
 
 def feed_forward(weights: Weights, at: str, config: ModelConfig, layer: int) -> MLP | MoE:
-    """The half of a block that looks at one token at a time: dense, or a mixture of experts."""
+    """The half of a block that computes each token by itself: dense, or a mixture of experts."""
     width, moe = config.hidden_size, config.moe
     if not config.is_moe(layer):
         return mlp(weights, at, width, config.intermediate_size, config.mlp_bias)
-    gate = Linear(weights.take(f"{at}.gate.weight", (moe.num_experts, width), torch.float32), torch.float32)
+    stored = weights.take(f"{at}.gate.weight", (moe.num_experts, width), torch.float32)
+    gate = Linear(stored, torch.float32, weights.ops)
     bias = None
     if moe.scoring == "sigmoid":
         bias = weights.take(f"{at}.gate.e_score_correction_bias", (moe.num_experts,), torch.float32)
@@ -90,11 +96,11 @@ def feed_forward(weights: Weights, at: str, config: ModelConfig, layer: int) -> 
         shared = mlp(weights, f"{at}.{name}", width, moe.shared_width)
     if moe.shared_gate:
         shared_gate = linear(weights, at, {"shared_expert_gate": 1}, width)
-    return MoE(router, experts, shared, shared_gate)
+    return MoE(router, experts, shared, shared_gate, weights.ops)
 
 
 def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int, mixer: BuildMixer) -> Decoder:
-    """The stack that every family shares; `mixer` builds the half of a block in which families differ."""
+    """The stack that every family shares. `mixer` builds the half of a block in which families differ."""
     width = config.hidden_size
     cos_sin = cos_sin_table(config.rope, config.max_positions, weights.device)
 
@@ -109,10 +115,10 @@ def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int,
 
     table = weights.matrix("model.embed_tokens.weight", config.vocab_size, width)
     if config.tie_embeddings:
-        head = Linear(table, weights.activation, keep=True)
+        head = Linear(table, weights.activation, weights.ops, keep=True)
         embedding = TiedEmbedding(head)
     else:
-        head = Linear(weights.matrix("lm_head.weight", config.vocab_size, width), weights.activation)
+        head = Linear(weights.matrix("lm_head.weight", config.vocab_size, width), weights.activation, weights.ops)
         embedding = Embedding(table, weights.activation)
     del table
     return Decoder(

@@ -74,7 +74,7 @@ def _delta_config(fields: Fields) -> DeltaConfig:
 
 
 def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
-    """The decoder, its weights taken out of `weights` one block after the other."""
+    """The decoder. It takes its tensors from `weights`, one block after the other."""
 
     def mixer(layer: int, cos_sin: torch.Tensor) -> Mixer:
         at = f"model.layers.{layer}"
@@ -99,7 +99,7 @@ def _delta(weights: Weights, at: str, config: ModelConfig, codec: Codec) -> Gate
     projections = (_grouped if config.family == NEXT else _flat)(weights, at, config)
     conv = weights.take(f"{at}.conv1d.weight", (delta.channels, 1, delta.kernel), torch.float32)
     return GatedDeltaNet(
-        Linear(projections, weights.activation),
+        Linear(projections, weights.activation, weights.ops),
         conv.squeeze(1).contiguous(),
         weights.take(f"{at}.A_log", (delta.value_heads,), torch.float32),
         weights.take(f"{at}.dt_bias", (delta.value_heads,), torch.float32),
@@ -107,6 +107,7 @@ def _delta(weights: Weights, at: str, config: ModelConfig, codec: Codec) -> Gate
         config.norm_eps,
         parts.linear(weights, at, {"out_proj": width}, inner),
         delta,
+        weights.ops,
     )
 
 
@@ -119,7 +120,7 @@ def _flat(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
 
 
 def _grouped(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
-    """Qwen3-Next: for each key head its q, k, and the v and z of its value heads; in another matrix their b and a."""
+    """Qwen3-Next: one matrix with q, k, v and z of one key head after the other, another with their b and a."""
     delta, width = config.delta, config.hidden_size
     inner, ratio = delta.value_heads * delta.value_dim, delta.value_heads // delta.key_heads
     keys, values = delta.key_heads * delta.key_dim, ratio * delta.value_dim

@@ -1,9 +1,9 @@
-"""Weights: the tensors of a checkpoint by name, as the builders of the families take them. Knows no family.
+"""Weights: the tensors of a checkpoint by name, for the builders of the families. Knows no family.
 
-A builder takes each tensor once, says which shape it has, and gets it in the dtype and on the device of the model.
-Files are mapped into memory, so a tensor that is used as it stands is never copied, and what a builder packs is read
-once. Because every shape is said at the place of use, a builder run over `recorded` weights is also the list of what a
-checkpoint must hold: nothing is written down twice.
+A builder takes each tensor once, states its shape, and gets it in the dtype and on the device of the model. Files are
+mapped into memory: a tensor that needs no conversion is not copied, and a packed one is read once. A builder states
+every shape at the place of use, so running it over `recorded` weights yields the list of tensors that a checkpoint must
+hold; no second list exists.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from collections.abc import Callable
 
 import torch
 
+from nanokv.kernels.ops import AUTO, Ops
+
 BANK = 4_194_301
-"""Random numbers that dummy weights are cut from; a prime, so that no two rows of a matrix are the same cut."""
+"""Random numbers of which dummy weights are slices; a prime, so that no two rows of a matrix are the same slice."""
 Read = Callable[[str, tuple[int, ...]], torch.Tensor]
-"""Name and shape -> the tensor, as it is stored."""
+"""Name and shape -> the stored tensor."""
 
 
 class Weights:
-    """Tensors by name.
+    """Tensors by name, and the settings of the layers that a builder makes of them.
 
-    read         gives a tensor of the shape that the builder says
+    read         returns a tensor of the shape that the builder states
     dtype        of matrices
-    activation   of vectors (norms, biases), which are added to or multiplied with activations
+    activation   dtype of vectors (norms, biases): that of the activations they meet
+    ops          Ops of the layers
     progress     called with the number of tensors taken so far, or None
     """
 
@@ -33,11 +36,13 @@ class Weights:
         dtype: torch.dtype,
         activation: torch.dtype,
         device: torch.device,
+        ops: Ops,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.dtype = dtype
         self.activation = activation
         self.device = device
+        self.ops = ops
         self._read = read
         self._progress = progress
         self._taken = 0
@@ -60,7 +65,7 @@ class Weights:
 
 
 def join(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    """torch.cat. On the meta device by shapes alone: torch would import its compiler for it, which takes 1.4 s."""
+    """torch.cat; on the meta device shapes only: there torch.cat imports torch's compiler, which takes 1.4 s."""
     if not parts[0].is_meta:
         return torch.cat(parts, dim)
     shape = list(parts[0].shape)
@@ -69,21 +74,21 @@ def join(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
 
 
 def recorded(shapes: dict[str, tuple[int, ...]]) -> Weights:
-    """Weights without numbers (on torch's meta device) that write down in `shapes` what a builder takes."""
+    """Weights without numbers (on torch's meta device) that record in `shapes` the tensors that a builder takes."""
     meta = torch.device("meta")
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         shapes[name] = shape
         return torch.empty(shape, device=meta)
 
-    return Weights(read, torch.float32, torch.float32, meta)
+    return Weights(read, torch.float32, torch.float32, meta, AUTO)
 
 
 def dummy(dtype: torch.dtype, seed: int) -> Read:
-    """A `read` without files: norms are 1, all else is seeded noise of standard deviation 0.02.
+    """A `read` without files: norms are 1, all other tensors seeded noise of standard deviation 0.02.
 
-    The noise is drawn once and copied from random places, because drawing billions of numbers takes minutes. Each
-    tensor owns its memory: a benchmark streams as many bytes as with real weights.
+    The noise is drawn once and copied from random offsets, because drawing billions of numbers takes minutes. Each
+    tensor owns its memory, so that a benchmark streams as many bytes as with real weights.
     """
     generator = torch.Generator().manual_seed(seed)
     bank = torch.empty(BANK).normal_(0, 0.02, generator=generator).to(dtype)

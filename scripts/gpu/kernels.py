@@ -11,7 +11,8 @@ from nanokv.codecs import resolve_codec
 from nanokv.codecs.pages import Heads
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
-from nanokv.kernels import ops
+from nanokv.kernels.ops import AUTO
+from nanokv.kernels.planes import KVPlanes, StatePlanes
 
 PAGE = 16
 HEADS = {"Qwen3-0.6B": (16, 8, 128), "8B": (32, 8, 128)}
@@ -57,18 +58,18 @@ def noise(run: Run, *shape: int, dtype: torch.dtype | None = None) -> torch.Tens
     return torch.randn(*shape, device=run.device, dtype=dtype or run.dtype)
 
 
-def pages_of(planes: ops.KVPlanes, num_pages: int, run: Run) -> torch.Tensor:
+def pages_of(planes: KVPlanes, num_pages: int, run: Run) -> torch.Tensor:
     return noise(run, num_pages * planes.page_bytes // run.dtype.itemsize).view(torch.uint8).view(num_pages, -1)
 
 
-def grouped(kv_heads: int, dim: int, dtype: torch.dtype) -> ops.KVPlanes:
+def grouped(kv_heads: int, dim: int, dtype: torch.dtype) -> KVPlanes:
     token, plane = dim * dtype.itemsize, kv_heads * PAGE * dim * dtype.itemsize
-    return ops.KVPlanes(0, plane, 0, 2 * plane, PAGE, token, PAGE * token, 0, kv_heads, dim, dim, 0, dtype)
+    return KVPlanes(0, plane, 0, 2 * plane, PAGE, token, PAGE * token, 0, kv_heads, dim, dim, 0, dtype)
 
 
-def latent(dtype: torch.dtype) -> ops.KVPlanes:
+def latent(dtype: torch.dtype) -> KVPlanes:
     token, tail = 512 * dtype.itemsize, 64 * dtype.itemsize
-    return ops.KVPlanes(0, 0, PAGE * token, PAGE * (token + tail), PAGE, token, 0, tail, 1, 512, 512, 64, dtype)
+    return KVPlanes(0, 0, PAGE * token, PAGE * (token + tail), PAGE, token, 0, tail, 1, 512, 512, 64, dtype)
 
 
 def kernels(run: Run) -> Iterator[Row]:
@@ -103,7 +104,7 @@ def _attention(run: Run) -> Iterator[Case]:
 
             def make(planes=planes, batch=batch, heads=heads, dim=dim) -> Callable[[], object]:
                 pool, q = pages_of(planes, batch.page_tables.numel(), run), noise(run, batch.num_rows, heads, dim)
-                return lambda: ops.paged_attention(q, pool, planes, batch, dim**-0.5)
+                return lambda: AUTO.paged_attention(q, pool, planes, batch, dim**-0.5)
 
             yield "attention decode" if rows else "attention prefill", shape, make, read, 4 * pairs * heads * dim
 
@@ -115,7 +116,7 @@ def _latent_attention(run: Run) -> Iterator[Case]:
 
         def make(batch=batch, rows=rows, heads=heads) -> Callable[[], object]:
             pool, q = pages_of(planes, batch.page_tables.numel(), run), noise(run, rows, heads, 576)
-            return lambda: ops.paged_attention(q, pool, planes, batch, 192**-0.5)
+            return lambda: AUTO.paged_attention(q, pool, planes, batch, 192**-0.5)
 
         read = rows * context * 576 * run.dtype.itemsize
         yield "MLA decode", f"{heads} heads, {rows} x {context:,}", make, read, 2 * rows * context * heads * 1088
@@ -139,7 +140,7 @@ def _codes(run: Run) -> Iterator[Case]:
 
             def make(batch=batch, planes=planes, pool_of=pool_of) -> Callable[[], object]:
                 pool, q = pool_of(batch), noise(run, batch.num_rows, heads, dim)
-                return lambda: ops.code_attention(q, pool, planes, batch, dim**-0.5)
+                return lambda: AUTO.code_attention(q, pool, planes, batch, dim**-0.5)
 
             read, flops = rows * context * layout.bytes_per_token, 4 * rows * context * heads * dim
             yield "code_attention", f"8B {codec}, {rows} x {context:,}", make, read, flops
@@ -149,7 +150,7 @@ def _codes(run: Run) -> Iterator[Case]:
             def make(batch=batch, planes=planes, pool_of=pool_of, rows=rows) -> Callable[[], object]:
                 pool = pool_of(batch)
                 k, v = (noise(run, rows, kv_heads, dim, dtype=torch.float32) for _ in range(2))
-                return lambda: ops.store_codes(k, v, pool, planes, batch)
+                return lambda: AUTO.store_codes(k, v, pool, planes, batch)
 
             yield (
                 "store_codes",
@@ -163,14 +164,14 @@ def _codes(run: Run) -> Iterator[Case]:
 def _delta_rule(run: Run) -> Iterator[Case]:
     key_heads, value_heads, dim = (2, 4, 32) if run.quick else (16, 32, 128)
     state = value_heads * dim * dim * 4
-    planes = ops.StatePlanes(0, 0, state, key_heads, value_heads, dim, dim, 4, run.dtype)
+    planes = StatePlanes(0, 0, state, key_heads, value_heads, dim, dim, 4, run.dtype)
     width = 2 * key_heads * dim + value_heads * dim
     a_log, dt_bias = (torch.rand(value_heads, device=run.device) - 2 for _ in range(2))
     for rows in (1, 2, 0) if run.quick else (1, 16, 64, 0):
         batch = step(rows, 64 if run.quick else 2048, run)
 
         def make(rows=rows, batch=batch) -> Callable[[], object]:
-            rule = ops.delta_rule_step if rows else ops.delta_rule_chunk
+            rule = AUTO.delta_rule_step if rows else AUTO.delta_rule_chunk
             states = torch.zeros(max(rows, 1), state, dtype=torch.uint8, device=run.device)
             qkv, gates = noise(run, batch.num_rows, width), noise(run, batch.num_rows, 2 * value_heads)
             return lambda: rule(qkv, gates, a_log, dt_bias, states, planes, batch)
@@ -185,9 +186,9 @@ def _elementwise(run: Run) -> Iterator[Case]:
     width = 64 if run.quick else 2560
     weight, size = noise(run, width), run.dtype.itemsize
     calls: dict[str, tuple[int, Callable[..., object]]] = {
-        "rms_norm": (1, lambda x: ops.rms_norm(x, weight, 1e-6)),
-        "add_rms_norm": (2, lambda x: ops.add_rms_norm(*x.chunk(2), weight, 1e-6)),
-        "silu_mul": (8, lambda x: ops.silu_mul(x.view(-1, 8 * width))),
+        "rms_norm": (1, lambda x: AUTO.rms_norm(x, weight, 1e-6)),
+        "add_rms_norm": (2, lambda x: AUTO.add_rms_norm(*x.chunk(2), weight, 1e-6)),
+        "silu_mul": (8, lambda x: AUTO.silu_mul(x.view(-1, 8 * width))),
     }
     for rows in (1, 16, 2048):
         for name, (parts, call) in calls.items():
@@ -213,12 +214,12 @@ def _stores(run: Run) -> Iterator[Case]:
 
         def grouped_call(batch=batch, pages=pages, rows=rows, width=width) -> Callable[[], object]:
             qkv, pool = noise(run, rows, width), pages_of(planes, pages, run)
-            return lambda: ops.rope_and_store(qkv, turn, pool, planes, batch, heads)
+            return lambda: AUTO.rope_and_store(qkv, turn, pool, planes, batch, heads)
 
         yield "rope_and_store", f"{rows} rows, 8B", grouped_call, rows * size * (2 * width + 2 * kv_heads * dim), 0
 
         def latent_call(batch=batch, pages=pages, rows=rows) -> Callable[[], object]:
             q_rope, kv, pool = noise(run, rows, 16, 64), noise(run, rows, 576), pages_of(latents, pages, run)
-            return lambda: ops.store_latent(q_rope, kv, weight, 1e-6, turn_latent, pool, latents, batch)
+            return lambda: AUTO.store_latent(q_rope, kv, weight, 1e-6, turn_latent, pool, latents, batch)
 
         yield "store_latent", f"{rows} rows, 16 heads", latent_call, rows * size * (2 * 16 * 64 + 2 * 576), 0

@@ -22,7 +22,9 @@ import torch
 from nanokv.codecs.basis import rotation
 from nanokv.codecs.quantizer import Arrays, plane
 from nanokv.core.spec import Plane
-from nanokv.kernels import ops
+from nanokv.kernels import reference
+from nanokv.kernels.ops import AUTO, Ops
+from nanokv.kernels.planes import LARGEST_SCALE
 
 BLOCK = 16
 ROOT = 4
@@ -83,16 +85,16 @@ class PolarQuantizer:
         codes = [plane(f"{prefix}_{name}", heads, page_size, width, torch.uint8) for name, width in parts]
         return (*codes, plane(f"{prefix}_radius", heads, page_size, dim // BLOCK, torch.float16))
 
-    def encoder(self, dim: int, device: torch.device) -> PolarEncoder:
+    def encoder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> PolarEncoder:
         """The rotation and the tables of angles."""
-        return PolarEncoder(dim, device)
+        return PolarEncoder(dim, device, ops)
 
 
 class PolarEncoder:
     """A PolarQuantizer made ready for vectors of one dimension."""
 
-    def __init__(self, dim: int, device: torch.device) -> None:
-        self.basis = rotation(dim, device)
+    def __init__(self, dim: int, device: torch.device, ops: Ops) -> None:
+        self.basis = rotation(dim, device, ops)
         self._blocks = dim // BLOCK
         tables = [angles(level) for level in range(1, 5)]
         self._directions = [(table.cos().float().to(device), table.sin().float().to(device)) for table in tables]
@@ -110,15 +112,15 @@ class PolarEncoder:
         packed = [
             part
             for level, code in enumerate(codes, 1)
-            for part in ops.split_codes(code.byte().flatten(-2), FIRST if level == 1 else OTHERS)
+            for part in reference.split_codes(code.byte().flatten(-2), FIRST if level == 1 else OTHERS)
         ]
-        return *packed, (radius / ROOT).clamp(max=ops.LARGEST_SCALE).half()
+        return *packed, (radius / ROOT).clamp(max=LARGEST_SCALE).half()
 
     def decode(self, *arrays: torch.Tensor) -> torch.Tensor:
         """The rotated numbers again: float32 [..., dim]."""
         *packed, radius = arrays
         levels = []
         for i, (part, (cos, sin)) in enumerate(zip(packed, self._directions, strict=True)):
-            codes = ops.join_codes([part], FIRST if i == 0 else OTHERS).unflatten(-1, (self._blocks, -1)).int()
+            codes = reference.join_codes([part], FIRST if i == 0 else OTHERS).unflatten(-1, (self._blocks, -1)).int()
             levels.append((cos[codes], sin[codes]))
         return unite(radius.float() * ROOT, levels).flatten(-2)

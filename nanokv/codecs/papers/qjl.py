@@ -18,7 +18,9 @@ import torch
 from nanokv.codecs.basis import Basis, sketch
 from nanokv.codecs.quantizer import Arrays, plane
 from nanokv.core.spec import Plane
-from nanokv.kernels import ops
+from nanokv.kernels import reference
+from nanokv.kernels.ops import AUTO, Ops
+from nanokv.kernels.planes import LARGEST_SCALE
 
 BITS = 2
 """Signs for each number of a key, as in the paper's tables."""
@@ -37,14 +39,14 @@ class QJLQuantizer:
         signs = plane(f"{prefix}_signs", heads, page_size, dim * BITS // 8, torch.uint8)
         return signs, plane(f"{prefix}_scale", heads, page_size, None, torch.float16)
 
-    def encoder(self, dim: int, device: torch.device) -> QJLEncoder:
+    def encoder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> QJLEncoder:
         """The sketch for vectors of `dim` numbers."""
-        return QJLEncoder(_basis(dim, device))
+        return QJLEncoder(_basis(dim, device, ops))
 
 
 @cache
-def _basis(dim: int, device: torch.device) -> Basis:
-    return Basis(sketch(BITS * dim, dim, orthogonal=True), device)
+def _basis(dim: int, device: torch.device, ops: Ops) -> Basis:
+    return Basis(sketch(BITS * dim, dim, orthogonal=True), device, ops)
 
 
 class QJLEncoder:
@@ -55,11 +57,11 @@ class QJLEncoder:
 
     def encode(self, x: torch.Tensor) -> Arrays:
         """float32 [..., dim] -> signs uint8 [..., dim / 4], and |x| / sqrt(dim) float16 [...]."""
-        signs = ops.split_codes((self.basis.to(x) > 0).byte(), 1)
-        return *signs, (ops.row_sum(x * x) / x.shape[-1]).sqrt().clamp(max=ops.LARGEST_SCALE).half()
+        signs = reference.split_codes((self.basis.to(x) > 0).byte(), 1)
+        return *signs, (reference.row_sum(x * x) / x.shape[-1]).sqrt().clamp(max=LARGEST_SCALE).half()
 
     def decode(self, *arrays: torch.Tensor) -> torch.Tensor:
         """Scaled signs: float32 [..., 2 * dim]."""
         signs, scale = arrays
         factor = math.sqrt(self.basis.dim * math.pi / 2) / self.basis.width
-        return (ops.join_codes([signs], 1).float() * 2 - 1) * (scale.float() * factor)[..., None]
+        return (reference.join_codes([signs], 1).float() * 2 - 1) * (scale.float() * factor)[..., None]

@@ -20,7 +20,9 @@ from nanokv.codecs.basis import Basis, haar, rotation, sketch
 from nanokv.codecs.quantizer import Arrays, plane
 from nanokv.codecs.tables import lloyd_max
 from nanokv.core.spec import Plane
-from nanokv.kernels import ops
+from nanokv.kernels import reference
+from nanokv.kernels.ops import AUTO, Ops
+from nanokv.kernels.planes import LARGEST_SCALE, CodePlane
 
 
 @dataclass(frozen=True)
@@ -44,48 +46,48 @@ class ProdQuantizer:
         scales = [plane(f"{prefix}_{name}", heads, page_size, None, torch.float16) for name in ("scale", "rest")]
         return (*codes, *scales)
 
-    def encoder(self, dim: int, device: torch.device) -> ProdEncoder:
+    def encoder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> ProdEncoder:
         """The rotation, the sketch and the table for vectors of `dim` numbers."""
-        return ProdEncoder(self, dim, device)
+        return ProdEncoder(self, dim, device, ops)
 
 
 @cache
-def _basis(dim: int, orthogonal: bool, device: torch.device) -> Basis:
-    return Basis(torch.cat((haar(dim), sketch(dim, dim, orthogonal) @ haar(dim))), device)
+def _basis(dim: int, orthogonal: bool, device: torch.device, ops: Ops) -> Basis:
+    return Basis(torch.cat((haar(dim), sketch(dim, dim, orthogonal) @ haar(dim))), device, ops)
 
 
 class ProdEncoder:
     """A ProdQuantizer made ready for vectors of one dimension."""
 
-    def __init__(self, quantizer: ProdQuantizer, dim: int, device: torch.device) -> None:
-        self.basis = _basis(dim, quantizer.orthogonal, device)
-        self._rotation = rotation(dim, device)
-        self._sketch = Basis(sketch(dim, dim, quantizer.orthogonal), device)
+    def __init__(self, quantizer: ProdQuantizer, dim: int, device: torch.device, ops: Ops) -> None:
+        self.basis = _basis(dim, quantizer.orthogonal, device, ops)
+        self._rotation = rotation(dim, device, ops)
+        self._sketch = Basis(sketch(dim, dim, quantizer.orthogonal), device, ops)
         self._factor = math.sqrt(math.pi / 2) / dim
         self._code = None
         if quantizer.bits > 1:
             table = lloyd_max(quantizer.bits - 1, dim).to(device)
-            self._code = ops.CodePlane(0, 0, 0, quantizer.bits - 1, dim, table, "plain")
+            self._code = CodePlane(0, 0, 0, quantizer.bits - 1, dim, table, "plain")
 
     def encode(self, x: torch.Tensor) -> Arrays:
         """float32 [..., dim] -> codes and signs uint8, |x| / sqrt(dim) and the same of r, float16 [...]."""
         y, root = self._rotation.to(x), math.sqrt(x.shape[-1])
-        scale = ops.row_sum(y * y).sqrt() / root
+        scale = reference.row_sum(y * y).sqrt() / root
         parts, rest = [], y * torch.where(scale > 0, 1 / scale, 0)[..., None]  # in units in which |x| is root
         if self._code is not None:
-            codes, _ = ops.encode(y, self._code)
-            parts, rest = ops.split_codes(codes, self._code.bits), rest - self._code.table[codes.int()]
-        signs = ops.split_codes((self._sketch.to(rest) > 0).byte(), 1)
-        length = ops.row_sum(rest * rest).sqrt() / root
-        return *parts, *signs, scale.clamp(max=ops.LARGEST_SCALE).half(), length.half()
+            codes, _ = reference.encode(y, self._code)
+            parts, rest = reference.split_codes(codes, self._code.bits), rest - self._code.table[codes.int()]
+        signs = reference.split_codes((self._sketch.to(rest) > 0).byte(), 1)
+        length = reference.row_sum(rest * rest).sqrt() / root
+        return *parts, *signs, scale.clamp(max=LARGEST_SCALE).half(), length.half()
 
     def decode(self, *arrays: torch.Tensor) -> torch.Tensor:
         """c and the scaled z, both times the scale: float32 [..., 2 * dim]."""
         *parts, signs, scale, length = arrays
         scale, length = scale.float()[..., None], length.float()[..., None]
-        z = ops.join_codes([signs], 1).float() * 2 - 1
+        z = reference.join_codes([signs], 1).float() * 2 - 1
         z *= length * (self._factor * math.sqrt(z.shape[-1]))
         codes = torch.zeros_like(z)
         if self._code is not None:
-            codes = self._code.table[ops.join_codes(parts, self._code.bits).int()]
+            codes = self._code.table[reference.join_codes(parts, self._code.bits).int()]
         return torch.cat((codes, z), dim=-1) * scale

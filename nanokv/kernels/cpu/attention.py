@@ -28,7 +28,7 @@ from nanokv.kernels.cpu.plan import STRIP, plan_of
 from nanokv.kernels.cpu.strip import F32, HIDDEN, I64, LANES, PART, TILE, find, gather, score, soften, widen_row
 from nanokv.kernels.cpu.team import TEAM, share, threads_for
 from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, sizes, view
-from nanokv.kernels.ops import KVPlanes
+from nanokv.kernels.planes import KVPlanes
 
 ROOM = 256 * 1024  # float32 that the queries and results of a unit may take
 

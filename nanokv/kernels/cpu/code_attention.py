@@ -21,8 +21,7 @@ from nanokv.kernels.cpu.plan import STRIP, plan_of
 from nanokv.kernels.cpu.strip import F32, HIDDEN, I64, LANES, PART, TILE, soften, widen_row
 from nanokv.kernels.cpu.team import TEAM, share, threads_for
 from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, view
-from nanokv.kernels.ops import CodePlanes
-from nanokv.kernels.planes import LOOKUP
+from nanokv.kernels.planes import LOOKUP, CodePlanes
 
 
 @inner

@@ -16,8 +16,7 @@ from nanokv.kernels.cpu.exp import ONE, ZERO
 from nanokv.kernels.cpu.strip import F32, widen_row
 from nanokv.kernels.cpu.team import TEAM, share, threads_for
 from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, view, widen
-from nanokv.kernels.ops import CodePlane, CodePlanes
-from nanokv.kernels.planes import LARGEST_SCALE
+from nanokv.kernels.planes import LARGEST_SCALE, CodePlane, CodePlanes
 
 U8, INT32 = np.dtype(np.uint8), np.dtype(np.int32)
 F16 = FORMAT[torch.float16]

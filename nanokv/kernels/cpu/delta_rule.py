@@ -26,7 +26,7 @@ from nanokv.kernels.cpu.exp import ONE, ZERO
 from nanokv.kernels.cpu.team import TEAM, share, threads_for
 from nanokv.kernels.cpu.tile import multiply, renew
 from nanokv.kernels.cpu.words import FORMAT, fetch_add, fma, narrow, prefetch, view, widen
-from nanokv.kernels.ops import StatePlanes
+from nanokv.kernels.planes import StatePlanes
 
 F32, INT32 = np.empty(0, np.float32), np.empty(0, np.int32)
 BLOCK = np.int64(32)  # columns that are renewed together: 16 KiB of 128 rows

@@ -21,7 +21,7 @@ from nanokv.kernels.cpu.exp import ZERO
 from nanokv.kernels.cpu.team import TEAM, share, threads_for
 from nanokv.kernels.cpu.tile import convolve
 from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, view, widen
-from nanokv.kernels.ops import StatePlanes
+from nanokv.kernels.planes import StatePlanes
 
 F32, INT32 = np.empty(0, np.float32), np.empty(0, np.int32)
 KERNEL = 4  # inputs of an output, in every released model

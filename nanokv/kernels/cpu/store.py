@@ -10,7 +10,7 @@ from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.elementwise import TAKE, norm_factor, weighted
 from nanokv.kernels.cpu.team import TEAM, share, threads_for
 from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, sizes, view, widen
-from nanokv.kernels.ops import HeadNorms, KVPlanes
+from nanokv.kernels.planes import HeadNorms, KVPlanes
 
 F32, INT32 = np.dtype(np.float32), np.dtype(np.int32)
 

@@ -19,7 +19,7 @@ from nanokv.kernels.cuda.split import merge, room_for_parts, rows_of, span_of, s
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
-    from nanokv.kernels.ops import KVPlanes
+    from nanokv.kernels.planes import KVPlanes
 
 TILE_BYTES = 40 << 10
 """The largest tile of keys and values; a program has several in shared memory."""

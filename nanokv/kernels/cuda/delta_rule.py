@@ -13,7 +13,7 @@ from nanokv.kernels.reference.delta_rule import CHUNK
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
-    from nanokv.kernels.ops import StatePlanes
+    from nanokv.kernels.planes import StatePlanes
 
 STEP_V, CHUNK_V = 32, 32
 """Value dims of a head in one program: the columns of a state [key_dim, value_dim] know nothing of each other."""

@@ -12,7 +12,7 @@ from nanokv.kernels.cuda.launch import NUMBERS, dot, launch, num_tiles, tile_of
 from nanokv.kernels.cuda.rounding import silu
 
 if TYPE_CHECKING:
-    from nanokv.kernels.ops import Experts
+    from nanokv.kernels.experts import Experts
 
 BLOCK_N, BLOCK_K = 64, 64
 

@@ -13,7 +13,7 @@ from nanokv.kernels.cuda.rounding import silu
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
-    from nanokv.kernels.ops import StatePlanes
+    from nanokv.kernels.planes import StatePlanes
 
 BLOCK_C, BLOCK_R = 32, 64
 """Channels and rows that a program has in registers."""

@@ -13,7 +13,7 @@ from nanokv.kernels.cuda.rounding import weighted
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
-    from nanokv.kernels.ops import HeadNorms, KVPlanes
+    from nanokv.kernels.planes import HeadNorms, KVPlanes
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The torch twins, written to be read: the specification of every op and the oracle of the others. Any device."""
+"""The reference kernels in torch, for any device: the specification of every op, and the oracle of other kernels."""
 
 from nanokv.kernels.reference.attention import paged_attention, plane_view, read_latents, tail_view
 from nanokv.kernels.reference.codes import (

@@ -8,7 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
-    from nanokv.kernels.ops import KVPlanes
+    from nanokv.kernels.planes import KVPlanes
 
 
 def plane_view(pool: torch.Tensor, planes: KVPlanes, offset: int, dim: int) -> torch.Tensor:

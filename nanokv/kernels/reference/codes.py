@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nanokv.kernels.planes import LARGEST_SCALE, KVPlanes
+from nanokv.kernels.planes import LARGEST_SCALE, CodePlane, CodePlanes, KVPlanes
 from nanokv.kernels.reference.attention import paged_attention
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
-    from nanokv.kernels.ops import CodePlane, CodePlanes
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:

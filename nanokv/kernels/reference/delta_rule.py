@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
-    from nanokv.kernels.ops import StatePlanes
+    from nanokv.kernels.planes import StatePlanes
 
 CHUNK = 64
 """Tokens that `delta_rule_chunk` takes at once; chunks begin at multiples of it."""

@@ -11,7 +11,7 @@ from nanokv.kernels.reference.elementwise import rms_norm
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
-    from nanokv.kernels.ops import HeadNorms, KVPlanes
+    from nanokv.kernels.planes import HeadNorms, KVPlanes
 
 
 def _rotate(heads: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> None:
