@@ -57,7 +57,7 @@ def test_09_2_random_grants():
 def test_09_3_random_grants():
     for random, what, pair in grants("chunk"):
         asked = random.randint(1, 40)
-        seen = [p.chunk(r, asked) for p, r in pair]
+        seen = [p.limit_chunk(r, asked) for p, r in pair]
         equal(seen[0], seen[1], f"chunk of {asked} from {pair[0][1].num_computed}, checkpoints {what.checkpoints}")
 
 

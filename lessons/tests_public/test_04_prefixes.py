@@ -140,12 +140,12 @@ class Planted(RadixTree):
         self.made = 0
 
     def hold(self, *names: int) -> Node:
-        node, found = self.match(blob(*names))
+        node, found = self.match_prefix(blob(*names))
         self.lock(node)
         rest = len(names) - len(found)
         pages = array("i", range(self.made, self.made + rest))
         self.made += rest
-        return self.extend(node, blob(*names[len(found) :]), pages)[0]
+        return self.insert(node, blob(*names[len(found) :]), pages)[0]
 
     def plant(self, *names: int) -> None:
         self.unlock(self.hold(*names))

@@ -64,18 +64,18 @@ def test_09_2_each_request_has_pages_of_its_own():
 def test_09_3_a_chunk_ends_at_the_nearest_checkpoint_ahead():
     pages, request = given({12: 1, 20: 2})
     request.num_computed = 8
-    equal(pages.chunk(request, 100), 4, "tokens from 8, checkpoints at 12 and 20")
-    equal(pages.chunk(request, 3), 3, "tokens from 8, checkpoints at 12 and 20, three asked for")
+    equal(pages.limit_chunk(request, 100), 4, "tokens from 8, checkpoints at 12 and 20")
+    equal(pages.limit_chunk(request, 3), 3, "tokens from 8, checkpoints at 12 and 20, three asked for")
     request.num_computed = 12
-    equal(pages.chunk(request, 100), 8, "tokens from 12: the checkpoint at 12 is done")
+    equal(pages.limit_chunk(request, 100), 8, "tokens from 12: the checkpoint at 12 is done")
 
 
 def test_09_3_without_checkpoints_a_chunk_is_as_long_as_asked():
     pages, request = given({})
-    equal(pages.chunk(request, 22), 22, "tokens without checkpoints")
+    equal(pages.limit_chunk(request, 22), 22, "tokens without checkpoints")
     pages, request = given({4: 1})
     request.num_computed = 8
-    equal(pages.chunk(request, 22), 22, "tokens when the only checkpoint lies behind")
+    equal(pages.limit_chunk(request, 22), 22, "tokens when the only checkpoint lies behind")
 
 
 def test_09_4_a_reached_checkpoint_is_copied():
