@@ -27,7 +27,8 @@ from nanokv.core.request import Request
 from nanokv.core.spec import PageLayout
 from nanokv.engine.inputs import arrays_of, batch_of, on_device
 from nanokv.hub.catalog import CATALOG
-from nanokv.kernels import ops
+from nanokv.kernels import reference
+from nanokv.kernels.linear import head_linear
 from nanokv.layers.mla import MLA, expands
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import layer_specs
@@ -175,7 +176,7 @@ assert request.num_computed == 50 and llm.stats()["bytes_per_token"] == 2 * (32 
 
 layer, store = llm.engine.model.layers[1].mixer, llm.engine.store
 pages = torch.tensor(request.held.pages, dtype=torch.int64)
-latents, rope_keys = ops.read_latents(store.pages.data, layer.pages.planes, pages, 50)
+latents, rope_keys = reference.read_latents(store.pages.data, layer.pages.planes, pages, 50)
 assert latents.shape == (50, 32) and rope_keys.shape == (50, 8)
 
 # %% [markdown]
@@ -186,8 +187,8 @@ torch.manual_seed(0)
 q, q_rope = torch.randn(1, 8, 16), torch.randn(1, 8, 8)
 
 unit_q, unit_c = torch.eye(16).unsqueeze(1).expand(16, 8, 16), torch.eye(32).unsqueeze(1).expand(32, 8, 32)
-w_uk = ops.head_linear(unit_q, layer.w_uk).permute(1, 0, 2)  # [heads, nope, rank]
-w_uv = ops.head_linear(unit_c, layer.w_uv).permute(1, 2, 0)  # [heads, value, rank]
+w_uk = head_linear(unit_q, layer.w_uk).permute(1, 0, 2)  # [heads, nope, rank]
+w_uv = head_linear(unit_c, layer.w_uv).permute(1, 2, 0)  # [heads, value, rank]
 
 keys = torch.einsum("hnr,tr->htn", w_uk, latents)
 values = torch.einsum("hvr,tr->htv", w_uv, latents)
@@ -348,7 +349,7 @@ llm.engine.cache.check()
 # 2. [`nanokv/codecs/raw.py`](../nanokv/codecs/raw.py): what grouped-query attention keeps.
 # 3. [`nanokv/layers/mla.py`](../nanokv/layers/mla.py): the docstring, `expands`; and
 #    [`nanokv/codecs/latents.py`](../nanokv/codecs/latents.py), `RawLatentPages`: `absorbed`, `expanded`.
-# 4. [`nanokv/kernels/ops.py`](../nanokv/kernels/ops.py), `KVPlanes`: three layouts for one kernel.
+# 4. [`nanokv/kernels/planes.py`](../nanokv/kernels/planes.py), `KVPlanes`: three layouts for one kernel.
 # 5. [`nanokv/bench/size.py`](../nanokv/bench/size.py): try `nanokv size deepseek-v3 llama-3.1-8b`.
 #
 # ## Exercises

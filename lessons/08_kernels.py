@@ -28,7 +28,7 @@ import figures
 import torch
 
 from nanokv.core.batch import Batch
-from nanokv.kernels import ops, reference
+from nanokv.kernels import cpu, reference
 from nanokv.kernels.planes import KVPlanes
 from nanokv.kernels.reference.attention import paged_attention, plane_view
 
@@ -130,32 +130,32 @@ assert 2048 * 2048 * 32 * 4 == 512 * 2**20
 # ## Softmax without seeing all of it
 #
 # Softmax divides by a sum over *all* tokens, and to be safe against overflow it subtracts the largest score of *all*.
-# So it seems to need all scores first. It does not. Walk over the tokens in blocks, called strips here, and keep three
-# things: the largest score so far, the sum of weights so far, and the weighted sum of values so far. If a strip brings
+# So it seems to need all scores first. It does not. Walk over the tokens in blocks, called tiles here, and keep three
+# things: the largest score so far, the sum of weights so far, and the weighted sum of values so far. If a tile brings
 # a larger score, scale down the two sums by the right factor, and go on. This **online softmax** (Milakov and
 # Gimelshein 2018) is the heart of FlashAttention (Dao et al. 2022).
 
 
 # %%
-def online(row: torch.Tensor, k: torch.Tensor, v: torch.Tensor, strip: int) -> tuple[torch.Tensor, list[float]]:
-    """Attention of one query over k, v [tokens, dim], a strip at a time; and the factors that shrank the sums."""
+def online(row: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> tuple[torch.Tensor, list[float]]:
+    """Attention of one query over k, v [tokens, dim], a tile at a time; and the factors that shrank the sums."""
     best, total, acc, fades = torch.tensor(-torch.inf), torch.tensor(0.0), torch.zeros(DIM), []
-    for start in range(0, len(k), strip):
-        scores = k[start : start + strip] @ row * DIM**-0.5
+    for start in range(0, len(k), tile):
+        scores = k[start : start + tile] @ row * DIM**-0.5
         highest = torch.maximum(best, scores.max())
         fade, weights = (best - highest).exp(), (scores - highest).exp()
-        acc, total, best = acc * fade + weights @ v[start : start + strip], total * fade + weights.sum(), highest
+        acc, total, best = acc * fade + weights @ v[start : start + tile], total * fade + weights.sum(), highest
         fades.append(fade.item())
     return acc / total, fades
 
 
-results = {strip: online(q[0, 0], keys[0][0], values[0][0], strip) for strip in (1, 8, 16, 40)}
+results = {tile: online(q[0, 0], keys[0][0], values[0][0], tile) for tile in (1, 8, 16, 40)}
 for result, _ in results.values():
     assert (result - truth[0, :DIM]).abs().max() < 1e-5
 fades = results[1][1]
 assert fades[0] == 0 and all(0 < fade <= 1 for fade in fades[1:])
 shrunk = sum(fade < 1 for fade in fades[1:])
-print(f"{shrunk} of {len(fades) - 1} strips brought a larger score")
+print(f"{shrunk} of {len(fades) - 1} tiles brought a larger score")
 assert 1 <= shrunk <= 10
 
 # %%
@@ -170,25 +170,25 @@ figures.save(figure, "08_kernels-2")
 # %% [markdown]
 # ![Scores of a query and their running maximum](img/08_kernels-2.svg)
 #
-# Strips of 1, 8, 16 or 40 tokens give one result. Only a few tokens bring a new maximum. The scores of a strip are used
+# Tiles of 1, 8, 16 or 40 tokens give one result. Only a few tokens bring a new maximum. The scores of a tile are used
 # at once and never written to memory. You will find `best`, `total`, `acc` and `fade` again in both fast twins.
 #
 # ## Twin 2: for a CPU
 #
-# `nanokv/kernels/cpu/attention.py` is Python compiled by numba. It reads pages in place, in strips of 64 keys. It has
+# `nanokv/kernels/cpu/attention.py` is Python compiled by numba. It reads pages in place, in tiles of 64 keys. It has
 # one more property: the order of every sum depends on the *position* of a token, and on nothing else.
 
 # %%
-second = ops.paged_attention(q, pool, planes, batch, DIM**-0.5)
+second = cpu.paged_attention(q, pool, planes, batch, DIM**-0.5)
 assert (second - first).abs().max() < 1e-5
 
-alone = ops.paged_attention(q[:1], pool, planes, batch_of({0: [39]}, TABLES, 16), DIM**-0.5)
+alone = cpu.paged_attention(q[:1], pool, planes, batch_of({0: [39]}, TABLES, 16), DIM**-0.5)
 assert torch.equal(alone[0], second[0])
 
 small, small_tables = planes_for(8), [[3, 14, 5, 20, 8], [1, 0, 17, 9, 2]]
 pages_of_8 = filled(keys, values, small_tables, small)
 elsewhere = batch_of({0: [39], 1: list(range(16, 23))}, small_tables, 8)
-assert torch.equal(ops.paged_attention(q, pages_of_8, small, elsewhere, DIM**-0.5), second)
+assert torch.equal(cpu.paged_attention(q, pages_of_8, small, elsewhere, DIM**-0.5), second)
 
 # %% [markdown]
 # Look at the second and third check: `equal`, not "close". Alone or in a batch, in pages of 16 or of 8 in other places:
@@ -206,7 +206,7 @@ big_tables = torch.randperm(512).view(16, 32).tolist()
 decodes = batch_of({request: [511] for request in range(16)}, big_tables, 16)
 times: dict[str, list[float]] = {"reference": [], "cpu": []}
 for _ in range(15):
-    for name, twin in (("reference", reference.paged_attention), ("cpu", ops.paged_attention)):
+    for name, twin in (("reference", reference.paged_attention), ("cpu", cpu.paged_attention)):
         start = time.perf_counter()
         twin(many, big_pool, big, decodes, DIM**-0.5)
         times[name].append(time.perf_counter() - start)

@@ -6,7 +6,7 @@ from nanokv.cache.radix import Node, RadixTree
 from nanokv.cache.states import Recurrence, States
 from nanokv.core.batch import Batch
 from nanokv.core.request import Request
-from nanokv.kernels.ops import StatePlanes
+from nanokv.kernels.planes import StatePlanes
 from nanokv.kernels.reference import delta_rule as rule
 from nanokv.layers.deltanet import DeltaConfig, GatedDeltaNet
 from nanokv.learn.expect import close, equal, random_of, tensor_of

@@ -5,7 +5,7 @@ import torch
 from nanokv.codecs import tables
 from nanokv.codecs.basis import haar
 from nanokv.codecs.kivi import Groups
-from nanokv.kernels.ops import CodePlane
+from nanokv.kernels.planes import CodePlane
 from nanokv.kernels.reference.codes import encode, pack_codes
 from nanokv.learn.expect import close, equal, random_of, tensor_of
 from nanokv.learn.patching import reference

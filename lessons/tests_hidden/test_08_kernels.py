@@ -3,7 +3,7 @@
 import torch
 
 from nanokv.core.batch import Batch
-from nanokv.kernels.ops import HeadNorms, KVPlanes
+from nanokv.kernels.planes import HeadNorms, KVPlanes
 from nanokv.kernels.reference import attention, elementwise, store
 from nanokv.learn.expect import close, random_of, tensor_of
 from nanokv.learn.patching import reference

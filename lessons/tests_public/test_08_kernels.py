@@ -5,7 +5,7 @@ import math
 import torch
 
 from nanokv.core.batch import Batch
-from nanokv.kernels.ops import HeadNorms, KVPlanes
+from nanokv.kernels.planes import HeadNorms, KVPlanes
 from nanokv.kernels.reference import attention, elementwise, store
 from nanokv.learn.expect import close, equal, tensor_of
 
