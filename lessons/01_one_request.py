@@ -318,7 +318,7 @@ figures.save(figure, "01_one_request-3")
 # Five stops, each at most a page of code.
 #
 # 1. [`nanokv/llm.py`](../nanokv/llm.py), `LLM.generate`: a text becomes a request.
-# 2. [`nanokv/engine/engine.py`](../nanokv/engine/engine.py), `Engine.step`: plan, launch, resolve.
+# 2. [`nanokv/engine/engine.py`](../nanokv/engine/engine.py), `Engine.advance`: plan, move, launch, resolve.
 # 3. [`nanokv/core/request.py`](../nanokv/core/request.py), the docstring and `Request.advance`: how far a request is.
 # 4. [`nanokv/models/decoder.py`](../nanokv/models/decoder.py), `Decoder.forward`: the model in six lines.
 # 5. [`nanokv/bench/decode.py`](../nanokv/bench/decode.py): the roofline of a step as a benchmark.

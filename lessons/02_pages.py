@@ -332,7 +332,8 @@ assert complaint == "page 2 counts 1 owners and has 0"
 #
 # 1. [`nanokv/core/spec.py`](../nanokv/core/spec.py): a layer says what it keeps, `PageLayout` gives it a place.
 # 2. [`nanokv/cache/pool.py`](../nanokv/cache/pool.py), `PagePool`: a free list and counts that must agree.
-# 3. [`nanokv/cache/manager.py`](../nanokv/cache/manager.py), the drawing at the top, then `reserve`, `fork`, `check`.
+# 3. [`nanokv/cache/manager.py`](../nanokv/cache/manager.py), the drawing at the top, then `reserve` and `check`;
+#    [`nanokv/cache/sharing.py`](../nanokv/cache/sharing.py), `fork`.
 # 4. [`nanokv/engine/inputs.py`](../nanokv/engine/inputs.py), `arrays_of`: page tables become an array.
 # 5. [`nanokv/kernels/reference/attention.py`](../nanokv/kernels/reference/attention.py): a kernel that reads them.
 #

@@ -276,7 +276,6 @@ READ_WEIGHTS, PROMPT, ANSWER = 32, 256, 8
 
 def load(shared: int, clients: int) -> tuple[float, float, float]:
     """Hit ratio, requests per 1,000 units of the row clock, and mean latency in units."""
-    engine = busy.engine
     prompts = shared_prefix_prompts(max(8, 2 * clients) + 2, PROMPT, shared, 512, seed=shared + clients)
     busy.reset_prefix_cache()
     if shared:
@@ -286,8 +285,8 @@ def load(shared: int, clients: int) -> tuple[float, float, float]:
     clock, latencies, found = 0, [], 0
     while waiting or live:
         while waiting and len(live) < clients:
-            live[engine.add_request(Request(waiting.pop(), params(ANSWER)))] = clock
-        outputs = engine.step()
+            live[busy.engine.add_request(Request(waiting.pop(), params(ANSWER)))] = clock
+        outputs = busy.loop.step()
         clock += max(READ_WEIGHTS, sum(rows_of(log)))
         for output in outputs:
             if output.finished:
@@ -346,12 +345,12 @@ assert 1.1 < full / none < 40
 #
 # ## Read now
 #
-# 1. [`nanokv/cache/radix.py`](../nanokv/cache/radix.py), the docstring, then `match`, `_walk`, `_split`.
+# 1. [`nanokv/cache/radix.py`](../nanokv/cache/radix.py), the docstring, then `match_prefix`, `_walk`, `_split`.
 # 2. The same file: `lock`, `unlock`, `evict`. Then `check`, which verifies the tree.
 # 3. [`nanokv/cache/manager.py`](../nanokv/cache/manager.py), `match`, `commit` and `_publish`: which pages belong to a
 #    request, and which to the tree.
-# 4. [`nanokv/engine/admission_policy.py`](../nanokv/engine/admission_policy.py), `waits_for_prefix`: a prefix that is being
-#    computed.
+# 4. [`nanokv/engine/admission_policy.py`](../nanokv/engine/admission_policy.py), `waits_for_prefix`: a prefix that is
+#    being computed.
 # 5. [`nanokv/bench/prefix.py`](../nanokv/bench/prefix.py): the three panels in seconds. Try `nanokv bench prefix`.
 #
 # ## Exercises

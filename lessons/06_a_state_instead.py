@@ -318,7 +318,7 @@ with tiny.engine(TINY_HYBRID, num_pages=128, num_states=24, state_interval=16) a
 # 1. [`nanokv/kernels/reference/delta_rule.py`](../nanokv/kernels/reference/delta_rule.py): the rule in three lines,
 #    then its two forms.
 # 2. [`nanokv/layers/deltanet.py`](../nanokv/layers/deltanet.py): the layer around it.
-# 3. [`nanokv/cache/states.py`](../nanokv/cache/states.py), the docstring, then `chunk` and `checkpoint`.
+# 3. [`nanokv/cache/states.py`](../nanokv/cache/states.py), the docstring, then `limit_chunk` and `capture`.
 # 4. [`nanokv/cache/manager.py`](../nanokv/cache/manager.py), `_open`: pages found, pages used.
 # 5. [`nanokv/engine/memory.py`](../nanokv/engine/memory.py): how memory is divided between pages and states.
 #
@@ -328,7 +328,7 @@ with tiny.engine(TINY_HYBRID, num_pages=128, num_states=24, state_interval=16) a
 # - `nanokv.kernels.reference.delta_rule.short_conv`: the short convolution before the rule
 # - `nanokv.kernels.reference.delta_rule.delta_rule_step`: the rule, one token at a time
 # - `nanokv.kernels.reference.delta_rule._chunk`: the rule, 64 tokens at once
-# - `nanokv.cache.states.States.reachable`, `.chunk`: where to start, where to stop
+# - `nanokv.cache.states.States.reachable`, `.limit_chunk`: where to start, where to stop
 #
 # ## What you can now explain
 #

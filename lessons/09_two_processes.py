@@ -29,11 +29,12 @@ import torch
 from nanokv import LLM, DisaggConfig, SamplingParams
 from nanokv.core.request import Request
 from nanokv.disagg.channel import Channel
-from nanokv.disagg.dispatcher import MAX_ATTEMPTS, MAX_DEATHS, Dispatcher
 from nanokv.disagg.granted_cache import GrantedCache
 from nanokv.disagg.grants import prefill_message
 from nanokv.disagg.messages import AnyMessage, Message, Ping, encode, take_frames, unpack_ints
 from nanokv.disagg.process import LocalWorker
+from nanokv.disagg.supervisor import MAX_DEATHS, Supervisor
+from nanokv.engine.transfers import MAX_ATTEMPTS
 
 folder = Path(tempfile.mkdtemp())
 Path(folder, "config.json").write_text(json.dumps(tiny.LLAMA), encoding="utf-8")
@@ -83,7 +84,7 @@ ben_alone = request("Ben", 800, 4)
 alone.engine.add_request(ben_alone)
 while ben_alone.num_computed < 800:
     alone.loop.step()
-pages_alone = list(ben_alone.pages)[:50]
+pages_alone = list(ben_alone.held.pages)[:50]
 expected = drain(alone)
 together = rows_of(alone)
 assert together[4:8] == [256, 256, 256, 36]
@@ -100,7 +101,7 @@ print(together)
 
 # %%
 wire: list[tuple[str, AnyMessage | Message]] = []
-send, hear = Channel.send, Dispatcher._hear
+send, hear = Channel.send, Supervisor._hear
 
 
 def tapped_send(self: Channel, message: Message, descriptor: int | None = None) -> None:
@@ -108,12 +109,12 @@ def tapped_send(self: Channel, message: Message, descriptor: int | None = None) 
     send(self, message, descriptor)
 
 
-def tapped_hear(self: Dispatcher, place, message: AnyMessage) -> None:
+def tapped_hear(self: Supervisor, slot, message: AnyMessage) -> None:
     wire.append(("<-", message))
-    hear(self, place, message)
+    hear(self, slot, message)
 
 
-Channel.send, Dispatcher._hear = tapped_send, tapped_hear
+Channel.send, Supervisor._hear = tapped_send, tapped_hear
 
 
 def worker() -> LocalWorker:
@@ -179,8 +180,8 @@ print(getsource(prefill_message))
 # and a descriptor can be sent over a UNIX socket. The other process maps the file, and from then on both processes see
 # the same bytes.
 #
-# So PREFILL does not carry any keys or values. It lists the tokens, and the pages that are lent. DONE says that every
-# page is written, and carries the first token. No page ever moved.
+# So PREFILL does not carry any keys or values. It lists the tokens, and the pages that are granted. DONE says that
+# every page is written, and carries the first token. No page ever moved.
 
 # %%
 on_the_wire, in_the_pages = len(encode(prefill)), 800 * llm.stats()["bytes_per_token"]
@@ -211,11 +212,11 @@ assert round(llama / 12.5e9, 2) == 0.17
 def transferred(name: str) -> Request:
     """A prompt of 640 tokens, transferred to a worker that is stopped."""
     os.kill(worker().pid, signal.SIGSTOP)
-    handed = request(name, 640, 4)
-    llm.engine.add_request(handed)
+    sent = request(name, 640, 4)
+    llm.engine.add_request(sent)
     llm.loop.step()
-    assert handed.in_transfer and len(handed.held.pages) == 40
-    return handed
+    assert sent.in_transfer and len(sent.held.pages) == 40
+    return sent
 
 
 def wait_until(holds, work=lambda: time.sleep(0.01)) -> None:
@@ -263,7 +264,7 @@ assert take_frames(half) == []  # the writer was killed in the middle: no messag
 #
 # ## kill -9
 #
-# Now the question at the top. A page that is lent is **quarantined**: it belongs to its request, and another process
+# Now the question at the top. A page that is granted is **quarantined**: it belongs to its request, and another process
 # may write into it. Follow the pool. First, Dora cancels while her prompt is away.
 
 # %%
@@ -279,7 +280,7 @@ def note(label: str) -> None:
 llm.reset_prefix_cache()
 note("before")
 dora = transferred("Dora")
-note("lent")
+note("granted")
 llm.engine.abort("Dora")
 llm.loop.step()
 note("she gives up")
@@ -306,7 +307,7 @@ print(getsource(LocalWorker.gone.fget))
 
 victim = worker()
 os.kill(victim.pid, signal.SIGKILL)  # kill -9
-wait_until(lambda: llm.stats()["requests_remote"] == 0, llm.engine.step)
+wait_until(lambda: llm.stats()["requests_remote"] == 0, llm.loop.step)
 note("kill -9")
 assert story[-1] == ("kill -9", 96, 0, 0) and llm.stats()["worker_deaths"] == 1
 assert victim is not worker()
@@ -325,9 +326,9 @@ assert victim is not worker()
 # A new worker has started meanwhile. Wait for it, transfer a prompt, kill the worker again, and stay for the answer.
 
 # %%
-wait_until(lambda: llm.stats()["prefill_workers_ready"] == 1, llm.engine.step)
+wait_until(lambda: llm.stats()["prefill_workers_ready"] == 1, llm.loop.step)
 emil = transferred("Emil")
-note("lent again")
+note("granted again")
 os.kill(worker().pid, signal.SIGKILL)
 answers = drain(llm)
 note("answered")
@@ -344,8 +345,8 @@ assert (MAX_ATTEMPTS, MAX_DEATHS) == (2, 3)
 # %%
 figure, axes = figures.new(7.6, 3.4)
 for place, (label, free, held, cached) in enumerate(story):
-    lent = label not in ("before", "kill -9", "answered")
-    parts = ((free, figures.PALE, "free"), (held, figures.RED if lent else figures.ORANGE, "quarantined"))
+    granted = label not in ("before", "kill -9", "answered")
+    parts = ((free, figures.PALE, "free"), (held, figures.RED if granted else figures.ORANGE, "quarantined"))
     y = 0
     for pages, colour, text in (*parts, (cached, figures.BLUE, "in the tree")):
         figures.box(axes, place - 0.4, y, 0.8, pages, colour, f"{pages}\n{text}" if pages else "")
@@ -391,7 +392,8 @@ assert 0.020 * 10_000 == 200
 # ## Read now
 #
 # 1. [`nanokv/disagg/messages.py`](../nanokv/disagg/messages.py): the protocol, all of it.
-# 2. [`nanokv/disagg/dispatcher.py`](../nanokv/disagg/dispatcher.py): the docstring, `_settle`, `_kill`, `_bury`.
+# 2. [`nanokv/disagg/dispatcher.py`](../nanokv/disagg/dispatcher.py): the docstring, `_close_attempt`; and
+#    [`nanokv/disagg/supervisor.py`](../nanokv/disagg/supervisor.py), `_kill`, `_reap`.
 # 3. [`nanokv/disagg/process.py`](../nanokv/disagg/process.py): 70 lines to be sure that a process is dead.
 # 4. [`nanokv/disagg/shared_buffer.py`](../nanokv/disagg/shared_buffer.py): one pool, two processes.
 # 5. [`nanokv/disagg/prefill_loop.py`](../nanokv/disagg/prefill_loop.py), `_checked`: never trust a message.
@@ -399,7 +401,7 @@ assert 0.020 * 10_000 == 200
 # ## Exercises
 #
 # - `nanokv.disagg.messages.take_frames`: messages from a stream
-# - `nanokv.disagg.granted_cache.GrantedCache.match`: pages that the decode process has found
+# - `nanokv.disagg.granted_cache.GrantedCache.match`: pages that the decode process has granted
 # - `nanokv.disagg.granted_cache.GrantedCache.limit_chunk`: stop where a checkpoint is needed
 # - `nanokv.disagg.granted_cache.GrantedCache.commit`: list the state copy that is due
 #
@@ -420,6 +422,6 @@ assert 0.020 * 10_000 == 200
 # - Between hosts the network must carry every byte of the cache.
 
 # %%
-Channel.send, Dispatcher._hear = send, hear
+Channel.send, Supervisor._hear = send, hear
 llm.close()
 alone.close()

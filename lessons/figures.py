@@ -11,6 +11,8 @@ NANOKV_LESSONS_IMG names another folder, so that a check can draw without overwr
 from __future__ import annotations
 
 import os
+import re
+from io import StringIO
 from pathlib import Path
 
 import matplotlib
@@ -24,11 +26,12 @@ YELLOW, BLUE, RED, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY, PALE = "#8A8A8A", "#ECECEC"
 CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY)
 
+HASHED_ID = re.compile(r'(?<=[#"])\w*[0-9a-f]{10}\b')
+"""An id that matplotlib has made of a random hash, where it is defined and where it is used."""
 _DARK = {BLACK, BLUE, RED, GREEN, GREY}
 
 matplotlib.rcParams.update(
     {
-        "svg.hashsalt": "nanokv",  # ids in the file depend on its content alone
         "svg.fonttype": "path",  # letters are outlines: the reader's machine needs no font
         "font.family": "DejaVu Sans",  # part of matplotlib
         "font.size": 10,
@@ -50,11 +53,16 @@ def new(width: float, height: float, panels: int = 1, **subplots) -> tuple[Figur
 
 
 def save(figure: Figure, name: str) -> Path:
-    """Writes img/NAME.svg without a date or a version, so that an unchanged lesson leaves an unchanged file."""
+    """Writes img/NAME.svg without a date or a version, and with numbers for ids, so that an unchanged lesson leaves an
+    unchanged file. (With a fixed salt, ids would still be hashes of coordinates, whose last bits depend on the CPU.)
+    """
     folder = Path(os.environ.get("NANOKV_LESSONS_IMG") or Path(__file__).parent / "img")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.svg"
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    drawn, ids = StringIO(), {}
+    figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    numbered = HASHED_ID.sub(lambda found: ids.setdefault(found[0], f"id{len(ids)}"), drawn.getvalue())
+    path.write_text(numbered, "utf-8")
     return path
 
 

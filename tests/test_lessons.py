@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+from course import notebooks  # noqa: E402
+
 LESSONS = sorted((ROOT / "lessons").glob("[0-9][0-9]_*.py"))
 SECTIONS = ("## Read now", "## Exercises", "## What you can now explain", "## Where it loses")
 
@@ -41,6 +44,14 @@ class TestALesson:
         assert links
         assert [link for link in links if not (lesson.parent / link).is_file()] == []
 
+    def test_reads_names_that_its_files_define(self, lesson):
+        text = prose(lesson)
+        walk = text[text.index("## Read now") : text.index("## Exercises")]
+        stops = re.findall(r"\]\(\.\./([^)]+)\)([^\[]*)", walk)
+        named = [(file, name) for file, words in stops for name in re.findall(r"`(?:\w+\.)*(\w+)`", words)]
+        sources = {file: (ROOT / file).read_text(encoding="utf-8") for file, _ in named}
+        assert [one for one in named if not re.search(rf"(def|class) {one[1]}\b", sources[one[0]])] == []
+
     def test_names_functions_that_exist_as_exercises(self, lesson):
         text = prose(lesson)
         lines = text[text.index("## Exercises") : text.index("## What you can now explain")].splitlines()
@@ -72,17 +83,53 @@ def resolves(name: str) -> bool:
     return False
 
 
-def test_a_figure_is_the_same_bytes_each_time(tmp_path, monkeypatch):
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """Draws a figure with a line through points at these heights into `tmp_path`. Returns its path."""
     monkeypatch.setenv("NANOKV_LESSONS_IMG", str(tmp_path))
     monkeypatch.syspath_prepend(str(ROOT / "lessons"))
     figures = import_module("figures")
-    written = []
-    for _ in range(2):
+
+    def drawn(*heights: float) -> Path:
         figure, axes = figures.new(4, 2)
-        axes.plot([1, 2, 3], [1, 4, 9], "o-", label="squares")
+        axes.plot([1, 2, 3], heights, "o-", label="squares")
+        axes.fill_between([1, 2, 3], heights)
         axes.legend()
         figures.box(axes, 1, 1, 1, 1, figures.BLUE, "box")
-        written.append(figures.save(figure, "00_test-1").read_bytes())
+        return figures.save(figure, "00_test-1")
+
+    yield drawn
     sys.modules.pop("figures")
-    assert written[0] == written[1]
-    assert b"<dc:date>" not in written[0] and b"Matplotlib v" not in written[0]
+
+
+def test_a_figure_is_the_same_bytes_each_time(draw):
+    written = draw(1, 4, 9).read_bytes()
+    assert draw(1, 4, 9).read_bytes() == written
+    assert b"<dc:date>" not in written and b"Matplotlib v" not in written
+    ids, uses = (re.findall(pattern, written.decode()) for pattern in (r'id="(id\d+)"', r'#(id\d+)[")]'))
+    assert len(ids) == len(set(ids)) >= 3 and set(uses) <= set(ids)
+
+
+def test_a_changed_figure_is_found_and_a_rounded_one_is_not(draw, tmp_path, monkeypatch):
+    committed = tmp_path / "img"
+    committed.mkdir()
+    monkeypatch.setattr(notebooks, "IMAGES", committed)
+    text = draw(1, 4, 9).read_text()
+    (committed / "00_test-1.svg").write_text(text)
+    assert notebooks.other_figures("00_test", tmp_path) == []
+    x = re.search(r"\d+\.\d{6}", text)[0]
+    (committed / "00_test-1.svg").write_text(text.replace(x, f"{float(x) + 1e-6:.6f}"))
+    assert notebooks.other_figures("00_test", tmp_path) == []
+    draw(1, 4.01, 9)
+    (fault,) = notebooks.other_figures("00_test", tmp_path)
+    assert fault.startswith("lessons/img/00_test-1.svg differs")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("12.000000", "12.0001"), ("#0072b2", "#0073b2"), (" L 3 4", ""), ("id1", "id2")]
+)
+def test_figures_differ_by_a_number_a_colour_a_stroke_and_an_id(old, new):
+    text = '<path id="id1" d="M 12.000000 -7 L 3 4" style="fill: #0072b2"/>'
+    assert notebooks.same_figure(text, text.replace("-7", "-7.000001"))
+    assert not notebooks.same_figure(text, text.replace(old, new))
+    assert not notebooks.same_figure(text.replace(old, new), text)

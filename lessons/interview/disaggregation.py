@@ -82,7 +82,7 @@ def quarantine():
     command="nanokv learn solution 09.1 --give-up",
 )
 def attempts():
-    from nanokv.disagg.dispatcher import MAX_ATTEMPTS
+    from nanokv.engine.transfers import MAX_ATTEMPTS
 
     return {"2": MAX_ATTEMPTS}
 

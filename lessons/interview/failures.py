@@ -31,7 +31,7 @@ def an_unnamed_moment():
     "collide by accident with odds of one in two to the power of 197. Or compare the tokens themselves, as a tree "
     "does: then nothing can collide.",
     follow_ups=("Why frame the fields?", "What does comparing tokens cost in a long match?"),
-    file="nanokv/cache/radix.py",
+    file="nanokv/core/keys.py",
     command="nanokv learn solution 04.2 --give-up",
 )
 def predictable_hash():
@@ -81,10 +81,10 @@ def a_lock_too_high():
     from nanokv.cache.radix import RadixTree
 
     def tree_with_a_request():
-        tree, blob = RadixTree(16), array("i", range(64)).tobytes()
-        node, _ = tree.match_prefix(blob)
+        tree, tokens = RadixTree(16), array("i", range(64)).tobytes()
+        node, _ = tree.match_prefix(tokens)
         tree.lock(node)
-        node, _ = tree.insert(node, blob, array("i", range(4)))
+        node, _ = tree.insert(node, tokens, array("i", range(4)))
         return tree, node
 
     wrong, node = tree_with_a_request()
@@ -117,14 +117,14 @@ def the_cliff():
     def hits(sessions, room=12, rounds=5):
         tree, found = RadixTree(1), 0
         for turn in range(sessions * rounds):
-            blob = array("i", [turn % sessions]).tobytes()
-            if tree.prefix_length(blob):
+            tokens = array("i", [turn % sessions]).tobytes()
+            if tree.prefix_length(tokens):
                 found += 1
             elif tree.num_pages == room:
                 tree.evict(1)
-            node, _ = tree.match_prefix(blob)
+            node, _ = tree.match_prefix(tokens)
             tree.lock(node)
-            end, _ = tree.insert(node, blob, array("i", [turn % sessions]))
+            end, _ = tree.insert(node, tokens, array("i", [turn % sessions]))
             tree.unlock(end)
         return 100 * found / (sessions * (rounds - 1))
 
@@ -137,7 +137,7 @@ def the_cliff():
     answer="Usually not: rounding. In float32, 100,000,000 plus 1 minus 100,000,000 is 0; in another order it is 1. A "
     "matrix product picks its order by the number of rows, attention by how it splits a context. So the batch changes "
     "last bits, and a near tie flips a word. But do not stop there: a wrong cache hides behind the same excuse. Make "
-    "one configuration exact, with rows independent of the batch and sums over strips at absolute positions, and test "
+    "one configuration exact, with rows independent of the batch and sums over tiles at absolute positions, and test "
     "bits there. Differences elsewhere are then rounding.",
     follow_ups=("What does exactness cost on a GPU?", "Up to which gap between two logits do you accept a flip?"),
     file="nanokv/kernels/linear.py",

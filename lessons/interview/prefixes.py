@@ -35,11 +35,11 @@ def identity():
 
     from nanokv.cache.radix import RadixTree
 
-    tree, blob = RadixTree(16), array("i", range(64)).tobytes()
-    node, _ = tree.match_prefix(blob, "mine")
+    tree, tokens = RadixTree(16), array("i", range(64)).tobytes()
+    node, _ = tree.match_prefix(tokens, "mine")
     tree.lock(node)
-    tree.insert(node, blob, array("i", range(4)))
-    return {"64": len(blob) // 4, "4": tree.prefix_length(blob, "mine"), "0": tree.prefix_length(blob, "yours")}
+    tree.insert(node, tokens, array("i", range(4)))
+    return {"64": len(tokens) // 4, "4": tree.prefix_length(tokens, "mine"), "0": tree.prefix_length(tokens, "yours")}
 
 
 @card(
@@ -90,14 +90,14 @@ def the_worst_case_of_lru():
     tree, hits, turns = RadixTree(1), 0, 0
     for _ in range(10):
         for conversation in range(9):
-            blob = array("i", [conversation]).tobytes()
+            tokens = array("i", [conversation]).tobytes()
             turns += 1
-            hits += tree.prefix_length(blob)
-            if not tree.prefix_length(blob) and tree.num_pages == 8:
+            hits += tree.prefix_length(tokens)
+            if not tree.prefix_length(tokens) and tree.num_pages == 8:
                 tree.evict(1)
-            node, _ = tree.match_prefix(blob)
+            node, _ = tree.match_prefix(tokens)
             tree.lock(node)
-            end, _ = tree.insert(node, blob, array("i", [conversation]))
+            end, _ = tree.insert(node, tokens, array("i", [conversation]))
             tree.unlock(end)
     return {"90": turns, "0": hits, "63": 7 * (10 - 1), "7": 8 - 1}
 

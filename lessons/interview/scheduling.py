@@ -91,7 +91,7 @@ def whom_to_preempt():
     "Read the unfinished prefixes off the running requests, not from a table of promises: an abort or a preemption "
     "then needs no bookkeeping. And bound the wait: a request passed over 100 times stops waiting.",
     follow_ups=("What if the computing request is preempted?", "Why not share pages before they are computed?"),
-    file="nanokv/engine/scheduler.py",
+    file="nanokv/engine/admission_policy.py",
     command="nanokv learn solution 04.6 --give-up",
 )
 def prefix_in_the_making():

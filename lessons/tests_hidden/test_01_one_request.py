@@ -69,9 +69,9 @@ def test_01_5_random_texts_of_two_letters():
         for place in range(12):
             token = random.randrange(12)
             deltas = []
-            for answer in pair:
-                answer.push(token, place >= first)
-                deltas.append((answer.take_delta(), answer.stopped))
+            for stream in pair:
+                stream.push(token, place >= first)
+                deltas.append((stream.take_delta(), stream.stopped))
             equal(deltas[0], deltas[1], f"delta and stopped after token {place} with the stop texts {stop}")
             if pair[1].stopped:
                 break

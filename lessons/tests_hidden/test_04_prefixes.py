@@ -48,18 +48,18 @@ def same_histories() -> None:
             equal(one, other, "the tree's result in a random history")
 
 
-def test_04_1_random_runs():
-    random = random_of("runs")
+def test_04_1_random_nodes():
+    random = random_of("nodes")
     for _ in range(200):
         size = random.choice([1, 4])
         tree, count = RadixTree(size), random.randint(1, 12)
-        run = array("i", [random.randrange(2) for _ in range(size * count)])
+        own = array("i", [random.randrange(2) for _ in range(size * count)])
         start = array("i", [0] * (size * random.randint(0, 3)))
-        other = run[:size] + array("i", [random.randrange(2) for _ in range(random.randint(0, size * count))])
-        keep = random.randint(size, len(run))
-        blob = (start + (run[:keep] + other[keep:] if random.random() < 0.7 else other)).tobytes()
-        node = Node(None, run.tobytes(), array("i", range(count)))
-        arguments = node, blob, len(start) * start.itemsize
+        other = own[:size] + array("i", [random.randrange(2) for _ in range(random.randint(0, size * count))])
+        keep = random.randint(size, len(own))
+        tokens = (start + (own[:keep] + other[keep:] if random.random() < 0.7 else other)).tobytes()
+        node = Node(None, own.tobytes(), array("i", range(count)))
+        arguments = node, tokens, len(start) * start.itemsize
         equal(tree._common_pages(*arguments), reference(RadixTree)(size)._common_pages(*arguments), "common pages")
 
 

@@ -138,7 +138,7 @@ def test_06_6_random_requests():
         )
         asked = random.randint(1, 80)
         got, expected = (
-            kind(8, size, interval, RadixTree(size)).chunk(request, asked) for kind in (States, reference(States))
+            kind(8, size, interval, RadixTree(size)).limit_chunk(request, asked) for kind in (States, reference(States))
         )
         what = f"tokens of {len(request.tokens)} from {request.num_computed}, wanted {request.held.recurrence.wanted}"
         equal(got, expected, f"{what}, interval {interval}, pages of {size}, {asked} asked")

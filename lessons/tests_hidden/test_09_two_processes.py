@@ -41,31 +41,34 @@ def grants(label: str):
         )
         computed, pair = random.randint(0, 40), []
         for kind in (GrantedCache, reference(GrantedCache)):
-            pages, request = kind(4), Request([1])
-            pages.give(request, what)
+            cache, request = kind(4), Request([1])
+            cache.give(request, what)
             request.num_computed, request.held.state_id = computed, what.state
-            pair.append((pages, request))
+            pair.append((cache, request))
         yield random, what, pair
 
 
 def test_09_2_random_grants():
     for _, what, pair in grants("match"):
-        seen = [(p.match(r), list(r.held.pages), r.held.state_id, r.num_computed, r.held.num_cached) for p, r in pair]
+        seen = [
+            (cache.match(r), list(r.held.pages), r.held.state_id, r.num_computed, r.held.num_cached)
+            for cache, r in pair
+        ]
         equal(seen[0], seen[1], f"match of {what}")
 
 
 def test_09_3_random_grants():
     for random, what, pair in grants("chunk"):
         asked = random.randint(1, 40)
-        seen = [p.chunk(r, asked) for p, r in pair]
+        seen = [cache.limit_chunk(r, asked) for cache, r in pair]
         equal(seen[0], seen[1], f"chunk of {asked} from {pair[0][1].num_computed}, checkpoints {what.checkpoints}")
 
 
 def test_09_4_random_grants():
     for random, what, pair in grants("commit"):
         in_flight, seen = random.choice([0, 0, 4, 8]), []
-        for pages, request in pair:
+        for cache, request in pair:
             request.num_computed = request.num_computed // 4 * 4
-            pages.commit(request, in_flight)
-            seen.append(pages.drain_moves().states)
+            cache.commit(request, in_flight)
+            seen.append(cache.drain_moves().states)
         equal(seen[0], seen[1], f"copies with {in_flight} in flight, checkpoints {what.checkpoints}")

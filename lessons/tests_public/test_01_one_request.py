@@ -75,15 +75,15 @@ class Letters:
 
 def said(text: str, stop: tuple[str, ...], may_stop: bool = True) -> tuple[list[str], bool]:
     """The delta after each letter, and whether the answer stopped."""
-    answer, deltas = TextStream(Letters(), stop), []
+    stream, deltas = TextStream(Letters(), stop), []
     for letter in text:
-        answer.push(ord(letter), may_stop)
-        deltas.append(answer.take_delta())
-        if answer.stopped:
+        stream.push(ord(letter), may_stop)
+        deltas.append(stream.take_delta())
+        if stream.stopped:
             break
-    answer.flush(may_stop)
-    deltas.append(answer.take_delta())
-    return deltas, answer.stopped
+    stream.flush(may_stop)
+    deltas.append(stream.take_delta())
+    return deltas, stream.stopped
 
 
 def test_01_5_without_a_stop_text_each_letter_comes_at_once():
@@ -103,9 +103,9 @@ def test_01_5_an_incomplete_stop_text_is_shown_in_the_end():
 
 
 def test_01_5_the_earliest_of_several_stop_texts_counts():
-    answer = TextStream(Letters(), ("ya", "xy"))
-    answer._take("abxya", True)
-    equal(answer.text, "ab", "the text of 'abxya' with the stop texts 'ya' and 'xy'")
+    stream = TextStream(Letters(), ("ya", "xy"))
+    stream._take("abxya", True)
+    equal(stream.text, "ab", "the text of 'abxya' with the stop texts 'ya' and 'xy'")
 
 
 def test_01_5_before_min_tokens_nothing_stops():
@@ -124,7 +124,7 @@ def drawn(probabilities, position: int, seed: int = 7, **params) -> int:
 
 
 def chosen(weights: list[float], ids: list[int], position: int, seed: int = 7) -> int:
-    """The first of `ids` at which the cumulative weight exceeds the noise."""
+    """The first of `ids` at which the cumulative weight exceeds the uniform number."""
     target, passed = sampler.uniform(seed, 0, position) * sum(weights), 0.0
     for weight, token in zip(weights, ids, strict=True):
         passed += weight

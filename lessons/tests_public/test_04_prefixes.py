@@ -10,16 +10,16 @@ from nanokv.learn.expect import equal
 PAGE = 4
 
 
-def blob(*names: int) -> bytes:
+def as_bytes(*names: int) -> bytes:
     """The tokens of whole pages, as bytes."""
     return array("i", [name for name in names for _ in range(PAGE)]).tobytes()
 
 
 def node_of(parent: Node | None, *names: int, first_page: int = 0) -> Node:
     """A node below `parent`, filed under its first page."""
-    node = Node(parent, blob(*names), array("i", range(first_page, first_page + len(names))))
+    node = Node(parent, as_bytes(*names), array("i", range(first_page, first_page + len(names))))
     if parent is not None:
-        parent.children[blob(names[0])] = node
+        parent.children[as_bytes(names[0])] = node
     return node
 
 
@@ -32,20 +32,24 @@ def named(node: Node) -> list[int]:
 
 def test_04_1_whole_pages_from_the_start():
     tree, node = RadixTree(PAGE), node_of(None, 1, 2, 3, 4)
-    equal(tree._common_pages(node, blob(1, 2, 9, 4), 0), 2, "pages that 1 2 3 4 and 1 2 9 4 share")
-    equal(tree._common_pages(node, blob(1, 9), 0), 1, "pages that 1 2 3 4 and 1 9 share")
+    equal(tree._common_pages(node, as_bytes(1, 2, 9, 4), 0), 2, "pages that 1 2 3 4 and 1 2 9 4 share")
+    equal(tree._common_pages(node, as_bytes(1, 9), 0), 1, "pages that 1 2 3 4 and 1 9 share")
 
 
-def test_04_1_the_blob_may_end_first_and_in_the_middle_of_a_page():
+def test_04_1_the_tokens_may_end_first_and_in_the_middle_of_a_page():
     tree, node = RadixTree(PAGE), node_of(None, 1, 2, 3, 4)
-    equal(tree._common_pages(node, blob(1, 2, 3), 0), 3, "pages that 1 2 3 4 and 1 2 3 share")
-    equal(tree._common_pages(node, blob(1, 2, 3)[:-4], 0), 2, "the same, one token shorter")
+    equal(tree._common_pages(node, as_bytes(1, 2, 3), 0), 3, "pages that 1 2 3 4 and 1 2 3 share")
+    equal(tree._common_pages(node, as_bytes(1, 2, 3)[:-4], 0), 2, "the same, one token shorter")
 
 
 def test_04_1_compared_at_a_position():
     tree, node = RadixTree(PAGE), node_of(None, 5, 6, 7)
-    blob_ = blob(1, 2, 5, 6, 8)
-    equal(tree._common_pages(node, blob_, len(blob(1, 2))), 2, "pages that 5 6 7 shares with 1 2 5 6 8 from page 2 on")
+    tokens = as_bytes(1, 2, 5, 6, 8)
+    equal(
+        tree._common_pages(node, tokens, len(as_bytes(1, 2))),
+        2,
+        "pages that 5 6 7 shares with 1 2 5 6 8 from page 2 on",
+    )
 
 
 def family() -> tuple[RadixTree, Node, Node, Node]:
@@ -57,49 +61,53 @@ def family() -> tuple[RadixTree, Node, Node, Node]:
 
 def test_04_2_whole_nodes_match_all_the_way_down():
     tree, root, upper, lower = family()
-    nodes, position, partial = tree._walk(blob(1, 2, 3, 4, 5), root)
+    nodes, position, partial = tree._walk(as_bytes(1, 2, 3, 4, 5), root)
     equal(nodes == [root, upper, lower], True, "root, [1 2] and [3 4 5] are on the way")
-    equal(position, len(blob(1, 2, 3, 4, 5)), "the byte at which the walk ends")
+    equal(position, len(as_bytes(1, 2, 3, 4, 5)), "the byte at which the walk ends")
     equal(partial, None, "a child that matches in part")
 
 
 def test_04_2_a_node_that_matches_in_part_is_returned():
     tree, root, upper, lower = family()
-    nodes, position, partial = tree._walk(blob(1, 2, 3, 9, 9), root)
+    nodes, position, partial = tree._walk(as_bytes(1, 2, 3, 9, 9), root)
     equal(nodes == [root, upper], True, "root and [1 2] are on the way")
-    equal(position, len(blob(1, 2)), "the byte at which the walk ends")
+    equal(position, len(as_bytes(1, 2)), "the byte at which the walk ends")
     equal(partial is lower, True, "[3 4 5] is the child that matches in part")
 
 
 def test_04_2_an_unknown_page_ends_the_walk():
     tree, root, upper, _ = family()
-    equal(tree._walk(blob(8), root), ([root], 0, None), "the walk for page 8")
-    nodes, position, partial = tree._walk(blob(1, 2, 8), root)
-    equal((nodes == [root, upper], position, partial), (True, len(blob(1, 2)), None), "the walk for 1 2 8")
+    equal(tree._walk(as_bytes(8), root), ([root], 0, None), "the walk for page 8")
+    nodes, position, partial = tree._walk(as_bytes(1, 2, 8), root)
+    equal((nodes == [root, upper], position, partial), (True, len(as_bytes(1, 2)), None), "the walk for 1 2 8")
 
 
 def test_04_2_tokens_after_the_last_whole_page_find_nothing():
     tree, root, upper, _ = family()
-    nodes, position, partial = tree._walk(blob(1, 2) + blob(3)[:-4], root)
-    equal((nodes == [root, upper], position, partial), (True, len(blob(1, 2)), None), "the walk for 1 2 and 3 tokens")
+    nodes, position, partial = tree._walk(as_bytes(1, 2) + as_bytes(3)[:-4], root)
+    equal(
+        (nodes == [root, upper], position, partial), (True, len(as_bytes(1, 2)), None), "the walk for 1 2 and 3 tokens"
+    )
 
 
 def test_04_3_a_handle_counts_on_every_node_of_its_path():
     tree, root, upper, lower = family()
     tree.lock(lower)
-    equal([node.ref_count for node in (root, upper, lower)], [1, 1, 1], "locks of root, [1 2] and [3 4 5]")
+    equal([node.ref_count for node in (root, upper, lower)], [1, 1, 1], "ref_count of root, [1 2] and [3 4 5]")
     tree.lock(upper)
-    equal([node.ref_count for node in (root, upper, lower)], [2, 2, 1], "locks after another handle on [1 2]")
+    equal(
+        [node.ref_count for node in (root, upper, lower)], [2, 2, 1], "ref_count of each after another handle on [1 2]"
+    )
 
 
 def test_04_3_pages_are_counted_once_however_many_handles_hold_them():
     tree, _, upper, lower = family()
     tree.lock(upper)
-    equal(tree.num_protected, 2, "pages locked by a handle on [1 2]")
+    equal(tree.num_protected, 2, "num_protected with a handle on [1 2]")
     tree.lock(lower)
-    equal(tree.num_protected, 5, "pages locked after another one on [3 4 5]")
+    equal(tree.num_protected, 5, "num_protected with another one on [3 4 5]")
     tree.lock(lower)
-    equal(tree.num_protected, 5, "pages locked after one more there")
+    equal(tree.num_protected, 5, "num_protected with one more there")
 
 
 def test_04_4_the_upper_part_is_new_and_the_lower_keeps_its_identity():
@@ -118,17 +126,17 @@ def test_04_4_parents_and_children_know_each_other():
     tree, _root, upper, lower = family()
     child = node_of(lower, 6, first_page=5)
     above = tree._split(lower, 2)
-    equal(upper.children == {blob(3): above}, True, "[1 2] has the upper part below it, filed under page 3")
-    equal(above.children == {blob(5): lower}, True, "the upper part has the lower one, filed under page 5")
+    equal(upper.children == {as_bytes(3): above}, True, "[1 2] has the upper part below it, filed under page 3")
+    equal(above.children == {as_bytes(5): lower}, True, "the upper part has the lower one, filed under page 5")
     equal((above.parent is upper, lower.parent is above), (True, True), "each part knows its parent")
-    equal(lower.children == {blob(6): child}, True, "the children stay with the lower part")
+    equal(lower.children == {as_bytes(6): child}, True, "the children stay with the lower part")
 
 
 def test_04_4_locks_and_use_hold_for_both_and_a_state_stays_below():
     tree, _, _, lower = family()
     lower.ref_count, lower.last_access, lower.state = 3, 17, 8
     above = tree._split(lower, 1)
-    equal((above.ref_count, above.last_access), (3, 17), "locks and last use of the upper part")
+    equal((above.ref_count, above.last_access), (3, 17), "ref_count and last_access of the upper part")
     equal((above.state, lower.state), (None, 8), "states of the upper and the lower part")
 
 
@@ -140,12 +148,12 @@ class Planted(RadixTree):
         self.made = 0
 
     def hold(self, *names: int) -> Node:
-        node, found = self.match(blob(*names))
+        node, found = self.match_prefix(as_bytes(*names))
         self.lock(node)
         rest = len(names) - len(found)
         pages = array("i", range(self.made, self.made + rest))
         self.made += rest
-        return self.extend(node, blob(*names[len(found) :]), pages)[0]
+        return self.insert(node, as_bytes(*names[len(found) :]), pages)[0]
 
     def plant(self, *names: int) -> None:
         self.unlock(self.hold(*names))
@@ -155,7 +163,7 @@ def test_04_5_a_leaf_loses_pages_from_its_tail():
     tree = Planted()
     tree.plant(1, 2, 3)
     equal(tree.evict(2), [2, 1], "two pages evicted of the node with pages 0 1 2")
-    equal(list(tree.match_prefix(blob(1, 2, 3))[1]), [0], "pages found afterwards")
+    equal(list(tree.match_prefix(as_bytes(1, 2, 3))[1]), [0], "pages found afterwards")
     equal(tree.num_pages, 1, "num_pages")
 
 
@@ -183,7 +191,7 @@ def test_04_5_a_parent_is_evicted_after_its_last_child():
     tree.plant(1, 3)
     equal(len(tree.evict(2)), 2, "pages evicted")
     tree.check([])
-    equal(list(tree.match_prefix(blob(1, 2))[1]), [0], "the shared page is still found")
+    equal(list(tree.match_prefix(as_bytes(1, 2))[1]), [0], "the shared page is still found")
     equal(tree.evict(1), [0], "the last page to evict")
 
 
@@ -193,7 +201,7 @@ def test_04_5_a_state_is_lost_with_the_last_page_of_its_node():
     node.state = 4
     tree.unlock(node)
     tree.evict(1)
-    equal(tree.take_cut() == [node], True, "the node that lost its state is listed in _cut")
+    equal(tree.take_cut() == [node], True, "the node that lost its state is listed by take_cut")
 
 
 def prompt(*tokens: int) -> Request:

@@ -225,10 +225,10 @@ def running(num_tokens: int, computed: int, wanted: set[int]) -> Request:
 
 def test_06_6_a_step_stops_at_the_last_page_boundary_that_leaves_a_token():
     states = some_states(page_size=4)
-    equal(states.chunk(running(11, 0, set()), 100), 8, "of 11 tokens in pages of 4, from 0")
-    equal(states.chunk(running(11, 8, set()), 3), 3, "of 11 tokens in pages of 4, from 8, 3 asked for")
+    equal(states.limit_chunk(running(11, 0, set()), 100), 8, "of 11 tokens in pages of 4, from 0")
+    equal(states.limit_chunk(running(11, 8, set()), 3), 3, "of 11 tokens in pages of 4, from 8, 3 asked for")
     equal(
-        states.chunk(running(12, 0, set()), 100),
+        states.limit_chunk(running(12, 0, set()), 100),
         8,
         "of 12 tokens in pages of 4, from 0: one token must remain to compute",
     )
@@ -236,15 +236,15 @@ def test_06_6_a_step_stops_at_the_last_page_boundary_that_leaves_a_token():
 
 def test_06_6_a_step_stops_at_the_nearest_wanted_position():
     states = some_states(page_size=4)
-    equal(states.chunk(running(40, 0, {8, 20}), 100), 8, "of 40 tokens, wanted at 8 and 20, from 0")
-    equal(states.chunk(running(40, 8, {8, 20}), 100), 12, "of 40 tokens, wanted at 8 and 20, from 8")
-    equal(states.chunk(running(40, 8, {20}), 5), 5, "of 40 tokens, wanted at 20, from 8, 5 asked for")
+    equal(states.limit_chunk(running(40, 0, {8, 20}), 100), 8, "of 40 tokens, wanted at 8 and 20, from 0")
+    equal(states.limit_chunk(running(40, 8, {8, 20}), 100), 12, "of 40 tokens, wanted at 8 and 20, from 8")
+    equal(states.limit_chunk(running(40, 8, {20}), 5), 5, "of 40 tokens, wanted at 20, from 8, 5 asked for")
 
 
 def test_06_6_a_step_stops_at_the_next_multiple_of_the_interval():
     states = some_states(page_size=4, interval=16)
     equal(
-        [states.chunk(running(60, at, set()), 100) for at in (0, 10, 16)],
+        [states.limit_chunk(running(60, at, set()), 100) for at in (0, 10, 16)],
         [16, 6, 16],
         "of 60 tokens, interval 16, from 0, 10 and 16",
     )
@@ -252,7 +252,7 @@ def test_06_6_a_step_stops_at_the_next_multiple_of_the_interval():
 
 def test_06_6_without_an_interval_a_step_stops_at_no_multiple():
     equal(
-        some_states(interval=None).chunk(running(101, 0, set()), 70),
+        some_states(interval=None).limit_chunk(running(101, 0, set()), 70),
         70,
         "of 101 tokens without an interval, 70 asked for",
     )

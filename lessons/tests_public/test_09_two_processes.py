@@ -36,67 +36,67 @@ def test_09_1_a_length_above_the_limit_is_refused_at_once():
 
 
 def given(checkpoints: dict[int, int], state: int | None = 5) -> tuple[GrantedCache, Request]:
-    pages, request = GrantedCache(4), Request(list(range(30)))
+    cache, request = GrantedCache(4), Request(list(range(30)))
     request.tokens = array("i", request.prompt_token_ids)
-    pages.give(request, GrantedPages(array("i", [7, 3, 9]), 8, state, checkpoints))
+    cache.give(request, GrantedPages(array("i", [7, 3, 9]), 8, state, checkpoints))
     request.held.state_id = state
-    return pages, request
+    return cache, request
 
 
 def test_09_2_a_match_finds_the_granted_pages():
-    pages, request = given({}, state=2)
+    cache, request = given({}, state=2)
     request.held.state_id = None
-    equal(pages.match(request), 8, "tokens computed, as in the PREFILL message")
+    equal(cache.match(request), 8, "tokens computed, as in the PREFILL message")
     equal(list(request.held.pages), [7, 3, 9], "pages of the request")
     equal(request.held.state_id, 2, "state of the request")
     equal((request.num_computed, request.held.num_cached), (8, 8), "num_computed and num_cached")
 
 
 def test_09_2_each_request_has_pages_of_its_own():
-    pages, one = given({})
+    cache, one = given({})
     two = Request([1])
-    pages.give(two, GrantedPages(array("i", [4]), 0, None, {}))
-    pages.match(one)
-    equal(pages.match(two), 0, "tokens computed of the second request")
+    cache.give(two, GrantedPages(array("i", [4]), 0, None, {}))
+    cache.match(one)
+    equal(cache.match(two), 0, "tokens computed of the second request")
     equal((list(one.held.pages), list(two.held.pages)), ([7, 3, 9], [4]), "pages of the two requests")
 
 
 def test_09_3_a_chunk_ends_at_the_nearest_checkpoint_ahead():
-    pages, request = given({12: 1, 20: 2})
+    cache, request = given({12: 1, 20: 2})
     request.num_computed = 8
-    equal(pages.chunk(request, 100), 4, "tokens from 8, checkpoints at 12 and 20")
-    equal(pages.chunk(request, 3), 3, "tokens from 8, checkpoints at 12 and 20, three asked for")
+    equal(cache.limit_chunk(request, 100), 4, "tokens from 8, checkpoints at 12 and 20")
+    equal(cache.limit_chunk(request, 3), 3, "tokens from 8, checkpoints at 12 and 20, three asked for")
     request.num_computed = 12
-    equal(pages.chunk(request, 100), 8, "tokens from 12: the checkpoint at 12 is done")
+    equal(cache.limit_chunk(request, 100), 8, "tokens from 12: the checkpoint at 12 is done")
 
 
 def test_09_3_without_checkpoints_a_chunk_is_as_long_as_asked():
-    pages, request = given({})
-    equal(pages.chunk(request, 22), 22, "tokens without checkpoints")
-    pages, request = given({4: 1})
+    cache, request = given({})
+    equal(cache.limit_chunk(request, 22), 22, "tokens without checkpoints")
+    cache, request = given({4: 1})
     request.num_computed = 8
-    equal(pages.chunk(request, 22), 22, "tokens when the only checkpoint lies behind")
+    equal(cache.limit_chunk(request, 22), 22, "tokens when the only checkpoint lies behind")
 
 
 def test_09_4_a_reached_checkpoint_is_copied():
-    pages, request = given({12: 1, 20: 2})
+    cache, request = given({12: 1, 20: 2})
     request.num_computed = 12
-    pages.commit(request)
-    equal(pages.drain_moves().states, [(5, 1)], "copies (from, to) at position 12")
+    cache.commit(request)
+    equal(cache.drain_moves().states, [(5, 1)], "copies (from, to) at position 12")
 
 
 def test_09_4_other_positions_copy_nothing():
-    pages, request = given({12: 1})
+    cache, request = given({12: 1})
     for position in (8, 11, 13):
         request.num_computed = position
-        pages.commit(request)
-    equal(pages.drain_moves().states, [], "copies at positions 8, 11 and 13")
+        cache.commit(request)
+    equal(cache.drain_moves().states, [], "copies at positions 8, 11 and 13")
 
 
 def test_09_4_tokens_in_flight_do_not_count():
-    pages, request = given({12: 1, 20: 0})
+    cache, request = given({12: 1, 20: 0})
     request.num_computed = 20
-    pages.commit(request, in_flight=8)
-    equal(pages.drain_moves().states, [(5, 1)], "copies at 20, of which 8 are in flight")
-    pages.commit(request)
-    equal(pages.drain_moves().states, [(5, 0)], "copies when none is in flight: state 0 is a state")
+    cache.commit(request, in_flight=8)
+    equal(cache.drain_moves().states, [(5, 1)], "copies at 20, of which 8 are in flight")
+    cache.commit(request)
+    equal(cache.drain_moves().states, [(5, 0)], "copies when none is in flight: state 0 is a state")

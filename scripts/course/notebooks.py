@@ -18,6 +18,9 @@ from nanokv.core.errors import CourseError
 ROOT = Path(__file__).resolve().parents[2]
 LESSONS = ROOT / "lessons"
 IMAGES, NOTEBOOKS = LESSONS / "img", LESSONS / "ipynb"
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+ROUNDING = 1e-5
+"""Points by which a coordinate may differ: the last of its six decimals depends on the CPU's rounding."""
 FIRST_CELL = 'import sys\n\nsys.path.insert(0, "..")  # where the lessons\' own helpers lie'
 
 
@@ -73,7 +76,7 @@ def run_and_check() -> list[str]:
             target = NOTEBOOKS / f"{path.stem}.ipynb"
             if not target.is_file() or target.read_text("utf-8") != notebook(path):
                 found.append(f"{target.relative_to(ROOT)} is not current: python scripts/lessons.py build")
-            found += _other_figures(path.stem, Path(scratch))
+            found += other_figures(path.stem, Path(scratch))
             print(f"{'ok' if not found else 'FAULT':6} {path.name} ({time.monotonic() - start:.1f} s)", flush=True)
             for fault in found:
                 print(f"       {fault}")
@@ -86,7 +89,7 @@ def run_and_check() -> list[str]:
     return faults
 
 
-def _other_figures(lesson: str, drawn: Path) -> list[str]:
+def other_figures(lesson: str, drawn: Path) -> list[str]:
     """Figures of a lesson that differ from those in lessons/img, or exist on one side only."""
     names = {path.name for folder in (IMAGES, drawn) for path in folder.glob(f"{lesson}-*.svg")}
     return [
@@ -94,8 +97,14 @@ def _other_figures(lesson: str, drawn: Path) -> list[str]:
         for name in sorted(names)
         if not (IMAGES / name).is_file()
         or not (drawn / name).is_file()
-        or (IMAGES / name).read_bytes() != (drawn / name).read_bytes()
+        or not same_figure((IMAGES / name).read_text("utf-8"), (drawn / name).read_text("utf-8"))
     ]
+
+
+def same_figure(one: str, other: str) -> bool:
+    """Whether two SVG texts are equal but for the rounding of their numbers."""
+    pairs = zip(NUMBER.findall(one), NUMBER.findall(other), strict=False)
+    return NUMBER.split(one) == NUMBER.split(other) and all(abs(float(a) - float(b)) <= ROUNDING for a, b in pairs)
 
 
 def cells(source: str) -> list[tuple[str, str]]:
