@@ -1,4 +1,4 @@
-"""The lessons as files: pictures, links and names in them lead somewhere. Running them is scripts/lessons.py's job."""
+"""The lessons as files: their pictures, links and names exist. scripts/lessons.py runs them."""
 
 import ast
 import re
@@ -22,7 +22,7 @@ def prose(lesson: Path) -> str:
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
 class TestALesson:
-    def test_asks_a_question_and_follows_the_grammar(self, lesson):
+    def test_asks_a_question_and_has_its_sections_in_order(self, lesson):
         text = prose(lesson)
         assert text.startswith("# ") and "\n> " in text
         places = [text.index(section) for section in SECTIONS]
@@ -54,7 +54,7 @@ class TestALesson:
         assert len(names) >= 3
         assert [name for name in names if not resolves(name)] == []
 
-    def test_asserts_what_it_says(self, lesson):
+    def test_has_at_least_ten_assertions(self, lesson):
         tree = ast.parse(lesson.read_text(encoding="utf-8"))
         assert sum(isinstance(node, ast.Assert) for node in ast.walk(tree)) >= 10
 
@@ -72,7 +72,7 @@ def resolves(name: str) -> bool:
     return False
 
 
-def test_a_figure_is_the_same_bytes_each_time(tmp_path, monkeypatch):
+def test_a_figure_has_the_same_bytes_each_time(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOKV_LESSONS_IMG", str(tmp_path))
     monkeypatch.syspath_prepend(str(ROOT / "lessons"))
     figures = import_module("figures")
