@@ -1,4 +1,4 @@
-"""What the test files share: where weights live during tests, and SmolLM2, pulled once into the checkout."""
+"""Shared by all tests: the folder of weights, SmolLM2, which is pulled once into the checkout, and a tiny Llama."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ os.environ.setdefault("NANOKV_HOME", str(ROOT / "weights"))
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The folder of SmolLM2-135M-Instruct; fetched when it is not there."""
+    """The folder of SmolLM2-135M-Instruct, which is pulled if it is missing."""
     from nanokv.hub.pull import pull
 
     return pull("smollm2-135m-instruct")

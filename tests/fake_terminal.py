@@ -102,7 +102,7 @@ class FakeTerminal:
         self.session = ChatSession(self.llm, "scripted", system, params, Terminal(self.out, self.err), show_stats=True)
 
     def enter(self, line: str, answer: str = "") -> tuple[str, str]:
-        """Enters a line while the model is to give `answer`. Returns the output on stdout and on stderr."""
+        """Enters a line, to which the model gives `answer`. Returns the output on stdout and on stderr."""
         if answer:
             self.llm.model.will_say(answer)
         start = self.out.tell(), self.err.tell()

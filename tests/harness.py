@@ -33,7 +33,7 @@ def load(
 
 @dataclass
 class Sequence:
-    """Token ids, the pages that hold their K and V, the state of its recurrent layers, and how many are computed."""
+    """Token ids, the pages of their K and V, the number of computed tokens, and the id of the recurrent state."""
 
     tokens: list[int]
     pages: list[int] = field(default_factory=list)
@@ -73,7 +73,7 @@ def step_of(
     write_pages: torch.Tensor | None = None,
     write_slots: torch.Tensor | None = None,
 ) -> Batch:
-    """A step for kernels, which see no tokens: positions of some requests, whose pages are rows of `tables`."""
+    """A step for kernels, which read no tokens: the positions of some requests, whose pages are rows of `tables`."""
     positions = torch.tensor([p for own in rows.values() for p in own], dtype=torch.int32)
     starts = torch.tensor([0, *accumulate(len(own) for own in rows.values())], dtype=torch.int32)
     unused = torch.zeros(len(positions), dtype=torch.int32)
@@ -86,7 +86,7 @@ def step_of(
 
 
 class Rig:
-    """A decoder bound to a store of its own, in pages of the size it was built for.
+    """A decoder bound to a store of its own, with the page size that it was built for.
 
     Every byte of the store starts as 0x3F, which is a number near 1 in each float type: a slot that is read before it
     is written changes the result.

@@ -1,8 +1,8 @@
-"""Slow and obvious twins of the cache, for tests: a prefix tree that is a dict, and an engine whose K and V are texts.
+"""Simple models of the cache, for tests: a prefix tree as a dict, and an engine that stores tokens instead of K and V.
 
-NaivePrefixes keeps one entry for each cached page, keyed by (namespace, all tokens up to its end). House runs requests
-over a real CacheManager and writes into each token slot what its K and V depend on: namespace and every token up to it.
-So any hit, copy or eviction that would make a request read something else is seen at once.
+NaivePrefixes keeps one entry for each cached page, under the key (namespace, all tokens up to its end). House runs
+requests over a real CacheManager and writes into each token slot the values on which K and V depend: the namespace and
+all tokens up to that position. A wrong hit, copy or eviction makes a request read another value, and a check fails.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def layout_of(page_size: int, recurrent: bool = False) -> PageLayout:
 
 
 class NaivePrefixes:
-    """Pages by prefix; everything is found by looking at everything."""
+    """Pages by prefix. Each operation scans all entries."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
@@ -69,7 +69,7 @@ class NaivePrefixes:
         self.touch(self.steps(salt, tokens))
 
     def extend(self, salt, tokens, pages) -> list[int]:
-        """Moves one handle to the end of `tokens`, whose last pages are `pages`; returns those that stand there now."""
+        """Moves one handle to the end of `tokens`, whose last pages are `pages`; returns the pages now in the tree."""
         keys = self.steps(salt, tokens)
         self.handles.remove((salt, tuple(tokens[: (len(keys) - len(pages)) * self.page_size])))
         self.handles.append((salt, tuple(tokens)))
@@ -96,8 +96,8 @@ class NaivePrefixes:
 
 
 class House:
-    """Requests over a CacheManager, and a store that remembers what each slot of each page was computed from, and which
-    tokens each recurrent state has seen."""
+    """Requests over a CacheManager, and a store that records the tokens from which each slot of each page and each
+    recurrent state was computed."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class House:
         return request
 
     def admit(self, request: Request, num_tokens: int | None = None) -> bool:
-        """Match and reserve, as the scheduler does: everything still to compute, or `num_tokens` of it."""
+        """Matches and reserves, as the scheduler does: all tokens still to compute, or `num_tokens` of them."""
         self.cache.match(request)
         wanted = request.num_to_compute if num_tokens is None else min(num_tokens, request.num_to_compute)
         if not self.schedule(request, self.cache.limit_chunk(request, wanted)):
@@ -145,7 +145,7 @@ class House:
         return True
 
     def drop(self, request: Request) -> None:
-        """Finished, aborted or preempted: the cache cannot tell."""
+        """Releases a finished, aborted or preempted request: the cache treats all three alike."""
         request.num_scheduled = 0
         self.cache.release(request)
         self.running.remove(request)
@@ -157,7 +157,7 @@ class House:
         return child
 
     def run(self, next_token: int = 0, come_back: bool = True) -> None:
-        """One step: copies, forward pass, commit. With come_back=False its tokens are still on their way."""
+        """One step: copies, forward pass, commit. With come_back=False its tokens stay in flight."""
         moves = self.cache.drain_moves()
         for src, dst in moves.pages:
             self.slots[dst] = list(self.slots[src])
@@ -171,12 +171,12 @@ class House:
         for request, count in stepped:
             for position in range(request.num_computed, request.num_computed + count):
                 page = request.held.pages[position // self.page_size]
-                assert page not in in_tree, "a published page is written"
+                assert page not in in_tree, "a published page must not be written"
                 self.slots[page][position % self.page_size] = self._value(request, position)
             if request.held.state_id is not None and count:
                 start = request.num_computed
                 assert start == 0 or self.states[request.held.state_id] == self._value(request, start - 1), (
-                    "a foreign state"
+                    "the state of other tokens"
                 )
                 self.states[request.held.state_id] = self._value(request, start + count - 1)
             request.advance()
@@ -187,14 +187,14 @@ class House:
         self.verify()
 
     def prefill(self, request: Request, next_token: int = 0) -> None:
-        """Steps until the last known token is computed: one, or one for each checkpoint on the way."""
+        """Runs steps until the prompt is computed: one step, or one for each checkpoint on the way."""
         self.run(next_token)
         while request.num_to_compute > 1:
             assert self.schedule(request, self.cache.limit_chunk(request, request.num_to_compute))
             self.run(next_token)
 
     def serve(self, tokens, answer=(), salt: str | None = None) -> Request:
-        """A whole life: admitted, prefilled, decoded, finished."""
+        """Runs one request from its admission to its end."""
         request = self.request(tokens, salt)
         assert self.admit(request)
         answer = [*answer, 0]
@@ -209,7 +209,7 @@ class House:
         return request
 
     def verify(self) -> None:
-        """Between steps: the books balance, and every request reads what it would have computed itself."""
+        """Checks between steps that the counts agree and that every request reads the values of its own tokens."""
         self.cache.check()
         for request in self.running:
             for position in range(request.num_computed):
@@ -219,7 +219,7 @@ class House:
             for slot, end in enumerate(range(len(tokens) - self.page_size + 1, len(tokens) + 1)):
                 assert self.slots[page][slot] == (salt, blob(tokens[:end])), f"page {page} is filed under other tokens"
 
-        for src, dst in self.cache._states._copies if self.states else ():  # what the next step will find
+        for src, dst in self.cache._states._copies if self.states else ():  # the next step makes these copies first
             self.states[dst] = self.states[src]
         for node in self.cache._tree.nodes() if self.states else ():
             if node.state is not None:
@@ -231,7 +231,7 @@ class House:
 
 
 def _end_of(node) -> tuple:
-    """What the state at the end of a node has seen: namespace, and all tokens on the way."""
+    """The expected value of the state at the end of a node: its namespace and all tokens from the root."""
     run = b""
     while node.parent is not None:
         run = bytes(node.tokens) + run
@@ -240,7 +240,7 @@ def _end_of(node) -> tuple:
 
 
 def standing(tree) -> dict[tuple, int]:
-    """The tree's contents in the words of NaivePrefixes.pages."""
+    """The tree's contents in the format of NaivePrefixes.pages."""
     contents, before = {}, {}
     for node in tree.nodes():
         salt, tokens = before[node.parent] if node.parent is not None else (node.salt, ())

@@ -1,4 +1,4 @@
-"""Tiny random reference checkpoints, made with transformers: what the models of nanokv are compared with.
+"""Tiny random checkpoints, made with transformers, which runs them as the reference of nanokv's models.
 
 Every 1-D parameter is perturbed after construction: transformers starts norms at 1 and biases at 0, which would hide
 a norm at the wrong place or a bias that is never added.
@@ -48,8 +48,8 @@ LATENT = {
     "num_experts_per_tok": 3, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
 }  # fmt: skip
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-# A larger spread or faster decay would put the error of the reference itself above what the tests allow: heads whose
-# result is almost 0 are blown up by the norm behind them.
+# A larger spread or a faster decay would raise the error of the reference itself above the tolerance of the tests: the
+# norm after the heads scales up those whose result is almost 0.
 DELTA = {
     "num_hidden_layers": 4, "head_dim": 32, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 32,
     "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "initializer_range": 0.1,
@@ -92,7 +92,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "qwen3_5": ("Qwen3_5", {**DELTA, "intermediate_size": 128, "tie_word_embeddings": True}),
     "qwen3_5_moe": ("Qwen3_5Moe", {**DELTA, **SHARED_EXPERT}),
 }  # fmt: skip
-"""Name -> the class of transformers, and what a tiny model of it needs beside COMMON."""
+"""Name -> the class of transformers, and the fields of a tiny model beside COMMON."""
 HYBRIDS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 
 

@@ -1,4 +1,4 @@
-"""Everything at once, in any order: tree and manager against models that are too simple to be wrong."""
+"""Property tests: random sequences of operations on the tree and the manager, checked against simple models."""
 
 import random
 from array import array
@@ -12,7 +12,7 @@ from nanokv.cache import RadixTree
 
 
 class TreeAgainstADict(RuleBasedStateMachine):
-    """Every rule is also done to NaivePrefixes; contents, counts and the order of eviction must agree exactly."""
+    """Applies every rule to NaivePrefixes too; contents, counts and the order of eviction must be equal."""
 
     prompts = st.lists(st.integers(0, 1), max_size=11)
     salts = st.sampled_from([None, "", "a"])
@@ -74,8 +74,8 @@ TestTreeAgainstADict.settings = settings(max_examples=60, stateful_step_count=40
 
 
 class Walk:
-    """Requests come, decode, fork, are preempted and aborted over few pages, in any order. House proves that each reads
-    its own tokens; NaivePrefixes foretells every match, publication and eviction."""
+    """Requests arrive, decode, fork and are preempted or aborted in random order, over few pages. House checks that
+    each request reads its own tokens; NaivePrefixes predicts every match, publication and eviction."""
 
     NUM_PAGES = 16
     MOST = 5  # requests at once
@@ -112,7 +112,7 @@ class Walk:
         self.house.drop(request)
 
     def publish(self, request, before, pages, num_resolved):
-        """What the commit just done should have changed: `before` pages were published, `pages` were its pages."""
+        """Checks the commit of a request that held `pages`, of which `before` were published."""
         shared = [place for place in range(before, len(pages)) if self.counts[pages[place]] > 1]
         assert request.held.num_published == max(before, min([num_resolved // 2, *shared]))
         if request.held.num_published > before:
@@ -137,7 +137,7 @@ class Walk:
             self.drop(request)
         return fits
 
-    # The moves. Each does nothing where it does not apply.
+    # The moves. A move that does not apply changes nothing.
 
     def arrive(self):
         if len(self.house.running) < self.MOST:
@@ -169,7 +169,7 @@ class Walk:
             self.publish(parent, before, pages, parent.num_computed)
             self.naive.lock(*self.boundary(child))
             assert child.num_computed == parent.num_computed and child.held.num_published == parent.held.num_published
-            if self.rng.random() < 0.5:  # a copy of a copy, where the parent has just got its own tail
+            if self.rng.random() < 0.5:  # a copy of a copy, if the parent has just copied the partial page
                 self.reserve(child, 1)
 
     def step(self):
@@ -203,8 +203,8 @@ class Walk:
 
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32), num_moves=st.integers(1, 250))
-def test_the_manager_agrees_with_the_naive_one_whatever_happens(seed, num_moves):
-    """A walk that fails shrinks to its shortest prefix that fails."""
+def test_the_manager_agrees_with_the_naive_model_under_random_moves(seed, num_moves):
+    """A failing walk shrinks to its shortest failing prefix."""
     walk = Walk(random.Random(seed))
     anytime = {walk.arrive: 3, walk.resume: 2, walk.reset: 0.1}
     with_requests = {walk.schedule: 2, walk.preempt: 1, walk.finish: 1, walk.fork: 2, walk.step: 5}

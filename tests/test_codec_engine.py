@@ -1,4 +1,4 @@
-"""Codecs through the engine: the exactness law for each of them, every family, forks, partial pages, refusals."""
+"""Codecs in the engine: the exactness law for each codec and family, forks, quality, partial pages, errors."""
 
 import oracles
 import pytest
@@ -22,7 +22,7 @@ LONG = SamplingParams(max_tokens=20, temperature=0.0, logprobs=0, ignore_eos=Tru
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A Llama of two layers with heads of 64, which every codec can write."""
+    """A Llama of two layers with a head size of 64, which every codec supports."""
     return oracles.llama(tmp_path_factory.mktemp("wide"), head_dim=64)
 
 
@@ -39,8 +39,8 @@ def answers(llm: LLM, texts: list[list[int]] | None = None, params: SamplingPara
 
 
 @pytest.mark.parametrize("codec", [*CODECS, *KIVI])
-def test_hits_chunks_preemption_and_mates_change_no_bit(wide, codec):
-    """Nor does the size of a page, but for KIVI, whose groups are pages."""
+def test_cache_hits_chunks_preemption_and_batch_mates_change_no_bit(wide, codec):
+    """The page size changes no bit either, except for KIVI, whose groups are pages."""
     is_kivi = codec in KIVI
     with LLM(wide, codec=codec, page_size=32, num_pages=32, max_requests=1, prefix_cache=False) as llm:
         alone = answers(llm)
@@ -64,7 +64,7 @@ def family(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("codec", ["tq4", "tqp3", "kivi4"])
-def test_every_family_keeps_the_law_in_codes(family, codec):
+def test_every_family_keeps_the_exactness_law_with_a_codec(family, codec):
     room = {"num_states": 12, "page_size": 32, "codec": codec}
     if codec == "kivi4" and "deepseek" in str(family):
         with pytest.raises(ConfigError, match="codec='kivi4': it writes keys and values in two ways"):
@@ -88,14 +88,14 @@ def test_every_family_keeps_the_law_in_codes(family, codec):
         ({"codec": "kivi4", "native_layers": "first1"}, False),
     ],
 )
-def test_decode_steps_are_padded_where_every_layer_can_be_recorded(wide, fields, are_padded):
+def test_decode_steps_are_padded_if_every_layer_can_be_recorded(wide, fields, are_padded):
     with LLM(wide, page_size=32, num_pages=16, graphs=True, **fields) as llm:
         assert (llm.engine.runner._graphs is not None) == are_padded
         assert len(llm.engine.store.pages) == 16 + are_padded  # the page of padding
         assert llm.stats()["pages_total"] == 16
 
 
-def test_latents_in_codes_are_not_recorded_but_raw_ones_and_states_are(tmp_path):
+def test_raw_latents_and_states_are_recorded_and_quantized_latents_are_not(tmp_path):
     for family, codec, are_padded in (
         ("deepseek_v3", "tq4", False),
         ("deepseek_v3", "raw", True),
@@ -107,7 +107,7 @@ def test_latents_in_codes_are_not_recorded_but_raw_ones_and_states_are(tmp_path)
 
 
 @pytest.mark.parametrize("codec", ["tq3", "tqp4", "kivi4"])
-def test_samples_of_one_prompt_share_pages_until_they_part(wide, codec):
+def test_samples_of_one_prompt_share_pages_until_they_diverge(wide, codec):
     params = SamplingParams(max_tokens=40, n=3, seed=5, ignore_eos=True)
     text = oracles.prompt(50, seed=2)
     with LLM(wide, codec=codec, page_size=32, num_pages=32) as llm:
@@ -132,9 +132,7 @@ def test_samples_of_one_prompt_share_pages_until_they_part(wide, codec):
         ("deepseek_v3", "tq4", latents, "used_pages"),
     ],
 )
-def test_what_is_the_same_for_all_layers_of_a_step_is_worked_out_once(
-    family, codec, module, name, tmp_path, monkeypatch
-):
+def test_values_common_to_all_layers_are_computed_once_a_step(family, codec, module, name, tmp_path, monkeypatch):
     own, calls = getattr(module, name), []
     monkeypatch.setattr(module, name, lambda batch: calls.append(batch) or own(batch))
     folder = oracles.checkpoint(family, tmp_path)
@@ -151,7 +149,7 @@ def divergence(truth: torch.Tensor, other: torch.Tensor) -> float:
     return (truth.exp() * (truth - other)).sum(-1).mean().item()
 
 
-def test_finer_codecs_are_closer_to_raw_and_the_order_is_that_of_their_errors(wide):
+def test_codecs_with_smaller_errors_stay_closer_to_the_raw_codec(wide):
     text = oracles.prompt(150, seed=8)
 
     def score(codec: str, **fields) -> torch.Tensor:
@@ -170,7 +168,7 @@ def test_finer_codecs_are_closer_to_raw_and_the_order_is_that_of_their_errors(wi
 
 
 @pytest.mark.parametrize("codec", ["tq3", "raw/tq2", "kivi2"])
-def test_fast_prefill_reads_a_chunk_as_it_is(wide, codec):
+def test_fast_prefill_attends_to_the_unquantized_numbers_of_its_chunk(wide, codec):
     text = oracles.prompt(80, seed=4)
     with (
         LLM(wide, page_size=32, num_pages=16) as raw,
@@ -186,7 +184,7 @@ def test_fast_prefill_reads_a_chunk_as_it_is(wide, codec):
         assert len(one) == len(fast.generate([text], LONG)[0].token_ids) == 20
 
 
-def test_centered_keys_keep_what_attention_computes_and_lose_less_of_biased_ones(tmp_path):
+def test_centered_keys_keep_attention_and_lose_less_of_biased_keys(tmp_path):
     import safetensors.torch
 
     folder = oracles.llama(tmp_path, head_dim=64, attention_bias=True)
@@ -209,7 +207,7 @@ def test_centered_keys_keep_what_attention_computes_and_lose_less_of_biased_ones
     assert divergence(raw, centered) < divergence(raw, plain) / 4
     again = score(codec="tq4", center_keys=True)[1]
     assert means and all(torch.equal(mean, other) for mean, other in zip(means, again, strict=True))
-    # Unquantized keys less a mean: the same softmax.
+    # Unquantized keys minus their mean give the same softmax.
     plain, centered = score(codec="raw/int8")[0], score(codec="raw/int8", center_keys=True)[0]
     assert torch.allclose(plain, centered, atol=1e-2) and not torch.equal(plain, centered)
 
@@ -217,7 +215,7 @@ def test_centered_keys_keep_what_attention_computes_and_lose_less_of_biased_ones
 # ---- partial pages of KIVI ----------------------------------------------------------------------------------------
 
 
-def test_a_request_of_kivi_starts_at_any_page_and_holds_one_state(wide):
+def test_a_kivi_request_hits_whole_pages_and_holds_one_state(wide):
     text = oracles.prompt(100, seed=6)
     with LLM(wide, codec="kivi4", page_size=32, num_pages=32, max_requests=5) as llm:
         llm.generate([text], GREEDY)
@@ -226,17 +224,17 @@ def test_a_request_of_kivi_starts_at_any_page_and_holds_one_state(wide):
         assert (stats["states_total"], stats["states_cached"], stats["states_held"]) == (5, 0, 0)
         assert (
             llm.engine.layout.state_payload == 2 * 2 * 2 * 32 * 64 * 4
-        )  # layers, sides, heads, tokens, numbers, bytes
+        )  # layers, K and V, heads, tokens, numbers, bytes
 
 
-def test_partial_pages_take_half_of_the_memory_at_most(wide):
+def test_partial_pages_take_at_most_half_of_the_memory(wide):
     with LLM(wide, codec="kivi2", page_size=32, kv_memory="1MiB") as llm:
         stats = llm.stats()
         assert stats["states_total"] * stats["state_bytes"] <= 2**19
         assert llm.engine.config.max_requests == stats["states_total"]
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -255,12 +253,12 @@ def test_partial_pages_take_half_of_the_memory_at_most(wide):
         ({"center_keys": True}, "center_keys=True: no layer of this model writes keys in codes"),
     ],
 )
-def test_a_choice_that_cannot_be_honoured_is_named(wide, fields, message):
+def test_the_error_names_an_invalid_codec_option(wide, fields, message):
     with pytest.raises(ConfigError, match=message):
         LLM(wide, num_pages=16, **fields)
 
 
-def test_heads_that_a_codec_cannot_write_are_named(tmp_path):
+def test_the_error_names_a_head_size_that_the_codec_does_not_support(tmp_path):
     narrow = oracles.llama(tmp_path / "narrow", head_dim=24)
     with pytest.raises(ConfigError, match="codec='tq4': head_dim=24 of this model; allowed are multiples of 16"):
         LLM(narrow, codec="tq4", num_pages=16)
@@ -271,7 +269,7 @@ def test_heads_that_a_codec_cannot_write_are_named(tmp_path):
         LLM(odd, codec="kivi2", page_size=32, num_pages=16)
 
 
-def test_latents_take_one_codec_that_is_good_for_values(tmp_path):
+def test_latents_refuse_two_codecs_and_codecs_for_keys_only(tmp_path):
     folder = oracles.checkpoint("deepseek_v3", tmp_path)
     for codec in ("fp8/tq4", "qjl"):
         with pytest.raises(ConfigError, match=f"codec='{codec}': multi-head latent attention keeps one latent"):
@@ -279,7 +277,7 @@ def test_latents_take_one_codec_that_is_good_for_values(tmp_path):
 
 
 def poison(llm: LLM, monkeypatch, position: int, value: float) -> None:
-    """The last number of the last layer's value at `position` becomes `value`."""
+    """Sets the last number of the last layer's value vector at `position` to `value`."""
     mixer, forward = llm.engine.model.layers[1].mixer, llm.engine.model.forward
     project, rows = mixer.qkv, []
 
@@ -307,7 +305,7 @@ def poison(llm: LLM, monkeypatch, position: int, value: float) -> None:
         ("kivi4", 1e6, 72, {"graphs": True}),
     ],
 )
-def test_numbers_that_no_scale_holds_end_their_request_only(wide, codec, value, position, loop, monkeypatch):
+def test_a_nonfinite_or_too_large_number_ends_only_its_own_request(wide, codec, value, position, loop, monkeypatch):
     texts = [oracles.prompt(length, seed=length) for length in (5, 70, 20)]
     with LLM(wide, codec=codec, page_size=32, num_pages=16, max_step_tokens=32, **loop) as llm:
         truth = answers(llm, texts)
@@ -320,12 +318,12 @@ def test_numbers_that_no_scale_holds_end_their_request_only(wide, codec, value, 
         assert llm.stats()["pages_held"] == llm.stats().get("states_held", 0) == 0
         llm.engine.cache.check()
         monkeypatch.undo()
-        (again,) = llm.generate([texts[1]], GREEDY)  # the chunk that brought the number was not published
+        (again,) = llm.generate([texts[1]], GREEDY)  # the chunk with that number was not published
         assert again.cached_tokens == (64 if position > 70 else 0) and again.token_ids == truth[1][0]
 
 
 @pytest.mark.parametrize("at", ["latent", "rotated key"])
-def test_latents_that_no_scale_holds_end_their_request_only(at, tmp_path, monkeypatch):
+def test_a_nonfinite_latent_ends_only_its_own_request(at, tmp_path, monkeypatch):
     folder, texts = oracles.checkpoint("deepseek_v3", tmp_path), [oracles.prompt(5), oracles.prompt(20, seed=1)]
     with LLM(folder, codec="tq4", num_pages=16, prefix_cache=False) as llm:
         truth = answers(llm, texts)
@@ -342,7 +340,7 @@ def test_latents_that_no_scale_holds_end_their_request_only(at, tmp_path, monkey
         assert (well.token_ids, ill.finish_reason) == (truth[0][0], "error")
 
 
-def test_means_of_keys_that_are_not_numbers_are_refused_at_the_start(wide, monkeypatch):
+def test_nonfinite_key_means_are_refused_at_the_start(wide, monkeypatch):
     attend = AttentionPages.attend
 
     def broken(self, qkv, *rest):

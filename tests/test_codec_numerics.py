@@ -1,4 +1,4 @@
-"""Codecs as arithmetic: tables, rotations, errors against theory, packing, and vectors that break careless code."""
+"""The arithmetic of codecs: tables, rotations, errors against theory, packing, and extreme vectors."""
 
 import math
 
@@ -30,7 +30,7 @@ def code_of(bits: int, dim: int, scaling: str) -> CodePlane:
 
 
 def turboquant(x: torch.Tensor, bits: int, scaling: str) -> torch.Tensor:
-    """Coded and decoded, in rotated space."""
+    """Encodes and decodes `x`, which is in rotated space."""
     code = code_of(bits, x.shape[-1], scaling)
     return reference.decode(*reference.encode(x, code), code)
 
@@ -49,7 +49,7 @@ def turboquant(x: torch.Tensor, bits: int, scaling: str) -> torch.Tensor:
         (128, 4, [0.127873, 0.386381, 0.653619, 0.937097, 1.247770, 1.604343, 2.045925, 2.688859]),
     ],
 )
-def test_tables_are_those_of_lloyd_and_max(dim, bits, half):
+def test_tables_are_those_of_the_lloyd_max_quantizer(dim, bits, half):
     table = tables.lloyd_max(bits, dim)
     assert torch.allclose(table, torch.tensor([-c for c in reversed(half)] + half), atol=1e-6)
     assert torch.equal(table, -table.flip(0))
@@ -57,11 +57,11 @@ def test_tables_are_those_of_lloyd_and_max(dim, bits, half):
     assert np.allclose(means, table, atol=1e-6)  # each value is the mean of its cell
 
 
-def test_one_bit_of_a_wide_vector_is_the_mean_of_half_a_normal_distribution():
+def test_one_bit_of_a_wide_vector_is_the_mean_of_a_half_normal_distribution():
     assert tables.lloyd_max(1, 4096)[1] == pytest.approx(math.sqrt(2 / math.pi), abs=1e-4)
 
 
-def test_a_rotation_is_orthogonal_and_spreads_any_vector_alike():
+def test_rotations_are_orthogonal_and_uniformly_distributed():
     matrix = haar(64)
     assert torch.allclose(matrix @ matrix.T, torch.eye(64, dtype=torch.float64), atol=1e-12)
     # The first coordinate of R e_1 over many R: its distribution function against that of the Beta density.
@@ -72,7 +72,7 @@ def test_a_rotation_is_orthogonal_and_spreads_any_vector_alike():
     assert np.abs(empirical - np.cumsum(mass)[:-1]).max() < 1.63 / math.sqrt(len(found))  # Kolmogorov, 1 %
 
 
-def test_a_basis_turns_back_what_it_turned():
+def test_the_back_transform_of_a_basis_inverts_its_solution():
     x = noise(5, 3, 64)
     for matrix in (haar(64), torch.cat((haar(64), sketch(64, 64, False) @ haar(64))), sketch(128, 64, True)):
         basis = Basis(matrix, CPU, AUTO)
@@ -80,7 +80,7 @@ def test_a_basis_turns_back_what_it_turned():
     assert torch.allclose(Basis(haar(64), CPU, AUTO).to(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
 
 
-def test_e4m3_is_the_format_of_eight_bits_in_order():
+def test_the_e4m3_table_is_sorted_and_rounds_as_float8_e4m3fn():
     table = tables.e4m3()
     assert (table.diff() >= 0).all() and table[-1] == 448 and table[0] == -448
     x = noise(1000) * 100
@@ -88,7 +88,7 @@ def test_e4m3_is_the_format_of_eight_bits_in_order():
     codes, scale = reference.encode(x, code)
     assert torch.equal(scale, (x.abs().max() / 448).half())
     expected = (x / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn).float()
-    assert (table[codes.int()] == expected).float().mean() > 0.999  # but for ties
+    assert (table[codes.int()] == expected).float().mean() > 0.999  # except for ties
 
 
 # ---- errors against theory ----------------------------------------------------------------------------------------
@@ -96,15 +96,15 @@ def test_e4m3_is_the_format_of_eight_bits_in_order():
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_the_error_of_plain_turboquant_is_that_of_theory(dim, bits):
-    y = unit(noise(20_000, dim, seed=bits))  # a rotated vector is as likely as any
+def test_the_error_of_plain_turboquant_matches_theory(dim, bits):
+    y = unit(noise(20_000, dim, seed=bits))  # random unit vectors are distributed as rotated ones
     error = (turboquant(y, bits, "plain") - y).square().sum(-1).mean().item()
     assert error == pytest.approx(tables.distortion(bits, dim), rel=0.01)
     assert 4.0**-bits <= error <= math.sqrt(3) * math.pi / 2 * 4.0**-bits
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_no_vector_is_bad_for_all_rotations(dim):
+def test_the_mean_error_over_rotations_is_bounded_for_every_vector(dim):
     vectors = torch.eye(dim)[:1].repeat(6, 1)
     vectors[1, :2] = torch.tensor([1.0, -1.0])
     vectors[2, :4] = 1
@@ -119,7 +119,7 @@ def test_no_vector_is_bad_for_all_rotations(dim):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_what_a_scale_corrects(bits):
+def test_an_unbiased_scale_corrects_products_and_a_length_scale_lengths(bits):
     dim, distortion = 128, tables.distortion(bits, 128)
     x = unit(noise(20_000, dim))
     y = unit(0.7 * x + math.sqrt(1 - 0.49) * unit(noise(20_000, dim, seed=1)))
@@ -150,7 +150,7 @@ def test_products_of_turboquant_prod_are_unbiased_with_the_variance_of_theory(bi
         across = noise(pairs, dim, seed=700 + draw)
         across = unit(across - (across * x).sum(-1, keepdim=True) * x)
         s = encoder.decode(*encoder.encode(x))
-        errors.append((encoder.basis.to(across) * s).sum(-1))  # the truth is 0
+        errors.append((encoder.basis.to(across) * s).sum(-1))  # the exact products are 0
         for cos in (0.3, 0.7):
             y = cos * x + math.sqrt(1 - cos * cos) * across
             estimates += (encoder.basis.to(y) * s).sum().item()
@@ -168,19 +168,19 @@ def _fresh_basis(dim, orthogonal, device, ops):
     return Basis(torch.cat((rotation, prod.sketch(dim, dim, orthogonal) @ rotation)), device, ops)
 
 
-def test_one_bit_of_turboquant_prod_is_a_sketch_alone():
+def test_turboquant_prod_with_one_bit_is_only_a_sketch():
     planes = ProdQuantizer("prod", 1, False).planes("k", 1, 64, 16)
     assert [plane.name for plane in planes] == ["k_signs", "k_scale", "k_rest"]
 
 
-def test_polar_coordinates_lose_nothing_before_they_are_coded():
+def test_polar_coordinates_are_lossless_before_quantization():
     y = noise(100, 4, 16)
     radius, levels = polarquant.pairs(y)
     directions = [(a / (a * a + b * b).sqrt(), b / (a * a + b * b).sqrt()) for a, b in levels]
     assert torch.allclose(polarquant.unite(radius, directions), y, atol=1e-5)
 
 
-def test_the_angles_of_polarquant_and_its_error():
+def test_the_angles_and_the_error_of_polarquant_have_their_known_values():
     degrees = [torch.rad2deg(polarquant.angles(level)) for level in (2, 3, 4)]
     expected = [[17.75, 36.32, 53.68, 72.25], [24.42, 38.64, 51.36, 65.58], [30.04, 40.45, 49.55, 59.96]]
     assert torch.allclose(torch.stack(degrees), torch.tensor(expected).double(), atol=0.02)
@@ -191,7 +191,7 @@ def test_the_angles_of_polarquant_and_its_error():
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_groups_of_kivi_keep_their_ends_and_round_between(bits):
+def test_kivi_errors_are_at_most_half_a_step_and_constant_groups_are_exact(bits):
     x = noise(3, 32, 8)
     groups = Groups(bits, -2)
     decoded = groups.decode(*groups.encode(x))
@@ -205,7 +205,7 @@ def test_groups_of_kivi_keep_their_ends_and_round_between(bits):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_every_byte_unpacks_and_packs_again(bits):
+def test_unpacked_bytes_pack_to_the_same_bytes(bits):
     packed = torch.arange(256, dtype=torch.uint8).view(16, 16)
     codes = unpack_codes(packed, bits)
     assert codes.shape == (16, 16 * 8 // bits) and codes.max() == 2**bits - 1
@@ -213,7 +213,7 @@ def test_every_byte_unpacks_and_packs_again(bits):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_codes_survive_packing_at_both_extremes_and_between(bits):
+def test_split_codes_join_to_the_same_codes_and_take_only_their_bits(bits):
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(2**bits, (7, 3, 64), generator=generator).byte()
     codes[0], codes[1] = 0, 2**bits - 1
@@ -221,17 +221,17 @@ def test_codes_survive_packing_at_both_extremes_and_between(bits):
     assert sum(part.nbytes for part in reference.split_codes(codes, bits)) == codes.numel() * bits // 8
 
 
-def test_byte_j_holds_coordinate_j_below_and_its_partner_of_the_other_half_above():
+def test_a_byte_holds_one_code_of_each_half_or_quarter_the_first_in_its_low_bits():
     codes = torch.arange(16, dtype=torch.uint8)
     assert pack_codes(codes, 4)[3] == 3 + 16 * 11
     assert pack_codes(codes % 4, 2)[1] == 1 + 4 * 1 + 16 * 1 + 64 * 1 and pack_codes(codes // 4, 2)[0] == 0b11100100
 
 
-# ---- vectors that break careless code -----------------------------------------------------------------------------
+# ---- extreme vectors ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", _QUANTIZERS)
-def test_zero_small_and_large_vectors_come_back(name):
+def test_zero_small_and_large_vectors_are_decoded_with_bounded_errors(name):
     dim = 64
     quantizer = _QUANTIZERS[name]
     encoder = quantizer.encoder(dim, CPU)
@@ -242,7 +242,7 @@ def test_zero_small_and_large_vectors_come_back(name):
     back = (lambda s: s) if encoder.basis is None else encoder.basis.back
     decoded = back(encoder.decode(*encoder.encode(x)))
     assert decoded.isfinite().all() and (decoded[0] == 0).all()
-    if quantizer.is_sketch or isinstance(quantizer, ProdQuantizer):  # right on the average of products, only
+    if quantizer.is_sketch or isinstance(quantizer, ProdQuantizer):  # accurate only in the average of products
         queries = q if encoder.basis is None else encoder.basis.to(q)
         error = (queries @ encoder.decode(*encoder.encode(x)).T - q @ x.T).square().mean(0).sqrt()
         assert (error <= 0.3 * x.norm(dim=-1)).all()
@@ -251,7 +251,7 @@ def test_zero_small_and_large_vectors_come_back(name):
 
 
 @pytest.mark.parametrize("dim", [48, 80, 96])
-def test_a_dimension_need_not_be_a_power_of_two(dim):
+def test_dimensions_that_are_no_power_of_two_have_the_error_of_theory(dim):
     x = unit(noise(8000, dim))
     for bits in (2, 3, 4):
         encoder = _QUANTIZERS[f"tq{bits}"].encoder(dim, CPU)
@@ -261,7 +261,7 @@ def test_a_dimension_need_not_be_a_power_of_two(dim):
 
 
 @pytest.mark.parametrize("name", [name for name, one in _QUANTIZERS.items() if isinstance(one, TableQuantizer)])
-def test_more_bits_lose_less(name):
+def test_the_error_of_each_table_codec_is_within_its_bounds(name):
     limit = {"fp8": 9e-4, "int8": 6e-5, "int4": 0.016, "rot4": 0.0125, "tq4": 0.0095, "tq3": 0.0345, "tq2": 0.121}
     x = unit(noise(4000, 64))
     encoder = _QUANTIZERS[name].encoder(64, CPU)

@@ -1,4 +1,4 @@
-"""Codecs in pages: their bytes, the codes they hold, and attention over them."""
+"""Pages of codecs: their size in bytes, their codes, and attention over them."""
 
 import math
 from dataclasses import replace
@@ -29,7 +29,7 @@ PER_TOKEN = {  # bytes of a token and KV head, keys and values, at 64 and at 128
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
-def test_a_token_costs_what_the_table_says_and_no_padding(name):
+def test_a_token_takes_the_bytes_of_the_table_and_no_padding(name):
     codec = resolve_codec(name, torch.bfloat16)
     for dim, expected in zip((64, 128), PER_TOKEN[name], strict=True):
         spec = codec.spec(3, dim, 32)
@@ -43,14 +43,14 @@ def test_groups_of_64_halve_the_metadata_of_kivi():
     assert resolve_codec("kivi2", torch.bfloat16).spec(1, 128, 64).bytes_per_token == 80
 
 
-def test_unquantized_layers_count_those_with_attention_from_both_ends():
+def test_unquantized_layers_are_counted_among_the_layers_with_attention():
     attention = [3, 7, 11, 15]
     codec = resolve_codec("tq4", torch.float32, native_layers="first1,last2", layers=attention)
     assert [codec.at(layer).name for layer in attention] == ["raw", "tq4", "raw", "raw"]
     assert resolve_codec("raw", torch.float32, native_layers="first1", layers=attention).name == "raw"
 
 
-def test_every_name_makes_a_codec():
+def test_every_listed_name_resolves_to_a_codec():
     for name in NAMES:
         assert resolve_codec(name, torch.float16).name == name
     with pytest.raises(ConfigError, match="or two of them as K/V"):
@@ -61,7 +61,7 @@ def test_every_name_makes_a_codec():
 
 
 class Layer:
-    """One attention layer's pages in a dirty pool, its rotation by position switched off."""
+    """One attention layer's pages in a dirty pool, with rotations by an angle of 0."""
 
     def __init__(self, name: str, heads: int = 6, kv_heads: int = 3, dim: int = 64, page_size: int = 32, **choice):
         codec = resolve_codec(name, torch.float32, **choice)
@@ -75,7 +75,7 @@ class Layer:
         self.page_size = page_size
 
     def attend(self, qkv: torch.Tensor, rows: dict[int, range], tables: torch.Tensor) -> torch.Tensor:
-        """qkv [rows, all heads * dim]: rows of requests at these positions, whose pages are rows of `tables`."""
+        """Attends with qkv [rows, all heads * dim] of requests at the positions `rows`; `tables` holds their pages."""
         positions = torch.tensor([p for own in rows.values() for p in own])
         owners = torch.tensor([r for r, own in rows.items() for _ in own])
         batch = step_of(
@@ -94,7 +94,7 @@ TABLES = torch.tensor([[7, 2, 19, 4], [1, 23, 5, 9]], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("name", ["tq3", "tqp4", "polar", "qjl", "raw/int8", "fp8", "kivi4"])
-def test_appending_one_by_one_writes_the_bytes_of_one_step(name):
+def test_appending_tokens_one_by_one_writes_the_bytes_of_one_step(name):
     qkv = heads_of(70)
     whole, parts = Layer(name), Layer(name)
     at_once = whole.attend(qkv, {0: range(70)}, TABLES)
@@ -107,7 +107,7 @@ def test_appending_one_by_one_writes_the_bytes_of_one_step(name):
 
 
 @pytest.mark.parametrize("name", ["tq4", "tqp3", "raw/tq2", "kivi2"])
-def test_neither_pages_nor_mates_change_a_row(name):
+def test_page_ids_and_batch_mates_change_no_row(name):
     first, second = heads_of(45, seed=1), heads_of(67, seed=2)
     alone = [Layer(name).attend(qkv, {i: range(len(qkv))}, TABLES) for i, qkv in enumerate((first, second))]
     together = Layer(name).attend(torch.cat((first, second)), {0: range(45), 1: range(67)}, TABLES)
@@ -118,7 +118,7 @@ def test_neither_pages_nor_mates_change_a_row(name):
 
 @pytest.mark.parametrize("name", [*_QUANTIZERS, "kivi2", "kivi4"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2), (7, 1), (8, 1)])
-def test_attention_over_pages_is_attention_over_decoded_vectors(name, heads, kv_heads):
+def test_attention_over_pages_equals_attention_over_decoded_vectors(name, heads, kv_heads):
     """Groups of 1, 4, 7 and 8 queries; the last row of a page, the first of the next, and one in between."""
     rows, dim = 65, 64
     layer = Layer(name, heads, kv_heads, exact=True)
@@ -134,7 +134,7 @@ def test_attention_over_pages_is_attention_over_decoded_vectors(name, heads, kv_
 
 
 def decoded(name: str, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense [tokens, heads, dim] as a row of the last token sees them: no pages, no kernels."""
+    """Dense K and V [tokens, heads, dim] as the query of the last token sees them, without pages and kernels."""
     if name.startswith("kivi"):
         full = (len(k) - 1) // 32 * 32
         bits = int(name[-1])
@@ -160,7 +160,7 @@ def decoded(name: str, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, 
     )
 
 
-def test_rope_alone_turns_what_rope_and_store_turns():
+def test_rope_alone_gives_the_bits_of_rope_and_store_and_writes_no_page():
     layer, raw = Layer("tq4"), Layer("raw")
     positions = torch.arange(40)
     batch = step_of({0: list(range(40))}, TABLES, 32, TABLES[0, positions // 32], positions % 32)
@@ -172,10 +172,10 @@ def test_rope_alone_turns_what_rope_and_store_turns():
     AUTO.rope_and_store(stored, cos_sin, raw.pool, raw.pages.planes, batch, 6, norms)
     reference.rope(reference_alone, cos_sin, batch, 6, 3, 64, norms)
     assert torch.equal(alone, stored) and torch.allclose(alone, reference_alone, atol=1e-5)
-    assert (layer.pool == 0x3F).all()  # nothing was written
+    assert (layer.pool == 0x3F).all()  # no page was written
 
 
-# ---- how good attention stays -------------------------------------------------------------------------------------
+# ---- quality of attention -----------------------------------------------------------------------------------------
 
 
 def keys_of(kind: str) -> torch.Tensor:
@@ -188,7 +188,7 @@ def keys_of(kind: str) -> torch.Tensor:
 
 
 def loss(name: str, k: torch.Tensor, is_centered: bool = False) -> float:
-    """Divergence of the weights of 64 queries over coded keys from those over the keys themselves."""
+    """Divergence of the attention weights of 64 queries over coded keys from those over the keys themselves."""
     q = torch.randn(64, 64, generator=torch.Generator().manual_seed(12))
     encoder = _QUANTIZERS[name].encoder(64, torch.device("cpu"))
     coded = k - k.mean(0) if is_centered else k
@@ -199,7 +199,7 @@ def loss(name: str, k: torch.Tensor, is_centered: bool = False) -> float:
 
 
 @pytest.mark.parametrize("kind", ["normal", "outliers", "biased"])
-def test_more_bits_keep_attention_closer_and_a_sketch_of_the_rest_does_not_pay(kind):
+def test_more_bits_lower_the_loss_and_a_sketch_of_the_residual_raises_it(kind):
     k = keys_of(kind)
     losses = [loss(name, k) for name in ("fp8", "tq4", "tq3", "tq2")]
     assert losses == sorted(losses)
@@ -207,7 +207,7 @@ def test_more_bits_keep_attention_closer_and_a_sketch_of_the_rest_does_not_pay(k
         assert loss(f"tq{bits}", k) < loss(f"tqp{bits}-orth", k) < loss(f"tqp{bits}", k)
 
 
-def test_a_rotation_saves_keys_with_large_channels_and_centering_those_with_a_bias():
+def test_rotation_helps_keys_with_large_channels_and_centering_biased_keys():
     outliers, biased = keys_of("outliers"), keys_of("biased")
     assert loss("tq4", outliers) < loss("int4", outliers) / 3
     assert loss("rot4", outliers) < loss("int4", outliers) / 3
@@ -216,12 +216,12 @@ def test_a_rotation_saves_keys_with_large_channels_and_centering_those_with_a_bi
 
 
 @pytest.mark.parametrize("name", ["tq4", "qjl", "raw/int8", "kivi4"])
-def test_keys_are_checked_as_they_are_written_without_their_mean(name):
+def test_the_range_of_keys_is_checked_after_their_mean_is_subtracted(name):
     layer = Layer(name)
     layer.pages.key_mean.mean = torch.full((3, 64), -4e4)
     qkv = heads_of(4)
-    qkv[1, 6 * 64] = 6e4  # a float16 holds it, but not when it is 1e5 from the mean
-    qkv[2, 6 * 64] = -1e5  # and this only there
+    qkv[1, 6 * 64] = 6e4  # fits in float16, but minus the mean it is 1e5
+    qkv[2, 6 * 64] = -1e5  # fits only minus the mean
     batch = replace(step_of({0: [0, 1, 2, 3]}, TABLES, 32, TABLES[0, torch.zeros(4).long()], torch.arange(4)),
                     state_ids=torch.zeros(1).int())  # fmt: skip
     found = layer.pages.attend(qkv, layer.pool, layer.states, batch)
@@ -231,7 +231,7 @@ def test_keys_are_checked_as_they_are_written_without_their_mean(name):
 
 @pytest.mark.parametrize("name", ["tq4", "fp8", "tqp3", "raw/tq4", "kivi4"])
 def test_a_gpu_attends_in_the_dtype_of_the_model(name, monkeypatch):
-    """Here on a CPU that is told to: the twins see bfloat16 queries, and pages decoded to it."""
+    """Simulated on a CPU: the kernels receive bfloat16 queries and pages decoded to bfloat16."""
     seen, qkv = [], heads_of(40)
     expected = Layer(name).attend(qkv, {0: range(40)}, TABLES)
     for module in (pages, kivi):
@@ -246,8 +246,8 @@ def test_a_gpu_attends_in_the_dtype_of_the_model(name, monkeypatch):
 
 
 class SizesFromNumbers(TorchDispatchMode):
-    """Notes operations whose result is as large as the numbers say, or that hand a number to the host: a device would
-    have to be waited for."""
+    """Records operations whose result size depends on data, or that copy a number to the host: both would synchronise
+    with a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class SizesFromNumbers(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         by_number = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
-        if name.strip("_").startswith("index"):  # by places or, of another size, by a mask
+        if name.strip("_").startswith("index"):  # by ids or, with a size that depends on data, by a mask
             by_number = any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1:2]))
         if by_number:
             self.seen.append(name)
@@ -265,10 +265,10 @@ class SizesFromNumbers(TorchDispatchMode):
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("name", [*NAMES, "fp8/tq4", "raw/tq4"])
-def test_a_decode_step_is_recordable_where_no_size_depends_on_numbers(name, exact):
+def test_a_decode_step_is_recordable_if_no_size_depends_on_data(name, exact):
     layer = Layer(name, exact=exact)
     layer.attend(heads_of(37), {0: range(32), 1: range(5)}, TABLES)
-    layer.attend(heads_of(2), {0: range(32, 33), 1: range(5, 6)}, TABLES)  # as before a capture: constants are made
+    layer.attend(heads_of(2), {0: range(32, 33), 1: range(5, 6)}, TABLES)  # as before a capture: creates constants
     with SizesFromNumbers() as sizes:
         layer.attend(heads_of(2), {0: range(33, 34), 1: range(6, 7)}, TABLES)
     assert layer.pages.is_recordable == (not sizes.seen), sizes.seen

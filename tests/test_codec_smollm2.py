@@ -1,4 +1,4 @@
-"""Codecs on SmolLM2 in float32: how far next-token distributions move from those over a raw cache."""
+"""Codecs on SmolLM2 in float32: the divergence of next-token distributions from those of the raw codec."""
 
 from pydoc_data.topics import topics
 

@@ -1,4 +1,4 @@
-"""Connectors: an engine takes computed pages from any number of them, and no answer changes by it."""
+"""Connectors: an engine takes computed pages from any number of connectors, and its answers stay the same."""
 
 from collections import deque
 
@@ -17,9 +17,9 @@ PAGE = 4
 
 
 class HostTier:
-    """Keeps evicted pages in a dictionary and brings them back: a Connector and a CacheObserver.
+    """A Connector and CacheObserver that keeps evicted pages in a dictionary and delivers them again.
 
-    delivers   how many of the offered tokens it really brings, as a function of (found, upto)
+    delivers   the position up to which it really delivers tokens, as a function of (found, upto)
     """
 
     def __init__(self, delivers=lambda found, upto: upto) -> None:
@@ -75,7 +75,7 @@ def model(tiny_llama):
 
 
 def answers(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy tokens, one request after the other, with the books checked after every step."""
+    """Greedy tokens, one request after the other; checks the cache after every step."""
     tokens = []
     for ids in prompts:
         engine.add_request(Request(ids, GREEDY))
@@ -98,7 +98,7 @@ def engine_with(model, *tiers: HostTier) -> Engine:
 PROMPTS = [prompt(40, seed=1), prompt(40, seed=2), prompt(40, seed=1), prompt(40, seed=2)]
 
 
-def test_pages_that_were_evicted_come_back_and_no_token_changes(model):
+def test_a_connector_restores_evicted_pages_and_no_token_changes(model):
     tier = HostTier()
     alone = answers(Engine(*model, None), PROMPTS)
     engine = engine_with(model, tier)
@@ -109,13 +109,13 @@ def test_pages_that_were_evicted_come_back_and_no_token_changes(model):
 @pytest.mark.parametrize(
     "delivers", [lambda found, upto: found, lambda found, upto: found + PAGE, lambda found, upto: upto + 100]
 )
-def test_a_connector_that_brings_less_than_it_offered_changes_no_token(model, delivers):
+def test_a_connector_that_delivers_less_than_it_offered_changes_no_token(model, delivers):
     tier = HostTier(lambda found, upto: min(upto, delivers(found, upto)))
     assert answers(engine_with(model, tier), PROMPTS) == answers(Engine(*model, None), PROMPTS)
     assert tier.num_started >= 2
 
 
-def test_a_request_whose_transfers_fail_twice_is_computed_here(model):
+def test_a_request_is_computed_locally_after_two_failed_transfers(model):
     tier = HostTier(lambda found, upto: found)
     engine = engine_with(model, tier)
     answers(engine, PROMPTS[:2])
@@ -124,7 +124,7 @@ def test_a_request_whose_transfers_fail_twice_is_computed_here(model):
     assert tier.num_started - started == 2
 
 
-def test_of_several_connectors_the_one_that_brings_most_is_taken(model):
+def test_the_connector_that_offers_the_most_tokens_is_used(model):
     rich, poor = HostTier(), HostTier()
     engine = engine_with(model, poor, rich)
     answers(engine, PROMPTS[:2])
@@ -134,7 +134,7 @@ def test_of_several_connectors_the_one_that_brings_most_is_taken(model):
     assert (rich.num_started, poor.num_started) == (1, 0)
 
 
-def test_an_abort_in_a_transfer_keeps_the_pages_until_it_is_collected(model):
+def test_a_request_aborted_in_transfer_holds_its_pages_until_the_delivery(model):
     tier = HostTier()
     engine = engine_with(model, tier)
     answers(engine, PROMPTS[:2])
@@ -153,7 +153,7 @@ def test_an_abort_in_a_transfer_keeps_the_pages_until_it_is_collected(model):
     assert engine.cache.stats()["pages_held"] == 0
 
 
-def test_a_fault_in_a_connector_ends_its_request_only(model):
+def test_an_exception_in_a_connector_ends_only_its_own_request(model):
     tier = HostTier()
     engine = engine_with(model, tier)
     alone = answers(engine, PROMPTS[:2])

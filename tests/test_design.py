@@ -1,4 +1,4 @@
-"""docs/design.md and the README speak of things that exist."""
+"""Functions, folders and links in docs/design.md and the README exist."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ def defined_names(tree: ast.Module) -> set[str]:
 
 
 @pytest.mark.parametrize(("file", "name"), WALK)
-def test_the_walk_of_one_request_names_what_is_there(file, name):
+def test_the_walk_of_one_request_names_existing_functions(file, name):
     assert name in defined_names(ast.parse((ROOT / file).read_text()))
 
 
@@ -29,14 +29,14 @@ def test_the_walk_is_not_empty():
     assert len(WALK) > 12
 
 
-def test_each_module_of_the_house_is_in_the_plan():
+def test_each_folder_of_the_package_is_in_the_plan():
     plan = (ROOT / "docs/design.md").read_text()
     for folder in sorted(path for path in (ROOT / "nanokv").iterdir() if path.is_dir() and path.name != "__pycache__"):
         assert f"{folder.name}/" in plan, folder
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/benchmarks.md", "COURSE.md"])
-def test_relative_links_lead_somewhere(page):
+def test_the_targets_of_relative_links_and_anchors_exist(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (ROOT / page).parent.joinpath(target).exists(), target

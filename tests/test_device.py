@@ -1,4 +1,4 @@
-"""Which device is taken, and the line that says why: every obstacle by a fake of what torch and triton would say."""
+"""The choice of a device and the line that explains it; fakes of torch and Triton produce every obstacle."""
 
 import sys
 from types import SimpleNamespace
@@ -42,14 +42,14 @@ def raising(error: Exception):
         ({"capability": (7, 5)}, "Tesla T4 has compute capability 7.5; 8.0 or newer"),
     ],
 )
-def test_what_torch_lacks_is_said_in_one_line(monkeypatch, found, words):
+def test_an_unusable_cuda_device_is_reported_in_one_line(monkeypatch, found, words):
     fake_torch(monkeypatch, **found)
     assert words in cuda_obstacle(0)
     chosen = choose_device("auto")
     assert chosen.device.type == "cpu" and words in chosen.reason and "\n" not in chosen.reason
 
 
-def test_a_triton_that_is_missing_broken_or_wrong_is_said_in_one_line(monkeypatch):
+def test_a_missing_broken_or_wrong_triton_is_reported_in_one_line(monkeypatch):
     fake_torch(monkeypatch)
     monkeypatch.setitem(sys.modules, "nanokv.engine.check_triton", None)
     assert "cannot be imported" in cuda_obstacle(0)
@@ -61,7 +61,7 @@ def test_a_triton_that_is_missing_broken_or_wrong_is_said_in_one_line(monkeypatc
     assert cuda_obstacle(0) is None
 
 
-def test_auto_takes_a_gpu_that_works_and_never_raises():
+def test_auto_chooses_a_gpu_that_works_and_never_raises():
     assert choose_device("auto", lambda index: None).device == torch.device("cuda", 0)
 
     def broken(index):
@@ -71,7 +71,7 @@ def test_auto_takes_a_gpu_that_works_and_never_raises():
     assert chosen.device == torch.device("cpu") and "libcuda.so" in chosen.reason
 
 
-def test_a_device_by_name_is_taken_or_refused_with_the_reason():
+def test_a_named_device_is_used_or_refused_with_the_reason():
     assert choose_device("cuda:1", lambda index: None).device == torch.device("cuda", 1)
     assert choose_device("cpu", lambda index: "never asked").device == torch.device("cpu")
     with pytest.raises(ConfigError, match="device='cuda:3': number 3 is away; use cpu"):
@@ -79,6 +79,6 @@ def test_a_device_by_name_is_taken_or_refused_with_the_reason():
 
 
 @pytest.mark.parametrize("name", ["gpu", "meta", "cuda:x"])
-def test_an_unknown_name_lists_what_is_allowed(name):
+def test_the_error_for_an_unknown_device_lists_the_allowed_names(name):
     with pytest.raises(ConfigError, match="allowed are auto, cpu, cuda, cuda:N"):
         choose_device(name, lambda index: None)

@@ -1,4 +1,4 @@
-"""The sampler of a GPU, on a CPU: it chooses the tokens that the host's sampler chooses, from the same noise."""
+"""The device sampler, run on a CPU: with the same noise it chooses the tokens of the host sampler."""
 
 from array import array
 
@@ -42,7 +42,7 @@ def requests_of(kinds: list[dict], seed: int) -> list[Request]:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("vocab", [50, 2000])
-def test_it_chooses_what_the_host_chooses(seed, vocab):
+def test_the_device_sampler_chooses_the_tokens_of_the_host_sampler(seed, vocab):
     logits = 3 * torch.randn(len(KINDS), vocab, generator=torch.Generator().manual_seed(seed))
     requests, last = requests_of(KINDS, 100 * seed), torch.arange(len(KINDS)) % vocab
     tokens, reports = sample(logits.clone(), requests, last, EOS).fetch()
@@ -53,7 +53,7 @@ def test_it_chooses_what_the_host_chooses(seed, vocab):
         assert own is None if theirs is None else own == pytest.approx(theirs)
 
 
-def test_the_last_token_is_penalised_though_the_host_does_not_know_it():
+def test_the_repetition_penalty_includes_a_last_token_unknown_to_the_host():
     logits = torch.tensor([[2.0, 0.0, 0.0, 1.9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
     requests = requests_of([{"temperature": 0, "repetition_penalty": 1.5}], 0)
     for sampler in (sample, sample_on_device):
@@ -61,7 +61,7 @@ def test_the_last_token_is_penalised_though_the_host_does_not_know_it():
         assert sampler(logits.clone(), requests, torch.tensor([9]), EOS).fetch()[0] == [0]
 
 
-def test_a_row_that_is_not_finite_is_none_and_its_mates_are_well():
+def test_a_nonfinite_row_gives_none_and_changes_no_other_row():
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     logits[1] = float("nan")
     requests, last = requests_of([{}, {"top_p": 0.5}, {"top_k": 5}], 3), torch.zeros(3, dtype=torch.int64)

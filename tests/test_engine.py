@@ -1,4 +1,4 @@
-"""The engine end to end on a tiny random model: lifecycle, faults, limits. What it computes is test_exactness.py's."""
+"""The engine end to end on a tiny random model: life cycle, faults, limits. test_exactness.py tests its numbers."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ def assert_all_pages_back(llm: LLM) -> None:
     assert stats["pages_free"] + stats["pages_cached"] == stats["pages_total"]
 
 
-def test_outputs_tell_the_story_of_a_request(llm):
+def test_outputs_report_each_token_and_the_metrics_of_a_request(llm):
     request_id = llm.engine.add_request(Request(prompt(20), GREEDY, "r"))
     outputs = run(llm)
     assert request_id == "r"
@@ -45,25 +45,25 @@ def test_outputs_tell_the_story_of_a_request(llm):
 def test_a_repeated_prompt_is_cached_up_to_its_last_page(llm):
     first = llm.generate([prompt(20)], GREEDY)[0]
     second = llm.generate([prompt(20)], GREEDY)[0]
-    assert (first.cached_tokens, second.cached_tokens) == (0, 16)  # 20 is a page border: one token must be computed
+    assert (first.cached_tokens, second.cached_tokens) == (0, 16)  # 20 is a page boundary; one token must be computed
     assert first.token_ids == second.token_ids
     assert llm.stats()["hit_tokens"] == 16
 
 
-def test_the_next_turn_finds_prompt_and_answer(llm):
+def test_the_next_turn_hits_the_prompt_and_the_answer(llm):
     first = llm.generate([prompt(20)], GREEDY)[0]
     turn = [*prompt(20), *first.token_ids, *prompt(5, 9)]
     assert llm.generate([turn], GREEDY)[0].cached_tokens == 24  # 25 computed tokens are 6 full pages
 
 
-def test_salts_share_nothing(llm):
+def test_requests_with_different_salts_share_no_pages(llm):
     salted = SamplingParams(temperature=0, max_tokens=2, cache_salt="mine")
     llm.generate([prompt(20)], GREEDY)
     assert llm.generate([prompt(20)], salted)[0].cached_tokens == 0
     assert llm.generate([prompt(20)], salted)[0].cached_tokens == 16
 
 
-def test_reset_prefix_cache_forgets(llm):
+def test_reset_prefix_cache_drops_all_cached_pages(llm):
     llm.generate([prompt(20)], GREEDY)
     llm.reset_prefix_cache()
     assert llm.stats()["pages_cached"] == 0
@@ -71,7 +71,7 @@ def test_reset_prefix_cache_forgets(llm):
 
 
 @pytest.mark.parametrize("when", range(9))
-def test_aborting_at_every_possible_step_returns_every_page(llm, when):
+def test_an_abort_at_any_step_frees_every_page(llm, when):
     llm.engine.add_request(Request(prompt(30), GREEDY, "doomed"))
     llm.engine.add_request(Request(prompt(30, 1), SamplingParams(n=2, max_tokens=4, seed=1, ignore_eos=True), "mate"))
     outputs = [output for _ in range(when) for output in llm.engine.step()]
@@ -84,7 +84,7 @@ def test_aborting_at_every_possible_step_returns_every_page(llm, when):
     assert_all_pages_back(llm)
 
 
-def test_aborting_a_group_before_it_forks_ends_each_sample(llm):
+def test_an_abort_before_the_fork_ends_each_sample(llm):
     llm.engine.add_request(Request(prompt(30), SamplingParams(n=3), "group"))
     llm.engine.step()
     llm.engine.abort("group")
@@ -92,12 +92,12 @@ def test_aborting_a_group_before_it_forks_ends_each_sample(llm):
     assert_all_pages_back(llm)
 
 
-def test_aborting_what_does_not_live_is_an_error(llm):
+def test_aborting_an_unknown_request_is_an_error(llm):
     with pytest.raises(RequestError, match="nobody"):
         llm.engine.abort("nobody")
 
 
-def test_samples_share_the_prompts_pages_and_copy_the_tail(llm):
+def test_samples_share_the_pages_of_the_prompt_and_copy_the_partial_page(llm):
     held = []
     llm.engine.add_request(Request(prompt(18), SamplingParams(n=4, max_tokens=5, seed=3, ignore_eos=True)))
     outputs = []
@@ -108,12 +108,12 @@ def test_samples_share_the_prompts_pages_and_copy_the_tail(llm):
     final = {output.index: output.token_ids for output in outputs if output.finished}
     assert sorted(final) == [0, 1, 2, 3]
     assert len(set(map(tuple, final.values()))) > 1
-    # 4 full pages shared by all; 22 tokens are 6 pages: at most 4 + 4 x 2, where unshared samples would hold 24.
+    # All share 4 full pages; 22 tokens are 6 pages: at most 4 + 4 x 2, where unshared samples would hold 24.
     assert max(held) <= 12
-    assert llm.stats()["copies"] == 3  # the last holder of the tail writes in place
+    assert llm.stats()["copies"] == 3  # the last holder of the partial page writes in place
 
 
-def test_samples_equal_single_requests_with_the_same_index(llm, tiny_llama):
+def test_preemption_and_eviction_change_no_sample(llm, tiny_llama):
     params = SamplingParams(n=3, max_tokens=5, seed=3, ignore_eos=True)
     together = llm.generate([prompt(18)], params)
     assert [output.index for output in together] == [0, 1, 2]
@@ -123,14 +123,14 @@ def test_samples_equal_single_requests_with_the_same_index(llm, tiny_llama):
     assert [output.token_ids for output in again] == [output.token_ids for output in together]
 
 
-def test_max_tokens_beyond_the_model_is_cut_and_ends_with_length(tiny_llama):
+def test_max_tokens_beyond_max_model_len_ends_with_length(tiny_llama):
     with LLM(tiny_llama, num_pages=64, max_model_len=30) as llm:
         output = llm.generate([prompt(20)], SamplingParams(max_tokens=10**6, temperature=0, ignore_eos=True))[0]
         assert len(output.token_ids) == 10
         assert output.finish_reason == "length"
 
 
-def test_a_pool_smaller_than_the_answer_ends_it_with_length(tiny_llama):
+def test_an_answer_that_fills_the_pool_ends_with_length(tiny_llama):
     with LLM(tiny_llama, page_size=4, num_pages=6) as llm:
         output = llm.generate([prompt(20)], SamplingParams(max_tokens=100, temperature=0, ignore_eos=True))[0]
         assert output.finish_reason == "length"
@@ -165,7 +165,7 @@ def test_a_pool_smaller_than_the_answer_ends_it_with_length(tiny_llama):
         (Request([5], SamplingParams(stop_token_ids=(999,))), "unknown token id 999"),
     ],
 )
-def test_a_bad_request_is_refused_by_field_and_others_go_on(llm, request_, field):
+def test_an_invalid_request_is_refused_by_field_and_others_continue(llm, request_, field):
     llm.engine.add_request(Request(prompt(8), GREEDY, "good"))
     llm.engine.step()
     with pytest.raises(RequestError) as caught:
@@ -174,7 +174,7 @@ def test_a_bad_request_is_refused_by_field_and_others_go_on(llm, request_, field
     assert run(llm)[-1].finish_reason == "length"
 
 
-def test_a_live_id_is_refused_and_a_finished_one_may_return(llm):
+def test_a_live_request_id_is_refused_and_a_finished_one_may_be_reused(llm):
     llm.engine.add_request(Request(prompt(8), GREEDY, "same"))
     with pytest.raises(RequestError, match="same"):
         llm.engine.add_request(Request(prompt(8), GREEDY, "same"))
@@ -183,7 +183,7 @@ def test_a_live_id_is_refused_and_a_finished_one_may_return(llm):
     assert len(run(llm)) == 6
 
 
-def test_a_request_object_serves_once(llm):
+def test_a_request_object_can_be_used_once(llm):
     request = Request(prompt(8), GREEDY)
     llm.engine.add_request(request)
     run(llm)
@@ -193,7 +193,7 @@ def test_a_request_object_serves_once(llm):
 
 @pytest.mark.parametrize("step_that_fails", [1, 2, 4])
 @pytest.mark.parametrize("place", ["run", "sample", "plan"])
-def test_an_exception_in_a_step_ends_its_requests_and_the_engine_goes_on(llm, monkeypatch, step_that_fails, place):
+def test_an_exception_in_a_step_ends_its_requests_and_the_engine_continues(llm, monkeypatch, step_that_fails, place):
     owner, name = {
         "run": (llm.engine.runner, "run"),
         "sample": (llm.engine, "_sample"),
@@ -221,7 +221,7 @@ def test_an_exception_in_a_step_ends_its_requests_and_the_engine_goes_on(llm, mo
     assert llm.generate([prompt(20, 1)], GREEDY)[0].finish_reason == "length"
 
 
-def test_an_interrupt_in_a_step_loses_nothing(llm, monkeypatch):
+def test_an_interrupt_in_a_step_loses_no_token(llm, monkeypatch):
     expected = llm.generate([prompt(20)], GREEDY)[0].token_ids
     original, calls = llm.engine.runner.run, itertools.count(1)
 
@@ -238,7 +238,7 @@ def test_an_interrupt_in_a_step_loses_nothing(llm, monkeypatch):
     assert run(llm)[-1].token_ids == expected
 
 
-def test_a_failure_while_planning_an_admission_ends_that_request_only(llm, monkeypatch):
+def test_an_exception_during_admission_ends_only_that_request(llm, monkeypatch):
     def fails(*arguments):
         raise ValueError("a bug")
 
@@ -250,7 +250,7 @@ def test_a_failure_while_planning_an_admission_ends_that_request_only(llm, monke
     assert llm.generate([prompt(20)], GREEDY)[0].finish_reason == "length"
 
 
-def test_logits_that_are_not_finite_end_their_request_only(llm, monkeypatch):
+def test_nonfinite_logits_end_only_their_own_request(llm, monkeypatch):
     original = llm.engine.runner.run
 
     def poisoned(*arguments):
@@ -269,7 +269,7 @@ def test_logits_that_are_not_finite_end_their_request_only(llm, monkeypatch):
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_pages_of_a_step_whose_logits_are_not_finite_are_published_to_nobody(llm, monkeypatch, samples):
+def test_a_step_with_nonfinite_logits_publishes_no_pages(llm, monkeypatch, samples):
     original = llm.engine.runner.run
 
     def poisoned(*arguments):
@@ -284,7 +284,7 @@ def test_pages_of_a_step_whose_logits_are_not_finite_are_published_to_nobody(llm
 
 
 @pytest.mark.parametrize("params", [{"min_tokens": 4}, {"repetition_penalty": 1.3}, {"temperature": 1e-46}])
-def test_parameters_that_reshape_logits_work_through_the_engine(llm, params):
+def test_sampling_parameters_that_change_logits_work_in_the_engine(llm, params):
     chosen = SamplingParams(**{"max_tokens": 6, "temperature": 0, **params})
     output = llm.generate([prompt(12)], chosen)[0]
     assert output.finish_reason in ("stop", "length")
@@ -298,7 +298,7 @@ def test_a_scored_text_must_fit_in_the_pool(tiny_llama):
             llm.score(prompt(65))
 
 
-def test_a_preempted_score_delivers_each_row_once(llm):
+def test_a_preempted_scoring_request_delivers_each_row_once(llm):
     expected = llm.score(prompt(40))
     blocks = llm.score_blocks(prompt(40))
     rows = [next(blocks)]
@@ -307,7 +307,7 @@ def test_a_preempted_score_delivers_each_row_once(llm):
     assert torch.equal(torch.cat(rows), expected)
 
 
-def test_an_aborted_score_says_so(llm):
+def test_an_aborted_scoring_request_raises_an_error(llm):
     blocks = llm.score_blocks(prompt(40))
     next(blocks)
     llm.engine.abort(llm.engine.scheduler.running[0].request_id)
@@ -315,7 +315,7 @@ def test_an_aborted_score_says_so(llm):
         list(blocks)
 
 
-def test_outputs_of_the_engines_own_requests_are_kept_for_the_engine(llm):
+def test_a_stream_keeps_the_outputs_of_requests_added_to_the_engine(llm):
     llm.engine.add_request(Request(prompt(12), GREEDY, "own"))
     stream = llm.stream(prompt(12, 1), GREEDY)
     assert len(list(stream)) == 6
@@ -323,13 +323,13 @@ def test_outputs_of_the_engines_own_requests_are_kept_for_the_engine(llm):
     assert [len(output.token_ids) for output in own] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_stream_gets_its_outputs_whoever_steps_the_engine(llm):
+def test_a_stream_gets_its_outputs_when_the_engine_is_stepped_directly(llm):
     stream = llm.stream(prompt(12), GREEDY)
     assert run(llm) == []
     assert [len(output.token_ids) for output in stream] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_full_disk_ends_the_event_log_and_nothing_else(tiny_llama, tmp_path, monkeypatch):
+def test_a_full_disk_ends_only_the_event_log(tiny_llama, tmp_path, monkeypatch):
     with LLM(tiny_llama, page_size=4, num_pages=64, event_log=str(tmp_path / "events.jsonl")) as llm:
 
         class Full:
@@ -343,7 +343,7 @@ def test_a_full_disk_ends_the_event_log_and_nothing_else(tiny_llama, tmp_path, m
         assert_all_pages_back(llm)
 
 
-def test_stop_ids_and_eos(llm):
+def test_a_stop_token_ends_the_answer_and_is_part_of_it(llm):
     free = llm.generate([prompt(12)], GREEDY)[0].token_ids
     third = free[2]
     first = free.index(third)
@@ -352,7 +352,7 @@ def test_stop_ids_and_eos(llm):
     assert stopped.finish_reason == "stop"
 
 
-def test_logprobs_come_for_each_token(llm):
+def test_each_token_has_its_logprobs(llm):
     params = SamplingParams(temperature=0, max_tokens=4, logprobs=3, ignore_eos=True)
     output = llm.generate([prompt(12)], params)[0]
     assert len(output.logprobs) == 4
@@ -360,7 +360,7 @@ def test_logprobs_come_for_each_token(llm):
         assert len(report) == 3 and report[token] == max(report.values())
 
 
-def test_the_event_log_tells_what_happened(tiny_llama, tmp_path):
+def test_the_event_log_records_the_events_in_time_order(tiny_llama, tmp_path):
     path = tmp_path / "events.jsonl"
     with LLM(tiny_llama, page_size=4, num_pages=12, max_step_tokens=16, event_log=str(path)) as llm:
         llm.generate([prompt(20), prompt(20, 1), prompt(20)], GREEDY)
@@ -384,12 +384,12 @@ def test_the_event_log_tells_what_happened(tiny_llama, tmp_path):
         ({"event_log": 3}, "event_log=3"),
     ],
 )
-def test_choices_that_cannot_be_honoured_are_named(tiny_llama, fields, words):
+def test_the_error_names_an_invalid_option(tiny_llama, fields, words):
     with pytest.raises(ConfigError) as caught:
         LLM(tiny_llama, **fields)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_config_and_fields_together_are_refused(tiny_llama):
+def test_a_config_together_with_fields_is_refused(tiny_llama):
     with pytest.raises(ConfigError, match="not both"):
         LLM(tiny_llama, EngineConfig(), page_size=4)

@@ -1,4 +1,4 @@
-"""Events: typed records, any number of subscribers, none of which can hurt the engine."""
+"""Events: typed records for any number of subscribers; an exception in a subscriber does not reach the engine."""
 
 import json
 
@@ -7,14 +7,14 @@ from nanokv.core.event_log import EventLog
 from nanokv.core.events import Event, Events, Matched, Preempted, StepLaunched
 
 
-def test_every_event_has_a_name_of_its_own_and_a_sentence():
+def test_every_event_has_a_unique_name_and_a_docstring():
     kinds = [kind for kind in vars(events_module).values() if isinstance(kind, type) and issubclass(kind, Event)]
     named = [kind for kind in kinds if hasattr(kind, "name")]
     assert len({kind.name for kind in named}) == len(named) >= 12
     assert all(kind.__doc__ for kind in kinds)
 
 
-def test_without_a_subscriber_the_stream_is_false():
+def test_events_without_a_subscriber_are_false():
     events = Events()
     assert not events
     unsubscribe = events.subscribe(print)
@@ -24,7 +24,7 @@ def test_without_a_subscriber_the_stream_is_false():
     assert not events
 
 
-def test_a_subscriber_that_fails_is_removed_and_the_others_go_on(caplog):
+def test_a_subscriber_that_fails_is_removed_and_the_others_continue(caplog):
     events, seen = Events(), []
 
     def failing(event: Event) -> None:
@@ -38,7 +38,7 @@ def test_a_subscriber_that_fails_is_removed_and_the_others_go_on(caplog):
     assert caplog.messages == ["a subscriber of events ends here: no space left"]
 
 
-def test_the_log_numbers_steps_and_leaves_out_what_is_none(tmp_path):
+def test_the_event_log_numbers_steps_and_omits_fields_that_are_none(tmp_path):
     log = EventLog(str(tmp_path / "log"))
     log(Matched("r", 0, [3]))
     log(StepLaunched(7, 2, [("r", 0, 2)], [(1, 2)], []))
@@ -48,6 +48,6 @@ def test_the_log_numbers_steps_and_leaves_out_what_is_none(tmp_path):
     assert all(record.pop("t") >= 0 for record in records)
     assert records[1:] == [
         {"step": 0, "event": "match", "request": "r", "index": 0, "pages": [3]},
-        {"step": 7, "event": "step", "tokens": 2, "requests": [["r", 0, 2]], "copies": [[1, 2]], "moves.states": []},
+        {"step": 7, "event": "step", "tokens": 2, "requests": [["r", 0, 2]], "copies": [[1, 2]], "state_copies": []},
         {"step": 7, "event": "match", "pages": []},
     ]

@@ -1,4 +1,4 @@
-"""The exactness law: in float32 on a CPU a token's logits have the same bits whatever happened around it."""
+"""The exactness law: in float32 on a CPU the bits of a token's logits depend on its request alone."""
 
 import random
 
@@ -34,7 +34,7 @@ def answers(llm: LLM, order: list[int] | None = None) -> list[tuple[list[int], l
 
 @pytest.fixture(scope="module")
 def alone(tiny_llama):
-    """Each request by itself, no prefix cache, whole prompt in one step."""
+    """The answer of each request alone, without a prefix cache, its prompt in one step."""
     with LLM(tiny_llama, num_pages=64, prefix_cache=False, max_requests=1) as llm:
         assert llm.stats()["row_invariant"]
         return answers(llm)
@@ -52,7 +52,7 @@ def test_page_size_prefix_cache_and_chunking_change_no_bit(tiny_llama, alone, pa
         max_step_tokens=budget,
     ) as llm:
         assert answers(llm) == alone
-        assert answers(llm) == alone  # now with hits
+        assert answers(llm) == alone  # now with cache hits
         assert (llm.stats()["hit_tokens"] > 0) == prefix_cache
 
 
@@ -87,7 +87,7 @@ def test_arrivals_between_steps_change_no_bit(tiny_llama, alone):
         assert [tokens[str(i)] for i in range(len(texts))] == [tokens_alone for tokens_alone, _ in alone]
 
 
-def test_score_has_the_bits_of_any_chunking(tiny_llama):
+def test_chunking_changes_no_bit_of_a_score(tiny_llama):
     text = prompts()[-4]
     with LLM(tiny_llama, num_pages=64) as whole, LLM(tiny_llama, num_pages=64, max_step_tokens=7, page_size=4) as parts:
         one = whole.score(text)

@@ -1,4 +1,4 @@
-"""Every family against transformers in float32, in every layout of checkpoint, and against itself bit for bit."""
+"""Every family in float32: against transformers, against itself bit for bit, and in every layout of checkpoints."""
 
 import json
 from dataclasses import replace
@@ -21,9 +21,9 @@ PROMPT = oracles.prompt(130)
 FAMILIES = list(oracles.FAMILIES)
 EXACT = [name for name in FAMILIES if name not in oracles.HYBRIDS]
 LENGTHS = (1, 2, 3, 4, 63, 64, 65, 130)
-"""Prompts that end at, before and behind the edges of convolutions, pages and chunks."""
+"""Prompts that end at, before and after the boundaries of convolutions, pages and chunks."""
 NEAR_TIE = 1e-4
-"""Where the reference's two best logits are closer, either token is right: rounding decides."""
+"""If the reference's two best logits differ by less, either token is correct, because rounding decides."""
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,13 @@ def references(folders):
 
 @pytest.mark.parametrize("chunk", [130, 37, 1], ids=["at once", "in odd chunks", "token by token"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers(folders, references, family, chunk):
+def test_logits_match_transformers(folders, references, family, chunk):
     got = Rig(load(folders(family))).run(PROMPT, chunk)
     torch.testing.assert_close(got, oracles.logits(references(family), PROMPT), **CLOSE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_that_end_at_the_edges_of_pages_chunks_and_convolutions(folders, references, family):
+def test_logits_match_where_prompts_end_near_boundaries(folders, references, family):
     decoder = load(folders(family))
     for length in LENGTHS:
         tokens = oracles.prompt(length, seed=length)
@@ -53,8 +53,8 @@ def test_prompts_that_end_at_the_edges_of_pages_chunks_and_convolutions(folders,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_those_of_transformers(folders, references, family):
-    """Prompts in odd chunks, then token by token. The reference reads each answer once: row i is what it would say."""
+def test_greedy_tokens_match_transformers(folders, references, family):
+    """Prompts in odd chunks, then token by token. The reference reads each answer once: row i is its next token."""
     rig, ties, answers = Rig(load(folders(family))), 0, 16
     for length in LENGTHS:
         sequence = rig.sequence(oracles.prompt(length, seed=100 + length) + [0] * answers)
@@ -72,7 +72,7 @@ def test_greedy_tokens_are_those_of_transformers(folders, references, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_that_mixes_prefill_chunks_and_decodes(folders, references, family):
+def test_logits_match_in_steps_that_mix_prefill_chunks_and_decodes(folders, references, family):
     rig = Rig(load(folders(family), page_size=8))
     sequences = [rig.sequence(oracles.prompt(length, seed=length)) for length in (70, 33, 9)]
     rows = [[], [], []]
@@ -86,8 +86,8 @@ def test_a_step_that_mixes_prefill_chunks_and_decodes(folders, references, famil
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_bit_depends_on_how_the_work_is_cut(folders, family):
-    """Gated DeltaNet too: on a CPU one recurrence serves prefill and decode."""
+def test_chunk_sizes_and_page_sizes_change_no_bit(folders, family):
+    """This includes Gated DeltaNet: on a CPU one recurrence computes prefill and decode."""
     folder = folders(family)
     decoder = load(folder)
     whole = Rig(decoder).run(PROMPT, 130)
@@ -99,7 +99,7 @@ def test_no_bit_depends_on_how_the_work_is_cut(folders, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_bit_depends_on_batch_mates(folders, family):
+def test_batch_mates_change_no_bit(folders, family):
     decoder = load(folders(family))
     prompts = [oracles.prompt(length, seed=length) for length in (3, 70, 18, 41)]
     alone = [Rig(decoder).run(tokens, len(tokens)) for tokens in prompts]
@@ -167,14 +167,14 @@ def test_expanded_prefill_and_absorbed_decode_agree_in_half_precision(folders, r
     assert not torch.equal(expanded, absorbed)
     for got in (expanded, absorbed):
         cosine = torch.nn.functional.cosine_similarity(got, oracles.logits(references(family), PROMPT))
-        assert cosine.median() > 0.98  # a row whose experts flip in bfloat16 may differ much
+        assert cosine.median() > 0.98  # a row that bfloat16 routes to other experts may differ much
 
 
 # ---- layouts of checkpoints -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe"])
-def test_experts_in_one_tensor_or_in_one_each_are_the_same(folders, tmp_path, family):
+def test_fused_and_separate_expert_tensors_give_the_same_logits(folders, tmp_path, family):
     folder = folders(family)
     oracles.reference(folder).save_pretrained(tmp_path, save_original_format=False)
     stored = load_file(tmp_path / "model.safetensors")
@@ -183,7 +183,7 @@ def test_experts_in_one_tensor_or_in_one_each_are_the_same(folders, tmp_path, fa
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
-def test_the_text_part_of_a_vision_language_checkpoint(tmp_path, family):
+def test_the_text_model_of_a_vision_language_checkpoint_loads(tmp_path, family):
     folder = oracles.vision_language(family, tmp_path / "vl")
     stored = load_file(folder / "model.safetensors")
     assert any(name.startswith("model.language_model.") for name in stored)
@@ -191,11 +191,11 @@ def test_the_text_part_of_a_vision_language_checkpoint(tmp_path, family):
     reference = oracles.reference(folder)
     expected = oracles.logits(reference, PROMPT[:70])
     torch.testing.assert_close(Rig(load(folder)).run(PROMPT[:70], 70), expected, **CLOSE)
-    reference.save_pretrained(tmp_path / "text")  # keeps the prefix, though the config is that of a text model now
+    reference.save_pretrained(tmp_path / "text")  # keeps the prefix, although the config is that of a text model
     torch.testing.assert_close(Rig(load(tmp_path / "text")).run(PROMPT[:70], 70), expected, **CLOSE)
 
 
-def test_layers_that_predict_further_tokens_are_ignored(folders, tmp_path):
+def test_multi_token_prediction_layers_are_ignored(folders, tmp_path):
     edit(
         folders("deepseek_v3"), tmp_path, {"num_nextn_predict_layers": 1}, {"model.layers.3.eh_proj.weight": (64, 128)}
     )
@@ -204,14 +204,14 @@ def test_layers_that_predict_further_tokens_are_ignored(folders, tmp_path):
         load(folder)
 
 
-def test_shards_with_an_index(folders, tmp_path):
+def test_a_sharded_checkpoint_gives_the_logits_of_a_single_file(folders, tmp_path):
     folder = oracles.checkpoint("qwen3_5_moe", tmp_path, shard="100KB")
     assert (folder / "model.safetensors.index.json").exists()
     assert torch.equal(Rig(load(folder)).run(PROMPT[:20], 20), Rig(load(folders("qwen3_5_moe"))).run(PROMPT[:20], 20))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_old_and_new_keys_say_the_same(folders, family, tmp_path):
+def test_old_and_new_config_keys_give_the_same_config(folders, family, tmp_path):
     data = json.loads((folders(family) / "config.json").read_text())
     old = {key: value for key, value in data.items() if key not in ("rope_parameters", "dtype", "layer_types")}
     rope = dict(data["rope_parameters"])
@@ -227,7 +227,7 @@ def test_old_and_new_keys_say_the_same(folders, family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_noise_needs_no_checkpoint(folders, family, tmp_path):
+def test_dummy_weights_need_no_weight_files(folders, family, tmp_path):
     (tmp_path / "config.json").write_text((folders(family) / "config.json").read_text())
     config = read_folder(tmp_path)
     codec = RawCodec(torch.bfloat16)
@@ -239,7 +239,7 @@ def test_a_model_of_noise_needs_no_checkpoint(folders, family, tmp_path):
 
 
 def edit(folder, target, config, more):
-    """A copy of a checkpoint with other fields and further tensors."""
+    """Copies a checkpoint with other config fields and further tensors."""
     target.mkdir(exist_ok=True)
     data = json.loads((folder / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**data, **config}))
@@ -272,6 +272,6 @@ def edit(folder, target, config, more):
         ("qwen3", {"layer_types": ["sliding_attention", "full_attention"]}, {}, "layer_types"),
     ],
 )
-def test_what_does_not_fit_is_named(folders, tmp_path, family, config, more, complaint):
+def test_the_error_names_the_part_of_a_checkpoint_that_does_not_fit(folders, tmp_path, family, config, more, complaint):
     with pytest.raises(CheckpointError, match=complaint):
         load(edit(folders(family), tmp_path, config, more))

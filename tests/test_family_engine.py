@@ -1,7 +1,7 @@
-"""Every family through the whole engine: the exactness law, states in the prefix cache, samples, scores, aborts.
+"""Every family in the engine: the exactness law, states in the prefix cache, samples, scores, aborts.
 
-On a CPU Gated DeltaNet is under the law too: one recurrence serves prefill and decode, so its bits depend on a
-request's own tokens alone.
+On a CPU the law includes Gated DeltaNet: one recurrence computes prefill and decode, so its bits depend on a request's
+own tokens alone.
 """
 
 import json
@@ -39,7 +39,7 @@ def answers(llm: LLM) -> list[tuple[list[int], list[float]]]:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request, tmp_path_factory):
-    """A family's folder, and what each request gives alone, without a prefix cache, its prompt in one step."""
+    """A family's folder, and the answer of each request alone, without a prefix cache, its prompt in one step."""
     folder = oracles.checkpoint(request.param, tmp_path_factory.mktemp(request.param))
     with LLM(folder, num_pages=64, prefix_cache=False, max_requests=1, **ROOM) as llm:
         return folder, answers(llm)
@@ -53,7 +53,7 @@ def test_page_size_prefix_cache_and_chunking_change_no_bit(model, page_size, pre
     config = {"page_size": page_size, "num_pages": 2048 // page_size, "prefix_cache": prefix_cache}
     with LLM(folder, max_step_tokens=budget, **config, **ROOM) as llm:
         assert answers(llm) == alone
-        assert answers(llm) == alone  # now with hits
+        assert answers(llm) == alone  # now with cache hits
         assert (llm.stats()["hit_tokens"] > 0) == prefix_cache
         llm.engine.cache.check()
 
@@ -70,7 +70,7 @@ def test_preemption_changes_no_bit(model):
         llm.engine.cache.check()
 
 
-def test_samples_score_and_aborts(model):
+def test_scores_and_samples_repeat_and_aborts_free_all_pages_and_states(model):
     folder, _ = model
     text = prompts()[-3]
     with LLM(folder, num_pages=64, **ROOM) as llm, LLM(folder, num_pages=64, max_step_tokens=7, page_size=4) as parts:
@@ -100,7 +100,7 @@ def hybrid(tmp_path_factory):
     return oracles.checkpoint("qwen3_5", tmp_path_factory.mktemp("hybrid"))
 
 
-def test_a_second_turn_finds_nearly_all_of_the_first(tmp_path):
+def test_a_second_turn_hits_at_least_90_percent_of_the_first(tmp_path):
     hybrid = oracles.checkpoint("qwen3_5", tmp_path / "longer", max_position_embeddings=1024)
     first = oracles.prompt(600, seed=1)
     greedy = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
@@ -110,7 +110,7 @@ def test_a_second_turn_finds_nearly_all_of_the_first(tmp_path):
         assert second.cached_tokens == second.kv_matched_tokens >= 0.9 * len([*first, *answer])
 
 
-def test_requests_that_share_a_prefix_share_its_state_even_when_they_come_together(hybrid):
+def test_requests_that_arrive_together_share_the_state_of_their_prefix(hybrid):
     shared = oracles.prompt(200, seed=3)
     batch = [[*shared, 10 + i, 20 + i] for i in range(4)]
     greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
@@ -119,7 +119,7 @@ def test_requests_that_share_a_prefix_share_its_state_even_when_they_come_togeth
         assert [output.cached_tokens for output in outputs] == [0, 192, 192, 192]
 
 
-def test_pages_without_a_state_are_shown_as_such(hybrid):
+def test_matched_pages_without_a_state_are_counted_separately(hybrid):
     shared = oracles.prompt(100, seed=3)
     greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
     with LLM(hybrid, num_pages=256, num_states=16) as llm:
@@ -132,13 +132,13 @@ def test_pages_without_a_state_are_shown_as_such(hybrid):
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
-def test_a_checkpoint_whose_copy_never_ran_is_forgotten(hybrid, monkeypatch, failure):
+def test_a_checkpoint_whose_copy_was_not_made_is_dropped(hybrid, monkeypatch, failure):
     text, greedy = oracles.prompt(100, seed=9), SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     with LLM(hybrid, num_pages=64, num_states=8) as llm:
         truth = llm.generate(text, greedy)[0].token_ids
         llm.reset_prefix_cache()
         request_id = llm.engine.add_request(Request(text, greedy))
-        llm.engine.step()  # 96 tokens: a checkpoint is due, which the next step copies first
+        llm.engine.step()  # 96 tokens: a checkpoint is due, and the next step copies it first
 
         def fail(_copies):
             assert llm.stats()["states_cached"] == 1
@@ -161,7 +161,7 @@ def test_a_checkpoint_whose_copy_never_ran_is_forgotten(hybrid, monkeypatch, fai
         assert again.token_ids == truth and again.cached_tokens == 0 < again.kv_matched_tokens
 
 
-def test_memory_is_divided_in_halves(hybrid):
+def test_memory_is_split_evenly_between_pages_and_states(hybrid):
     with LLM(hybrid, kv_memory="4MiB") as llm:
         stats = llm.stats()
         assert stats["states_total"] == 2 * 2**20 // stats["state_bytes"]
@@ -172,12 +172,12 @@ def test_memory_is_divided_in_halves(hybrid):
             llm.generate([5], SamplingParams(n=40))
 
 
-def test_memory_for_less_than_a_request_is_refused(hybrid):
+def test_memory_too_small_for_one_request_is_refused(hybrid):
     with pytest.raises(ConfigError, match="beside 2 states"):
         LLM(hybrid, kv_memory="100KiB")
 
 
-def test_a_state_interval_is_whole_pages(hybrid):
+def test_a_state_interval_must_be_a_multiple_of_the_page_size(hybrid):
     with pytest.raises(ConfigError, match="multiple of page_size"):
         LLM(hybrid, page_size=16, state_interval=40)
 
@@ -191,8 +191,8 @@ def test_mla_keeps_one_latent_and_one_key_per_token_and_layer(tmp_path, family):
         assert llm.engine.store.pages.data.shape == (8, llm.engine.layout.page_bytes)
 
 
-def test_the_cache_of_deepseek_v3_is_576_numbers_per_token_and_layer_and_what_size_says(tmp_path):
-    """Its own attention, with few heads and layers around it."""
+def test_deepseek_v3_caches_576_numbers_per_token_and_layer_as_size_reports(tmp_path):
+    """With the attention sizes of the model, and few heads and layers."""
     small = {"num_hidden_layers": 2, "first_k_dense_replace": 2, "vocab_size": 256, "hidden_size": 64,
              "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(CATALOG["deepseek-v3"].config | small))

@@ -1,4 +1,4 @@
-"""What only a card can show: kernels and engine on CUDA against the CPU, graphs and overlap on and off, no waiting."""
+"""Tests that need a GPU: kernels and engine against the CPU, graphs and overlap on and off, no synchronisation."""
 
 import math
 from dataclasses import replace
@@ -18,7 +18,7 @@ from nanokv.llm import LLM
 
 pytestmark = pytest.mark.gpu
 TIE = 1e-4
-"""Two logits closer than this may change places."""
+"""Two logits that differ by less may swap their order."""
 FAMILIES = ["llama", "qwen3", "qwen3_moe", "deepseek_v2_lite", "deepseek_v3", "qwen3_next", "qwen3_5"]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 PROMPTS = [oracles.prompt(length, seed=length) for length in (1, 5, 17, 64, 130)]
@@ -35,7 +35,7 @@ def card():
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request, tmp_path_factory):
-    """A family's folder, its greedy tokens on a CPU, and how far apart the top two logits are at each of them."""
+    """A family's folder, its greedy tokens on a CPU, and the gap of the top two logits at each of them."""
     folder = oracles.checkpoint(request.param, tmp_path_factory.mktemp(request.param))
     with LLM(folder, device="cpu", **ROOM) as llm:
         expected = [output.token_ids for output in llm.generate(PROMPTS, GREEDY)]
@@ -51,15 +51,15 @@ def assert_equal_but_for_ties(model, answers: list[list[int]]) -> None:
     for own, theirs, gap in zip(answers, expected, gaps, strict=True):
         differs = next((i for i in range(len(theirs)) if own[i] != theirs[i]), None)
         assert differs is None or gap[differs] < TIE, (
-            f"token {differs}: {own} for {theirs}, logits {gap[differs]} apart"
+            f"token {differs}: {own} instead of {theirs}, logits {gap[differs]} apart"
         )
 
 
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_the_engine_gives_the_tokens_of_the_cpu(model, graphs, overlap):
+def test_the_engine_on_a_gpu_gives_the_tokens_of_the_cpu(model, graphs, overlap):
     with LLM(model[0], device="cuda", graphs=graphs, overlap=overlap, **ROOM) as llm:
-        for _ in range(2):  # again with hits
+        for _ in range(2):  # the second time with cache hits
             assert_equal_but_for_ties(model, [output.token_ids for output in llm.generate(PROMPTS, GREEDY)])
         llm.engine.cache.check()
 
@@ -70,14 +70,14 @@ def test_small_pages_and_chunks_give_the_tokens_of_the_cpu(model):
         llm.engine.cache.check()
 
 
-def test_decode_steps_are_recorded(model):
+def test_decode_steps_are_recorded_as_graphs(model):
     with LLM(model[0], device="cuda", **ROOM) as llm:
         llm.generate(PROMPTS, GREEDY)
         graphs = llm.engine.runner._graphs
         assert graphs.num_sizes > 0 and graphs._memory is not None  # None once a kernel could not be recorded
 
 
-def test_a_decode_step_never_waits_for_the_device(model):
+def test_a_decode_step_never_synchronises_with_the_device(model):
     with LLM(model[0], device="cuda", **ROOM) as llm:
         llm.generate(PROMPTS[:2], GREEDY)  # compiles and records
         for prompt in PROMPTS[:2]:
@@ -92,7 +92,7 @@ def test_a_decode_step_never_waits_for_the_device(model):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_pages_fill_the_fraction_of_the_card_and_no_more(model, card):
+def test_pages_take_no_more_than_the_configured_fraction_of_gpu_memory(model, card):
     with LLM(model[0], device="cuda", gpu_memory_fraction=0.3) as llm:
         stats = llm.stats()
         taken = stats["pages_total"] * stats["page_bytes"] + stats.get("states_total", 0) * stats["state_bytes"]
@@ -100,7 +100,7 @@ def test_pages_fill_the_fraction_of_the_card_and_no_more(model, card):
         assert llm.generate(PROMPTS[0], GREEDY)[0].finish_reason == "length"
 
 
-def test_the_sampler_on_the_card_chooses_what_it_chooses_on_a_cpu(card):
+def test_the_device_sampler_chooses_the_same_tokens_on_a_gpu_and_a_cpu(card):
     from test_device_sampler import KINDS, requests_of
 
     logits = 3 * torch.randn(len(KINDS), 2000, generator=torch.Generator().manual_seed(0))
@@ -114,7 +114,7 @@ def test_the_sampler_on_the_card_chooses_what_it_chooses_on_a_cpu(card):
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Within 1e-4 in float32, else within 1 % of the norm."""
+    """Asserts a difference within 1e-4 in float32, and otherwise within 1 % of the norm."""
     if theirs.dtype == torch.float32:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     else:
@@ -123,7 +123,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (9, 3, 64), (16, 4, 128), (16, 2, 128)])
-def test_attention_on_the_card_is_the_references(card, dtype, heads, kv_heads, dim):
+def test_attention_on_a_gpu_matches_the_reference(card, dtype, heads, kv_heads, dim):
     from harness import step_of
 
     rows = {0: [999], 1: range(17), 2: [15], 3: range(60, 125), 4: [0], 5: [4095]}
@@ -143,7 +143,7 @@ def test_attention_on_the_card_is_the_references(card, dtype, heads, kv_heads, d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 16, 1000])
-def test_norms_and_gates_on_the_card_are_the_references(card, dtype, rows):
+def test_norms_and_gates_on_a_gpu_match_the_reference(card, dtype, rows):
     generator = torch.Generator().manual_seed(rows)
     x, residual, z = (torch.randn(rows, 1024, generator=generator).to(card, dtype) for _ in range(3))
     weight = torch.randn(1024, generator=generator).to(card, dtype)

@@ -1,4 +1,4 @@
-"""scripts/gpu_report.py: its skeleton on a CPU. Whatever a part does, the rest of the report is written."""
+"""scripts/gpu_report.py on a CPU: if a part fails or hangs, the rest of the report is still written."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def test_a_quick_run_on_a_cpu_writes_json_and_a_table(tmp_path):
     assert table.count("\n") == 2 + sum(len(part["rows"]) for part in report["parts"])
 
 
-def test_a_part_that_fails_says_why_and_one_that_hangs_is_stopped():
+def test_a_part_that_fails_reports_its_error_and_a_part_that_hangs_is_stopped():
     failed = gpu_report.run_part("engine nobody", "cpu", True, 120)
     assert "KeyError: 'nobody'" in failed["error"] and failed["rows"] == []
     stopped = gpu_report.run_part("kernels", "cpu", True, 0.2)
@@ -43,14 +43,14 @@ def test_a_part_that_fails_says_why_and_one_that_hangs_is_stopped():
 
 
 @pytest.mark.slow
-def test_the_time_of_python_beside_the_device_is_that_of_a_step_without_waiting():
+def test_the_host_time_of_a_step_is_at_most_twice_the_time_of_a_decode_step():
     part = gpu_report.run_part("host", "cpu", True, 120)
     assert "error" not in part
     assert [row["shape"] for row in part["rows"]] == ["1 x 32", "2 x 32"]
     assert all(0 < row["seconds"] < 2 * row["decode_step_s"] for row in part["rows"])
 
 
-def test_calls_over_copies_take_turns():
+def test_timed_calls_alternate():
     from gpu.common import Run, seconds
 
     seen = []
@@ -58,7 +58,7 @@ def test_calls_over_copies_take_turns():
     assert seen[-5:] == list("ababa")
 
 
-def test_the_time_that_is_left_is_the_limit_of_the_next_part(tmp_path, monkeypatch):
+def test_the_remaining_budget_is_the_limit_of_the_next_part(tmp_path, monkeypatch):
     seen = []
 
     def run_part(part, device, quick, limit):
@@ -73,8 +73,8 @@ def test_the_time_that_is_left_is_the_limit_of_the_next_part(tmp_path, monkeypat
     assert "- **limits: a **: no" in (tmp_path / "r.md").read_text()
 
 
-def test_the_engine_starts_without_packages_that_it_may_not_need():
-    """A machine with a GPU may have neither the readers of other formats nor a hub to fetch from."""
+def test_the_package_imports_without_optional_packages():
+    """A machine with a GPU may have neither the readers of other formats nor the client of the hub."""
     code = "import sys; sys.modules.update(dict.fromkeys(['gguf', 'msgspec', 'huggingface_hub', 'triton'])); "
     code += "import nanokv.llm, nanokv.cli.main, nanokv.bench.prefix"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,4 +1,4 @@
-"""Recording decode steps: what falls back to a step without a graph, and what does not. No card: recording is faked."""
+"""Recording of decode steps: errors that fall back to a step without a graph, and errors that do not; all faked."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 
 @pytest.fixture
 def llm(tiny_llama, monkeypatch):
-    """An engine on a CPU that believes it can record: a graph is the call itself."""
+    """An engine on a CPU with faked recording: a graph is the call itself."""
     monkeypatch.setattr(graphs, "_warm_up", lambda forward: forward())
     monkeypatch.setattr(graphs, "_captured", lambda forward, memory: forward)
     with LLM(tiny_llama, num_pages=16, graphs=True) as made:
@@ -33,7 +33,7 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(llm, monkeypatch, c
     monkeypatch.setattr(graphs, "_captured", raising(RuntimeError("operation not permitted when stream is capturing")))
     (output,) = llm.generate([[5, 6, 7]], GREEDY)
     assert output.token_ids == expected and "without CUDA graphs" in caplog.text
-    assert llm.engine.runner._graphs._memory is None  # it is not tried again
+    assert llm.engine.runner._graphs._memory is None  # recording is not tried again
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(llm, monkeypatch, c
         ("_warm_up", RuntimeError("a kernel is wrong")),
     ],
 )
-def test_what_has_nothing_to_do_with_recording_fails_the_step(llm, monkeypatch, place, error):
+def test_an_error_unrelated_to_recording_ends_the_requests_of_the_step(llm, monkeypatch, place, error):
     monkeypatch.setattr(graphs, place, raising(error))
     (output,) = llm.generate([[5, 6, 7]], GREEDY)
     assert output.finish_reason == "error" and str(error) in output.error

@@ -1,4 +1,4 @@
-"""What a step reads: arrays of requests, padding to a fixed size, and the block that carries them to a device."""
+"""The inputs of a step: arrays of its requests, padding to a fixed size, and the block that copies them to a device."""
 
 from array import array
 
@@ -20,7 +20,7 @@ def request(tokens, computed: int, scheduled: int, pages, in_flight: int | None 
     return made
 
 
-def test_a_step_mixes_chunks_decodes_and_tokens_in_flight():
+def test_a_step_mixes_chunks_decodes_and_in_flight_tokens():
     chunk = request(range(10, 20), 2, 5, [7, 3, 9])
     decode = request(range(30, 35), 4, 1, [5, 6])
     late = request(range(40, 44), 4, 1, [8, 2], in_flight=3)
@@ -36,7 +36,7 @@ def test_a_step_mixes_chunks_decodes_and_tokens_in_flight():
     assert batch_of(views, 4).token_ids.tolist() == [12, 13, 14, 15, 16, 34, 103]
 
 
-def test_padding_is_requests_of_one_token_that_live_where_nobody_does():
+def test_padding_adds_one_token_requests_on_a_page_and_state_of_their_own():
     arrays = arrays_of([request(range(9), 8, 1, [4, 5, 6], state=2), request(range(3), 2, 1, [1], state=0)], 4)
     filled = padded(arrays, 4, 8, page=99, state=7)
     batch = batch_of(on_device(filled, CPU), 4)
@@ -60,7 +60,7 @@ def test_a_block_keeps_its_addresses_and_takes_new_values():
     assert all(address % 8 == 0 for address in addresses.values())
 
 
-def test_ladders_reach_exactly_what_is_allowed():
+def test_the_ladders_of_graph_sizes_end_exactly_at_the_limit():
     assert row_ladder(1) == [1] and row_ladder(5) == [1, 2, 4, 5]
     assert row_ladder(64) == [1, 2, 4, 8, 16, 32, 48, 64]
     assert page_ladder(10) == [10] and page_ladder(64) == [64] and page_ladder(2560) == [64, 256, 1024, 2560]

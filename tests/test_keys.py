@@ -1,4 +1,4 @@
-"""Page keys: equal only for equal tokens after an equal prefix, under an equal model and salt."""
+"""Page keys are equal only for equal tokens after an equal prefix, with the same model and salt."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from naive_cache import House
 from nanokv.core.keys import KEY_BYTES, page_keys, root_key
 
 
-def test_a_key_names_the_tokens_of_its_page_and_all_tokens_before():
+def test_a_key_depends_on_the_tokens_of_its_page_and_all_tokens_before():
     root = root_key(b"model", None)
     keys = page_keys([1, 2, 3, 4, 5], 2, root)
     assert [len(key) for key in keys] == [KEY_BYTES, KEY_BYTES]  # the fifth token fills no page
@@ -19,7 +19,7 @@ def test_a_key_names_the_tokens_of_its_page_and_all_tokens_before():
     assert page_keys([1, 2, 3, 4], 4, root)[0] not in keys
 
 
-def test_models_and_salts_have_keys_of_their_own():
+def test_each_pair_of_model_and_salt_has_its_own_keys():
     roots = [root_key(*names) for names in [(b"a", None), (b"b", None), (b"a", ""), (b"a", "s"), (b"as", None)]]
     assert len(set(roots)) == len(roots)
 
@@ -31,7 +31,7 @@ def test_keys_are_the_same_in_every_process():
 
 
 class Recorder:
-    """A CacheObserver that keeps what is cached, by key."""
+    """A CacheObserver that records the cached pages by key."""
 
     def __init__(self) -> None:
         self.cached: dict[bytes, int] = {}
@@ -46,11 +46,11 @@ class Recorder:
             self.evicted.append((key, page))
 
 
-def test_observers_know_every_cached_page_by_its_key():
+def test_observers_receive_the_key_of_every_stored_and_evicted_page():
     recorder = Recorder()
     house = House(6, observers=[recorder])
     house.serve(range(9))
-    house.serve(range(9), answer=[1])  # the same pages: nothing new is stored
+    house.serve(range(9), answer=[1])  # the same pages: no new page is stored
     first = page_keys(list(range(8)), 4, root_key(b"", None))
     assert list(recorder.cached) == first
     house.serve(range(100, 119), salt="s")
@@ -61,7 +61,7 @@ def test_observers_know_every_cached_page_by_its_key():
     assert not recorder.cached
 
 
-def test_evicted_pages_are_listed_for_saving_with_the_moves_of_the_plan():
+def test_the_moves_of_a_plan_list_the_evicted_pages_to_save():
     recorder = Recorder()
     house = House(3, observers=[recorder])
     house.serve(range(9))

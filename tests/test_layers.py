@@ -1,4 +1,4 @@
-"""The layers against plain torch: rotary tables against transformers' own, the rest against their formulas."""
+"""Layers against plain torch: rotary tables against those of transformers, other layers against their formulas."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     ],
     ids=["default", "linear", "llama3"],
 )
-def test_the_rope_table_is_that_of_transformers(rope, parameters):
+def test_the_rope_table_matches_transformers(rope, parameters):
     config = transformers.LlamaConfig(
         hidden_size=128,
         num_attention_heads=2,
@@ -46,12 +46,12 @@ def test_the_rope_table_is_that_of_transformers(rope, parameters):
     torch.testing.assert_close(table, torch.cat((cos[0, :, :32], sin[0, :, :32]), dim=1), rtol=0, atol=1e-4)
 
 
-def test_llama3_scaling_keeps_short_waves_and_divides_long_ones():
+def test_llama3_scaling_keeps_high_frequencies_and_divides_low_ones():
     plain = cos_sin_table(RopeConfig(64, 5e5), 2)[1]
     scaled = cos_sin_table(RopeConfig(64, 5e5, "llama3", 8.0, 1.0, 4.0, 64), 2)[1]
     angles = torch.atan2(scaled[32:], scaled[:32]) / torch.atan2(plain[32:], plain[:32])
     assert angles[0] == 1 and angles[-1] == pytest.approx(1 / 8, rel=1e-4)
-    assert (angles.diff() <= 1e-6).all(), "the ramp between them goes one way"
+    assert (angles.diff() <= 1e-6).all(), "the ratio falls monotonically"
 
 
 def test_linear_multiplies_and_adds_its_bias():
@@ -60,13 +60,13 @@ def test_linear_multiplies_and_adds_its_bias():
     torch.testing.assert_close(Linear(weight, torch.float32, AUTO, bias)(x), x @ weight.T + bias, rtol=1e-5, atol=1e-5)
 
 
-def test_embedding_gives_new_rows_in_the_activation_dtype():
+def test_an_embedding_copies_its_rows_in_the_activation_dtype():
     table = normal(10, 8).bfloat16()
     rows = Embedding(table, torch.float32)(torch.tensor([3, 3, 9]))
     assert torch.equal(rows, table[[3, 3, 9]].float())
     same = Embedding(table, torch.bfloat16)(torch.tensor([0]))
     same.zero_()
-    assert table[0].abs().sum() > 0, "the residual stream is written in place, the table never"
+    assert table[0].abs().sum() > 0, "the residual stream is written in place, so rows must be copies"
 
 
 def test_norm_adds_to_the_residual_in_place():
@@ -85,13 +85,13 @@ def test_mlp_is_swiglu_with_gate_before_up():
     torch.testing.assert_close(mlp(x), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T, rtol=1e-4, atol=1e-4)
 
 
-def test_attention_keeps_k_and_v_and_nothing_per_sequence():
+def test_attention_caches_k_and_v_and_no_state_per_sequence():
     spec = Attention.spec(RawCodec(torch.bfloat16), kv_heads=3, head_dim=64, page_size=16)
     assert [(plane.name, plane.shape) for plane in spec.paged] == [("k", (3, 16, 64)), ("v", (3, 16, 64))]
     assert spec.bytes_per_token == 2 * 3 * 64 * 2 and spec.bytes_per_sequence == 0
 
 
-def test_attention_sees_its_own_request_up_to_itself():
+def test_a_token_attends_to_its_own_request_up_to_itself():
     heads, kv_heads, dim, page_size = 4, 2, 16, 4
     codec = RawCodec(torch.float32)
     width = (heads + 2 * kv_heads) * dim
@@ -115,5 +115,5 @@ def test_attention_sees_its_own_request_up_to_itself():
         mixed = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)
         expected = mixed[0].transpose(0, 1).flatten(1) @ out.T
         torch.testing.assert_close(got[rows], expected, rtol=1e-3, atol=1e-3)
-    assert not pool[:, : layout.paged(1, "k").offset].any(), "the planes of the other layer are untouched"
-    assert not pool[[0, 1, 3, 4, 6]].any(), "and so are the pages of nobody"
+    assert not pool[:, : layout.paged(1, "k").offset].any(), "the planes of the other layer are unchanged"
+    assert not pool[[0, 1, 3, 4, 6]].any(), "unused pages are unchanged"

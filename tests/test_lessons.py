@@ -1,4 +1,4 @@
-"""The lessons as files: pictures, links and names in them lead somewhere. Running them is scripts/lessons.py's job."""
+"""The lessons as files: their pictures, links and names exist. scripts/lessons.py runs them."""
 
 import ast
 import re
@@ -25,7 +25,7 @@ def prose(lesson: Path) -> str:
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
 class TestALesson:
-    def test_asks_a_question_and_follows_the_grammar(self, lesson):
+    def test_asks_a_question_and_has_its_sections_in_order(self, lesson):
         text = prose(lesson)
         assert text.startswith("# ") and "\n> " in text
         places = [text.index(section) for section in SECTIONS]
@@ -65,7 +65,7 @@ class TestALesson:
         assert len(names) >= 3
         assert [name for name in names if not resolves(name)] == []
 
-    def test_asserts_what_it_says(self, lesson):
+    def test_has_at_least_ten_assertions(self, lesson):
         tree = ast.parse(lesson.read_text(encoding="utf-8"))
         assert sum(isinstance(node, ast.Assert) for node in ast.walk(tree)) >= 10
 

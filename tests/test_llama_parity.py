@@ -1,4 +1,4 @@
-"""The Llama family against transformers in float32, and against itself bit for bit: however the work is cut."""
+"""The Llama family in float32: against transformers, and against itself bit for bit."""
 
 from dataclasses import replace
 
@@ -50,19 +50,19 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("chunk", [130, 37, 1], ids=["at once", "in odd chunks", "token by token"])
-def test_logits_are_those_of_transformers(variant, chunk):
+def test_logits_match_transformers(variant, chunk):
     decoder, expected = variant
     torch.testing.assert_close(Rig(decoder).run(PROMPT, chunk), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 64, 65])
-def test_prompts_that_end_at_the_edges_of_pages(model, length):
+def test_logits_match_where_prompts_end_near_page_boundaries(model, length):
     reference, decoder = oracles.reference(model), load(model)
     tokens = oracles.prompt(length, seed=length)
     torch.testing.assert_close(Rig(decoder).run(tokens, length), oracles.logits(reference, tokens), **CLOSE)
 
 
-def test_greedy_decoding_gives_the_tokens_of_transformers(model):
+def test_greedy_tokens_match_transformers(model):
     reference, rig = oracles.reference(model), Rig(load(model))
     sequence, count = rig.sequence(PROMPT[:40] + [0] * 24), 40
     scores = rig.step((sequence, 40), last_only=True)[0]
@@ -76,7 +76,7 @@ def test_greedy_decoding_gives_the_tokens_of_transformers(model):
     assert sequence.tokens == expected[0].tolist()
 
 
-def test_a_step_that_mixes_prefill_chunks_and_decodes(model):
+def test_logits_match_in_steps_that_mix_prefill_chunks_and_decodes(model):
     reference, rig = oracles.reference(model), Rig(load(model, page_size=8))
     lengths = [50, 33, 9]
     sequences = [rig.sequence(oracles.prompt(length, seed=length)) for length in lengths]
@@ -90,7 +90,7 @@ def test_a_step_that_mixes_prefill_chunks_and_decodes(model):
         torch.testing.assert_close(torch.cat(parts), oracles.logits(reference, sequence.tokens), **CLOSE)
 
 
-def test_only_the_rows_asked_for_reach_the_head(model):
+def test_the_head_computes_only_the_requested_rows(model):
     decoder = load(model)
     whole = Rig(decoder).run(PROMPT[:30], 30)
     rig = Rig(decoder)
@@ -99,7 +99,7 @@ def test_only_the_rows_asked_for_reach_the_head(model):
     assert torch.equal(last[0], whole[-1])
 
 
-def test_a_step_may_ask_for_no_logits(model):
+def test_a_step_may_request_no_logits(model):
     rig = Rig(load(model))
     sequence = rig.sequence(PROMPT[:20])
     batch = replace(make_batch([(sequence, 12)], 16), logit_rows=torch.zeros(0, dtype=torch.int64))
@@ -109,7 +109,7 @@ def test_a_step_may_ask_for_no_logits(model):
     assert torch.equal(rig.step((sequence, 8))[0], expected)
 
 
-def test_layers_can_be_stepped_one_by_one(model):
+def test_layers_can_be_called_one_by_one(model):
     rig = Rig(load(model))
     expected = rig.run(PROMPT[:20], 20)
     batch = make_batch([(rig.sequence(PROMPT[:20]), 20)], 16)
@@ -119,7 +119,7 @@ def test_layers_can_be_stepped_one_by_one(model):
     assert torch.equal(rig.decoder.logits(x, residual, batch), expected)
 
 
-def test_a_layout_of_other_pages_is_refused(model):
+def test_a_layout_with_another_page_size_is_refused(model):
     decoder = load(model, page_size=16)
     for layout in (PageLayout(decoder.specs, 8), PageLayout(load(model, page_size=8).specs, 8)):
         with pytest.raises(CacheError, match="page size"):
@@ -128,7 +128,7 @@ def test_a_layout_of_other_pages_is_refused(model):
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("name", ["groups of three", "biases", "narrow heads"])
-def test_no_bit_depends_on_how_the_work_is_cut(tmp_path, name):
+def test_chunk_sizes_and_page_sizes_change_no_bit(tmp_path, name):
     folder = oracles.llama(tmp_path, **VARIANTS[name])
     decoder = load(folder)
     whole = Rig(decoder).run(PROMPT, 130)
@@ -141,7 +141,7 @@ def test_no_bit_depends_on_how_the_work_is_cut(tmp_path, name):
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
-def test_no_bit_depends_on_batch_mates(model):
+def test_batch_mates_change_no_bit(model):
     decoder = load(model)
     prompts = [oracles.prompt(length, seed=length) for length in (3, 70, 18, 41)]
     alone = [Rig(decoder).run(tokens, len(tokens)) for tokens in prompts]
@@ -154,7 +154,7 @@ def test_no_bit_depends_on_batch_mates(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_stays_close(model, dtype):
+def test_half_precision_logits_stay_close_to_transformers(model, dtype):
     expected = oracles.logits(oracles.reference(model), PROMPT)
     got = Rig(load(model, dtype)).run(PROMPT, 50)
     assert got.dtype == torch.float32 and got.isfinite().all()

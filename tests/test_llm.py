@@ -1,4 +1,4 @@
-"""The door for programs: prompts of every kind, streams, chats, stop texts, scoring. On a real model, for real text."""
+"""The class LLM on a real model with real text: prompts of every kind, streams, chats, stop texts, scoring."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def llm(smollm2):
         yield llm
 
 
-def test_prompts_may_be_texts_or_ids_one_or_many(llm):
+def test_prompts_may_be_texts_or_token_ids_one_or_several(llm):
     ids = llm.tokenizer.encode(COUNTING)
     one = llm.generate(COUNTING, GREEDY)
     assert len(one) == 1 and one[0].prompt_token_ids == ids
@@ -32,19 +32,19 @@ def test_prompts_may_be_texts_or_ids_one_or_many(llm):
     assert llm.generate([], GREEDY) == []
 
 
-def test_params_that_do_not_fit_the_prompts_are_refused(llm):
+def test_params_that_differ_in_number_from_the_prompts_are_refused(llm):
     with pytest.raises(RequestError, match="2 for 1 prompts"):
         llm.generate("a", [GREEDY, GREEDY])
 
 
-def test_one_bad_prompt_stops_the_call_and_leaves_nothing_behind(llm):
+def test_an_invalid_prompt_fails_the_call_and_leaves_no_request_behind(llm):
     with pytest.raises(RequestError):
         llm.generate(["fine", [10**6]], GREEDY)
     assert not llm.engine.has_work or [llm.engine.step(), llm.engine.has_work][1] is False
     llm.engine.cache.check()
 
 
-def test_deltas_add_up_to_the_text(llm):
+def test_the_deltas_of_a_stream_add_up_to_the_text(llm):
     outputs = list(llm.stream(COUNTING, GREEDY))
     assert "".join(output.delta for output in outputs) == outputs[-1].text == llm.generate(COUNTING, GREEDY)[0].text
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
@@ -64,7 +64,7 @@ def test_streams_interleave_with_each_other_and_with_generate(llm):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_a_closed_stream_is_aborted(llm, steps):
+def test_closing_a_stream_aborts_its_request(llm, steps):
     stream = llm.stream(COUNTING, SamplingParams(max_tokens=1000, temperature=0, ignore_eos=True))
     for _ in range(steps):
         next(stream)
@@ -74,22 +74,22 @@ def test_a_closed_stream_is_aborted(llm, steps):
     assert llm.stats()["pages_held"] == 0
 
 
-def test_a_stop_text_across_token_borders_ends_the_answer(llm):
+def test_a_stop_text_across_token_boundaries_ends_the_answer(llm):
     free = llm.generate(COUNTING, GREEDY)[0].text
     stop = free[7:12]  # cut without regard to tokens
     outputs = list(llm.stream(COUNTING, SamplingParams(temperature=0, max_tokens=16, stop=(stop, "never there"))))
     assert outputs[-1].text == free[: free.index(stop)]
     assert outputs[-1].finish_reason == "stop"
-    assert "".join(output.delta for output in outputs) == outputs[-1].text  # nothing shown was taken back
+    assert "".join(output.delta for output in outputs) == outputs[-1].text  # no delta was retracted
 
 
-def test_a_stop_text_that_does_not_come_holds_nothing_back_at_the_end(llm):
+def test_an_incomplete_stop_text_is_part_of_the_final_text(llm):
     free = llm.generate(COUNTING, GREEDY)[0].text
     held = llm.generate(COUNTING, SamplingParams(temperature=0, max_tokens=16, stop=(free[-3:] + "never",)))[0]
     assert held.text == free and held.finish_reason == "length"
 
 
-def test_min_tokens_holds_stop_texts_off(llm):
+def test_stop_texts_are_ignored_before_min_tokens(llm):
     free = llm.generate(COUNTING, GREEDY)[0]
     stop = free.text[:2]
     late = SamplingParams(temperature=0, max_tokens=16, stop=(stop,), min_tokens=10)
@@ -105,12 +105,12 @@ def test_a_stop_text_may_match_at_exactly_min_tokens(llm):
     assert len(llm.generate(COUNTING, exact)[0].token_ids) == at <= len(free.token_ids)
 
 
-def test_a_chat_has_one_answer(llm):
+def test_a_chat_with_several_samples_is_refused(llm):
     with pytest.raises(RequestError, match="n=2"):
         llm.chat([{"role": "user", "content": "hi"}], SamplingParams(n=2))
 
 
-def test_a_chat_answers_and_its_next_turn_is_cached(llm):
+def test_a_chat_is_answered_and_its_next_turn_hits_the_cache(llm):
     messages = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     answer = llm.chat(messages, SamplingParams(temperature=0, max_tokens=40))
     assert "Paris" in answer.text and answer.finish_reason == "stop"
@@ -127,28 +127,28 @@ def test_seeded_samples_repeat_and_unseeded_ones_differ(llm):
     assert len({output.text for output in llm.generate(["Once"] * 4, free)}) > 1
 
 
-def test_score_predicts_what_greedy_decoding_does(llm):
+def test_scores_predict_the_tokens_of_greedy_decoding(llm):
     output = llm.generate(COUNTING, GREEDY)[0]
     text = [*output.prompt_token_ids, *output.token_ids]
     best = llm.score(text).argmax(dim=-1).tolist()
     assert best[len(output.prompt_token_ids) - 1 : -1] == output.token_ids
 
 
-def test_stats_are_plain_numbers_of_the_documented_table(llm):
+def test_stats_are_the_numbers_of_the_documented_table(llm):
     values = llm.stats()
     assert all(isinstance(value, (int, float)) for value in values.values())
     assert list(values) == [stat.name for stat in STATS if not stat.only]
     assert markdown() in (Path(__file__).parents[1] / "docs/stats.md").read_text()
 
 
-def test_a_model_that_is_not_there_says_what_to_do(tmp_path):
+def test_the_error_for_a_missing_model_suggests_a_fix(tmp_path):
     with pytest.raises(CheckpointError, match="nanokv pull"):
         LLM("no-such-model")
     with pytest.raises(CheckpointError, match="config.json"):
         LLM(tmp_path)
 
 
-def test_a_model_without_tokenizer_serves_ids(tiny_llama):
+def test_a_model_without_a_tokenizer_takes_only_token_ids(tiny_llama):
     with LLM(tiny_llama, num_pages=64) as llm:
         assert llm.tokenizer is None
         assert llm.generate([[5, 6, 7]], GREEDY)[0].text == ""
@@ -159,13 +159,13 @@ def test_a_model_without_tokenizer_serves_ids(tiny_llama):
 
 
 @pytest.mark.parametrize("prompts", [None, 5, b"abc", {"a": 1}, [True], [1.9, 2], [None], "score"])
-def test_what_is_no_prompt_is_refused(llm, prompts):
+def test_an_invalid_prompt_is_refused(llm, prompts):
     with pytest.raises(RequestError, match=r"prompts=|prompt_token_ids"):
         list(llm.score_blocks("12")) if prompts == "score" else llm.generate(prompts, GREEDY)
 
 
 @pytest.mark.parametrize("params", [{"max_tokens": 3}, "b", 5])
-def test_what_are_no_params_is_refused(llm, params):
+def test_params_of_another_type_are_refused(llm, params):
     calls = [
         lambda: llm.generate("a", params),
         lambda: llm.generate(["a", "b"], params),
@@ -178,7 +178,7 @@ def test_what_are_no_params_is_refused(llm, params):
             call()
 
 
-def test_threads_share_the_steps_and_get_their_own_answers(llm):
+def test_threads_share_steps_and_get_their_own_answers(llm):
     prompts = [f"Thread {i} counts: 1 2 3" for i in range(4)]
     expected = [llm.generate(prompt, GREEDY)[0].token_ids for prompt in prompts]
     answers: dict[int, list[int]] = {}
@@ -198,7 +198,7 @@ def test_threads_share_the_steps_and_get_their_own_answers(llm):
     llm.engine.cache.check()
 
 
-def test_a_closed_llm_takes_no_request(tiny_llama):
+def test_a_closed_llm_refuses_requests(tiny_llama):
     llm = LLM(tiny_llama, num_pages=8)
     llm.close()
     llm.close()

@@ -1,4 +1,4 @@
-"""EngineLoop: one driver for any number of threads; what comes in the middle of a step waits until it has ended."""
+"""EngineLoop: one driver for any number of threads; a call that arrives during a step waits until it ends."""
 
 import gc
 import threading
@@ -22,14 +22,14 @@ def llm(tiny_llama):
         yield llm
 
 
-def test_a_ticket_gives_the_outputs_in_order_and_ends(llm):
+def test_a_ticket_yields_its_outputs_in_order_and_ends(llm):
     ticket = llm.loop.submit(Request(prompt(20), GREEDY, "r"))
     assert ticket.request_id == "r"
     assert [len(output.token_ids) for output in ticket] == [1, 2, 3, 4, 5, 6]
     assert list(ticket) == [] and not ticket.advance() and ticket.take() == []
 
 
-def test_samples_and_requests_share_the_steps_of_whoever_iterates(llm):
+def test_iterating_one_ticket_advances_all_requests(llm):
     one = llm.loop.submit(Request(prompt(8), SamplingParams(max_tokens=3, n=2, ignore_eos=True)))
     two = llm.loop.submit(Request(prompt(8, seed=1), GREEDY))
     assert sorted(output.index for output in one if output.finished) == [0, 1]
@@ -39,20 +39,20 @@ def test_samples_and_requests_share_the_steps_of_whoever_iterates(llm):
     assert llm.stats()["steps"] - steps <= 5
 
 
-def test_a_bad_request_raises_and_leaves_nothing_behind(llm):
+def test_an_invalid_request_raises_and_leaves_nothing_behind(llm):
     with pytest.raises(RequestError):
         llm.loop.submit(Request([], GREEDY))
     assert llm.generate([prompt(8)], GREEDY)[0].finish_reason == "length"
 
 
-def test_a_dropped_ticket_cancels_its_request(llm):
+def test_deleting_a_ticket_cancels_its_request(llm):
     ticket = llm.loop.submit(Request(prompt(20), GREEDY))
     next(ticket)
     del ticket
     assert not llm.engine.has_work and llm.stats()["pages_held"] == 0
 
 
-def test_a_cancelled_ticket_still_gives_its_last_output(llm):
+def test_a_cancelled_ticket_still_yields_its_last_output(llm):
     ticket = llm.loop.submit(Request(prompt(20), GREEDY))
     next(ticket)
     ticket.cancel()
@@ -60,13 +60,13 @@ def test_a_cancelled_ticket_still_gives_its_last_output(llm):
 
 
 class Cycle:
-    """Holds a stream in a reference cycle: only the garbage collector drops it."""
+    """Holds a stream in a reference cycle, which only the garbage collector frees."""
 
     def __init__(self, stream) -> None:
         self.stream, self.self = stream, self
 
 
-def test_a_stream_collected_in_the_middle_of_a_step_is_aborted_after_it(llm):
+def test_a_stream_garbage_collected_during_a_step_is_aborted_after_the_step(llm):
     cycle = weakref.ref(Cycle(llm.stream(prompt(30, seed=3), GREEDY)))
     gc.disable()
     try:
@@ -88,7 +88,7 @@ def test_a_stream_collected_in_the_middle_of_a_step_is_aborted_after_it(llm):
     assert llm.generate([prompt(20, seed=4)], GREEDY)[0].token_ids == alone
 
 
-def test_inside_a_step_nothing_can_be_asked_of_the_engine(llm):
+def test_a_call_from_inside_a_step_is_an_error(llm):
     errors = []
 
     def subscriber(event) -> None:
@@ -104,7 +104,7 @@ def test_inside_a_step_nothing_can_be_asked_of_the_engine(llm):
     assert any("computes a step" in error for error in errors)
 
 
-def test_threads_that_generate_reset_and_ask_get_the_same_tokens(llm):
+def test_threads_that_generate_reset_and_read_stats_get_the_same_tokens(llm):
     texts = [prompt(20, seed=seed) for seed in range(4)]
     alone = [output.token_ids for output in llm.generate(texts, GREEDY)]
     found, done = {}, threading.Event()
@@ -130,7 +130,7 @@ def test_threads_that_generate_reset_and_ask_get_the_same_tokens(llm):
     assert found == {number: [alone[number]] * 3 for number in range(4)}
 
 
-def test_a_thread_of_its_own_steps_for_everyone(llm):
+def test_a_started_loop_steps_the_engine_for_all_callers(llm):
     alone = llm.generate([prompt(20), prompt(12, seed=1)], GREEDY)
     llm.loop.start()
     try:
@@ -147,7 +147,7 @@ def test_a_thread_of_its_own_steps_for_everyone(llm):
     assert llm.generate([prompt(20)], GREEDY)[0].token_ids == alone[0].token_ids
 
 
-def test_a_fault_of_the_thread_reaches_every_caller(llm, caplog):
+def test_an_exception_in_the_loop_thread_reaches_the_caller(llm, caplog):
     def broken() -> None:
         raise RuntimeError("as the test wished")
 
@@ -158,7 +158,7 @@ def test_a_fault_of_the_thread_reaches_every_caller(llm, caplog):
     llm.engine.advance = advance
 
 
-def test_close_beside_a_running_generate_gives_every_prompt_an_output(llm):
+def test_close_during_generate_gives_every_prompt_an_output(llm):
     outputs = []
     long = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
     thread = threading.Thread(target=lambda: outputs.extend(llm.generate([prompt(8), prompt(9)], long)))

@@ -1,4 +1,4 @@
-"""The corpus of the tiny models: what is drawn is reproducible, distances are what they say, answers can be derived."""
+"""The corpus of the tiny models: rows are reproducible, distances are exact, and answers follow from the text."""
 
 import random
 import re
@@ -34,7 +34,7 @@ def text_of(fragments):
 
 
 def derive(told):
-    """What a careful reader knows: (name, verb) -> what is said of it; "it" is what was there last."""
+    """The facts of a text: (name, verb) -> value; "it" is the last thing that "There is" names."""
     said, there = {}, None
     pattern = r"The key of (\w+) is ((?:\d ?)+)\.|There is (\w+ \w+)\.|(\w+) (is|owns) ([\w ]+?)\."
     for key, digits, thing, subject, verb, value in re.findall(pattern, told):
@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_rows_and_questions(corpus):
         assert make.items(test, 3, seed=5) == make.items(test, 3, seed=5) != make.items(test, 3, seed=6)
 
 
-def test_every_word_is_one_token_and_pieces_are_what_the_tokenizer_cuts(corpus, encoder):
+def test_the_encoder_and_the_token_count_agree_with_the_tokenizer(corpus, encoder):
     make, rng = corpus.make, random.Random(7)
     texts = [text_of(make.row(rng, make.EVERYTHING, make.LEVEL, 300)) for _ in range(60)]
     texts += [item.text for test in make.TESTS for item in make.items(test, 2)]
@@ -70,18 +70,18 @@ def test_every_word_is_one_token_and_pieces_are_what_the_tokenizer_cuts(corpus, 
         assert encoder.tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_a_new_tokenizer_cuts_words_as_the_kept_one_does(corpus, encoder):
+def test_a_newly_trained_tokenizer_splits_text_as_the_stored_one_does(corpus, encoder):
     new = corpus.make.train_tokenizer(rows=300)
     text = text_of(corpus.make.row(random.Random(5), corpus.make.EVERYTHING, corpus.make.LEVEL, 2000))
     assert new.encode(text).tokens == encoder.tokenizer.encode(text).tokens
 
 
-def test_a_text_begins_with_the_token_that_documents_begin_with(corpus, encoder):
+def test_a_text_begins_with_the_bos_token_of_documents(corpus, encoder):
     assert encoder.tokenizer.encode(" It rained.").ids[0] == encoder.tokenizer.token_to_id(corpus.words.BOS) == 0
     assert [encoder.tokenizer.token_to_id(token) for token in corpus.words.SPECIALS] == [0, 1, 2, 3]
 
 
-def test_filler_has_exactly_the_length_asked_for(corpus):
+def test_filler_has_exactly_the_requested_length_and_no_fact_words(corpus):
     rng = random.Random(3)
     for tokens in (0, *range(corpus.words.SHORTEST, 300)):
         assert corpus.words.count("".join(corpus.words.filler(rng, tokens))) == tokens
@@ -102,7 +102,7 @@ def test_every_kind_of_document_fills_a_row(kind, corpus, encoder):
             assert ids[0] == (1 if kind == "chat" else 0)
 
 
-def test_answers_in_documents_were_said_before(corpus):
+def test_answers_in_documents_appear_earlier_in_the_text(corpus):
     make, rng = corpus.make, random.Random(13)
     for kind in ("seeds", "lists", "owners", "recall", "far", "two", "direct", "order", "across"):
         for _ in range(50):
@@ -114,7 +114,7 @@ def test_answers_in_documents_were_said_before(corpus):
 
 @pytest.mark.parametrize("distance", [9, 12, 13, 18, 64, 65, 100, 256, 512, 2048])
 @pytest.mark.parametrize("facts", [1, 6, 13])
-def test_recall_asks_over_exactly_the_distance(distance, facts, corpus, encoder):
+def test_recall_questions_have_exactly_the_requested_distance(distance, facts, corpus, encoder):
     rng = random.Random(17)
     for _ in range(10):
         item = corpus.make.recall(rng, distance, facts)
@@ -130,7 +130,7 @@ def test_recall_asks_over_exactly_the_distance(distance, facts, corpus, encoder)
 
 
 @pytest.mark.parametrize("tokens", [80, 128, 257, 1024])
-def test_two_chunk_answers_need_the_right_facts(tokens, corpus):
+def test_two_chunk_answers_follow_from_the_facts_in_the_chunks(tokens, corpus):
     rng = random.Random(19)
     for form in ("written", "direct", "first", "second"):
         for _ in range(10):
@@ -154,7 +154,7 @@ def test_two_chunk_answers_need_the_right_facts(tokens, corpus):
 
 
 @pytest.mark.parametrize("tokens", [70, 128, 255, 1024])
-def test_across_chunk_answers_follow_from_the_order_of_chunks_only(tokens, corpus):
+def test_across_chunk_answers_follow_only_from_the_order_of_the_chunks(tokens, corpus):
     rng = random.Random(23)
     asked = []
     for _ in range(40):
@@ -181,7 +181,7 @@ def test_chunks_tile_the_prompt_and_bounds_are_token_positions(corpus, encoder):
             assert encoder.tokenizer.decode(ids[item.bounds[-1][1] :]) == item.question
 
 
-def test_chats_are_what_the_chat_template_renders(corpus):
+def test_chat_prompts_equal_the_rendered_chat_template(corpus):
     import tiny.models
 
     template = ChatTemplate(tiny.models.TEMPLATE)

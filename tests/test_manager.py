@@ -1,4 +1,4 @@
-"""The four verbs: pages are found, taken, published and given back; each pitfall other engines fell into is a story."""
+"""CacheManager: match, reserve, commit and release, with a test for each known pitfall of other engines."""
 
 import json
 
@@ -9,7 +9,7 @@ from nanokv.core.errors import CacheError
 
 
 @pytest.mark.parametrize(("length", "cached"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (11, 8)])
-def test_a_full_hit_still_computes_a_token_and_is_whole_pages(length, cached):
+def test_a_hit_is_whole_pages_and_leaves_at_least_one_token_to_compute(length, cached):
     house = House(16)
     house.serve(prompt(12))
     request = house.request(prompt(length))
@@ -18,15 +18,15 @@ def test_a_full_hit_still_computes_a_token_and_is_whole_pages(length, cached):
     assert len(request.held.pages) == cached // 4
 
 
-def test_the_next_turn_hits_the_answer_of_the_last_one_but_not_its_last_token():
+def test_the_next_turn_hits_the_previous_answer_except_its_last_token():
     house = House(16)
-    house.serve(prompt(6), answer=[50, 51, 52])  # 6 + 2 tokens are computed: two full pages; 52 never was
+    house.serve(prompt(6), answer=[50, 51, 52])  # 6 + 2 tokens are computed, two full pages; 52 is not computed
     assert house.admit(turn := house.request([*prompt(6), 50, 51, 52, 60]))
     house.run()
     assert turn.held.num_cached == 8
 
 
-def test_nothing_is_visible_before_it_is_computed():
+def test_pages_are_not_matched_before_they_are_computed():
     house = House(16)
     first = house.request(prompt(12))
     house.admit(first)
@@ -36,7 +36,7 @@ def test_nothing_is_visible_before_it_is_computed():
     assert house.cache.prefix_length(house.request(prompt(12))) == 8
 
 
-def test_tokens_still_in_flight_are_not_published():
+def test_in_flight_tokens_are_not_published():
     house = House(16)
     first = house.request(prompt(9))
     house.admit(first, 8)
@@ -48,7 +48,7 @@ def test_tokens_still_in_flight_are_not_published():
     assert first.held.num_published == 2
 
 
-def test_two_requests_that_computed_the_same_in_one_step_keep_one_copy():
+def test_two_requests_that_compute_the_same_pages_in_one_step_keep_one_copy():
     house = House(16)
     assert house.admit(first := house.request(prompt(9))) and house.admit(second := house.request(prompt(9)))
     house.run()
@@ -56,21 +56,21 @@ def test_two_requests_that_computed_the_same_in_one_step_keep_one_copy():
     assert house.cache.stats()["pages_held"] == 2 and house.cache.stats()["pages_free"] == 12
 
 
-def test_salts_share_nothing():
+def test_different_salts_share_no_pages():
     house = House(16)
     house.serve(prompt(8), salt="mine")
     for salt, hit in (("mine", 4), (None, 0), ("", 0), ("yours", 0)):
         assert house.cache.prefix_length(house.request(prompt(8), salt)) == hit
 
 
-def test_a_preempted_request_finds_prompt_and_answer_again_and_is_counted_once():
+def test_a_preempted_request_hits_its_own_pages_and_is_counted_once():
     house = House(16)
     request = house.request(prompt(6))
     house.admit(request)
     for token in (50, 51, 52):
         house.run(token)
         assert house.schedule(request, 1)
-    house.drop(request)  # the token at position 8 was scheduled and never computed
+    house.drop(request)  # the token at position 8 was scheduled and not computed
     assert (request.num_computed, request.held.num_published, len(request.held.pages), request.held.node) == (
         0,
         0,
@@ -83,7 +83,7 @@ def test_a_preempted_request_finds_prompt_and_answer_again_and_is_counted_once()
     assert (request.held.num_cached, stats["hit_tokens"], stats["queried_tokens"]) == (0, 0, 6)
 
 
-def test_hits_are_counted_when_a_request_gets_room_not_each_time_it_asks():
+def test_hits_are_counted_at_admission_and_not_at_each_attempt():
     house = House(4)
     house.serve(prompt(8))
     big = house.request(prompt(40))
@@ -97,13 +97,13 @@ def test_hits_are_counted_when_a_request_gets_room_not_each_time_it_asks():
     )
 
 
-def test_without_a_prefix_cache_nothing_is_published_or_found():
+def test_no_page_is_published_or_matched_without_a_prefix_cache():
     house = House(16, prefix_cache=False)
     house.serve(prompt(9), answer=[1, 2])
     assert not house.cache.prefix_length(house.request(prompt(9))) and house.cache.stats()["pages_free"] == 16
 
 
-def test_a_request_that_wants_every_row_looks_nothing_up_and_keeps_the_pages_that_stood():
+def test_a_scoring_request_matches_no_pages_and_frees_its_duplicates():
     house = House(16)
     house.serve(prompt(8))
     scored = house.request(prompt(8))
@@ -114,7 +114,7 @@ def test_a_request_that_wants_every_row_looks_nothing_up_and_keeps_the_pages_tha
     assert house.cache.stats()["pages_cached"] == 2 and house.cache.stats()["queried_tokens"] == 8
 
 
-def test_room_is_counted_in_pages_whatever_the_chunks_are():
+def test_a_reservation_adds_only_the_pages_that_the_chunk_needs():
     house = House(16)
     house.admit(request := house.request(prompt(30)), 3)
     for chunk, pages in ((3, 2), (2, 2), (1, 3), (16, 7), (4, 8)):
@@ -122,7 +122,7 @@ def test_room_is_counted_in_pages_whatever_the_chunks_are():
         assert house.schedule(request, chunk) and len(request.held.pages) == pages
 
 
-def test_a_reservation_that_fails_changes_nothing():
+def test_a_failed_reservation_changes_nothing():
     house = House(4)
     house.serve(prompt(8))
     house.admit(house.request(prompt(13)), 1)
@@ -134,11 +134,11 @@ def test_a_reservation_that_fails_changes_nothing():
     house.verify()
 
 
-def test_cached_pages_make_room_but_never_those_somebody_holds():
+def test_unlocked_cached_pages_are_evicted_and_locked_pages_are_not():
     house = House(4)
     house.serve(prompt(8))
     house.serve(prompt(8, 100))
-    assert house.admit(holder := house.request(prompt(8)))  # holds one page, and takes one
+    assert house.admit(holder := house.request(prompt(8)))  # locks one cached page and allocates one
     assert house.cache.num_available == 2
     assert not house.admit(house.request(prompt(9, 200)))
     assert house.admit(house.request(prompt(8, 200)))
@@ -146,19 +146,19 @@ def test_cached_pages_make_room_but_never_those_somebody_holds():
     assert house.cache.stats()["evictions"] == 3 and holder.held.num_cached == 4
 
 
-def test_a_recycled_page_is_not_found_under_its_old_tokens():
+def test_a_reused_page_is_not_matched_under_its_old_tokens():
     house = House(2)
     house.serve(prompt(8))
     house.serve(prompt(8, 100))
     assert house.cache.prefix_length(house.request(prompt(9))) == 0
 
 
-def test_what_can_never_fit_is_known_beforehand():
+def test_pages_for_rounds_tokens_up_to_whole_pages():
     cache = House(4).cache
     assert (cache.pages_for(16), cache.pages_for(17)) == (4, 5)
 
 
-def test_a_second_release_lets_go_of_nothing_and_a_second_match_is_an_error():
+def test_a_second_release_changes_nothing_and_a_second_match_is_an_error():
     house = House(4)
     request = house.request(prompt(6))
     house.admit(request)
@@ -172,7 +172,7 @@ def test_a_second_release_lets_go_of_nothing_and_a_second_match_is_an_error():
         house.cache.commit(request)
 
 
-def test_reset_forgets_what_nobody_holds():
+def test_reset_drops_all_pages_that_are_not_locked():
     house = House(8)
     house.serve(prompt(12))
     house.cache.match(house.request(prompt(6)))
@@ -191,18 +191,18 @@ def forked(house, length=6, count=2):
     return [parent] + [house.fork(parent, 51 + n) for n in range(count - 1)]
 
 
-def test_samples_share_the_prompt_and_only_the_unfinished_tail_is_copied():
+def test_samples_share_full_pages_and_copy_only_the_partial_page():
     house = House(16)
     samples = forked(house, count=3)
     assert house.cache.stats()["pages_free"] == 14
     assert all(house.schedule(sample, 1) for sample in samples)
-    tail = samples[2].held.pages[1]  # the last one to write has the page for itself
+    tail = samples[2].held.pages[1]  # the last writer is the only owner of the page
     assert house.cache._moves.pages == [(tail, samples[0].held.pages[1]), (tail, samples[1].held.pages[1])]
     house.run()
     assert house.cache.stats()["copies"] == 2 and house.cache.stats()["pages_free"] == 12
 
 
-def test_without_a_prefix_cache_forks_share_full_pages_by_count():
+def test_forks_share_full_pages_by_reference_count_without_a_prefix_cache():
     house = House(16, prefix_cache=False)
     parent, child = forked(house, length=10)
     assert house.schedule(parent, 1) and house.schedule(child, 1)
@@ -212,7 +212,7 @@ def test_without_a_prefix_cache_forks_share_full_pages_by_count():
     house.verify()
 
 
-def test_a_fork_shares_what_is_computed_not_the_parents_empty_pages():
+def test_a_fork_shares_computed_pages_and_not_the_empty_pages_of_its_parent():
     house = House(16)
     house.serve(prompt(5))
     parent = house.request(prompt(30))
@@ -224,7 +224,7 @@ def test_a_fork_shares_what_is_computed_not_the_parents_empty_pages():
     house.run()
 
 
-def test_a_fork_that_finds_no_page_for_its_copy_waits():
+def test_a_write_to_a_shared_page_needs_a_free_page_for_the_copy():
     house = House(2)
     parent, child = forked(house)
     assert not house.schedule(parent, 1)
@@ -232,18 +232,18 @@ def test_a_fork_that_finds_no_page_for_its_copy_waits():
     assert house.schedule(parent, 1) and house.cache.drain_moves().pages == []
 
 
-def test_the_source_of_a_copy_may_become_the_destination_of_a_later_one():
+def test_the_source_of_a_copy_may_become_the_destination_of_a_later_copy():
     house = House(5, prefix_cache=False)
     first, second = forked(house, length=3)
     other, another = forked(house, length=2)
     assert house.schedule(first, 1)
-    house.drop(second)  # the page that `first` is copied from is free now, and is the next to be handed out
+    house.drop(second)  # the source of the copy of `first` is free now and is allocated next
     assert house.schedule(other, 1) and house.schedule(another, 1)
     assert house.cache._moves.pages[0][0] == house.cache._moves.pages[1][1]
     house.run()
 
 
-def test_a_copy_into_a_page_that_was_freed_again_does_no_harm():
+def test_a_copy_into_a_page_that_was_freed_meanwhile_is_harmless():
     house = House(5)
     parent, child = forked(house)
     assert house.schedule(parent, 1)
@@ -253,7 +253,7 @@ def test_a_copy_into_a_page_that_was_freed_again_does_no_harm():
     house.run()
 
 
-def test_a_copy_of_a_copy_in_one_step_reads_the_first_one():
+def test_a_copy_of_a_copy_in_one_step_reads_the_first_copy():
     house = House(8)
     parent, _ = forked(house)
     assert house.schedule(parent, 1)
@@ -263,13 +263,13 @@ def test_a_copy_of_a_copy_in_one_step_reads_the_first_one():
     house.run()
 
 
-def test_a_page_still_shared_with_a_fork_is_published_once_it_is_not():
+def test_a_page_shared_with_a_fork_is_published_after_the_fork_has_a_copy():
     house = House(8)
     parent = house.request(prompt(7))
     house.admit(parent)
     house.run(50)
     assert house.schedule(parent, 1)
-    child = house.fork(parent, 51)  # forked while the parent's next token was already planned into the tail
+    child = house.fork(parent, 51)  # the parent's next token is already scheduled into the partial page
     house.run()
     assert (parent.num_computed, parent.held.num_published) == (8, 1)
     assert house.schedule(child, 1)
@@ -288,7 +288,7 @@ def test_a_fork_of_other_tokens_or_another_namespace_is_refused():
     house.verify()
 
 
-def test_every_page_can_be_followed_through_the_log(tmp_path):
+def test_the_event_log_records_the_life_of_every_page(tmp_path):
     house = House(4, event_log=str(tmp_path / "events.jsonl"))
     house.serve(prompt(9))
     house.serve(prompt(9), answer=[1])
@@ -303,4 +303,4 @@ def test_every_page_can_be_followed_through_the_log(tmp_path):
     ]
     assert story[4:6] == [("match", "r2", [0, 1]), ("alloc", "r2", [2])]
     assert [event for event, _, _ in story[-4:]] == ["evict", "alloc", "publish", "free"]
-    assert story[-4] == ("evict", None, [1])  # the tail of the older prompt
+    assert story[-4] == ("evict", None, [1])  # the last page of the older prompt

@@ -1,4 +1,4 @@
-"""How much memory pages get, on a CPU and on a GPU."""
+"""The memory budget of pages, on a CPU and on a GPU."""
 
 import oracles
 import pytest
@@ -18,11 +18,11 @@ GIB = 2**30
 CPU = torch.device("cpu")
 
 
-def test_a_gpu_gives_its_fraction_less_what_is_used_and_what_a_step_needs():
+def test_a_gpu_budget_is_its_fraction_minus_used_memory_and_the_memory_of_a_step():
     assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5) == MemoryBudget(25 * GIB, 25 * GIB)
 
 
-def test_a_gpu_keeps_room_to_decode_the_pages_that_it_gives():
+def test_a_gpu_budget_reserves_scratch_in_proportion_to_its_pages():
     assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5, scratch=0.25) == MemoryBudget(20 * GIB, 20 * GIB)
 
 
@@ -35,7 +35,7 @@ def bound(folder, codec: str, dtype: torch.dtype = torch.float32, page_size: int
 
 
 @pytest.mark.parametrize(("codec", "family"), [("tqp3", "llama"), ("kivi4", "qwen3_5"), ("tq4", "deepseek_v3")])
-def test_a_step_that_reads_pages_reads_as_many_as_it_is_told(codec, family, tmp_path):
+def test_a_reading_step_reads_the_requested_number_of_pages(codec, family, tmp_path):
     model, layout = bound(oracles.checkpoint(family, tmp_path), codec)
     original, read = model.forward, []
     model.forward = lambda batch, store: read.append(batch) or original(batch, store)
@@ -48,13 +48,13 @@ def test_a_step_that_reads_pages_reads_as_many_as_it_is_told(codec, family, tmp_
 
 
 @pytest.mark.parametrize("family", oracles.FAMILIES)
-def test_what_reading_takes_is_the_larger_of_decodes_and_a_prompt_over_cached_pages(family, tmp_path):
+def test_reading_scratch_is_the_larger_of_decodes_and_a_prompt_over_cached_pages(family, tmp_path):
     model, layout = bound(oracles.checkpoint(family, tmp_path), "tq4", page_size=16, exact=False)
     original, read, own = model.forward, [], layout.page_bytes
     model.forward = lambda batch, store: read.append(batch) or original(batch, store)
 
     def scratch(*bytes_of_a_page: float) -> float:
-        """Found where a page of decodes, and then of prompts, takes so many bytes beside itself."""
+        """The scratch found if a page takes these extra shares of its size in decodes, and then in prompts."""
         read.clear()
         each = iter(own * (1 + more) for more in bytes_of_a_page for _ in range(2))
 
@@ -79,24 +79,24 @@ def test_the_prompt_over_cached_pages_expands_latents(tmp_path, monkeypatch):
     assert max(int(batch.positions[-1]) for batch in expanded) == model.config.max_positions - 1
 
 
-def test_scratch_of_one_request_at_a_time_takes_no_more_than_the_longest_needs():
+def test_scratch_for_one_request_at_a_time_is_at_most_that_of_the_longest():
     assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5, 0.25, at_once=4 * GIB) == MemoryBudget(24 * GIB, 24 * GIB)
     assert gpu_memory(80 * GIB, 70 * GIB, 5 * GIB, 0.5, 0.25, at_once=400 * GIB) == MemoryBudget(20 * GIB, 20 * GIB)
 
 
-def test_a_gpu_without_room_for_pages_is_an_error_that_names_the_field():
+def test_the_error_for_a_gpu_without_room_for_pages_names_the_field():
     with pytest.raises(ConfigError, match="gpu_memory_fraction=0.5.*max_step_tokens"):
         gpu_memory(80 * GIB, 40 * GIB, 1, 0.5)
 
 
 @pytest.mark.parametrize("fraction", [0, 1.5, "most", True])
-def test_a_fraction_is_a_number_up_to_one(fraction):
+def test_a_memory_fraction_must_be_a_positive_number_up_to_one(fraction):
     with pytest.raises(ConfigError, match="gpu_memory_fraction"):
         EngineConfig(gpu_memory_fraction=fraction)
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3", "qwen3_5"])
-def test_the_largest_step_runs_over_a_store_of_one_page(family, tmp_path):
+def test_the_largest_step_runs_on_a_store_of_one_page(family, tmp_path):
     folder = oracles.checkpoint(family, tmp_path)
     model_config = read_folder(folder)
     codec = resolve_codec("raw", torch.float32)

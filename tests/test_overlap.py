@@ -1,4 +1,4 @@
-"""Planning a step while the one before runs: the same tokens as one after the other, whatever happens in between."""
+"""Overlap: a step is planned while the previous one runs, and the tokens are the same as without overlap."""
 
 import itertools
 
@@ -45,7 +45,7 @@ def assert_all_back(llm: LLM) -> None:
 
 @pytest.fixture(scope="module", params=["llama", "qwen3_moe", "deepseek_v3", "qwen3_5"])
 def model(request, tmp_path_factory):
-    """A family's folder, and its answers one step after the other."""
+    """A family's folder, and its answers without overlap."""
     folder = oracles.checkpoint(request.param, tmp_path_factory.mktemp(request.param))
     with LLM(folder, num_pages=256, overlap=False, **ROOM) as llm:
         return folder, answers(llm)
@@ -66,14 +66,14 @@ def test_overlap_and_padding_change_no_bit(model, config, graphs):
     folder, expected = model
     with LLM(folder, overlap=True, graphs=graphs, **config, **ROOM) as llm:
         assert answers(llm) == expected
-        assert answers(llm) == expected  # now with hits, where there is room for them
+        assert answers(llm) == expected  # now with cache hits, if the pool has room for them
         if config["num_pages"] > 100:
             assert (llm.stats()["hit_tokens"] > 0) == config.get("prefix_cache", True)
         assert_all_back(llm)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_preemption_with_a_token_in_flight_changes_no_token(model, graphs):
+def test_preemption_with_an_in_flight_token_changes_no_token(model, graphs):
     folder, _ = model
     texts = [oracles.prompt(length, seed=length) for length in (3, 5, 9, 17)]
     params = SamplingParams(max_tokens=30, seed=1, ignore_eos=True)
@@ -85,7 +85,7 @@ def test_preemption_with_a_token_in_flight_changes_no_token(model, graphs):
         assert_all_back(llm)
 
 
-def test_the_cache_finds_as_much_as_without_overlap(model):
+def test_overlap_does_not_change_the_number_of_cached_tokens(model):
     folder, _ = model
     counters = []
     for overlap in (False, True):
@@ -116,7 +116,7 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(llm, monkeypatch)
     assert order == ["launch", *["launch", "resolve"] * 5, "resolve"]  # no step too many: the length is known
 
 
-def test_a_stop_found_late_drops_the_token_too_many(llm):
+def test_a_stop_found_one_step_late_drops_the_extra_token(llm):
     free = llm.generate([oracles.prompt(12)], GREEDY)[0].token_ids
     stop = next(token for token in free if free.index(token) >= 1)
     params = SamplingParams(temperature=0, max_tokens=6, stop_token_ids=(stop,))
@@ -126,8 +126,8 @@ def test_a_stop_found_late_drops_the_token_too_many(llm):
         assert_all_back(llm)
 
 
-def test_pages_freed_by_a_late_stop_serve_the_next_request_at_once(tiny_llama):
-    """In a pool that holds one request, the next one gets the pages that the dropped token is written to."""
+def test_pages_freed_by_a_late_stop_are_reused_by_the_next_request_at_once(tiny_llama):
+    """In a pool for one request, the next request gets the pages that the dropped token is written to."""
     texts = [oracles.prompt(12, seed=seed) for seed in range(6)]
     with LLM(tiny_llama, num_pages=64) as free:
         plain = [output.token_ids for output in free.generate(texts, GREEDY)]
@@ -139,19 +139,19 @@ def test_pages_freed_by_a_late_stop_serve_the_next_request_at_once(tiny_llama):
         assert_all_back(small)
 
 
-def test_a_stop_text_is_found_late_and_cut_as_ever():
+def test_a_stop_text_found_one_step_late_is_cut_from_the_text():
     llm = ScriptedLLM(EngineConfig(num_pages=50, page_size=16, overlap=True, debug_checks=True))
     llm.model.will_say("one STOP two")
     llm.engine.add_request(Request([5, 6, 7], SamplingParams(temperature=0, max_tokens=50, stop=("STOP",))))
     outputs = run(llm)
     assert outputs[-1].text == "one " and outputs[-1].finish_reason == "stop"
     assert "".join(output.delta for output in outputs) == "one "
-    assert bytes(llm.model.script[:-1]) == b"two"  # one token too many was computed, and dropped
+    assert bytes(llm.model.script[:-1]) == b"two"  # one extra token was computed, and dropped
     assert_all_back(llm)
 
 
 @pytest.mark.parametrize("when", range(9))
-def test_aborting_at_every_step_returns_every_page_and_disturbs_nobody(llm, when):
+def test_an_abort_at_any_step_frees_every_page_and_changes_no_batch_mate(llm, when):
     mates = SamplingParams(n=2, max_tokens=4, seed=1, ignore_eos=True)
     expected = [output.token_ids for output in llm.generate([oracles.prompt(30, seed=1)], mates)]
     llm.reset_prefix_cache()
@@ -167,7 +167,7 @@ def test_aborting_at_every_step_returns_every_page_and_disturbs_nobody(llm, when
     assert_all_back(llm)
 
 
-def test_scores_come_whole_beside_others(llm):
+def test_scores_are_complete_beside_other_requests_and_after_preemption(llm):
     text = oracles.prompt(45)
     with LLM(llm.folder, num_pages=64) as plain:
         expected = plain.score(text)
@@ -182,7 +182,7 @@ def test_scores_come_whole_beside_others(llm):
 @pytest.mark.parametrize("step_that_fails", [1, 2, 3, 5])
 @pytest.mark.parametrize("place", ["launch", "resolve"])
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
-def test_a_failure_ends_its_requests_and_an_interrupt_loses_nothing(llm, monkeypatch, step_that_fails, place, failure):
+def test_an_error_ends_its_requests_and_an_interrupt_loses_no_token(llm, monkeypatch, step_that_fails, place, failure):
     sampled = SamplingParams(n=2, seed=1, max_tokens=6, ignore_eos=True)
     expected = [output.token_ids for output in llm.generate([oracles.prompt(20)], sampled)]
     llm.reset_prefix_cache()

@@ -1,4 +1,4 @@
-"""Page ids, counts and the free list: nothing is handed out twice, nothing is lost."""
+"""Page ids, reference counts and the free list: no page is allocated twice, and no page is lost."""
 
 import pytest
 from hypothesis import settings
@@ -9,7 +9,7 @@ from nanokv.cache import PagePool
 from nanokv.core.errors import CacheError
 
 
-def test_pages_are_handed_out_once_and_come_back_once():
+def test_pages_are_allocated_once_and_released_once():
     pool = PagePool(3)
     assert pool.allocate(2) == [0, 1]
     assert pool.num_free == 1
@@ -17,7 +17,7 @@ def test_pages_are_handed_out_once_and_come_back_once():
     assert sorted(pool.allocate(3)) == [0, 1, 2]
 
 
-def test_the_page_freed_last_is_handed_out_first():
+def test_the_page_freed_last_is_allocated_first():
     pool = PagePool(8)
     pages = pool.allocate(5)
     pool.release([pages[3]])
@@ -33,7 +33,7 @@ def test_a_shared_page_is_freed_by_its_last_owner():
     assert pool.release(pages) == pages
 
 
-def test_more_pages_than_are_free_are_refused_whole():
+def test_an_allocation_of_more_pages_than_are_free_takes_none():
     pool = PagePool(2)
     with pytest.raises(CacheError, match="3 pages wanted, 2 free"):
         pool.allocate(3)
@@ -59,7 +59,7 @@ def test_a_pool_without_pages_is_refused():
         PagePool(0)
 
 
-def test_check_sees_a_page_that_was_lost():
+def test_check_detects_a_lost_page():
     pool = PagePool(2)
     pool._free.pop()
     with pytest.raises(CacheError, match="disagree"):
@@ -67,7 +67,7 @@ def test_check_sees_a_page_that_was_lost():
 
 
 class PoolAgainstADict(RuleBasedStateMachine):
-    """A dict page -> owners is the whole truth."""
+    """Compares the pool with a dict: page -> number of owners."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The prefix tree: what it finds, what it splits, what it may evict, and what a match costs."""
+"""The prefix tree: matches, splits, locks, eviction, and the time of a match."""
 
 import random
 import time
@@ -14,14 +14,14 @@ PAGE = 4
 
 
 class Planted(RadixTree):
-    """A tree that numbers its pages itself and plants whole prompts."""
+    """A tree that numbers its pages and inserts whole prompts."""
 
     def __init__(self, page_size: int = PAGE) -> None:
         super().__init__(page_size)
         self.page_size, self.num_made = page_size, 0
 
     def hold(self, tokens, salt=None):
-        """Match, lock, publish the rest: the handle at the end of `tokens`."""
+        """Matches, locks and inserts the rest. Returns the handle at the end of `tokens`."""
         node, found = self.match_prefix(blob(tokens), salt)
         self.lock(node)
         rest = len(tokens) // self.page_size - len(found)
@@ -53,7 +53,7 @@ def test_a_match_is_whole_pages_and_the_rest_is_ignored():
     assert found(tree, [*pages(1), 2, 2, 2, 9]) == [0]
 
 
-def test_a_match_inside_a_run_splits_it_and_the_lower_part_keeps_its_identity():
+def test_a_match_inside_a_node_splits_it_and_the_lower_part_keeps_its_identity():
     tree = Planted()
     handle = tree.hold(pages(1, 2, 3, 4))
     upper, matched = tree.match_prefix(blob(pages(1, 2, 9)))
@@ -62,7 +62,7 @@ def test_a_match_inside_a_run_splits_it_and_the_lower_part_keeps_its_identity():
     tree.check([handle])
 
 
-def test_length_neither_splits_nor_touches():
+def test_prefix_length_splits_no_node_and_changes_no_access_time():
     tree = Planted()
     tree.plant(pages(1, 2, 3, 4))
     tree.plant(pages(5))
@@ -73,21 +73,21 @@ def test_length_neither_splits_nor_touches():
     tree.check([])
 
 
-def test_siblings_that_share_part_of_their_first_page_are_told_apart():
+def test_siblings_may_share_the_first_tokens_of_their_first_page():
     tree = Planted()
     tree.plant([1, 1, 1, 1])
     tree.plant([1, 1, 1, 2])
     assert (found(tree, [1, 1, 1, 2]), found(tree, [1, 1, 1, 3])) == ([1], [])
 
 
-def test_tokens_are_compared_themselves_so_no_hash_can_be_forged():
+def test_tokens_are_compared_directly_so_equal_hashes_do_not_match():
     assert hash((-1,)) == hash((-2,))
     tree = Planted()
     tree.plant(pages(-1))
     assert found(tree, pages(-2)) == []
 
 
-def test_namespaces_share_nothing_and_none_is_not_an_empty_salt():
+def test_namespaces_share_no_pages_and_none_differs_from_an_empty_salt():
     tree = Planted()
     for salt in (None, "", "None", "a"):
         assert found(tree, pages(1), salt) == []
@@ -95,7 +95,7 @@ def test_namespaces_share_nothing_and_none_is_not_an_empty_salt():
     assert [found(tree, pages(1), salt) for salt in (None, "", "None", "a")] == [[0], [1], [2], [3]]
 
 
-def test_an_empty_namespace_is_forgotten():
+def test_an_empty_namespace_is_removed():
     tree = Planted()
     for number in range(100):
         tree.plant(pages(1), f"salt {number}")
@@ -106,7 +106,7 @@ def test_an_empty_namespace_is_forgotten():
     assert not list(tree.nodes())
 
 
-def test_the_leaf_of_a_lone_reader_grows_instead_of_making_a_chain():
+def test_a_leaf_with_one_handle_grows_instead_of_starting_a_chain():
     tree = Planted()
     node = tree.hold(pages(0))
     for name in range(1, 50):
@@ -116,16 +116,16 @@ def test_the_leaf_of_a_lone_reader_grows_instead_of_making_a_chain():
     tree.check([node])
 
 
-def test_a_leaf_with_two_readers_does_not_grow_under_the_other():
+def test_a_leaf_with_two_handles_does_not_grow():
     tree = Planted()
     first, second = tree.hold(pages(1)), tree.hold(pages(1))
     assert first is second
     longer, _ = tree.insert(first, blob(pages(2)), array("i", [7]))
-    assert longer.parent is second and list(second.held.pages) == [0]
+    assert longer.parent is second and list(second.pages) == [0]
     tree.check([longer, second])
 
 
-def test_what_stands_already_is_handed_back_and_the_newcomers_page_stays_its_own():
+def test_insert_returns_the_cached_page_where_the_tree_already_has_one():
     tree = Planted()
     root, _ = tree.match_prefix(b"")
     tree.lock(root)
@@ -135,14 +135,14 @@ def test_what_stands_already_is_handed_back_and_the_newcomers_page_stays_its_own
     tree.check([end])
 
 
-def test_only_the_holder_of_a_node_may_extend_it():
+def test_insert_at_an_unlocked_node_is_an_error():
     tree = Planted()
     tree.plant(pages(1))
     with pytest.raises(CacheError, match="holder"):
         tree.insert(tree.match_prefix(blob(pages(1)))[0], blob(pages(2)), array("i", [5]))
 
 
-def test_the_matched_node_itself_is_locked_not_only_its_parents():
+def test_a_lock_protects_the_matched_node_itself():
     tree = Planted()
     handle = tree.hold(pages(1, 2))
     assert (tree.num_protected, tree.evict(2)) == (2, [])
@@ -150,7 +150,7 @@ def test_the_matched_node_itself_is_locked_not_only_its_parents():
     assert (tree.num_protected, sorted(tree.evict(2))) == (0, [0, 1])
 
 
-def test_a_node_unlocked_twice_is_an_error():
+def test_unlocking_a_node_twice_is_an_error():
     tree = Planted()
     handle = tree.hold(pages(1))
     tree.unlock(handle)
@@ -158,7 +158,7 @@ def test_a_node_unlocked_twice_is_an_error():
         tree.unlock(handle)
 
 
-def test_locked_and_evictable_do_not_drift_on_splits_and_shared_paths():
+def test_protected_and_evictable_counts_stay_right_on_splits_and_shared_paths():
     tree = Planted()
     first = tree.hold(pages(1, 2, 3, 4))
     second = tree.hold(pages(1, 2, 5))
@@ -171,25 +171,25 @@ def test_locked_and_evictable_do_not_drift_on_splits_and_shared_paths():
     tree.check([third])
 
 
-def test_eviction_takes_the_least_recently_used_leaf_from_its_tail():
+def test_eviction_takes_the_least_recently_used_leaf_from_its_end():
     tree = Planted()
     tree.plant(pages(1, 2, 3))
     tree.plant(pages(4, 5))
     assert tree.evict(2) == [2, 1]
-    assert found(tree, pages(1, 2, 3)) == [0]  # the prefix survives, and is now the one used last
+    assert found(tree, pages(1, 2, 3)) == [0]  # the prefix stays and is now the most recently used
     assert tree.evict(3) == [4, 3, 0]
     assert tree.num_pages == 0
 
 
-def test_a_parent_follows_its_last_child_and_a_split_leaves_no_cold_parent():
+def test_a_shared_parent_is_evicted_after_its_children_even_after_a_split():
     tree = Planted()
     tree.plant(pages(1, 2))
     tree.plant(pages(8))
-    tree.plant(pages(1, 3))  # splits [1 2]; the shared page has just been used, the tail [2] has not
+    tree.plant(pages(1, 3))  # splits [1 2]; the shared page has just been used, page [2] has not
     assert tree.evict(4) == [1, 2, 3, 0]
 
 
-def test_a_hit_moves_the_whole_path_to_the_back_of_the_queue():
+def test_a_hit_moves_its_whole_path_to_the_end_of_the_eviction_queue():
     tree = Planted()
     tree.plant(pages(1, 2))
     tree.plant(pages(3))
@@ -197,7 +197,7 @@ def test_a_hit_moves_the_whole_path_to_the_back_of_the_queue():
     assert tree.evict(1) == [2]
 
 
-def test_an_evicted_page_is_no_longer_found():
+def test_an_evicted_page_is_no_longer_matched():
     tree = Planted()
     tree.plant(pages(1, 2))
     tree.evict(1)
@@ -224,7 +224,7 @@ def test_the_eviction_queue_does_not_grow_with_hits():
     ],
     ids=["lock", "counter", "pages", "queue", "key"],
 )
-def test_check_sees_books_that_do_not_balance(spoil):
+def test_check_detects_an_inconsistent_tree(spoil):
     tree = Planted()
     tree.plant(pages(1, 2))
     tree.check([])
@@ -233,7 +233,7 @@ def test_check_sees_books_that_do_not_balance(spoil):
         tree.check([])
 
 
-# -- what a match costs
+# -- the time of a match
 
 
 def bushy(num_pages: int, page_size: int = 16) -> tuple[Planted, list[list[int]]]:
@@ -254,7 +254,7 @@ def bushy(num_pages: int, page_size: int = 16) -> tuple[Planted, list[list[int]]
 
 
 def match_times(tree: Planted, prompts: list[list[int]], repeats: int = 30) -> list[float]:
-    """Seconds of list -> array -> match -> lock -> unlock for each prompt, best of `repeats`, other prompts between."""
+    """Seconds of list -> array -> match -> lock -> unlock for each prompt, best of `repeats`, in turns."""
     best = [float("inf")] * len(prompts)
     for _ in range(repeats):
         for place, prompt in enumerate(prompts):
@@ -266,7 +266,7 @@ def match_times(tree: Planted, prompts: list[list[int]], repeats: int = 30) -> l
     return best
 
 
-def test_a_match_costs_the_same_in_a_large_tree():
+def test_the_time_of_a_match_does_not_grow_with_the_tree():
     small, large = (match_times(*bushy(size), repeats=10) for size in (2_000, 100_000))
     assert min(large) < 3e-3  # about 0.5 ms; the bounds leave room for a busy machine
     assert min(large) < 4 * min(small)

@@ -1,4 +1,4 @@
-"""Sampling: filters as the field defines them, noise that depends on nothing but (seed, sample, position)."""
+"""Sampling: the usual filters, and noise that depends only on (seed, sample, position)."""
 
 from array import array
 
@@ -32,7 +32,7 @@ def counts(logits: list[float], draws: int = 4000, **params) -> torch.Tensor:
     return torch.bincount(torch.tensor(tokens), minlength=len(logits)) / draws
 
 
-def test_temperature_zero_takes_the_most_likely_token():
+def test_temperature_zero_chooses_the_most_likely_token():
     logits = torch.tensor([[0.0, 3.0, 1.0], [4.0, 3.0, 1.0]])
     assert sample(logits, [request_with(temperature=0)] * 2, EOS)[0] == [1, 0]
 
@@ -43,7 +43,7 @@ def test_plain_sampling_follows_the_softmax():
     assert torch.allclose(counts(logits), torch.tensor(logits).softmax(0), atol=0.032)
 
 
-def test_temperature_sharpens_and_a_tiny_one_is_greedy():
+def test_a_low_temperature_sharpens_and_a_tiny_one_is_greedy():
     logits = [1.0, 2.0, 0.0, -1.0]
     assert torch.allclose(counts(logits, temperature=0.5), (torch.tensor(logits) * 2).softmax(0), atol=0.032)
     assert counts(logits, temperature=1e-30)[1] == 1.0
@@ -62,19 +62,19 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
     assert (counts(probabilities.log().tolist(), top_p=1e-6) > 0).tolist() == [True, False, False, False]
 
 
-def test_top_p_is_measured_within_what_top_k_kept():
+def test_top_p_applies_to_the_tokens_that_top_k_keeps():
     probabilities = torch.tensor([0.4, 0.3, 0.2, 0.1])
     # Within the top two, 0.4 holds 0.57: a nucleus of 0.5 keeps it alone, over all four it would keep two.
     assert (counts(probabilities.log().tolist(), top_k=2, top_p=0.5) > 0).tolist() == [True, False, False, False]
 
 
-def test_min_p_drops_what_is_unlikely_beside_the_best():
+def test_min_p_drops_tokens_that_are_unlikely_relative_to_the_best():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     assert (counts(probabilities.log().tolist(), min_p=0.29) > 0).tolist() == [True, True, True, False]
 
 
-def test_a_nucleus_wider_than_the_candidates_is_still_exact():
-    logits = torch.zeros(4000)  # flat: top_p=0.9 must keep 3,600 tokens, far more than are looked at first
+def test_a_nucleus_larger_than_the_first_candidates_is_exact():
+    logits = torch.zeros(4000)  # flat: top_p=0.9 must keep 3,600 tokens, far more than the first candidates
     requests = [request_with(seed=seed, top_p=0.9) for seed in range(300)]
     tokens, _ = sample(logits.repeat(300, 1), requests, EOS)
     assert len(set(tokens)) > 250
@@ -98,14 +98,14 @@ def test_noise_differs_by_seed_sample_and_position():
     assert uniform(7, 1, 9) == uniform(7, 1, 9)
 
 
-def test_repetition_penalty_pushes_seen_tokens_down():
+def test_the_repetition_penalty_lowers_the_logits_of_seen_tokens():
     logits = torch.tensor([[2.0, 1.9, -1.0, -1.1]])
     assert sample(logits.clone(), [request_with(tokens=[0], temperature=0, repetition_penalty=1.5)], EOS)[0] == [1]
     negative = torch.tensor([[-1.0, -1.1]])
     assert sample(negative, [request_with(tokens=[0], temperature=0, repetition_penalty=1.5)], EOS)[0] == [1]
 
 
-def test_min_tokens_forbids_every_end():
+def test_min_tokens_forbids_eos_and_stop_tokens():
     logits = torch.tensor([[0.0, 1.0, 9.0, 8.0]])
     early = request_with(temperature=0, min_tokens=1, stop_token_ids=(3,))
     late = request_with(generated=[0], temperature=0, min_tokens=1, stop_token_ids=(3,))
@@ -113,7 +113,7 @@ def test_min_tokens_forbids_every_end():
     assert sample(logits.clone(), [late], EOS)[0] == [2]
 
 
-def test_logprobs_are_the_models_own():
+def test_logprobs_ignore_temperature_and_filters():
     logits = torch.tensor([[1.0, 2.0, 3.0, 0.0]])
     tokens, reports = sample(logits.clone(), [request_with(temperature=0.1, top_k=1, logprobs=2)], EOS)
     expected = logits[0].log_softmax(0)

@@ -1,4 +1,4 @@
-"""Planning: who computes how many tokens in the next step. A real cache, no model: commits simulate steps."""
+"""Planning: the number of tokens of each request in a step. A real cache and no model: commits simulate steps."""
 
 from array import array
 
@@ -18,7 +18,7 @@ PAGE = 4
 
 
 class House:
-    """A scheduler over a real cache; `finish` commits a plan as the engine would, token 1 sampled for everyone."""
+    """A scheduler over a real cache; `finish` commits a plan as the engine does, and every request samples 1."""
 
     def __init__(self, num_pages: int = 64, **config) -> None:
         config = {"page_size": PAGE, "max_step_tokens": 16, "max_requests": 4, **config}
@@ -62,7 +62,7 @@ def test_a_long_prompt_is_read_in_chunks_of_the_budget():
     assert [house.step() for _ in range(4)] == [[("a", 16)], [("a", 16)], [("a", 8)], [("a", 1)]]
 
 
-def test_decodes_go_before_chunks_and_one_step_mixes_them():
+def test_decodes_come_before_chunks_and_share_a_step_with_them():
     house = House()
     house.add(prompt(20), "long")
     house.add(prompt(3, 100), "short")
@@ -72,7 +72,7 @@ def test_decodes_go_before_chunks_and_one_step_mixes_them():
     assert house.step() == [("long", 1), ("short", 1), ("late", 14)]
 
 
-def test_no_more_requests_run_than_allowed_and_forks_count():
+def test_max_requests_counts_the_samples_of_each_request():
     house = House(max_requests=3)
     house.add([1, 2], "two", n=2)
     house.add([3, 4], "also two", n=2)
@@ -80,7 +80,7 @@ def test_no_more_requests_run_than_allowed_and_forks_count():
     assert house.step() == [("two", 2)]  # first come, first served: "one" does not overtake
 
 
-def test_the_newest_request_is_preempted_and_comes_back_first():
+def test_the_newest_request_is_preempted_and_readmitted_first():
     house = House(num_pages=6, prefix_cache=False)
     old, new = house.add(prompt(8), "old"), house.add(prompt(8, 50), "new")
     assert house.step() == [("old", 8), ("new", 8)]
@@ -88,17 +88,17 @@ def test_the_newest_request_is_preempted_and_comes_back_first():
     seen = []
     while len(seen) < 8:
         seen.append(house.step())
-    # Both grow by a page (6 pages), then "old" takes the page that "new" must give up.
+    # Both grow by a page (6 pages), then "old" takes a page of "new", which is preempted.
     assert seen[0] == [("old", 1), ("new", 1)]
     assert seen[4] == [("old", 1)]
     assert new in house.scheduler.waiting and house.scheduler.waiting[0] is new
     assert new.num_computed == 0 and len(new.held.pages) == 0 and new.num_tokens > 8
     house.scheduler.remove(old)
-    assert house.step()[0] == ("new", new.num_tokens - 1)  # its own tokens are computed again, none is lost
+    assert house.step()[0] == ("new", new.num_tokens - 1)  # its generated tokens are computed again, and none is lost
     assert house.scheduler.num_preemptions == 1
 
 
-def test_there_is_no_livelock_when_everyone_needs_the_last_page():
+def test_requests_that_all_need_the_last_page_do_not_livelock():
     house = House(num_pages=4, prefix_cache=False, max_requests=4)
     requests = [house.add(prompt(4, 10 * i), str(i)) for i in range(4)]
     finished = []
@@ -111,7 +111,7 @@ def test_there_is_no_livelock_when_everyone_needs_the_last_page():
     assert len(requests) == 4
 
 
-def test_admission_leaves_room_for_those_who_run():
+def test_admission_leaves_room_for_the_running_requests():
     house = House(num_pages=5)
     house.add(prompt(12), "running")
     house.step()
@@ -119,7 +119,7 @@ def test_admission_leaves_room_for_those_who_run():
     assert house.step() == [("running", 1)]
 
 
-def test_a_shared_prefix_in_the_making_is_waited_for():
+def test_a_request_waits_for_a_shared_prefix_that_another_request_computes():
     house = House(max_step_tokens=24)
     house.add(prompt(60), "first")
     second = house.add([*prompt(48), 900, 901], "second")
@@ -130,7 +130,7 @@ def test_a_shared_prefix_in_the_making_is_waited_for():
     assert second.held.num_cached == 48 and other.held.num_cached == 0
 
 
-def test_others_overtake_one_that_waits_for_a_prefix():
+def test_other_requests_overtake_one_that_waits_for_a_prefix():
     house = House(max_step_tokens=70)
     house.add(prompt(60), "first")
     house.add(prompt(60), "same")
@@ -139,7 +139,7 @@ def test_others_overtake_one_that_waits_for_a_prefix():
     assert house.step() == [("first", 1), ("other", 1), ("same", 4)]
 
 
-def test_a_short_overlap_is_not_waited_for():
+def test_a_request_does_not_wait_for_a_short_shared_prefix():
     house = House(max_step_tokens=64)
     house.add(prompt(30), "first")
     house.add(prompt(30), "second")
@@ -147,7 +147,7 @@ def test_a_short_overlap_is_not_waited_for():
 
 
 @pytest.mark.parametrize("end", ["abort", "preempt"])
-def test_an_abort_or_a_preemption_releases_those_who_wait(end):
+def test_an_abort_or_a_preemption_ends_the_wait_for_its_prefix(end):
     house = House(max_step_tokens=16)
     first = house.add(prompt(60), "first")
     house.add([*prompt(48), 900], "second")
@@ -157,14 +157,14 @@ def test_an_abort_or_a_preemption_releases_those_who_wait(end):
     assert rows[0][0] == ("second" if end == "abort" else "first")
 
 
-def test_other_salts_do_not_wait_for_each_other():
+def test_requests_with_different_salts_do_not_wait_for_each_other():
     house = House(max_step_tokens=64, max_requests=4)
     house.add(prompt(40), "first", cache_salt="a")
     house.add(prompt(40), "second", cache_salt="b")
     assert house.step() == [("first", 40), ("second", 24)]
 
 
-def test_longest_prefix_first_with_ageing(monkeypatch):
+def test_longest_prefix_admits_a_request_that_was_passed_over_too_often(monkeypatch):
     monkeypatch.setattr(admission_policy, "MAX_PASSED_OVER", 3)
     house = House(schedule="longest-prefix", max_requests=1, num_pages=128)
     warm = house.add(prompt(16), "warm")
@@ -180,7 +180,7 @@ def test_longest_prefix_first_with_ageing(monkeypatch):
     assert order == ["hot0", "hot1", "hot2", "cold", "hot3", "hot4"]
 
 
-def test_removing_a_request_from_anywhere_gives_every_page_back():
+def test_removing_a_running_or_waiting_request_frees_every_page():
     house = House(num_pages=16, prefix_cache=False)
     running, waiting = house.add(prompt(30), "a"), house.add(prompt(30, 50), "b")
     house.step()

@@ -1,4 +1,4 @@
-"""SmolLM2 itself: greedy tokens equal to transformers' on the same folder, ten prompts, float32."""
+"""SmolLM2 in float32: the greedy tokens of ten prompts are those of transformers on the same folder."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ PROMPTS = [
 ]
 
 
-def test_greedy_tokens_equal_transformers(smollm2):
+def test_greedy_tokens_match_transformers(smollm2):
     from transformers import AutoModelForCausalLM
 
     with LLM(smollm2, dtype="float32", kv_memory="256MiB", max_step_tokens=64) as llm:
@@ -44,7 +44,7 @@ def test_greedy_tokens_equal_transformers(smollm2):
     assert ties <= 1
 
 
-def test_bfloat16_answers_sensibly(smollm2):
+def test_bfloat16_answers_a_simple_question(smollm2):
     with LLM(smollm2, kv_memory="256MiB") as llm:
         assert llm.stats()["bytes_per_token"] == 30 * 2 * 3 * 64 * 2
         question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
@@ -52,8 +52,8 @@ def test_bfloat16_answers_sensibly(smollm2):
 
 
 @pytest.mark.slow
-def test_a_long_context_stays_right(smollm2):
-    """Logits at the end of 4,096 tokens, chunked at an odd size, against one forward pass of transformers."""
+def test_the_logits_of_a_long_context_match_transformers(smollm2):
+    """Logits of 4,096 tokens, in chunks of an odd size, against one forward pass of transformers."""
     from transformers import AutoModelForCausalLM
 
     text = torch.randint(0, 49000, (4096,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -1,4 +1,4 @@
-"""Checkpoints of recurrent states: where they are taken, who starts from them, what falls when room is short."""
+"""Checkpoints of recurrent states: their positions, the requests that start from them, and their eviction."""
 
 import random
 
@@ -21,7 +21,7 @@ def house(num_pages: int = 64, num_states: int = 16, **more) -> House:
 
 
 def matched(place: House, tokens) -> tuple[int, int]:
-    """(cached, found) tokens of a request that comes now, and goes again."""
+    """(cached, matched) tokens of a request that is matched and released."""
     request = place.request(tokens)
     assert place.cache.prefix_length(request) == place.cache.match(request)
     lengths = request.held.num_cached, request.held.num_kv_matched
@@ -35,23 +35,23 @@ def test_a_prompt_leaves_a_checkpoint_at_its_last_page_boundary():
     place.serve(prompt(11))  # a second request of the same tokens can use at most 10 of them, so 8
     assert matched(place, prompt(11)) == (8, 8)
     assert matched(place, [*prompt(8), 90]) == (8, 8)
-    assert matched(place, [*prompt(7), 90, 91]) == (0, 4)  # pages without a state are no use
+    assert matched(place, [*prompt(7), 90, 91]) == (0, 4)  # pages without a state cannot be used
 
 
-def test_a_prompt_of_whole_pages_can_be_asked_again():
+def test_a_repeated_prompt_of_whole_pages_hits_all_but_its_last_page():
     place = house()
     place.serve(prompt(12))
     assert matched(place, prompt(12)) == (8, 8)
 
 
-def test_the_next_turn_starts_where_the_last_answer_ended():
+def test_the_next_turn_starts_at_the_last_page_boundary_of_the_answer():
     place = house()
     place.serve(prompt(11), answer=range(50, 60))  # 21 tokens are computed: five pages
     assert matched(place, [*prompt(11), *range(50, 60), 70, 71]) == (20, 20)
     assert place.cache.stats()["states_cached"] == 2  # prompt and answer
 
 
-def test_the_chunk_ends_where_a_checkpoint_is_due():
+def test_a_chunk_ends_at_the_next_checkpoint_position():
     place = house()
     request = place.request(prompt(23))
     place.cache.match(request)
@@ -63,7 +63,7 @@ def test_the_chunk_ends_where_a_checkpoint_is_due():
     assert other.cache.limit_chunk(request, 23) == 8
 
 
-def test_every_interval_leaves_a_checkpoint_of_prompt_and_answer():
+def test_prompt_and_answer_leave_a_checkpoint_at_every_interval():
     place = house(interval=8)
     place.serve(prompt(21), answer=range(50, 60))
     for length, cached in ((9, 8), (17, 16), (21, 20)):
@@ -72,7 +72,7 @@ def test_every_interval_leaves_a_checkpoint_of_prompt_and_answer():
     assert matched(place, [*prompt(21), *range(50, 60), 99])[0] == 28
 
 
-def test_where_prompts_branch_the_second_leaves_a_checkpoint_for_the_third():
+def test_a_prompt_that_diverges_leaves_a_checkpoint_at_the_branch():
     place = house()
     system = prompt(16)
     place.serve([*system, *prompt(9, 30)])
@@ -82,16 +82,16 @@ def test_where_prompts_branch_the_second_leaves_a_checkpoint_for_the_third():
     assert matched(place, [*system, *prompt(9, 90)]) == (16, 16)
 
 
-def test_what_is_computed_again_falls_as_a_duplicate():
+def test_pages_that_are_computed_again_are_freed_as_duplicates():
     place = house()
     system = prompt(16)
     place.serve([*system, *prompt(5, 30)])
     pages = place.cache.stats()["pages_cached"]
     place.serve([*system, *prompt(5, 60)])
-    assert place.cache.stats()["pages_cached"] == pages + 1  # only what is new
+    assert place.cache.stats()["pages_cached"] == pages + 1  # only the new page
 
 
-def test_who_waits_for_a_prefix_asks_for_a_checkpoint_there():
+def test_a_checkpoint_can_be_requested_at_a_position_still_ahead():
     place = house()
     first = place.request([*prompt(16), *prompt(9, 30)])
     place.admit(first, 3)
@@ -100,13 +100,13 @@ def test_who_waits_for_a_prefix_asks_for_a_checkpoint_there():
     assert place.cache.limit_chunk(first, 22) == 13
     place.schedule(first, 13)
     place.run()
-    place.schedule(first, place.cache.limit_chunk(first, 9))  # before the state moves on, it is copied
+    place.schedule(first, place.cache.limit_chunk(first, 9))  # the state is copied before the next step updates it
     assert matched(place, [*prompt(16), 99]) == (16, 16)
     place.run()
-    assert not place.cache.request_checkpoint(first, 8)  # the state has moved past
+    assert not place.cache.request_checkpoint(first, 8)  # the state is already past it
 
 
-def test_a_state_goes_and_its_pages_stay_and_the_least_used_goes_first():
+def test_the_least_recently_used_state_is_evicted_and_its_pages_stay():
     place = house(num_states=4)
     place.serve(prompt(9))
     place.serve(prompt(9, 20))
@@ -120,7 +120,7 @@ def test_a_state_goes_and_its_pages_stay_and_the_least_used_goes_first():
     assert matched(place, prompt(9, 80)) == (8, 8)
 
 
-def test_a_state_never_outlives_the_pages_it_stands_on():
+def test_a_state_is_evicted_with_its_pages():
     place = house(num_pages=6)
     place.serve(prompt(13))
     place.serve(prompt(13, 20))
@@ -131,7 +131,7 @@ def test_a_state_never_outlives_the_pages_it_stands_on():
     assert place.cache.stats()["states_free"] == 16
 
 
-def test_the_only_state_of_the_tree_may_become_the_requests_own():
+def test_a_request_may_take_the_only_cached_state_as_its_own():
     place = house(num_states=2)
     place.serve(prompt(9))
     other = place.request(prompt(9, 50))
@@ -140,12 +140,12 @@ def test_the_only_state_of_the_tree_may_become_the_requests_own():
     request = place.request([*prompt(8), 90, 91])
     assert place.admit(request, 1) and request.held.num_cached == 8
     assert place.cache.stats()["states_free"] == 0
-    place.run()  # House proves that the request goes on from the state of its own tokens
+    place.run()  # House checks that the request continues from the state of its own tokens
     for one in (request, other):
         place.drop(one)
 
 
-def test_more_requests_than_slots_are_an_error_not_a_silent_zero():
+def test_a_match_without_a_free_state_is_an_error():
     place = house(num_states=2)
     for start in (0, 20):
         assert place.admit(place.request(prompt(3, start)))
@@ -153,7 +153,7 @@ def test_more_requests_than_slots_are_an_error_not_a_silent_zero():
         place.cache.match(place.request(prompt(3, 40)))
 
 
-def test_forks_go_on_from_the_parents_state():
+def test_forks_continue_from_the_state_of_the_parent():
     place = house()
     parent = place.request(prompt(10))
     place.admit(parent)
@@ -169,7 +169,7 @@ def test_forks_go_on_from_the_parents_state():
     assert place.cache.stats()["states_held"] == 0
 
 
-def test_a_child_that_ends_before_its_parent_is_refused():
+def test_a_fork_shorter_than_its_parent_is_refused():
     place = house()
     parent = place.request(prompt(10))
     place.admit(parent)
@@ -179,7 +179,7 @@ def test_a_child_that_ends_before_its_parent_is_refused():
         place.cache.fork(parent, child)
 
 
-def test_a_preempted_request_resumes_at_its_tail():
+def test_a_preempted_request_resumes_at_its_last_page_boundary():
     place = house()
     request = place.request(prompt(6))
     place.admit(request)
@@ -193,21 +193,21 @@ def test_a_preempted_request_resumes_at_its_tail():
     place.run()
 
 
-def test_a_checkpoint_of_a_step_on_its_way_is_filed_when_the_step_comes_back():
+def test_the_checkpoint_of_an_in_flight_step_is_filed_at_its_commit():
     place = house()
     request = place.request(prompt(11))
     place.admit(request)
-    place.run(come_back=False)  # 8 tokens: a boundary, but nothing is published yet
+    place.run(come_back=False)  # 8 tokens: a page boundary, but no page is published yet
     place.schedule(request, 3)
     assert place.cache.stats()["states_cached"] == 0
-    place.cache.commit(request)  # the step before comes back, the next one has not run
+    place.cache.commit(request)  # the previous step is committed, the next one has not run
     assert place.cache.stats()["states_cached"] == 1
     place.run()
     assert matched(place, prompt(11)) == (8, 8)
     place.drop(request)
 
 
-def test_a_state_torn_by_a_failed_step_is_not_kept():
+def test_the_state_of_a_failed_step_is_not_kept():
     place = house()
     request = place.request(prompt(9))
     place.admit(request)
@@ -218,7 +218,7 @@ def test_a_state_torn_by_a_failed_step_is_not_kept():
     assert place.cache.stats()["states_cached"] == 0
 
 
-def test_without_a_prefix_cache_nothing_is_kept_and_nothing_is_cut():
+def test_no_state_is_kept_and_no_chunk_is_shortened_without_a_prefix_cache():
     place = house(prefix_cache=False)
     request = place.request(prompt(11))
     assert place.admit(request) and request.num_scheduled == 11
@@ -227,7 +227,7 @@ def test_without_a_prefix_cache_nothing_is_kept_and_nothing_is_cut():
     assert place.cache.stats()["states_free"] == 16
 
 
-def test_a_state_released_twice_is_found():
+def test_check_detects_a_state_that_was_released_twice():
     pool = StatePool(2)
     state = pool.allocate()
     pool.check([state])
@@ -239,8 +239,8 @@ def test_a_state_released_twice_is_found():
 
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32), num_moves=st.integers(1, 200), num_states=st.integers(4, 12))
-def test_no_request_ever_goes_on_from_a_foreign_state(seed, num_moves, num_states):
-    """Requests come, decode, fork, are preempted and aborted in any order; House knows what each state has seen."""
+def test_no_request_continues_from_the_state_of_other_tokens(seed, num_moves, num_states):
+    """Requests arrive, decode, fork and are preempted or aborted in any order; House knows the tokens of each state."""
     rng = random.Random(seed)
     place = House(20, page_size=2, num_states=num_states, interval=rng.choice([None, 4]))
     waiting = []
@@ -279,7 +279,7 @@ def test_no_request_ever_goes_on_from_a_foreign_state(seed, num_moves, num_state
     assert place.cache.stats()["states_free"] == num_states
 
 
-def test_tails_of_unfinished_pages_need_no_checkpoint():
+def test_partial_pages_need_no_checkpoint():
     tail = Plane("tail", (1,), torch.float32, token_axis=None)
     kept = Plane("k", (4, 1), torch.float32, token_axis=0)
     layout = PageLayout([LayerSpec(paged=(kept,), partial_page=(tail,))], 4)

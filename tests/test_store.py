@@ -1,4 +1,4 @@
-"""The bytes behind the ids: whole pages and layer slices go in and come out unchanged."""
+"""CacheStore: whole pages and slices of layers are read as they were written."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from nanokv.core.spec import LayerSpec, PageLayout, Plane
 HYBRID = PageLayout(
     [
         LayerSpec(paged=(Plane("k", (2, 4, 3), torch.float16, 1),)),  # 48 bytes
-        LayerSpec(state=(Plane("state", (4, 4), torch.float32, None),)),  # nothing in a page
+        LayerSpec(state=(Plane("state", (4, 4), torch.float32, None),)),  # no bytes in a page
         LayerSpec(paged=(Plane("codes", (2, 4, 5), torch.uint8, 1), Plane("scale", (2, 4), torch.float16, 1))),
     ],
     page_size=4,
@@ -28,7 +28,7 @@ def filled(num_pages: int) -> CacheStore:
     return store
 
 
-def test_a_fresh_pool_is_zeros_because_zero_times_nan_is_nan():
+def test_a_new_store_is_zeroed_because_zero_times_nan_is_nan():
     store = CacheStore(HYBRID, 9)
     assert store.pages.data.shape == (9, HYBRID.page_bytes) and store.pages.data.dtype == torch.uint8
     assert len(store.pages) == 9
@@ -36,43 +36,43 @@ def test_a_fresh_pool_is_zeros_because_zero_times_nan_is_nan():
     assert not store.pages.data.any()
 
 
-def test_whole_pages_come_out_in_the_order_asked_for():
+def test_pages_are_read_in_the_requested_order():
     store = filled(6)
     assert torch.equal(store.pages.read([4, 0, 4]), noise(6)[[4, 0, 4]])
 
 
-def test_what_was_read_is_a_copy():
+def test_read_returns_a_copy():
     store = filled(2)
     before = store.pages.read([1])
     store.pages.data.zero_()
     assert torch.equal(before, noise(2)[[1]])
 
 
-def test_pages_written_elsewhere_are_the_same_pages():
+def test_pages_written_to_another_store_have_the_same_bytes():
     store, other = filled(6), CacheStore(HYBRID, 4)
-    other.held.pages.write([3, 1], store.pages.read([2, 5]))
-    assert torch.equal(other.held.pages.data[3], store.pages.data[2]) and torch.equal(
-        other.held.pages.data[1], store.pages.data[5]
+    other.pages.write([3, 1], store.pages.read([2, 5]))
+    assert torch.equal(other.pages.data[3], store.pages.data[2]) and torch.equal(
+        other.pages.data[1], store.pages.data[5]
     )
-    assert not other.held.pages.data[0].any() and not other.held.pages.data[2].any()
+    assert not other.pages.data[0].any() and not other.pages.data[2].any()
 
 
-def test_layer_by_layer_is_the_whole_page():
+def test_pages_transferred_layer_by_layer_have_the_same_bytes():
     store, other = filled(5), CacheStore(HYBRID, 5)
     for layer in range(3):
         data = store.pages.read([4, 2], layer, layer + 1)
         assert data.shape[1] == (48, 0, 64)[layer]
-        other.held.pages.write([4, 2], data, layer, layer + 1)
-    assert torch.equal(other.held.pages.data[[2, 4]], store.pages.data[[2, 4]])
+        other.pages.write([4, 2], data, layer, layer + 1)
+    assert torch.equal(other.pages.data[[2, 4]], store.pages.data[[2, 4]])
 
 
-def test_a_layer_slice_leaves_the_other_layers_alone():
+def test_writing_one_layer_leaves_the_other_layers_unchanged():
     store = filled(2)
     store.pages.write([0], torch.zeros(1, 64, dtype=torch.uint8), first_layer=2)
     assert torch.equal(store.pages.data[0, :48], noise(2)[0, :48]) and not store.pages.data[0, 48:].any()
 
 
-def test_no_pages_are_no_bytes():
+def test_reading_and_writing_no_pages_changes_nothing():
     store = filled(2)
     assert store.pages.read([]).shape == (0, HYBRID.page_bytes)
     store.pages.write([], store.pages.read([]))
@@ -86,7 +86,7 @@ def test_copies_run_in_order_so_a_page_may_be_source_and_then_destination():
     assert torch.equal(store.pages.data, torch.stack([before[2], before[0], before[2], before[0]]))
 
 
-def test_a_buffer_handed_in_is_used_in_place_and_keeps_its_contents():
+def test_a_given_buffer_is_used_in_place_and_keeps_its_contents():
     buffer = noise(3).flatten()
     store = CacheStore(HYBRID, 3, buffer=buffer)
     assert store.pages.data.data_ptr() == buffer.data_ptr()
@@ -114,7 +114,7 @@ def test_data_of_other_layers_is_refused():
     assert torch.equal(store.pages.data, noise(3))
 
 
-def test_a_plane_lies_where_the_layout_says():
+def test_a_plane_is_stored_at_the_offset_of_the_layout():
     layout = layout_of(4)
     store = CacheStore(layout, 3)
     slot = layout.paged(1, "k")

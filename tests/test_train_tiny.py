@@ -1,4 +1,4 @@
-"""Training the tiny models: a killed run goes on as it would have, and what is exported loads."""
+"""Training of the tiny models: a killed run resumes exactly, and an exported checkpoint loads."""
 
 import argparse
 import sys
@@ -27,7 +27,7 @@ def tiny():
 
 
 def trainer(tiny, folder, limit, model="tiny-gqa"):
-    """A run of two stages, whose second one ends after `limit` steps."""
+    """A run of two stages; the second ends after `limit` steps."""
     from rich.console import Console
 
     level = tiny.train.Level(4, 3, 0.3)
@@ -43,7 +43,7 @@ def trainer(tiny, folder, limit, model="tiny-gqa"):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_been(tiny, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_weights(tiny, tmp_path, monkeypatch):
     whole = trainer(tiny, tmp_path / "whole", 4)
     whole.run()
     killed = trainer(tiny, tmp_path / "killed", 4)
@@ -66,7 +66,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tiny, tmp_path, monkeypatch
     assert [entry["step"] for entry in again.at.history] == [entry["step"] for entry in whole.at.history]
 
 
-def test_another_run_is_not_continued(tiny, tmp_path):
+def test_a_run_of_another_model_is_not_resumed(tiny, tmp_path):
     trainer(tiny, tmp_path, 1).run()
     with pytest.raises(SystemExit, match="another --work"):
         trainer(tiny, tmp_path, 1, model="tiny-mla").run()
@@ -74,7 +74,7 @@ def test_another_run_is_not_continued(tiny, tmp_path):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("model", CONFIGS)
-def test_blocked_attention_is_attention(model, masked, tiny):
+def test_blocked_attention_matches_sdpa(model, masked, tiny):
     made = tiny.models.build(model, 300, seed=5).eval()
     ids = torch.randint(4, 300, (2, 200))
     seen = (torch.rand(2, 1, 200, 200) < 0.7) | torch.eye(200, dtype=torch.bool)
@@ -85,8 +85,8 @@ def test_blocked_attention_is_attention(model, masked, tiny):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_training_hides_what_there_is_from_questions_about_it(tiny, tmp_path):
-    """Of the last question of a row of across-chunk facts, nothing that "There is" says may be seen."""
+def test_training_masks_the_hidden_facts_from_the_blind_questions(tiny, tmp_path):
+    """In a row of across-chunk facts, a blind question does not attend to the hidden facts after "There is"."""
     run = trainer(tiny, tmp_path, 1)
     level = tiny.train.Level(4, 3, 0.3, blind=1.0)
     stage = tiny.train.Stage("across", 96, 4, {"across": 1.0}, level, 1, {})
@@ -110,13 +110,13 @@ def test_training_hides_what_there_is_from_questions_about_it(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("model", CONFIGS)
-def test_an_export_is_a_whole_checkpoint(model, tiny, tmp_path):
+def test_an_exported_model_is_a_complete_checkpoint(model, tiny, tmp_path):
     import transformers
     from make_corpus import TOKENIZER
 
     backend = tokenizers.Tokenizer.from_file(str(TOKENIZER))
     made = tiny.models.build(model, backend.get_vocab_size(), seed=5)
-    for _ in range(2):  # the second time over the first
+    for _ in range(2):  # the second export replaces the first
         tiny.models.export(made, backend, tmp_path / model)
     assert sorted(path.name for path in tmp_path.iterdir()) == [model]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / model)
@@ -130,7 +130,7 @@ def test_an_export_is_a_whole_checkpoint(model, tiny, tmp_path):
     assert (tmp_path / model / "model.safetensors").stat().st_size < 8_000_000
 
 
-def test_muon_steps_as_torch_does(tiny):
+def test_muon_takes_the_steps_of_torch(tiny):
     torch.manual_seed(0)
     start = [torch.randn(24, 8), torch.randn(8, 24), torch.randn(8, 8)]
     gradients = [[torch.randn_like(tensor) for tensor in start] for _ in range(3)]
@@ -145,10 +145,10 @@ def test_muon_steps_as_torch_does(tiny):
         muon.step(1.0)
         reference.step()
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-3)  # torch's works in bfloat16
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-3)  # torch computes in bfloat16
 
 
-def test_isolated_chunks_see_themselves_and_the_question_sees_all(tiny):
+def test_isolated_chunks_attend_to_themselves_and_the_question_to_all(tiny):
     from make_corpus import items
 
     (item,) = items("across-chunk 128", 1)
@@ -165,8 +165,8 @@ def test_isolated_chunks_see_themselves_and_the_question_sees_all(tiny):
     assert not paired[third[0] : third[1], 1 : third[0]].any()
 
 
-def test_the_model_that_ships_needs_the_first_chunk_when_it_reads_the_second(tiny):
-    """What repairing a cache has to bring back: isolated chunks leave chance, one in four; the own pair is enough."""
+def test_the_shipped_model_needs_the_first_chunk_to_read_the_second(tiny):
+    """A repaired cache must recover this loss: isolated chunks leave chance, one in four; the own pair is enough."""
     import transformers
     from make_corpus import TOKENIZER, Encoder, items
 
@@ -182,8 +182,8 @@ def test_the_model_that_ships_needs_the_first_chunk_when_it_reads_the_second(tin
     assert isolated <= 0.25 + 2 * (0.25 * 0.75 / len(asked)) ** 0.5
 
 
-def test_a_score_is_about_whole_answers(tiny):
-    """A model that always says one digit is right about first tokens where the answer begins with it, and no more."""
+def test_an_exact_score_counts_whole_answers(tiny):
+    """A model that always gives one digit scores on the first token of an answer, if it matches, and on no more."""
     from make_corpus import TOKENIZER, Encoder, items
 
     encoder = Encoder(tokenizers.Tokenizer.from_file(str(TOKENIZER)))
@@ -201,7 +201,7 @@ def test_a_score_is_about_whole_answers(tiny):
     assert found.exact == sum(item.answer == " 7 7 7" for item in asked) / 60
 
 
-def test_the_script_describes_itself(tiny):
+def test_the_script_prints_its_help(tiny):
     import subprocess
 
     done = subprocess.run(

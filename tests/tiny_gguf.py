@@ -17,14 +17,14 @@ TEMPLATE = (
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute, word for word."""
+    """Source: llama.cpp, convert_hf_to_gguf.py, LlamaModel.permute."""
     return (
         weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
     )
 
 
 def weights(seed: int = 0) -> dict[str, np.ndarray]:
-    """float32 weights under the names of a checkpoint; rounded to bf16 so that nothing is lost on the way back."""
+    """float32 weights under the names of a checkpoint; rounded to bfloat16, so that a conversion loses nothing."""
     rng = np.random.default_rng(seed)
     shapes = {"model.embed_tokens": (len(TOKENS), HIDDEN), "model.norm": (HIDDEN,)}
     for i in range(LAYERS):

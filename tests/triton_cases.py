@@ -1,9 +1,9 @@
-"""Each Triton twin beside its reference, on small odd shapes. Runs where kernels can: on a GPU, or in the interpreter.
+"""Each Triton kernel against its reference, on small odd shapes. Runs on a GPU or in Triton's interpreter.
 
-TRITON_INTERPRET=1 PYTHONPATH=. python tests/triton_cases.py    prints one JSON object: case -> how far the twin is off
+TRITON_INTERPRET=1 PYTHONPATH=. python tests/triton_cases.py    prints one JSON object: case -> error of the kernel
 
-A case is off by the largest difference (float32), or by the norm of the differences over that of the truth (16 bits),
-over results and over every tensor that the op writes to.
+The error is the largest difference (float32), or the norm of the differences divided by the norm of the reference (16
+bits), over results and over every tensor that the op writes to.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ FORMATS = {"float32": F32, "bfloat16": BF16}
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers as a view whose rows lie further apart."""
+    """The same numbers as a view with a larger stride between rows."""
     return torch.cat([x, x], dim=1)[:, : x.shape[1]]
 
 
 def copied(value: Any, device: str) -> Any:
-    """A copy of an argument on a device, strides kept."""
+    """A copy of an argument on a device, with the same strides."""
     if isinstance(value, torch.Tensor):
         copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         return copy.copy_(value)
@@ -55,13 +55,13 @@ def copied(value: Any, device: str) -> Any:
 
 
 class Off:
-    """Runs one op of both twins on equal arguments and remembers how far they were apart."""
+    """Runs the kernel and the reference of one op on equal arguments and keeps the largest error."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self.device, self.dtype, self.value = device, dtype, 0.0
 
     def of(self, op: str, *args: Any, kept: torch.dtype | None = None) -> None:
-        """kept   what a written tensor of bytes holds, where an op writes any"""
+        """kept   dtype of the numbers in a written tensor of bytes, if the op writes one"""
         truths = SimpleNamespace(add_experts=AUTO.add_experts) if op == "add_experts" else reference
         theirs, mine = copied(list(args), "cpu"), copied(list(args), self.device)
         truth, result = getattr(truths, op)(*theirs), getattr(cuda, op)(*mine)
@@ -214,7 +214,7 @@ def gates(off: Off) -> None:
 
 
 def recurrent(off: Off, rows: dict[int, tuple[int, int]], op: str) -> None:
-    """The step after one that filled the states of all requests."""
+    """One op in a step that continues requests whose states an earlier step filled."""
     requests = Recurrent([100, 70, 3], key_heads=1, key_dim=16, value_dim=24, dtype=off.dtype, conv_dtype=off.dtype)
     states, planes = requests.pool(), requests.planes
     before = {request: (0, start) for request, (start, _) in rows.items() if start}
@@ -264,7 +264,7 @@ CASES: dict[str, Callable[[Off], None]] = {
 
 
 def run(case: str, format: str, device: str) -> float:
-    """How far the twin is off in one case."""
+    """The error of the kernel in one case."""
     off = Off(device, FORMATS[format])
     CASES[case](off)
     return off.value
