@@ -325,7 +325,7 @@ else:
 #
 # 1. [`nanokv/kernels/ops.py`](../nanokv/kernels/ops.py): one signature, and who picks the twin.
 # 2. [`nanokv/kernels/reference/attention.py`](../nanokv/kernels/reference/attention.py): the twin to believe.
-# 3. [`nanokv/kernels/cpu/strip.py`](../nanokv/kernels/cpu/strip.py): 64 keys at a time, in a fixed order.
+# 3. [`nanokv/kernels/cpu/kv_tile.py`](../nanokv/kernels/cpu/kv_tile.py): 64 keys at a time, in a fixed order.
 # 4. [`nanokv/kernels/cuda/attention.py`](../nanokv/kernels/cuda/attention.py): `attend`, then how decodes are split.
 # 5. [`nanokv/kernels/cuda/launch.py`](../nanokv/kernels/cuda/launch.py): a launch, run or recorded for the report.
 #

@@ -2,9 +2,9 @@
 
 The unit of work is a block of up to 64 rows of one request with one KV head (or all, where blocks are small; or some
 of its query heads, where units are few). It walks the strips of 64 keys from position 0: each is widened once to
-float32, K transposed, and multiplied with every query of the block, under an online softmax (strip.py). A decode is a
+float32, K transposed, and multiplied with every query of the block, under an online softmax (kv_tile.py). A decode is a
 block of one row. What a row computes is fixed by absolute positions alone: strips begin at multiples of 64, products
-add in a fixed order (tile.py), and a strip past the row's position leaves no trace. So the bits of a row depend neither
+add in a fixed order (simd.py), and a strip past the row's position leaves no trace. So the bits of a row depend neither
 on batch mates nor on chunks, page size and threads, whatever the formats of q and pages are.
 
 Measured for SmolLM2-135M (9 heads, 3 KV heads, 64 dims), bfloat16 pages, 2 cores of an AMD Zen 3 (AVX2): a step of 30
@@ -24,10 +24,10 @@ import torch
 from nanokv.core.batch import Batch
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.exp import ONE, ZERO
-from nanokv.kernels.cpu.plan import STRIP, plan_of
-from nanokv.kernels.cpu.strip import F32, HIDDEN, I64, LANES, PART, TILE, find, gather, score, soften, widen_row
-from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, sizes, view
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, narrow, size_of, sizes, view
+from nanokv.kernels.cpu.kv_tile import F32, HIDDEN, I64, LANES, PART, TILE, find, gather, score, soften, widen_row
+from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
+from nanokv.kernels.cpu.row_blocks import STRIP, plan_of
 from nanokv.kernels.ops import KVPlanes
 
 ROOM = 256 * 1024  # float32 that the queries and results of a unit may take
@@ -127,7 +127,7 @@ def _work(
 
 @compiled
 def _attend(
-    team, threads, q, q_stride, heads, depth, out, pool, geometry, blocks, block_rows, positions, tables, scale,
+    gomp, threads, q, q_stride, heads, depth, out, pool, geometry, blocks, block_rows, positions, tables, scale,
     q_format, format,
 ):  # fmt: skip
     numbers = sizes(geometry)
@@ -142,7 +142,7 @@ def _attend(
         q, q_stride, heads, out, pool, numbers, blocks, block_rows, unit_heads, unit_group, positions, tables,
         np.float32(scale), q_format.dtype, format.dtype,
     )  # fmt: skip
-    share(team, threads, _work, args)
+    parallel_for(gomp, threads, _work, args)
 
 
 def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch: Batch, scale: float) -> torch.Tensor:
@@ -158,7 +158,7 @@ def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch
         return out
     threads = threads_for(plan.cost * heads * (depth + value_dim) * 2e-3)
     _attend(
-        TEAM, threads, q.data_ptr(), q_stride, heads, depth, out.data_ptr(), pool.data_ptr(), planes.geometry,
+        GOMP, threads, q.data_ptr(), q_stride, heads, depth, out.data_ptr(), pool.data_ptr(), planes.geometry,
         plan.blocks, plan.block_rows, plan.positions, plan.page_tables, scale / math.log(2), FORMAT[q.dtype],
         FORMAT[planes.dtype],
     )  # fmt: skip

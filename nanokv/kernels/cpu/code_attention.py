@@ -1,4 +1,4 @@
-"""Attention on codes on a CPU: as attention.py, with strips of codes (code_strip.py).
+"""Attention on codes on a CPU: as attention.py, with strips of codes (code_tile.py).
 
 Codes are decoded to float32 once a KV head and strip, for all queries of a block. Sums add in the order of
 attention.py, so here, too, a row's bits depend on that row alone.
@@ -13,14 +13,14 @@ import torch
 
 from nanokv.core.batch import Batch
 from nanokv.kernels.cpu.attention import ROOM
-from nanokv.kernels.cpu.code_strip import ask_codes, find_codes, gather_codes, locate, score_codes
+from nanokv.kernels.cpu.code_tile import ask_codes, find_codes, gather_codes, locate, score_codes
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.exp import ONE, ZERO
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, narrow, size_of, view
+from nanokv.kernels.cpu.kv_tile import F32, HIDDEN, I64, LANES, PART, TILE, soften, widen_row
 from nanokv.kernels.cpu.lookup import split_table
-from nanokv.kernels.cpu.plan import STRIP, plan_of
-from nanokv.kernels.cpu.strip import F32, HIDDEN, I64, LANES, PART, TILE, soften, widen_row
-from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, view
+from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
+from nanokv.kernels.cpu.row_blocks import STRIP, plan_of
 from nanokv.kernels.ops import CodePlanes
 from nanokv.kernels.planes import LOOKUP
 
@@ -116,7 +116,7 @@ def _work(
 
 @compiled
 def _attend(
-    team, threads, q, q_stride, heads, out, pool, geometry, tables, blocks, block_rows, positions, page_tables, scale,
+    gomp, threads, q, q_stride, heads, out, pool, geometry, tables, blocks, block_rows, positions, page_tables, scale,
     q_format,
 ):  # fmt: skip
     k_form, v_form, k_table, v_table = tables
@@ -133,7 +133,7 @@ def _attend(
         q, q_stride, heads, out, pool, sizes, k_side, v_side, blocks, block_rows, unit_heads, unit_group, positions,
         page_tables, np.float32(scale), q_format.dtype,
     )  # fmt: skip
-    share(team, threads, _work, args)
+    parallel_for(gomp, threads, _work, args)
 
 
 def code_attention(q: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batch: Batch, scale: float) -> torch.Tensor:
@@ -150,7 +150,7 @@ def code_attention(q: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batc
     if rows == 0:
         return out
     _attend(
-        TEAM, threads_for(plan.cost * heads * (depth + v.dim) * 2e-3), q.data_ptr(), q_stride, heads, out.data_ptr(),
+        GOMP, threads_for(plan.cost * heads * (depth + v.dim) * 2e-3), q.data_ptr(), q_stride, heads, out.data_ptr(),
         pool.data_ptr(), planes.geometry, (k.form, v.form, k.table.data_ptr(), v.table.data_ptr()), plan.blocks,
         plan.block_rows, plan.positions, plan.page_tables, scale / math.log(2), FORMAT[q.dtype],
     )  # fmt: skip

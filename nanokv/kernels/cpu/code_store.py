@@ -13,9 +13,9 @@ from nanokv.core.batch import Batch
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.elementwise import TAKE
 from nanokv.kernels.cpu.exp import ONE, ZERO
-from nanokv.kernels.cpu.strip import F32, widen_row
-from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, view, widen
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, narrow, size_of, view, widen
+from nanokv.kernels.cpu.kv_tile import F32, widen_row
+from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 from nanokv.kernels.ops import CodePlane, CodePlanes
 from nanokv.kernels.planes import LARGEST_SCALE
 
@@ -142,11 +142,11 @@ def _work(counter, k, v, strides, rows, pool, sizes, k_side, v_side, pages, slot
 
 
 @compiled
-def _store(team, threads, k, v, strides, rows, pool, geometry, k_more, v_more, pages, slots, format):
+def _store(gomp, threads, k, v, strides, rows, pool, geometry, k_more, v_more, pages, slots, format):
     sizes = (geometry[0], geometry[1], geometry[2])
     k_side = (geometry[3], geometry[4], geometry[5], geometry[6], geometry[7], *k_more)
     v_side = (geometry[8], geometry[9], geometry[10], geometry[11], geometry[12], *v_more)
-    share(team, threads, _work, (k, v, strides, rows, pool, sizes, k_side, v_side, pages, slots, format.dtype))
+    parallel_for(gomp, threads, _work, (k, v, strides, rows, pool, sizes, k_side, v_side, pages, slots, format.dtype))
 
 
 def _more(plane: CodePlane) -> tuple[int, int, int]:
@@ -163,7 +163,7 @@ def store_codes(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, planes: Co
             )
     strides = (*k.stride()[:2], *v.stride()[:2])
     _store(
-        TEAM, threads_for(rows * planes.kv_heads * (planes.k.dim + planes.v.dim) / 200), k.data_ptr(), v.data_ptr(),
+        GOMP, threads_for(rows * planes.kv_heads * (planes.k.dim + planes.v.dim) / 200), k.data_ptr(), v.data_ptr(),
         strides, rows, pool.data_ptr(), planes.geometry, _more(planes.k), _more(planes.v),
         batch.write_pages.data_ptr(), batch.write_slots.data_ptr(), FORMAT[k.dtype],
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Columns of a state do not meet each other: what v's number c wrote is read back into o's number c alone. So a thread
 takes a head of one request and walks its tokens, block of 32 columns after block, each token in one pass over the
-block (tile.renew), which stays in the first-level cache. The order of every sum is the order of key rows. So the bits
+block (simd.renew), which stays in the first-level cache. The order of every sum is the order of key rows. So the bits
 of a row depend on the tokens of its request alone: not on batch mates, threads, or how a prompt is cut into steps.
 
 Measured for Qwen3.5-0.8B (16 heads, 128 x 128), float32, one thread of an AMD Zen 3 (AVX2), milliseconds a layer: a
@@ -23,9 +23,9 @@ from nanokv.core.batch import Batch
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.elementwise import sum_of_squares
 from nanokv.kernels.cpu.exp import ONE, ZERO
-from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.tile import multiply, renew
-from nanokv.kernels.cpu.words import FORMAT, fetch_add, fma, narrow, prefetch, view, widen
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, fma, narrow, prefetch, view, widen
+from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
+from nanokv.kernels.cpu.simd import multiply, renew
 from nanokv.kernels.ops import StatePlanes
 
 F32, INT32 = np.empty(0, np.float32), np.empty(0, np.int32)
@@ -150,7 +150,7 @@ def _work(
 
 @compiled
 def _recur(
-    team, threads, qkv, qkv_stride, gates, gates_stride, a_log, dt_bias, out, states, geometry, starts, positions,
+    gomp, threads, qkv, qkv_stride, gates, gates_stride, a_log, dt_bias, out, states, geometry, starts, positions,
     state_ids, requests, part, format,
 ):  # fmt: skip
     numbers = (
@@ -160,7 +160,7 @@ def _recur(
         qkv, qkv_stride, gates, gates_stride, a_log, dt_bias, out, states, numbers, starts, positions, state_ids,
         requests, part, format,
     )  # fmt: skip
-    share(team, threads, _work, args)
+    parallel_for(gomp, threads, _work, args)
 
 
 def delta_rule_chunk(
@@ -190,7 +190,7 @@ def delta_rule_chunk(
         part, units = part // 2, units * 2
     a_log, dt_bias = a_log.float(), dt_bias.float()
     _recur(
-        TEAM, threads, qkv.data_ptr(), qkv_stride, gates.data_ptr(), gates_stride, a_log.data_ptr(),
+        GOMP, threads, qkv.data_ptr(), qkv_stride, gates.data_ptr(), gates_stride, a_log.data_ptr(),
         dt_bias.data_ptr(), out.data_ptr(), states.data_ptr(), planes.geometry, batch.request_starts.data_ptr(),
         batch.positions.data_ptr(), batch.state_ids.data_ptr(), batch.num_requests, part, FORMAT[qkv.dtype],
     )  # fmt: skip

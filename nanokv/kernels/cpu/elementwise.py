@@ -11,8 +11,8 @@ from numba import njit
 
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.exp import ONE, sigmoid, silu
-from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, view, widen
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, narrow, size_of, view, widen
+from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 
 TAKE = 8
 """Rows that a thread takes at once."""
@@ -70,9 +70,9 @@ def _norm_work(counter, x, residual, weight, out, rows, width, eps, format, weig
 
 
 @compiled
-def _norm(team, threads, x, residual, weight, out, rows, width, eps, format, weight_format):
+def _norm(gomp, threads, x, residual, weight, out, rows, width, eps, format, weight_format):
     args = (x, residual, weight, out, rows, width, np.float32(eps), format.dtype, weight_format.dtype)
-    share(team, threads, _norm_work, args)
+    parallel_for(gomp, threads, _norm_work, args)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -89,7 +89,7 @@ def _normed(x: torch.Tensor, residual: int, weight: torch.Tensor, eps: float) ->
     rows, width = x.shape
     out = torch.empty_like(x)
     _norm(
-        TEAM, threads_for(rows * width / 3e3), x.data_ptr(), residual, weight.data_ptr(), out.data_ptr(), rows, width,
+        GOMP, threads_for(rows * width / 3e3), x.data_ptr(), residual, weight.data_ptr(), out.data_ptr(), rows, width,
         eps, FORMAT[x.dtype], FORMAT[weight.dtype],
     )  # fmt: skip
     return out
@@ -117,9 +117,9 @@ def _gated_work(counter, x, z, z_stride, weight, out, rows, heads, dim, eps, for
 
 
 @compiled
-def _gated(team, threads, x, z, z_stride, weight, out, rows, heads, dim, eps, format, weight_format):
+def _gated(gomp, threads, x, z, z_stride, weight, out, rows, heads, dim, eps, format, weight_format):
     args = (x, z, z_stride, weight, out, rows, heads, dim, np.float32(eps), format, weight_format)
-    share(team, threads, _gated_work, args)
+    parallel_for(gomp, threads, _gated_work, args)
 
 
 def gated_rms_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -130,7 +130,7 @@ def gated_rms_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: 
         raise ValueError(f"gated_rms_norm: z {tuple(z.shape)} with strides {z.stride()} does not fit {tuple(x.shape)}")
     out = torch.empty_like(x)
     _gated(
-        TEAM, threads_for(rows * width / 1e3), x.data_ptr(), z.data_ptr(), z_stride, weight.data_ptr(), out.data_ptr(),
+        GOMP, threads_for(rows * width / 1e3), x.data_ptr(), z.data_ptr(), z_stride, weight.data_ptr(), out.data_ptr(),
         rows, width // dim, dim, eps, FORMAT[x.dtype], FORMAT[weight.dtype],
     )  # fmt: skip
     return out
@@ -152,9 +152,9 @@ def _silu_work(counter, gate_up, out, rows, width, format):
 
 
 @compiled
-def _silu(team, threads, gate_up, out, rows, width, format):
+def _silu(gomp, threads, gate_up, out, rows, width, format):
     args = (gate_up, out, rows, width, format.dtype)
-    share(team, threads, _silu_work, args)
+    parallel_for(gomp, threads, _silu_work, args)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -163,7 +163,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     threads = threads_for(rows * width / 1.3e3)
-    _silu(TEAM, threads, gate_up.data_ptr(), out.data_ptr(), rows, width, FORMAT[gate_up.dtype])
+    _silu(GOMP, threads, gate_up.data_ptr(), out.data_ptr(), rows, width, FORMAT[gate_up.dtype])
     return out
 
 
@@ -182,9 +182,9 @@ def _sigmoid_work(counter, x, gate, gate_stride, out, rows, width, format):
 
 
 @compiled
-def _sigmoid_mul(team, threads, x, gate, gate_stride, out, rows, width, format):
+def _sigmoid_mul(gomp, threads, x, gate, gate_stride, out, rows, width, format):
     args = (x, gate, gate_stride, out, rows, width, format.dtype)
-    share(team, threads, _sigmoid_work, args)
+    parallel_for(gomp, threads, _sigmoid_work, args)
 
 
 def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -199,6 +199,6 @@ def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
     threads = threads_for(rows * width / 1.3e3)
     _sigmoid_mul(
-        TEAM, threads, x.data_ptr(), gate.data_ptr(), gate_stride, out.data_ptr(), rows, width, FORMAT[x.dtype]
+        GOMP, threads, x.data_ptr(), gate.data_ptr(), gate_stride, out.data_ptr(), rows, width, FORMAT[x.dtype]
     )
     return out

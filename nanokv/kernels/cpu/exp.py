@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from nanokv.kernels.cpu.words import INT, constant, emit_fma, like
+from nanokv.kernels.cpu.intrinsics import INT, constant, emit_fma, like
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 LOG2E = np.float32(1 / math.log(2))

@@ -24,8 +24,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nanokv.kernels.cpu.compiled import compiled
-from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.words import FLOAT, FORMAT, INT, constant, emit_fma, emit_widen, fetch_add, view
+from nanokv.kernels.cpu.intrinsics import FLOAT, FORMAT, INT, constant, emit_fma, emit_widen, fetch_add, view
+from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 
 LANES = 16
 # Rows of a tile: as many sums as registers hold beside the weights. AVX2 has 16 registers of half a block.
@@ -139,12 +139,12 @@ def _work(counter, x, x_stride, x_head, w, y, rows, depth, heads, blocks, row_bl
 
 
 @compiled
-def _multiply(team, threads, x, x_stride, x_head, w, y, rows, depth, heads, blocks, format):
+def _multiply(gomp, threads, x, x_stride, x_head, w, y, rows, depth, heads, blocks, format):
     row_block = MOST_ROWS * min(max(NEAR // (4 * depth * MOST_ROWS), 4), 32)
     # As many equal groups for each thread as GROUP demands, at least two: so the last ones end together.
     group = -(-heads * blocks // (threads * max(2, -(-heads * blocks // (threads * GROUP)))))
     args = (x, x_stride, x_head, w, y, rows, depth, heads, blocks, row_block, min(group, blocks), format)
-    share(team, threads, _work, args)
+    parallel_for(gomp, threads, _work, args)
 
 
 class _Shelf:
@@ -204,9 +204,9 @@ def _pack_work(counter, w, blocks, out, depth, format):
 
 
 @compiled
-def _pack(team, threads, w, blocks, out, depth, format):
+def _pack(gomp, threads, w, blocks, out, depth, format):
     args = (w, blocks, out, depth, format)
-    share(team, threads, _pack_work, args)
+    parallel_for(gomp, threads, _pack_work, args)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -214,7 +214,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     (out, depth), weight = weight.shape, weight.contiguous()
     blocks = _shelf.place((-(-out // LANES), depth, LANES), weight.dtype)
     threads = threads_for(weight.numel() / 1e3)
-    _pack(TEAM, threads, weight.data_ptr(), blocks.data_ptr(), out, depth, FORMAT[weight.dtype])
+    _pack(GOMP, threads, weight.data_ptr(), blocks.data_ptr(), out, depth, FORMAT[weight.dtype])
     return blocks
 
 
@@ -240,7 +240,7 @@ def multiply(x: torch.Tensor, blocks: torch.Tensor, out: int) -> torch.Tensor:
     y = x.new_empty(rows, num_blocks * LANES)
     threads = threads_for(rows * num_blocks * depth * LANES / 30e3)
     _multiply(
-        TEAM, threads, x.data_ptr(), x_stride, 0, blocks.data_ptr(), y.data_ptr(), rows, depth, 1, num_blocks,
+        GOMP, threads, x.data_ptr(), x_stride, 0, blocks.data_ptr(), y.data_ptr(), rows, depth, 1, num_blocks,
         FORMAT[blocks.dtype],
     )  # fmt: skip
     return y if num_blocks * LANES == out else y[:, :out].contiguous()
@@ -266,7 +266,7 @@ def multiply_heads(x: torch.Tensor, blocks: torch.Tensor, out: int) -> torch.Ten
     y = x.new_empty(rows, heads, num_blocks * LANES)
     threads = threads_for(rows * blocks.numel() / 30e3)
     _multiply(
-        TEAM, threads, x.data_ptr(), x_stride, head_stride, blocks.data_ptr(), y.data_ptr(), rows, depth, heads,
+        GOMP, threads, x.data_ptr(), x_stride, head_stride, blocks.data_ptr(), y.data_ptr(), rows, depth, heads,
         num_blocks, FORMAT[blocks.dtype],
     )  # fmt: skip
     return y if num_blocks * LANES == out else y[..., :out].contiguous()

@@ -16,8 +16,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nanokv.kernels.cpu.compiled import inner
-from nanokv.kernels.cpu.tile import emit_load, emit_spread, emit_store
-from nanokv.kernels.cpu.words import FLOAT, INT, constant, emit_fma, view
+from nanokv.kernels.cpu.intrinsics import FLOAT, INT, constant, emit_fma, view
+from nanokv.kernels.cpu.simd import emit_load, emit_spread, emit_store
 from nanokv.kernels.planes import FLOAT8, LOOKUP, UNIFORM
 
 U8 = np.dtype(np.uint8)

@@ -18,9 +18,9 @@ import torch
 from nanokv.core.batch import Batch
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.exp import ZERO
-from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.tile import convolve
-from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, view, widen
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, narrow, view, widen
+from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
+from nanokv.kernels.cpu.simd import convolve
 from nanokv.kernels.ops import StatePlanes
 
 F32, INT32 = np.empty(0, np.float32), np.empty(0, np.int32)
@@ -101,14 +101,14 @@ def _work(
 
 @compiled
 def _short_conv(
-    team, threads, x, x_stride, weight, states, conv_offset, state_bytes, channels, starts, positions, state_ids,
+    gomp, threads, x, x_stride, weight, states, conv_offset, state_bytes, channels, starts, positions, state_ids,
     requests, format, weight_format, conv_format,
 ):  # fmt: skip
     args = (
         x, x_stride, weight, states, conv_offset, state_bytes, channels, starts, positions, state_ids, requests,
         format, weight_format, conv_format,
     )  # fmt: skip
-    share(team, threads, _work, args)
+    parallel_for(gomp, threads, _work, args)
 
 
 def short_conv(
@@ -123,7 +123,7 @@ def short_conv(
         )
     weight = weight.contiguous()
     _short_conv(
-        TEAM, threads_for(rows * channels / 1e3), x.data_ptr(), x_stride, weight.data_ptr(), states.data_ptr(),
+        GOMP, threads_for(rows * channels / 1e3), x.data_ptr(), x_stride, weight.data_ptr(), states.data_ptr(),
         planes.conv_offset, planes.state_bytes, channels, batch.request_starts.data_ptr(), batch.positions.data_ptr(),
         batch.state_ids.data_ptr(), batch.num_requests, FORMAT[x.dtype], FORMAT[weight.dtype],
         FORMAT[planes.conv_dtype],

@@ -8,8 +8,8 @@ import torch
 from nanokv.core.batch import Batch
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.elementwise import TAKE, norm_factor, weighted
-from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, sizes, view, widen
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, narrow, size_of, sizes, view, widen
+from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 from nanokv.kernels.ops import HeadNorms, KVPlanes
 
 F32, INT32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -78,14 +78,14 @@ def _rope_work(
 
 @compiled
 def _rope(
-    team, threads, qkv, stride, rows, q_norm, k_norm, eps, cos_sin, rotary, pool, geometry, positions, pages, slots,
+    gomp, threads, qkv, stride, rows, q_norm, k_norm, eps, cos_sin, rotary, pool, geometry, positions, pages, slots,
     heads, format, weight_format, page_format,
 ):  # fmt: skip
     args = (
         qkv, stride, rows, q_norm, k_norm, np.float32(eps), cos_sin, rotary, pool, sizes(geometry), positions, pages,
         slots, heads, format.dtype, weight_format.dtype, page_format.dtype,
     )  # fmt: skip
-    share(team, threads, _rope_work, args)
+    parallel_for(gomp, threads, _rope_work, args)
 
 
 def rope_and_store(
@@ -118,7 +118,7 @@ def _rotate_rows(
     if norms is not None:
         q_norm, k_norm, eps, weight_dtype = norms.q.data_ptr(), norms.k.data_ptr(), norms.eps, norms.q.dtype
     _rope(
-        TEAM, threads_for(rows * width / 1e3), qkv.data_ptr(), stride, rows, q_norm, k_norm, eps, cos_sin.data_ptr(),
+        GOMP, threads_for(rows * width / 1e3), qkv.data_ptr(), stride, rows, q_norm, k_norm, eps, cos_sin.data_ptr(),
         cos_sin.shape[1], pool, planes.geometry, batch.positions.data_ptr(), batch.write_pages.data_ptr(),
         batch.write_slots.data_ptr(), num_heads, FORMAT[qkv.dtype], FORMAT[weight_dtype], FORMAT[planes.dtype],
     )  # fmt: skip
@@ -164,14 +164,14 @@ def _latent_work(
 
 @compiled
 def _latent(
-    team, threads, q, q_stride, head_stride, heads, kv, kv_stride, rows, weight, eps, cos_sin, pool, geometry,
+    gomp, threads, q, q_stride, head_stride, heads, kv, kv_stride, rows, weight, eps, cos_sin, pool, geometry,
     positions, pages, slots, format, weight_format, page_format,
 ):  # fmt: skip
     args = (
         q, q_stride, head_stride, heads, kv, kv_stride, rows, weight, np.float32(eps), cos_sin, pool, sizes(geometry),
         positions, pages, slots, format.dtype, weight_format.dtype, page_format.dtype,
     )  # fmt: skip
-    share(team, threads, _latent_work, args)
+    parallel_for(gomp, threads, _latent_work, args)
 
 
 def store_latent(
@@ -192,7 +192,7 @@ def store_latent(
     if q_step != 1 or kv_step != 1 or q_rope.dtype != kv.dtype:
         raise ValueError("store_latent: the numbers of q_rope and of kv must lie side by side and be of one dtype")
     _latent(
-        TEAM, threads_for(rows * (heads * rope + width) / 1e3), q_rope.data_ptr(), q_stride, head_stride, heads,
+        GOMP, threads_for(rows * (heads * rope + width) / 1e3), q_rope.data_ptr(), q_stride, head_stride, heads,
         kv.data_ptr(), kv_stride, rows, norm_weight.data_ptr(), eps, cos_sin.data_ptr(), pool.data_ptr(),
         planes.geometry, batch.positions.data_ptr(), batch.write_pages.data_ptr(), batch.write_slots.data_ptr(),
         FORMAT[kv.dtype], FORMAT[norm_weight.dtype], FORMAT[planes.dtype],

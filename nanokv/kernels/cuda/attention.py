@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from nanokv.kernels.cuda.launch import NUMBERS, dot, launch, num_tiles, power_of_two
-from nanokv.kernels.cuda.split import merge, room_for_parts, rows_of, span_of, splits_for
+from nanokv.kernels.cuda.split_kv import merge, room_for_parts, rows_of, span_of, splits_for
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch

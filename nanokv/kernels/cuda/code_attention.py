@@ -13,7 +13,7 @@ import triton.language as tl
 from nanokv.kernels.cuda.attention import MOST_HEADS
 from nanokv.kernels.cuda.codes import load_codes, side_args
 from nanokv.kernels.cuda.launch import dot, launch, num_tiles, power_of_two
-from nanokv.kernels.cuda.split import merge, room_for_parts, rows_of, span_of, splits_for
+from nanokv.kernels.cuda.split_kv import merge, room_for_parts, rows_of, span_of, splits_for
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch

@@ -1,4 +1,4 @@
-"""A strip of codes: as strip.py, but keys and values are decoded, not widened, and each token has a scale.
+"""A strip of codes: as kv_tile.py, but keys and values are decoded, not widened, and each token has a scale.
 
     scores   = (q @ table[K codes] transposed) * K scales      `score_codes`, after `find_codes`
     acc     += (weights * V scales) @ table[V codes]           `gather_codes`, after `find_codes`
@@ -14,11 +14,11 @@ from __future__ import annotations
 import numpy as np
 
 from nanokv.kernels.cpu.compiled import inner
+from nanokv.kernels.cpu.intrinsics import prefetch, size_of, view, widen
+from nanokv.kernels.cpu.kv_tile import F32, I64, PART, TILE, reach
 from nanokv.kernels.cpu.lookup import cut, decode_keys, decode_values, times, turn
-from nanokv.kernels.cpu.plan import STRIP
-from nanokv.kernels.cpu.strip import F32, I64, PART, TILE, reach
-from nanokv.kernels.cpu.tile import multiply
-from nanokv.kernels.cpu.words import prefetch, size_of, view, widen
+from nanokv.kernels.cpu.row_blocks import STRIP
+from nanokv.kernels.cpu.simd import multiply
 
 F16, U16, U64 = np.dtype(np.int16), np.dtype(np.uint16), np.dtype(np.uint64)
 

@@ -6,7 +6,7 @@
 
 K and V are widened 64 dims at a time, and each part meets every query before the next part takes its place: 16 KiB,
 half of a first-level cache, however wide keys and values are. A part adds to sums that the part before it left, so
-cutting K into parts does not change the order of any sum (tile.py).
+cutting K into parts does not change the order of any sum (simd.py).
 
 All places are addresses. limits int64 [queries] says for each query which key of the strip is the last that it sees, -1
 for none; it is not above 63.
@@ -18,9 +18,9 @@ import numpy as np
 
 from nanokv.kernels.cpu.compiled import inner
 from nanokv.kernels.cpu.exp import ONE, ZERO, exp2
-from nanokv.kernels.cpu.plan import STRIP
-from nanokv.kernels.cpu.tile import largest, multiply, transpose, weigh, widen_16
-from nanokv.kernels.cpu.words import prefetch, size_of, view, widen
+from nanokv.kernels.cpu.intrinsics import prefetch, size_of, view, widen
+from nanokv.kernels.cpu.row_blocks import STRIP
+from nanokv.kernels.cpu.simd import largest, multiply, transpose, weigh, widen_16
 
 TILE = 4  # queries that are multiplied at once
 PART = np.int64(64)  # dims of keys, or of values, that are widened at once

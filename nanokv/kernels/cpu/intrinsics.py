@@ -79,17 +79,6 @@ def fma(typingctx, a, b, c):
 
 
 @intrinsic
-def times_power(typingctx, x, shifted):
-    """x * 2**n, where `shifted` is the float n + 1.5 * 2**23, whose lowest bits are n."""
-
-    def codegen(context, builder, signature, args):
-        x, shifted = (builder.bitcast(arg, INT) for arg in args)
-        return builder.bitcast(builder.add(x, builder.shl(shifted, INT(23))), FLOAT)
-
-    return types.float32(types.float32, types.float32), codegen
-
-
-@intrinsic
 def widen(typingctx, x):
     """A number of any format as float32."""
 

@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nanokv.kernels.cpu.exp import emit_exp2, emit_silu
-from nanokv.kernels.cpu.words import FLOAT, INT, constant, emit_fma, emit_widen
+from nanokv.kernels.cpu.intrinsics import FLOAT, INT, constant, emit_fma, emit_widen
 
 # Rows of a tile -> floats of each row in it: eight registers of sums (six, for 3 rows), because about eight chains of
 # multiply-adds hide each other's latency. AVX2 has 16 registers of 8 floats, AVX-512 32 of 16.
