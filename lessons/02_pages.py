@@ -352,5 +352,5 @@ assert complaint == "page 2 counts 1 owners and has 0"
 # ## Where it loses
 #
 # - If all requests have the same known length, one block each wastes nothing either, and its kernels are simpler.
-# - A kernel must look a page up for every 16 tokens. Ours works on strips of 64 tokens for that reason.
+# - A kernel must look a page up for every 16 tokens. Ours works on tiles of 64 tokens for that reason.
 # - Pages do not make the cache smaller. They only stop wasting it: 8.4 percent used became 98, once.

@@ -130,32 +130,32 @@ assert 2048 * 2048 * 32 * 4 == 512 * 2**20
 # ## Softmax without seeing all of it
 #
 # Softmax divides by a sum over *all* tokens, and to be safe against overflow subtracts the largest score of *all*. So
-# it seems that one needs all scores first. One does not. Walk over the tokens in strips, and keep three things: the
-# largest score so far, the sum of weights so far, and the weighted sum of values so far. If a strip brings a larger
+# it seems that one needs all scores first. One does not. Walk over the tokens in tiles, and keep three things: the
+# largest score so far, the sum of weights so far, and the weighted sum of values so far. If a tile brings a larger
 # score, shrink what has been collected by the right factor, and go on. This **online softmax** (Milakov and
 # Gimelshein 2018) is the heart of FlashAttention (Dao et al. 2022).
 
 
 # %%
-def online(row: torch.Tensor, k: torch.Tensor, v: torch.Tensor, strip: int) -> tuple[torch.Tensor, list[float]]:
-    """Attention of one query over k, v [tokens, dim], a strip at a time; the factor by which each strip faded."""
+def online(row: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> tuple[torch.Tensor, list[float]]:
+    """Attention of one query over k, v [tokens, dim], a tile at a time; the factor by which each tile faded."""
     best, total, acc, fades = torch.tensor(-torch.inf), torch.tensor(0.0), torch.zeros(DIM), []
-    for start in range(0, len(k), strip):
-        scores = k[start : start + strip] @ row * DIM**-0.5
+    for start in range(0, len(k), tile):
+        scores = k[start : start + tile] @ row * DIM**-0.5
         highest = torch.maximum(best, scores.max())
         fade, weights = (best - highest).exp(), (scores - highest).exp()
-        acc, total, best = acc * fade + weights @ v[start : start + strip], total * fade + weights.sum(), highest
+        acc, total, best = acc * fade + weights @ v[start : start + tile], total * fade + weights.sum(), highest
         fades.append(fade.item())
     return acc / total, fades
 
 
-results = {strip: online(q[0, 0], keys[0][0], values[0][0], strip) for strip in (1, 8, 16, 40)}
+results = {tile: online(q[0, 0], keys[0][0], values[0][0], tile) for tile in (1, 8, 16, 40)}
 for result, _ in results.values():
     assert (result - truth[0, :DIM]).abs().max() < 1e-5
 fades = results[1][1]
 assert fades[0] == 0 and all(0 < fade <= 1 for fade in fades[1:])
 shrunk = sum(fade < 1 for fade in fades[1:])
-print(f"{shrunk} of {len(fades) - 1} strips brought a larger score")
+print(f"{shrunk} of {len(fades) - 1} tiles brought a larger score")
 assert 1 <= shrunk <= 10
 
 # %%
@@ -170,12 +170,12 @@ figures.save(figure, "08_kernels-2")
 # %% [markdown]
 # ![Scores of a query and their running maximum](img/08_kernels-2.svg)
 #
-# Strips of 1, 8, 16 or 40 tokens: one result. Only a few tokens bring a new maximum. Scores live for one strip and are
+# Tiles of 1, 8, 16 or 40 tokens: one result. Only a few tokens bring a new maximum. Scores live for one tile and are
 # never written to memory. You will find `best`, `total`, `acc` and `fade` again in both fast twins.
 #
 # ## Twin 2: for a CPU
 #
-# `nanokv/kernels/cpu/attention.py` is Python compiled by numba. It reads pages where they lie, in strips of 64 keys,
+# `nanokv/kernels/cpu/attention.py` is Python compiled by numba. It reads pages where they lie, in tiles of 64 keys,
 # and knows one more thing: the order of every sum is fixed by the *position* of a token, and by nothing else.
 
 # %%

@@ -134,7 +134,7 @@ def the_cliff():
     answer="Usually not: sums. In float32, 100,000,000 plus 1 minus 100,000,000 is 0; in another order it is 1. A "
     "matrix product picks its order by the number of rows, attention by how it splits a context, so batch mates "
     "change last bits, and a near tie flips a word. But do not stop there: a wrong cache hides behind the same "
-    "excuse. Make one configuration exact, rows independent of their mates and sums over strips at absolute "
+    "excuse. Make one configuration exact, rows independent of their mates and sums over tiles at absolute "
     "positions, and test bits there; then differences elsewhere are rounding.",
     follow_ups=("What does exactness cost on a GPU?", "How large may a gap be for which you accept a flip?"),
     file="nanokv/kernels/linear.py",

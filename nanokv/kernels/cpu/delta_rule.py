@@ -1,9 +1,9 @@
 """The gated delta rule on a CPU: one recurrence for prefill and decode, exact to the bit in both.
 
-Columns of a state do not meet each other: what v's number c wrote is read back into o's number c alone. So a thread
-takes a head of one request and walks its tokens, block of 32 columns after block, each token in one pass over the
-block (simd.renew), which stays in the first-level cache. The order of every sum is the order of key rows. So the bits
-of a row depend on the tokens of its request alone: not on batch mates, threads, or how a prompt is cut into steps.
+The columns of a state are independent: number c of v is written to column c, which number c of o reads. So a thread
+takes a head of one request and runs over its tokens, 32 columns at a time, each token in one pass over these columns
+(simd.update_state), which stay in the first-level cache. Every sum adds in the order of the key rows. So the bits of a
+row depend on the tokens of its request alone: not on batch mates, threads, or how a prompt is cut into steps.
 
 Measured for Qwen3.5-0.8B (16 heads, 128 x 128), float32, one thread of an AMD Zen 3 (AVX2), milliseconds a layer: a
 prefill of 2,048 takes 63, where the limit of the instructions is 43 (four products for each number of the state and
@@ -23,9 +23,9 @@ from nanokv.core.batch import Batch
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.elementwise import sum_of_squares
 from nanokv.kernels.cpu.exp import ONE, ZERO
-from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, fma, narrow, prefetch, view, widen
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, fma, narrow, prefetch_line, view, widen
 from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
-from nanokv.kernels.cpu.simd import multiply, renew
+from nanokv.kernels.cpu.simd import multiply, update_state
 from nanokv.kernels.ops import StatePlanes
 
 F32, INT32 = np.empty(0, np.float32), np.empty(0, np.int32)
@@ -82,7 +82,7 @@ def _walk(tokens, v, v_stride, out, out_stride, width, state, stride, key_dim, q
             written[c] = betas[t] * fma(-decays[t], predicted[c], widen(value[c]))
         # After the last token nobody asks for a prediction; its own k stands in for the next.
         here, ahead = 4 * t * key_dim, 4 * min(t + 1, tokens - 1) * key_dim
-        renew(width, key_dim, state, stride, decays[t], write, k + here, q + here, k + ahead, result, told)
+        update_state(width, key_dim, state, stride, decays[t], write, k + here, q + here, k + ahead, result, told)
         target = view(out + t * out_stride * format.itemsize, width, format)
         for c in range(width):
             target[c] = narrow(answer[c], format)
@@ -135,7 +135,7 @@ def _work(
                 b, a = widen(gate[head]), widen(gate[value_heads + head])
                 decays[t], betas[t] = _gate(b, a, a_log[head], dt_bias[head])
                 for byte in range(0, columns * size, 64):
-                    prefetch(v + t * qkv_stride * size + byte)
+                    prefetch_line(v + t * qkv_stride * size + byte)
             target = out + (row * out_stride + head * value_dim + first) * size
             for c in range(0, columns, width):
                 _walk(

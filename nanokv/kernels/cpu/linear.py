@@ -24,8 +24,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nanokv.kernels.cpu.compiled import compiled
-from nanokv.kernels.cpu.intrinsics import FLOAT, FORMAT, INT, constant, emit_fma, emit_widen, fetch_add, view
+from nanokv.kernels.cpu.intrinsics import FLOAT, FORMAT, constant, emit_fma, emit_prefetch, emit_widen, fetch_add, view
 from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
+from nanokv.kernels.cpu.simd import emit_broadcast
 
 LANES = 16
 # Rows of a tile: as many sums as registers hold beside the weights. AVX2 has 16 registers of half a block.
@@ -39,14 +40,6 @@ GROUP = 12
 SQUARE = 64
 # Bytes of memory that weights are placed on, one beside the other.
 SHELF = 64 * 1024 * 1024
-
-
-def _emit_prefetch(builder, pointer):
-    byte = ir.IntType(8).as_pointer()
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), [byte, INT, INT, INT]), "llvm.prefetch.p0"
-    )
-    builder.call(function, [builder.bitcast(pointer, byte), INT(0), INT(3), INT(1)])  # read, keep close, data
 
 
 def _emit_tile(builder, rows, x, x_stride, w, y, y_stride, depth, element):
@@ -66,11 +59,11 @@ def _emit_tile(builder, rows, x, x_stride, w, y, y_stride, depth, element):
         place = builder.gep(w, [builder.mul(loop.index, index(LANES))], source_etype=weight)
         weights = builder.load(builder.bitcast(place, sixteen.as_pointer()), typ=sixteen, align=size)
         weights = emit_widen(builder, weights, element)
-        _emit_prefetch(builder, builder.gep(place, [index(AHEAD // size)], source_etype=weight))
+        ahead = builder.gep(place, [index(AHEAD // size)], source_etype=weight)
+        emit_prefetch(builder, builder.bitcast(ahead, ir.IntType(8).as_pointer()), 3)
         for r, total in enumerate(sums):
             row = builder.gep(builder.load(thirds[r // 3]), [strides[r % 3]], source_etype=FLOAT)
-            one = builder.insert_element(ir.Constant(lanes, ir.Undefined), builder.load(row, typ=FLOAT), INT(0))
-            number = builder.shuffle_vector(one, one, constant(ir.VectorType(INT, LANES), 0))
+            number = emit_broadcast(builder, builder.load(row, typ=FLOAT), LANES)
             builder.store(emit_fma(builder, number, weights, builder.load(total)), total)
         for third in thirds:
             builder.store(builder.gep(builder.load(third), [index(1)], source_etype=FLOAT), third)
