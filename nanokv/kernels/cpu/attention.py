@@ -103,7 +103,7 @@ def _work(counter, q, q_stride, heads, out, pool, numbers, step, cut, scale, q_f
                 )  # fmt: skip
             tile += KV_TILE
         store_results(unit, cut, acc, padded, total, out, heads, value_dim, q_format)
-    scratch[0] = 0  # numba frees an array after its last use, and knows nothing of addresses
+    scratch[0] = 0  # numba frees an array after its last use, and an address is no use
 
 
 @compiled

@@ -94,7 +94,7 @@ def _work(counter, q, q_stride, heads, out, pool, sizes, k_plane, v_plane, step,
                 pv_codes(rows, width, bits, v_plane, v_scales, queries, limits, scores, v, head_acc)
             tile += KV_TILE
         store_results(unit, cut, acc, value_dim, total, out, heads, value_dim, q_format)
-    scratch[0] = 0  # numba frees an array after its last use, and knows nothing of addresses
+    scratch[0] = 0  # numba frees an array after its last use, and an address is no use
 
 
 @compiled

@@ -7,7 +7,7 @@ import torch
 
 from nanokv.core.batch import Batch
 from nanokv.kernels.cpu.compiled import compiled, inner
-from nanokv.kernels.cpu.elementwise import TAKE, norm_factor, weighted
+from nanokv.kernels.cpu.elementwise import UNIT_ROWS, norm_factor, weighted
 from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, narrow, size_of, sizes, view, widen
 from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 from nanokv.kernels.ops import HeadNorms, KVPlanes
@@ -17,7 +17,7 @@ F32, INT32 = np.dtype(np.float32), np.dtype(np.int32)
 
 @inner
 def _rotate(head, table, format):
-    """Turns the first len(table) numbers at an address: `table` is the cosines, then the sines of the row's angles."""
+    """Rotates the first len(table) numbers at an address. table: the cosines, then the sines of the row's angles."""
     half = len(table) // 2
     cos, sin = table[:half], table[half:]
     low, high = view(head, half, format), view(head + half * size_of(format), half, format)
@@ -56,10 +56,10 @@ def _rope_work(
     positions, pages, slots = view(positions, rows, INT32), view(pages, rows, INT32), view(slots, rows, INT32)
     head_bytes, wide = head_dim * size_of(format), np.empty(head_dim, np.float32)
     while True:
-        first = fetch_add(counter, TAKE)
+        first = fetch_add(counter, UNIT_ROWS)
         if first >= rows:
             break
-        for row in range(first, min(first + TAKE, rows)):
+        for row in range(first, min(first + UNIT_ROWS, rows)):
             at = qkv + row * stride * size_of(format)
             table = view(cos_sin + 4 * rotary * positions[row], rotary, F32)
             for head in range(heads + kv_heads):
@@ -110,7 +110,7 @@ def _rotate_rows(
     num_heads: int,
     norms: HeadNorms | None,
 ) -> None:
-    """pool: its address, or 0 where nothing is to be written."""
+    """pool: its address, or 0 where nothing is written."""
     (rows, width), (stride, step) = qkv.shape, qkv.stride()
     if width != (num_heads + 2 * planes.kv_heads) * planes.head_dim or step != 1:
         raise ValueError(f"rope_and_store: qkv {tuple(qkv.shape)} with strides {qkv.stride()} does not fit {planes}")
@@ -147,10 +147,10 @@ def _latent_work(
     positions, pages, slots = view(positions, rows, INT32), view(pages, rows, INT32), view(slots, rows, INT32)
     wide = np.empty(rank, np.float32)
     while True:
-        first = fetch_add(counter, TAKE)
+        first = fetch_add(counter, UNIT_ROWS)
         if first >= rows:
             break
-        for row in range(first, min(first + TAKE, rows)):
+        for row in range(first, min(first + UNIT_ROWS, rows)):
             table = view(cos_sin + 4 * rope * positions[row], rope, F32)
             for head in range(heads):
                 _rotate(q + (row * q_stride + head * head_stride) * size_of(format), table, format)
