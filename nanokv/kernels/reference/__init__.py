@@ -1,4 +1,4 @@
-"""The torch twins, written to be read: the specification of every op and the oracle of the others. Any device."""
+"""The torch twins, written to be read: the specification of every op, and the oracle of the other twins. Any device."""
 
 from nanokv.kernels.reference.attention import paged_attention, plane_view, read_latents, tail_view
 from nanokv.kernels.reference.codes import (
