@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from harness import step_of
+from kernel_inputs import last, same_bits
 
 from nanokv.codecs import resolve_codec
 from nanokv.core.batch import Batch
@@ -53,10 +54,6 @@ class Requests:
         return twin.paged_attention(q, self.pool, self.planes, batch, self.scale)
 
 
-def last(length: int, count: int) -> list[int]:
-    return list(range(length - count, length))
-
-
 def assert_close(mine: torch.Tensor, truth: torch.Tensor) -> None:
     """float32: a score near 10 that is off by two ulp moves a weight by 1e-6, and values are below 5. 16-bit results
     are float32 results rounded once: two that nearly agree land at most one ulp (2**-8 or 2**-11) apart."""
@@ -64,10 +61,6 @@ def assert_close(mine: torch.Tensor, truth: torch.Tensor) -> None:
     assert mine.shape == truth.shape
     step = {F32: 0.0, BF16: 2**-7, F16: 2**-10}[truth.dtype]
     torch.testing.assert_close(mine.float(), truth.float(), atol=1e-5, rtol=step)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 MIXED = [1, 15, 16, 17, 63, 64, 65, 1000, 130, 300]
@@ -115,7 +108,7 @@ def test_a_row_has_the_same_bits_in_a_prefill_in_chunks_and_alone(dtype, q_dtype
         assert same_bits(requests.attend({0: [position]}), whole[position : position + 1])
 
 
-def test_a_row_has_the_same_bits_whoever_shares_its_step():
+def test_a_row_has_the_same_bits_with_any_batch_mates():
     requests = Requests(MIXED, heads=4, kv_heads=1)
     mixed = requests.attend(MIXED_ROWS)
     start = 0
@@ -148,7 +141,7 @@ def test_the_number_of_threads_changes_no_bit():
     assert same_bits(results[0], results[2])
 
 
-def test_scattered_positions_see_what_lies_before_each():
+def test_scattered_positions_see_the_keys_before_each():
     requests = Requests([400], heads=3, kv_heads=1)
     whole = requests.attend({0: list(range(400))})
     noise = torch.Generator().manual_seed(3)
@@ -179,7 +172,7 @@ def test_pages_past_four_gibibytes_are_reached():
     assert truth.abs().max() > 0.1
 
 
-def test_very_unlike_scores_neither_overflow_nor_vanish():
+def test_scores_far_apart_neither_overflow_nor_vanish():
     requests = Requests([200], head_dim=32)
     for scale in (30.0, 1e-6):
         requests.scale = scale
@@ -188,7 +181,7 @@ def test_very_unlike_scores_neither_overflow_nor_vanish():
         torch.testing.assert_close(mine, truth, atol=2e-3, rtol=0.0)
 
 
-def test_no_rows_give_no_rows_and_a_q_that_does_not_fit_is_refused():
+def test_no_rows_give_no_rows_and_a_q_of_the_wrong_shape_is_refused():
     requests = Requests([20, 5])
     assert requests.attend({0: []}).shape == (0, 6 * 64)
     rows = {0: [], 1: [4]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import step_of
+from kernel_inputs import noise, same_bits
 
 from nanokv.codecs import resolve_codec
 from nanokv.core.spec import LayerSpec, PageLayout
@@ -18,10 +19,6 @@ ROWS = [1, 2, 3, 7, 64, 500]
 WIDTHS = [8, 33, 576, 1536]
 
 
-def noise(*shape: int, seed: int = 0, dtype=F32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def assert_close(mine: torch.Tensor, truth: torch.Tensor) -> None:
     """float32: sums of 1,536 squares and 2**x are good to a few ulp. 16 bits: the norm rounds twice (before and after
     the weight), so two float32 results that nearly agree may end two ulp apart (an ulp is 2**-7 or 2**-10, relative
@@ -29,10 +26,6 @@ def assert_close(mine: torch.Tensor, truth: torch.Tensor) -> None:
     assert mine.dtype == truth.dtype
     step = {F32: 2e-6, BF16: 2**-6, F16: 2**-9}[truth.dtype]
     torch.testing.assert_close(mine.float(), truth.float(), atol=1e-6, rtol=step)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype, weight_dtype", FORMATS, ids=str)
@@ -81,7 +74,7 @@ def test_the_gated_activation_agrees_with_the_reference(dtype):
             assert_close(cpu.silu_mul(gate_up), reference.silu_mul(gate_up))
 
 
-def test_the_gated_activation_is_calm_at_the_ends():
+def test_the_gated_activation_agrees_at_extreme_inputs():
     gate_up = torch.tensor([[-1e4, -200.0, -88.0, -0.0, 0.0, 88.0, 1e4, 3e38] + [1.0] * 8])
     assert_close(cpu.silu_mul(gate_up), reference.silu_mul(gate_up))
 
@@ -121,7 +114,7 @@ def test_no_rows_give_no_rows():
     assert cpu.gated_rms_norm(torch.empty(0, 16), torch.empty(0, 16), weight, 1e-5).shape == (0, 16)
 
 
-def test_a_row_has_the_same_bits_whatever_the_other_rows_and_threads_are():
+def test_a_row_has_the_same_bits_with_any_other_rows_and_threads():
     x, weight, gate_up = noise(300, 576), noise(576, seed=1), noise(300, 3072, seed=2)
     normed, gated, opened = cpu.rms_norm(x, weight, 1e-5), cpu.silu_mul(gate_up), cpu.sigmoid_mul(x, gate_up[:, :576])
     both = cpu.gated_rms_norm(x, gate_up[:, :576], weight[:64], 1e-5)

@@ -1,10 +1,10 @@
-"""Units of attention: how a step is cut into them, how one loads its queries and stores its results.
+"""Units of work of attention: cutting a step into units, loading the queries of a unit, storing its results.
 
-A unit is a block of rows of one request (row_blocks.py) with some KV heads and some query heads of each. It numbers
-its queries by KV head, then row, then query head. Tuples carry what belongs together:
+A unit is a block of rows of one request (row_blocks.py) with some KV heads and some query heads of each. Its queries
+are numbered by KV head, then row, then query head. Two tuples:
 
-    cut    query heads of a KV head; of a unit: KV heads, query heads of each; units side by side in a KV head
-    unit   first row, first KV head, first query head of a KV head, query heads of it, queries of a KV head
+    cut    query heads of a KV head; KV heads of a unit, query heads of each; units that share a KV head
+    unit   first row, first KV head, first query head of each KV head, query heads of each, queries of each
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def unit_of(index, start, end, cut):
 
 @inner
 def _row_and_head(n, unit, group):
-    """Where query n of a unit stands in q and in out."""
+    """The row and the head of query n of a unit, in q and in out."""
     start, first_head, first, members, queries = unit
     return start + n % queries // members, (first_head + n // queries) * group + first + n % members
 

@@ -1,7 +1,7 @@
 """Attention on codes on a CPU: as attention.py, over tiles of codes (code_tile.py).
 
 Codes are decoded to float32 once a KV head and tile, for all queries of a unit. Sums add in the order of attention.py,
-so the bits of a row depend on that row alone here, too.
+so here, too, the bits of a row depend on that row alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a step writes into pages of codes, on a CPU: the scale of each vector, its codes and their packing, in one pass.
+"""Writes of a step into pages of codes, on a CPU: the scale of each vector, its codes and their packing, in one pass.
 
 Sums add in the order of reference.codes.row_sum, halves to each other, so that both twins write the same bytes, except
 for a number on a threshold: torch does not always round a square root to the nearest.

@@ -156,7 +156,7 @@ def pv_codes(rows, width, bits, plane, scales, queries, limits, weights, v, acc)
     for start in range(0, dims, DIM_TILE):
         end = min(start + DIM_TILE, dims)
         for d in range(start, end, 32):
-            other = min(d + 16, dims - 16)  # the last 16 of an odd number of them come twice
+            other = min(d + 16, dims - 16)  # of an odd number of blocks the last is decoded twice
             a, b = d // width, other // width
             decode_values(
                 KV_TILE, rows, d - a * width, a * bits, other - b * width, b * bits, mask, plane[5], plane[6],

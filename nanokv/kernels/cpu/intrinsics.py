@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 FLOAT, INT, SHORT, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.HalfType()
 
-# torch dtype -> an empty array of its element type: the argument that tells a kernel what it reads.
+# torch dtype -> an empty array of its element type: the argument that gives a kernel its number format.
 FORMAT = {
     torch.float32: np.empty(0, np.float32),
     torch.bfloat16: np.empty(0, np.uint16),

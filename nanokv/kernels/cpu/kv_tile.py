@@ -1,12 +1,12 @@
-"""A KV tile: 64 keys and values of one KV head meet the queries of a unit (attention_units.py), in float32.
+"""A KV tile: attention of a unit's queries (attention_units.py) over 64 keys and values of one KV head, in float32.
 
     scores [queries, 64]    = q [queries, depth] @ K [64, depth] transposed      `qk`
     weights                 = the scores under an online softmax                 `online_softmax`
     acc [queries, values]  += weights [queries, 64] @ V [64, values]             `pv`
 
-K and V are widened 64 dims at a time, and each part meets every query before the next part takes its place: 16 KiB,
-half of a first-level cache, however wide keys and values are. A part adds to the sums of the part before it, so
-cutting K into parts does not change the order of any sum (simd.py).
+K and V are widened 64 dims at a time, and every query uses a part before the next part replaces it: 16 KiB, half of a
+first-level cache, for keys and values of any width. A part adds to the sums of the part before it, so cutting K into
+parts does not change the order of any sum (simd.py).
 
 All places in memory are addresses. limits int64 [queries] holds, for each query, the last key of the tile that the
 query sees: 0 to 63, or -1 for none.

@@ -121,7 +121,7 @@ def _pointer(builder, address, offset):
 
 
 def _each_kind(builder, kind, body):
-    """body(kind), compiled for every kind of table; a switch runs the one at hand."""
+    """body(kind), compiled for every kind of table; a switch picks the one to run."""
     end = builder.append_basic_block()
     choice = builder.switch(kind, end)
     for number in (LOOKUP, UNIFORM, FLOAT8):

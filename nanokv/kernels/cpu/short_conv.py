@@ -6,8 +6,8 @@ multiply-adds and a silu of numbers in the first-level cache, the same in every 
 In place, because the system takes longer to provide fresh memory for the results of 2,048 rows (30 ms) than one thread
 of an AMD Zen 3 takes to compute them (20).
 
-In memory the numbers of a channel lie side by side (four weights, three inputs), here those of a row: loops that
-transpose them name each row, because LLVM then vectorises them (256 channels of a state take 0.07 us).
+In memory the numbers of a channel lie side by side (four weights, three inputs); in scratch those of a row do. Loops
+that transpose them name each row, because LLVM then vectorises them (256 channels of a state take 0.07 us).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a step writes into pages, on a CPU: norms of heads and latents, rotation, and the write, in one pass."""
+"""Writes of a step into pages, on a CPU: norms of heads and latents, rotation, and the write, in one pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step writes into pages: norm of a head, rotation, the write, one program a head, in one pass over memory."""
+"""Writes of a step into pages: norm, rotation and write of one head a program, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def rope_and_store_kernel(
     """
     row, head = tl.program_id(0), tl.program_id(1)
     number: tl.constexpr = qkv.dtype.element_ty
-    here = qkv + row.to(tl.int64) * qkv_row + head * HEAD_DIM
+    head_at = qkv + row.to(tl.int64) * qkv_row + head * HEAD_DIM
     half_dims, rest_dims = tl.arange(0, BLOCK_HALF), 2 * HALF + tl.arange(0, BLOCK_REST)
     is_half, is_rest = half_dims < HALF, rest_dims < HEAD_DIM
-    low = tl.load(here + half_dims, mask=is_half, other=0.0)
-    high = tl.load(here + HALF + half_dims, mask=is_half, other=0.0)
-    rest = tl.load(here + rest_dims, mask=is_rest, other=0.0)
+    low = tl.load(head_at + half_dims, mask=is_half, other=0.0)
+    high = tl.load(head_at + HALF + half_dims, mask=is_half, other=0.0)
+    rest = tl.load(head_at + rest_dims, mask=is_rest, other=0.0)
     is_value = head >= HEADS + KV_HEADS
     if not is_value:
         wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
@@ -89,10 +89,10 @@ def rope_and_store_kernel(
             rest = wide_rest.to(number)
         wide_low, wide_high = rotated(wide_low, wide_high, cos_sin, tl.load(positions + row), half_dims, HALF)
         low, high = wide_low.to(number), wide_high.to(number)
-        tl.store(here + half_dims, low, mask=is_half)
-        tl.store(here + HALF + half_dims, high, mask=is_half)
+        tl.store(head_at + half_dims, low, mask=is_half)
+        tl.store(head_at + HALF + half_dims, high, mask=is_half)
         if HAS_NORMS:
-            tl.store(here + rest_dims, rest, mask=is_rest)
+            tl.store(head_at + rest_dims, rest, mask=is_rest)
     if STORES and head >= HEADS:
         kv_head = tl.where(is_value, head - HEADS - KV_HEADS, head - HEADS).to(tl.int64)
         plane = pool + tl.where(is_value, v_offset, k_offset) + kv_head * head_stride
@@ -188,17 +188,17 @@ def store_latent_kernel(
     number: tl.constexpr = kv.dtype.element_ty
     is_key = head == HEADS
     latent = kv + row.to(tl.int64) * kv_row
-    here = tl.where(
+    head_at = tl.where(
         is_key, (latent + RANK).to(tl.int64), (q_rope + row.to(tl.int64) * q_row + head * q_head).to(tl.int64)
     )
-    here = here.to(tl.pointer_type(number))
+    head_at = head_at.to(tl.pointer_type(number))
     half_dims = tl.arange(0, BLOCK_HALF)
     is_half = half_dims < HALF
-    low = tl.load(here + half_dims, mask=is_half, other=0.0).to(tl.float32)
-    high = tl.load(here + HALF + half_dims, mask=is_half, other=0.0).to(tl.float32)
+    low = tl.load(head_at + half_dims, mask=is_half, other=0.0).to(tl.float32)
+    high = tl.load(head_at + HALF + half_dims, mask=is_half, other=0.0).to(tl.float32)
     low, high = rotated(low, high, cos_sin, tl.load(positions + row), half_dims, HALF)
-    tl.store(here + half_dims, low.to(number), mask=is_half)
-    tl.store(here + HALF + half_dims, high.to(number), mask=is_half)
+    tl.store(head_at + half_dims, low.to(number), mask=is_half)
+    tl.store(head_at + HALF + half_dims, high.to(number), mask=is_half)
     if is_key:
         rope_key = page_slot(pool + tail_offset, write_pages, write_slots, row, page_bytes, tail_stride, FORMAT)
         tl.store(rope_key + half_dims, low.to(number).to(FORMAT), mask=is_half)

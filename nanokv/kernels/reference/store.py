@@ -1,4 +1,4 @@
-"""What a step writes into pages, in torch: norms of heads and latents, rotation by position, and the write."""
+"""Writes of a step into pages, in torch: norms of heads and latents, rotation by position, and the write."""
 
 from __future__ import annotations
 
