@@ -1,4 +1,4 @@
-"""Times decode attention on codes on this CPU, against raw bfloat16, in turns: SmolLM2-135M's heads, 30 layers.
+"""Times decode attention on codes on this CPU, interleaved with raw bfloat16: SmolLM2-135M's heads, 30 layers.
 
 python scripts/bench_codes.py [--requests 1] [--tokens 2048] [--json docs/benchmarks/codes.json]
 """

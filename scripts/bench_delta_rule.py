@@ -19,7 +19,7 @@ HEADS, DIM, TOKENS, REPEATS = 16, 128, 2048, 9
 WIDTH, STATE = HEADS * DIM, 4 * HEADS * DIM * DIM
 PLANES = ops.StatePlanes(STATE, 0, STATE + 6 * 3 * WIDTH, HEADS, HEADS, DIM, DIM, 4, torch.bfloat16)
 KEEP = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
-LAYERS = 18  # a decode finds the state of a layer where the states of all others have left it
+LAYERS = 18  # in a decode the states of all other layers pass through the cache before a layer runs again
 
 
 def batch_of(requests: int, rows: int, position: int) -> Batch:
@@ -31,7 +31,7 @@ def batch_of(requests: int, rows: int, position: int) -> Batch:
 
 
 def measure(name: str, run: Callable[[], object], calls: int = 1) -> None:
-    """Prints milliseconds of one of the `calls` that a run makes; the first run is not counted."""
+    """Prints the milliseconds of one of the `calls` of a run; the first run is not counted."""
     times = []
     for _ in range(REPEATS + 1):
         begin = time.perf_counter()
@@ -42,7 +42,7 @@ def measure(name: str, run: Callable[[], object], calls: int = 1) -> None:
 
 
 def terms_of(qkv: torch.Tensor, gates: torch.Tensor, a_log: torch.Tensor, dt_bias: torch.Tensor) -> list[torch.Tensor]:
-    """What transformers takes: q, k, v [1, rows, heads, dim], the logarithm of decay and beta [1, rows, heads]."""
+    """Arguments of transformers: q, k, v [1, rows, heads, dim], the logarithm of decay and beta [1, rows, heads]."""
     b, a = gates[None].chunk(2, dim=2)
     heads = [part.reshape(1, -1, HEADS, DIM) for part in qkv.split(WIDTH, dim=1)]
     return [*heads, -a_log.exp() * F.softplus(a + dt_bias), b.sigmoid()]
@@ -91,7 +91,7 @@ def decode(requests: int, x, z, gates, weight, norm, a_log, dt_bias) -> None:
 def main() -> None:
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads; milliseconds of a layer: fastest, median, slowest of {REPEATS}")
-    fused = torch.randn(TOKENS, 4 * WIDTH + 2 * HEADS)  # as one projection gives them
+    fused = torch.randn(TOKENS, 4 * WIDTH + 2 * HEADS)  # as one projection returns them
     x, z, gates = fused.split([3 * WIDTH, WIDTH, 2 * HEADS], dim=1)
     a_log, dt_bias = (0.02 + 0.48 * torch.rand(HEADS)).log(), torch.full((HEADS,), -2.0)
     given = (x, z, gates, torch.randn(3 * WIDTH, 4) / 2, torch.ones(DIM), a_log, dt_bias)
