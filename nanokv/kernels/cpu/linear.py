@@ -26,7 +26,7 @@ from numba.extending import intrinsic
 from nanokv.kernels.cpu.compiled import compiled
 from nanokv.kernels.cpu.intrinsics import FLOAT, FORMAT, constant, emit_fma, emit_prefetch, emit_widen, fetch_add, view
 from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
-from nanokv.kernels.cpu.simd import emit_broadcast
+from nanokv.kernels.cpu.simd import emit_broadcast, emit_load, emit_store
 
 LANES = 16
 # Rows of a tile: as many sums as registers hold beside the weights. AVX2 has 16 registers of half a block.
@@ -49,16 +49,14 @@ def _emit_tile(builder, rows, x, x_stride, w, y, y_stride, depth, element):
     take more integer registers than there are.
     """
     index, weight, size = depth.type, w.type.pointee, element.bitwidth // 8
-    lanes, sixteen = ir.VectorType(FLOAT, LANES), ir.VectorType(weight, LANES)
     strides = [builder.mul(x_stride, index(r)) for r in range(rows)]
     thirds = [
         cgutils.alloca_once_value(builder, builder.gep(x, [stride], source_etype=FLOAT)) for stride in strides[::3]
     ]
-    sums = [cgutils.alloca_once_value(builder, constant(lanes, 0.0)) for _ in range(rows)]
+    sums = [cgutils.alloca_once_value(builder, constant(ir.VectorType(FLOAT, LANES), 0.0)) for _ in range(rows)]
     with cgutils.for_range(builder, depth) as loop:
         place = builder.gep(w, [builder.mul(loop.index, index(LANES))], source_etype=weight)
-        weights = builder.load(builder.bitcast(place, sixteen.as_pointer()), typ=sixteen, align=size)
-        weights = emit_widen(builder, weights, element)
+        weights = emit_widen(builder, emit_load(builder, place, index(0), weight, LANES), element)
         ahead = builder.gep(place, [index(PREFETCH_BYTES // size)], source_etype=weight)
         emit_prefetch(builder, builder.bitcast(ahead, ir.IntType(8).as_pointer()), 3)
         for r, total in enumerate(sums):
@@ -68,8 +66,7 @@ def _emit_tile(builder, rows, x, x_stride, w, y, y_stride, depth, element):
         for third in thirds:
             builder.store(builder.gep(builder.load(third), [index(1)], source_etype=FLOAT), third)
     for r, total in enumerate(sums):
-        place = builder.gep(y, [builder.mul(y_stride, index(r))], source_etype=FLOAT)
-        builder.store(builder.load(total), builder.bitcast(place, lanes.as_pointer()), align=4)
+        emit_store(builder, builder.load(total), y, builder.mul(y_stride, index(r)))
 
 
 @intrinsic
@@ -119,15 +116,10 @@ def _work(counter, x, x_stride, x_head, w, y, rows, depth, heads, blocks, row_bl
             for tile in range(tiles):
                 size = (count + tile) // tiles  # tiles of nearly equal size: 8 rows are 4 + 4, not 6 + 2
                 _tile(
-                    size,
-                    x + 4 * (row * x_stride + head * x_head),
-                    x_stride,
+                    size, x + 4 * (row * x_stride + head * x_head), x_stride,
                     w + (head * blocks + block) * block_bytes,
-                    y + 4 * (row * y_stride + (head * blocks + block) * LANES),
-                    y_stride,
-                    depth,
-                    format,
-                )
+                    y + 4 * (row * y_stride + (head * blocks + block) * LANES), y_stride, depth, format,
+                )  # fmt: skip
                 row += size
 
 
