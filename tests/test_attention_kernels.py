@@ -155,8 +155,8 @@ def test_pages_past_four_gibibytes_are_reached():
     page_bytes = 1 << 20
     pool = torch.from_numpy(np.zeros((4200, page_bytes), np.uint8))  # only touched pages take memory
     planes = ops.KVPlanes(
-        k_offset=page_bytes - 4096, v_offset=page_bytes - 2048, tail_offset=0, page_bytes=page_bytes, page_size=8,
-        token_stride=256, head_stride=2048, tail_stride=0, kv_heads=1, head_dim=64, value_dim=64, tail_dim=0, dtype=F32,
+        k_offset=page_bytes - 4096, v_offset=page_bytes - 2048, rope_offset=0, page_bytes=page_bytes, page_size=8,
+        token_stride=256, head_stride=2048, rope_stride=0, kv_heads=1, head_dim=64, value_dim=64, rope_dim=0, dtype=F32,
     )  # fmt: skip
     noise = torch.Generator().manual_seed(0)
     tables = torch.tensor([[4199, 4100]], dtype=torch.int32)

@@ -10,7 +10,7 @@ from kernel_inputs import last, noise, same_bits
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
 from nanokv.kernels import cpu, ops, reference
 from nanokv.kernels.reference import linear as plain
-from nanokv.kernels.reference.attention import plane_view, tail_view
+from nanokv.kernels.reference.attention import plane_view, rope_view
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ODD = [1, 15, 16, 17, 63, 64, 65, 1000]
@@ -27,9 +27,9 @@ def latent_planes(layout: PageLayout, layer: int) -> ops.KVPlanes:
     latent, k_rope = layout.paged(layer, "latent"), layout.paged(layer, "k_rope")
     (page_size, rank), rope, dtype = latent.plane.shape, k_rope.plane.shape[1], latent.plane.dtype
     return ops.KVPlanes(
-        k_offset=latent.offset, v_offset=latent.offset, tail_offset=k_rope.offset, page_bytes=layout.page_bytes,
-        page_size=page_size, token_stride=rank * dtype.itemsize, head_stride=0, tail_stride=rope * dtype.itemsize,
-        kv_heads=1, head_dim=rank, value_dim=rank, tail_dim=rope, dtype=dtype,
+        k_offset=latent.offset, v_offset=latent.offset, rope_offset=k_rope.offset, page_bytes=layout.page_bytes,
+        page_size=page_size, token_stride=rank * dtype.itemsize, head_stride=0, rope_stride=rope * dtype.itemsize,
+        kv_heads=1, head_dim=rank, value_dim=rank, rope_dim=rope, dtype=dtype,
     )  # fmt: skip
 
 
@@ -41,10 +41,10 @@ def latent_layout(rank: int, rope: int, page_size: int, dtype: torch.dtype) -> P
 def expanded_planes(kv_heads: int, nope: int, value: int, rope: int, tokens: int, dtype: torch.dtype) -> ops.KVPlanes:
     size, width = dtype.itemsize, kv_heads * (nope + value) + rope
     return ops.KVPlanes(
-        k_offset=0, v_offset=nope * size, tail_offset=kv_heads * (nope + value) * size,
+        k_offset=0, v_offset=nope * size, rope_offset=kv_heads * (nope + value) * size,
         page_bytes=tokens * width * size, page_size=tokens, token_stride=width * size,
-        head_stride=(nope + value) * size, tail_stride=width * size, kv_heads=kv_heads, head_dim=nope, value_dim=value,
-        tail_dim=rope, dtype=dtype,
+        head_stride=(nope + value) * size, rope_stride=width * size, kv_heads=kv_heads, head_dim=nope, value_dim=value,
+        rope_dim=rope, dtype=dtype,
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ class Latents:
         self.tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
         latents, rope_keys = (
             plane_view(self.pool, self.planes, self.planes.k_offset, rank),
-            tail_view(self.pool, self.planes),
+            rope_view(self.pool, self.planes),
         )
         self.latents, self.rope_keys, self.q = [], [], []
         for request, pages in enumerate(shuffled.split(counts)):
@@ -212,14 +212,14 @@ def test_latents_are_normed_rotated_and_written_as_by_the_reference(shape, dtype
             twin.store_latent(own_q[..., 20:], own_kv[:, :-5], weight, 1e-6, cos_sin, own_pool, planes, batch)
             where = batch.write_pages.long(), batch.write_slots.long()
             latent = plane_view(own_pool, planes, planes.k_offset, rank)[where[0], 0, where[1]]
-            results.append((own_q, own_kv, latent, tail_view(own_pool, planes)[where]))
+            results.append((own_q, own_kv, latent, rope_view(own_pool, planes)[where]))
             # Everything else is unchanged: the rest of q, the latent in kv, the columns after it.
             assert same_bits(own_q[..., :20], q[..., :20])
             assert same_bits(own_kv[:, :rank], kv[:, :rank]) and same_bits(own_kv[:, -5:], kv[:, -5:])
             assert same_bits(results[-1][3], own_kv[:, rank:-5].to(dtype))
             untouched = torch.ones(pool.shape[0], page_size, dtype=torch.bool)
             untouched[where] = False
-            assert (tail_view(own_pool, planes)[untouched].view(torch.uint8) == 7).all()
+            assert (rope_view(own_pool, planes)[untouched].view(torch.uint8) == 7).all()
             assert (own_pool[:, : planes.k_offset] == 7).all()
         for mine, truth in zip(*results, strict=True):
             # Two roundings (before and after the weight, or to the page) may move a 16-bit number by two ulp.

@@ -77,9 +77,9 @@ class LatentPages:
         latent, rows = self._latent, kv.shape[0]
         page = torch.empty(1, 4 * rows * (latent.rank + latent.rope), dtype=torch.uint8, device=kv.device)
         planes = ops.KVPlanes(
-            k_offset=0, v_offset=0, tail_offset=4 * rows * latent.rank, page_bytes=page.shape[1], page_size=rows,
-            token_stride=4 * latent.rank, head_stride=0, tail_stride=4 * latent.rope, kv_heads=1,
-            head_dim=latent.rank, value_dim=latent.rank, tail_dim=latent.rope, dtype=torch.float32,
+            k_offset=0, v_offset=0, rope_offset=4 * rows * latent.rank, page_bytes=page.shape[1], page_size=rows,
+            token_stride=4 * latent.rank, head_stride=0, rope_stride=4 * latent.rope, kv_heads=1,
+            head_dim=latent.rank, value_dim=latent.rank, rope_dim=latent.rope, dtype=torch.float32,
         )  # fmt: skip
         slots = torch.arange(rows, dtype=torch.int32, device=kv.device)
         here = replace(batch, write_pages=torch.zeros_like(slots), write_slots=slots)

@@ -147,7 +147,7 @@ def store_latent(
 
 
 def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch: Batch, scale: float) -> torch.Tensor:
-    """Attention over each row's request: [rows, heads, head_dim + tail_dim] -> [rows, heads * value_dim]."""
+    """Attention over each row's request: [rows, heads, head_dim + rope_dim] -> [rows, heads * value_dim]."""
     return _twins(q).paged_attention(q, pool, planes, batch, scale)
 
 

@@ -13,34 +13,34 @@ import torch
 class KVPlanes:
     """Where one attention layer's keys and values lie in a page.
 
-    K of a token and a KV head is `head_dim` numbers at k, then `tail_dim` at tail, which all KV heads share;
+    K of a token and a KV head is `head_dim` numbers at k, then `rope_dim` at rope, which all KV heads share;
     V of a token and a KV head is `value_dim` numbers at v:
 
-        grouped queries   k and v are planes [kv_heads, page_size, head_dim]; no tail
-        MLA, absorbed     one KV head: k and v are the same plane, the latent [page_size, rank]; the tail is the
+        grouped queries   k and v are planes [kv_heads, page_size, head_dim]; no rope
+        MLA, absorbed     one KV head: k and v are the same plane, the latent [page_size, rank]; rope is the
                           rotated key [page_size, rope]
         MLA, expanded     a page is rows [kv_heads * (nope + value) | rope], one a token, made for one step
 
-    k_offset, v_offset, tail_offset   bytes from the start of a page
+    k_offset, v_offset, rope_offset   bytes from the start of a page
     page_bytes                        bytes from one page of the pool to the next
     page_size                         tokens in a page, any number
     token_stride, head_stride         bytes from token to token and from KV head to KV head, for k and v
-    tail_stride                       bytes from token to token, for the tail
+    rope_stride                       bytes from token to token, for the rotated key
     dtype                             float32, bfloat16 or float16
     """
 
     k_offset: int
     v_offset: int
-    tail_offset: int
+    rope_offset: int
     page_bytes: int
     page_size: int
     token_stride: int
     head_stride: int
-    tail_stride: int
+    rope_stride: int
     kv_heads: int
     head_dim: int
     value_dim: int
-    tail_dim: int
+    rope_dim: int
     dtype: torch.dtype
 
     @cached_property
@@ -48,8 +48,8 @@ class KVPlanes:
         """The twelve sizes above as one int64 array, which is how compiled kernels take them."""
         return np.array(
             [
-                self.k_offset, self.v_offset, self.tail_offset, self.page_bytes, self.page_size, self.token_stride,
-                self.head_stride, self.tail_stride, self.kv_heads, self.head_dim, self.value_dim, self.tail_dim,
+                self.k_offset, self.v_offset, self.rope_offset, self.page_bytes, self.page_size, self.token_stride,
+                self.head_stride, self.rope_stride, self.kv_heads, self.head_dim, self.value_dim, self.rope_dim,
             ],
             np.int64,
         )  # fmt: skip

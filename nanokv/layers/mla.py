@@ -107,9 +107,9 @@ class MLA:
         page_size, rank = latent.plane.shape
         rope_dim, size = k_rope.plane.shape[1], latent.plane.dtype.itemsize
         self.planes = ops.KVPlanes(
-            k_offset=latent.offset, v_offset=latent.offset, tail_offset=k_rope.offset, page_bytes=layout.page_bytes,
-            page_size=page_size, token_stride=rank * size, head_stride=0, tail_stride=rope_dim * size, kv_heads=1,
-            head_dim=rank, value_dim=rank, tail_dim=rope_dim, dtype=latent.plane.dtype,
+            k_offset=latent.offset, v_offset=latent.offset, rope_offset=k_rope.offset, page_bytes=layout.page_bytes,
+            page_size=page_size, token_stride=rank * size, head_stride=0, rope_stride=rope_dim * size, kv_heads=1,
+            head_dim=rank, value_dim=rank, rope_dim=rope_dim, dtype=latent.plane.dtype,
         )  # fmt: skip
 
     @property
@@ -160,10 +160,10 @@ class MLA:
         scratch = torch.cat((self.expand(latent), k_rope), dim=1)
         size, each = scratch.element_size(), shape.nope_dim + shape.value_dim
         own = ops.KVPlanes(
-            k_offset=0, v_offset=shape.nope_dim * size, tail_offset=heads * each * size, page_bytes=scratch.nbytes,
+            k_offset=0, v_offset=shape.nope_dim * size, rope_offset=heads * each * size, page_bytes=scratch.nbytes,
             page_size=length, token_stride=scratch.shape[1] * size, head_stride=each * size,
-            tail_stride=scratch.shape[1] * size, kv_heads=heads, head_dim=shape.nope_dim, value_dim=shape.value_dim,
-            tail_dim=shape.rope_dim, dtype=scratch.dtype,
+            rope_stride=scratch.shape[1] * size, kv_heads=heads, head_dim=shape.nope_dim, value_dim=shape.value_dim,
+            rope_dim=shape.rope_dim, dtype=scratch.dtype,
         )  # fmt: skip
         alone = replace(batch, page_tables=torch.zeros_like(batch.page_tables[:, :1]), page_size=length)
         pool = scratch.view(torch.uint8).view(1, -1)

@@ -37,11 +37,11 @@ def _work(counter, q, q_stride, heads, out, pool, numbers, step, cut, scale, q_f
     """One thread of the kernel: takes units until none is left. step: blocks, rows of one, positions, page tables."""
     blocks, block_rows, positions, tables = step
     (
-        k_offset, v_offset, tail_offset, page_bytes, page_size, token_stride, head_stride, tail_stride, kv_heads,
-        head_dim, value_dim, tail_dim,
+        k_offset, v_offset, rope_offset, page_bytes, page_size, token_stride, head_stride, rope_stride, kv_heads,
+        head_dim, value_dim, rope_dim,
     ) = numbers  # fmt: skip
     _, unit_heads, unit_group, parts = cut
-    depth, padded, splits = head_dim + tail_dim, (value_dim + 15) // 16 * 16, kv_heads // unit_heads * parts
+    depth, padded, splits = head_dim + rope_dim, (value_dim + 15) // 16 * 16, kv_heads // unit_heads * parts
     # One piece of memory for all that a thread needs, in cache lines of its own: addresses and limits, then float32.
     of_head = block_rows * unit_group
     most, bounds = of_head * unit_heads, (of_head + 7) // 8 * 8
@@ -65,20 +65,20 @@ def _work(counter, q, q_stride, heads, out, pool, numbers, step, cut, scale, q_f
         start, end, request, last = blocks[index // splits]
         unit = unit_of(index % splits, start, end, cut)
         _, first_head, _, _, queries = unit
-        table, key_plane, rope_plane = tables[request], pool + k_offset + first_head * head_stride, pool + tail_offset
+        table, key_plane, rope_plane = tables[request], pool + k_offset + first_head * head_stride, pool + rope_offset
         load_queries(unit, cut, q, q_stride, depth, q_format, wide_q, best, acc, padded, total)
         tile, next_count = np.int64(0), min(last + 1, KV_TILE)
         locate(next_keys, tile, next_count, key_plane, table, page_bytes, page_size, token_stride)
-        if tail_dim > 0:
-            locate(next_rope_keys, tile, next_count, rope_plane, table, page_bytes, page_size, tail_stride)
+        if rope_dim > 0:
+            locate(next_rope_keys, tile, next_count, rope_plane, table, page_bytes, page_size, rope_stride)
         while next_count > 0:
             keys, next_keys, rope_keys, next_rope_keys, count = next_keys, keys, next_rope_keys, rope_keys, next_count
             next_count = min(last + 1 - tile - KV_TILE, KV_TILE)
             if next_count > 0:
                 after = tile + KV_TILE
                 locate(next_keys, after, next_count, key_plane, table, page_bytes, page_size, token_stride)
-                if tail_dim > 0:
-                    locate(next_rope_keys, after, next_count, rope_plane, table, page_bytes, page_size, tail_stride)
+                if rope_dim > 0:
+                    locate(next_rope_keys, after, next_count, rope_plane, table, page_bytes, page_size, rope_stride)
             set_limits(unit, positions, tile, limits)
             for h in range(unit_heads):
                 shift, at = h * head_stride, h * queries
@@ -90,10 +90,10 @@ def _work(counter, q, q_stride, heads, out, pool, numbers, step, cut, scale, q_f
                     head_keys, count, next_keys, next_count, shift, head_dim, head_q, depth, queries, limits, k, scores,
                     format,
                 )  # fmt: skip
-                if tail_dim > 0:
+                if rope_dim > 0:
                     rope_q = head_q + 4 * head_dim
                     qk(
-                        rope_keys, count, next_rope_keys, next_count, np.int64(0), tail_dim, rope_q, depth, queries,
+                        rope_keys, count, next_rope_keys, next_count, np.int64(0), rope_dim, rope_q, depth, queries,
                         limits, k, scores, format,
                     )  # fmt: skip
                 online_softmax(queries, limits, scale, scores, head_acc, padded, total + 4 * at * LANES, best + 4 * at)
@@ -126,7 +126,7 @@ def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch
     rows, heads, depth = q.shape
     q_stride, head_stride, dim_stride = q.stride()
     value_dim = planes.value_dim
-    if depth != planes.head_dim + planes.tail_dim or heads % planes.kv_heads or head_stride != depth or dim_stride != 1:
+    if depth != planes.head_dim + planes.rope_dim or heads % planes.kv_heads or head_stride != depth or dim_stride != 1:
         raise ValueError(f"paged_attention: q {tuple(q.shape)} with strides {q.stride()} does not fit {planes}")
     out = q.new_empty(rows, heads * value_dim)
     if rows == 0:

@@ -143,7 +143,7 @@ def _latent_work(
     counter, q, q_stride, head_stride, heads, kv, kv_stride, rows, weight, eps, cos_sin, pool, numbers, positions,
     pages, slots, format, weight_format, page_format,
 ):  # fmt: skip
-    k_offset, _, tail_offset, page_bytes, _, token_stride, _, tail_stride, _, rank, _, rope = numbers
+    k_offset, _, rope_offset, page_bytes, _, token_stride, _, rope_stride, _, rank, _, rope = numbers
     positions, pages, slots = view(positions, rows, INT32), view(pages, rows, INT32), view(slots, rows, INT32)
     wide = np.empty(rank, np.float32)
     while True:
@@ -159,7 +159,7 @@ def _latent_work(
             _norm(latent, wide, weight, eps, place, format, weight_format, page_format)
             rope_key = latent + rank * size_of(format)
             _rotate(rope_key, table, format)
-            _copy(rope_key, page + tail_offset + slots[row] * tail_stride, rope, format, page_format)
+            _copy(rope_key, page + rope_offset + slots[row] * rope_stride, rope, format, page_format)
 
 
 @compiled
@@ -187,7 +187,7 @@ def store_latent(
     """As reference.store_latent."""
     (rows, heads, rope), (q_stride, head_stride, q_step) = q_rope.shape, q_rope.stride()
     (_, width), (kv_stride, kv_step) = kv.shape, kv.stride()
-    if (rope, width) != (planes.tail_dim, planes.head_dim + rope) or cos_sin.shape[1] != rope:
+    if (rope, width) != (planes.rope_dim, planes.head_dim + rope) or cos_sin.shape[1] != rope:
         raise ValueError(f"store_latent: q_rope {tuple(q_rope.shape)}, kv {tuple(kv.shape)} do not fit {planes}")
     if q_step != 1 or kv_step != 1 or q_rope.dtype != kv.dtype:
         raise ValueError("store_latent: the numbers of q_rope and of kv must lie side by side and be of one dtype")

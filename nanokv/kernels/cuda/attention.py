@@ -38,15 +38,15 @@ def attend(
     table,
     k_offset,
     v_offset,
-    tail_offset,
+    rope_offset,
     page_bytes,
     page_size,
     token_stride,
-    tail_stride,
+    rope_stride,
     scale,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    TAIL_DIM: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_ROPE: tl.constexpr,
@@ -74,9 +74,9 @@ def attend(
         k_at = (at + k_offset).to(tl.pointer_type(FORMAT), bitcast=True)
         k = tl.load(k_at[:, None] + dims[None, :], mask=is_valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
         scores = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        if TAIL_DIM > 0:
-            rope_at = (page_at + slot * tail_stride + tail_offset).to(tl.pointer_type(FORMAT), bitcast=True)
-            is_rope = is_valid[:, None] & (rope_dims < TAIL_DIM)[None, :]
+        if ROPE_DIM > 0:
+            rope_at = (page_at + slot * rope_stride + rope_offset).to(tl.pointer_type(FORMAT), bitcast=True)
+            is_rope = is_valid[:, None] & (rope_dims < ROPE_DIM)[None, :]
             rope_k = tl.load(rope_at[:, None] + rope_dims[None, :], mask=is_rope, other=0.0)
             scores = dot(q_rope, tl.trans(rope_k.to(q.dtype)), scores)
         is_seen = is_valid[None, :] & (tokens[None, :] <= positions[:, None])
@@ -113,19 +113,19 @@ def attention_kernel(
     splits,
     k_offset,
     v_offset,
-    tail_offset,
+    rope_offset,
     page_bytes,
     page_size,
     token_stride,
     head_stride,
-    tail_stride,
+    rope_stride,
     scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_H: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    TAIL_DIM: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_ROPE: tl.constexpr,
@@ -164,13 +164,13 @@ def attention_kernel(
     is_query = is_used[:, None] & (dims < HEAD_DIM)[None, :]
     q_main = tl.load(q + query[:, None] + dims[None, :], mask=is_query, other=0.0)
     q_rope = q_main
-    if TAIL_DIM > 0:
-        is_rope = is_used[:, None] & (rope_dims < TAIL_DIM)[None, :]
+    if ROPE_DIM > 0:
+        is_rope = is_used[:, None] & (rope_dims < ROPE_DIM)[None, :]
         q_rope = tl.load(q + query[:, None] + (HEAD_DIM + rope_dims)[None, :], mask=is_rope, other=0.0)
     acc, total, best = attend(
         q_main, q_rope, row_positions, first, last, pool + kv_head.to(tl.int64) * head_stride,
-        tables + tl.cast(request, tl.int64) * tables_row, k_offset, v_offset, tail_offset - kv_head * head_stride,
-        page_bytes, page_size, token_stride, tail_stride, scale, HEAD_DIM, VALUE_DIM, TAIL_DIM, BLOCK_D, BLOCK_V,
+        tables + tl.cast(request, tl.int64) * tables_row, k_offset, v_offset, rope_offset - kv_head * head_stride,
+        page_bytes, page_size, token_stride, rope_stride, scale, HEAD_DIM, VALUE_DIM, ROPE_DIM, BLOCK_D, BLOCK_V,
         BLOCK_ROPE, V_IN_K, FORMAT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # 0: an unused query of the tile
@@ -198,9 +198,9 @@ class Tiling:
 def tiling(planes: KVPlanes, group: int, itemsize: int, is_decode: bool) -> Tiling:
     """Blocks for one KV head's group of query heads; itemsize is that of a query's numbers, in bytes."""
     block_d, block_v = power_of_two(planes.head_dim, 16), power_of_two(planes.value_dim, 16)
-    block_rope, block_h = power_of_two(planes.tail_dim, 16), min(group, MAX_HEADS)
+    block_rope, block_h = power_of_two(planes.rope_dim, 16), min(group, MAX_HEADS)
     v_in_k = planes.k_offset == planes.v_offset and planes.head_dim == planes.value_dim
-    token_bytes = itemsize * (block_d + (block_rope if planes.tail_dim else 0) + (0 if v_in_k else block_v))
+    token_bytes = itemsize * (block_d + (block_rope if planes.rope_dim else 0) + (0 if v_in_k else block_v))
     block_n = next((size for size in (64, 32) if size * token_bytes <= TILE_BYTES), 16)
     most = 128 if block_v <= 128 and itemsize == 2 else 64 if block_v <= 256 and itemsize == 2 else 32
     block_m = power_of_two(block_h, 16 if is_decode else most)
@@ -219,7 +219,7 @@ def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch
     Source   Dao 2023 (flash-decoding: a decode's context split over programs, parts merged by log-sum-exp)
     """
     rows, heads, dim = q.shape
-    if q.stride(2) != 1 or heads % planes.kv_heads or dim != planes.head_dim + planes.tail_dim:
+    if q.stride(2) != 1 or heads % planes.kv_heads or dim != planes.head_dim + planes.rope_dim:
         raise ValueError(f"paged_attention: q {tuple(q.shape)} with strides {q.stride()} does not fit {planes}")
     out = q.new_empty(rows, heads * planes.value_dim)
     if rows == 0:
@@ -236,10 +236,10 @@ def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch
             q=q, q_row=q.stride(0), q_head=q.stride(1), pool=pool, positions=batch.positions,
             starts=batch.request_starts, tables=batch.page_tables, tables_row=batch.page_tables.stride(0),
             requests=requests, out=out, parts=parts, part_scores=part_scores, splits=splits, k_offset=planes.k_offset,
-            v_offset=planes.v_offset, tail_offset=planes.tail_offset, page_bytes=planes.page_bytes,
+            v_offset=planes.v_offset, rope_offset=planes.rope_offset, page_bytes=planes.page_bytes,
             page_size=planes.page_size, token_stride=planes.token_stride, head_stride=planes.head_stride,
-            tail_stride=planes.tail_stride, scale=scale, KV_HEADS=planes.kv_heads, GROUP=group,
-            HEAD_DIM=planes.head_dim, VALUE_DIM=planes.value_dim, TAIL_DIM=planes.tail_dim,
+            rope_stride=planes.rope_stride, scale=scale, KV_HEADS=planes.kv_heads, GROUP=group,
+            HEAD_DIM=planes.head_dim, VALUE_DIM=planes.value_dim, ROPE_DIM=planes.rope_dim,
             FORMAT=DTYPES[planes.dtype], IS_DECODE=is_decode, IS_SPLIT=splits > 1, **tile.blocks,
         )  # fmt: skip
         if splits > 1:

@@ -172,10 +172,10 @@ def store_latent_kernel(
     write_slots,
     pool,
     k_offset,
-    tail_offset,
+    rope_offset,
     page_bytes,
     token_stride,
-    tail_stride,
+    rope_stride,
     HEADS: tl.constexpr,
     RANK: tl.constexpr,
     HALF: tl.constexpr,
@@ -200,7 +200,7 @@ def store_latent_kernel(
     tl.store(head_at + half_dims, low.to(number), mask=is_half)
     tl.store(head_at + HALF + half_dims, high.to(number), mask=is_half)
     if is_key:
-        rope_key = page_slot(pool + tail_offset, write_pages, write_slots, row, page_bytes, tail_stride, FORMAT)
+        rope_key = page_slot(pool + rope_offset, write_pages, write_slots, row, page_bytes, rope_stride, FORMAT)
         tl.store(rope_key + half_dims, low.to(number).to(FORMAT), mask=is_half)
         tl.store(rope_key + HALF + half_dims, high.to(number).to(FORMAT), mask=is_half)
         dims = tl.arange(0, BLOCK_RANK)
@@ -230,8 +230,8 @@ def store_latent(
         store_latent_kernel, (rows, heads + 1), num_warps=1, q_rope=q_rope, q_row=q_rope.stride(0),
         q_head=q_rope.stride(1), kv=kv, kv_row=kv.stride(0), norm_weight=norm_weight, eps=eps, cos_sin=cos_sin,
         positions=batch.positions, write_pages=batch.write_pages, write_slots=batch.write_slots, pool=pool,
-        k_offset=planes.k_offset, tail_offset=planes.tail_offset, page_bytes=planes.page_bytes,
-        token_stride=planes.token_stride, tail_stride=planes.tail_stride, HEADS=heads, RANK=planes.head_dim,
+        k_offset=planes.k_offset, rope_offset=planes.rope_offset, page_bytes=planes.page_bytes,
+        token_stride=planes.token_stride, rope_stride=planes.rope_stride, HEADS=heads, RANK=planes.head_dim,
         HALF=rope // 2, BLOCK_RANK=power_of_two(planes.head_dim), BLOCK_HALF=power_of_two(rope // 2),
         FORMAT=DTYPES[planes.dtype],
     )  # fmt: skip

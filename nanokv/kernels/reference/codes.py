@@ -167,12 +167,12 @@ def decode_pages(pool: torch.Tensor, planes: CodePlanes, side: CodePlane, pages:
 
 
 def decoded_batch(
-    k: torch.Tensor, v: torch.Tensor | None, tail: torch.Tensor | None, batch: Batch, tables: torch.Tensor
+    k: torch.Tensor, v: torch.Tensor | None, rope: torch.Tensor | None, batch: Batch, tables: torch.Tensor
 ) -> tuple[torch.Tensor, KVPlanes, Batch]:
     """A pool made for one step of decoded keys and values, with what `paged_attention` needs to read it.
 
     k, v     [pages, kv_heads, page_size, dim], both float32, bfloat16 or float16; v None: the values are the keys
-    tail     the rotated keys of MLA [pages, page_size, rope_dim], dtype of k, or None
+    rope     the rotated keys of MLA [pages, page_size, rope_dim], dtype of k, or None
     tables   int32 [requests, widest]: the pages of each request, as indices into k and v
     Returns  the pool, its planes, and the batch with these tables
     """
@@ -180,12 +180,12 @@ def decoded_batch(
     value_dim = v.shape[-1] if own else dim
     heads = torch.cat((k, v), dim=-1) if own else k
     width, size, heads = heads.shape[-1], k.element_size(), heads.flatten(1)
-    pool = heads if tail is None else torch.cat((heads, tail.flatten(1)), dim=1)
+    pool = heads if rope is None else torch.cat((heads, rope.flatten(1)), dim=1)
     planes = KVPlanes(
-        k_offset=0, v_offset=size * dim if own else 0, tail_offset=size * heads.shape[1],
+        k_offset=0, v_offset=size * dim if own else 0, rope_offset=size * heads.shape[1],
         page_bytes=size * pool.shape[1], page_size=page_size, token_stride=size * width,
-        head_stride=size * page_size * width, tail_stride=0 if tail is None else size * tail.shape[-1],
-        kv_heads=kv_heads, head_dim=dim, value_dim=value_dim, tail_dim=0 if tail is None else tail.shape[-1],
+        head_stride=size * page_size * width, rope_stride=0 if rope is None else size * rope.shape[-1],
+        kv_heads=kv_heads, head_dim=dim, value_dim=value_dim, rope_dim=0 if rope is None else rope.shape[-1],
         dtype=k.dtype,
     )  # fmt: skip
     return pool.view(torch.uint8), planes, replace(batch, page_tables=tables)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nanokv.kernels.reference.attention import plane_view, tail_view
+from nanokv.kernels.reference.attention import plane_view, rope_view
 from nanokv.kernels.reference.elementwise import rms_norm
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def store_latent(
     norm_weight   [rank], float, for the `rms_norm` of the latent with `eps`
     cos_sin       float32 [max_len, rope]: cosines, then sines, by position
     pool          uint8 [num_pages, page_bytes]; row i goes to page batch.write_pages[i], slot batch.write_slots[i]
-    planes        of the absorbed form: rank = head_dim, rope = tail_dim
+    planes        of the absorbed form: rank = head_dim, rope = rope_dim
     Source        DeepSeek-AI 2024 (DeepSeek-V2, MLA). Its checkpoints rotate dims 2i and 2i + 1 together; this op
                   expects the half layout, which the loader makes by permuting rows of weights
     """
@@ -101,4 +101,4 @@ def store_latent(
 
     pages, slots = batch.write_pages.long(), batch.write_slots.long()
     plane_view(pool, planes, planes.k_offset, rank)[pages, 0, slots] = latent.to(planes.dtype)
-    tail_view(pool, planes)[pages, slots] = rope_key[:, 0].to(planes.dtype)
+    rope_view(pool, planes)[pages, slots] = rope_key[:, 0].to(planes.dtype)
