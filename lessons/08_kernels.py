@@ -42,8 +42,8 @@ def planes_for(page_size: int) -> KVPlanes:
     """K and V of one layer in float32: all of K, then all of V, as [kv_heads, page_size, dim] each."""
     side = KV_HEADS * page_size * DIM * 4
     return KVPlanes(
-        k_offset=0, v_offset=side, tail_offset=0, page_bytes=2 * side, page_size=page_size, token_stride=DIM * 4,
-        head_stride=page_size * DIM * 4, tail_stride=0, kv_heads=KV_HEADS, head_dim=DIM, value_dim=DIM, tail_dim=0,
+        k_offset=0, v_offset=side, rope_offset=0, page_bytes=2 * side, page_size=page_size, token_stride=DIM * 4,
+        head_stride=page_size * DIM * 4, rope_stride=0, kv_heads=KV_HEADS, head_dim=DIM, value_dim=DIM, rope_dim=0,
         dtype=torch.float32,
     )  # fmt: skip
 
@@ -328,7 +328,7 @@ else:
 #
 # 1. [`nanokv/kernels/ops.py`](../nanokv/kernels/ops.py): one signature, and the choice of the twin.
 # 2. [`nanokv/kernels/reference/attention.py`](../nanokv/kernels/reference/attention.py): the twin to trust.
-# 3. [`nanokv/kernels/cpu/strip.py`](../nanokv/kernels/cpu/strip.py): 64 keys at a time, in a fixed order.
+# 3. [`nanokv/kernels/cpu/kv_tile.py`](../nanokv/kernels/cpu/kv_tile.py): 64 keys at a time, in a fixed order.
 # 4. [`nanokv/kernels/cuda/attention.py`](../nanokv/kernels/cuda/attention.py): `attend`, then how decodes are split.
 # 5. [`nanokv/kernels/cuda/launch.py`](../nanokv/kernels/cuda/launch.py): a launch, run or recorded for the report.
 #

@@ -32,9 +32,9 @@ def deepseek_v2_lite(dtype: torch.dtype) -> tuple[PageLayout, list[KVPlanes], in
     layout, size = PageLayout([LayerSpec(planes)], PAGE_SIZE), dtype.itemsize
     return layout, [
         KVPlanes(
-            k_offset=0, v_offset=0, tail_offset=layout.paged(0, "k_rope").offset, page_bytes=layout.page_bytes,
-            page_size=PAGE_SIZE, token_stride=512 * size, head_stride=0, tail_stride=64 * size, kv_heads=1,
-            head_dim=512, value_dim=512, tail_dim=64, dtype=dtype,
+            k_offset=0, v_offset=0, rope_offset=layout.paged(0, "k_rope").offset, page_bytes=layout.page_bytes,
+            page_size=PAGE_SIZE, token_stride=512 * size, head_stride=0, rope_stride=64 * size, kv_heads=1,
+            head_dim=512, value_dim=512, rope_dim=64, dtype=dtype,
         )
     ], 16  # fmt: skip
 
@@ -60,7 +60,7 @@ def milliseconds(
     batch, pages = batch_of(requests, length, rows)
     pool = torch.randn(pages * layout.page_bytes // dtype.itemsize).to(dtype).view(torch.uint8)
     pool = pool.view(pages, layout.page_bytes)
-    depth = planes[0].head_dim + planes[0].tail_dim
+    depth = planes[0].head_dim + planes[0].rope_dim
     q = torch.randn(requests * rows, heads, depth)
     times = []
     for _ in range(REPEATS + 1):

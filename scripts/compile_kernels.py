@@ -1,10 +1,10 @@
-"""Builds every Triton kernel in every configuration that the models in reach use, for GPUs that need not be here.
+"""Builds every Triton kernel in every configuration that known models use, without a GPU.
 
 python scripts/compile_kernels.py [--json FILE]
 
-The ops themselves say what they would launch for a model's shapes (`launch.recording`); each distinct launch is
-compiled for sm_80, sm_90 and sm_100, and `cuobjdump` (bundled with triton) reads from the machine code what it needs:
-registers, stack and local bytes (spilled registers), shared memory.
+The ops themselves record their launches for a model's shapes (`launch.recording`). Each distinct launch is compiled for
+sm_80, sm_90 and sm_100, and `cuobjdump` (bundled with triton) reads the resources from the machine code: registers,
+stack and local bytes (spilled registers), shared memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from nanokv.kernels.planes import HeadNorms, KVPlanes, StatePlanes
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
-"""Shared memory that one program may have, in bytes (CUDA C++ Programming Guide, compute capabilities)."""
+"""The largest shared memory of one program, in bytes (CUDA C++ Programming Guide, compute capabilities)."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 POINTERS = {
@@ -49,7 +49,7 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Built:
-    """One kernel in one configuration for one target: what it needs, and its PTX.
+    """One kernel in one configuration for one target: its resources and its PTX.
 
     row   kernel, target, config, registers, stack_bytes, local_bytes, shared_bytes
     """
@@ -59,8 +59,8 @@ class Built:
 
 
 def source_of(launch: Launch) -> ASTSource:
-    """The launch as a source for the compiler, specialised as triton's own launcher would: integers that are 1 become
-    constants; pointers, and integers that are multiples of 16, are known to be so."""
+    """The launch as a source for the compiler, specialised as triton's own launcher does: integers that are 1 become
+    constants; pointers, and integers that are multiples of 16, are marked as divisible by 16."""
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.args[parameter.name]
@@ -91,7 +91,7 @@ def config_of(launch: Launch) -> str:
 
 
 def build(launch: Launch, target: str) -> Built:
-    """Compiles a launch. Raises what triton raises where it cannot."""
+    """Compiles a launch for a target. Raises the errors of triton."""
     compiled = triton.compile(source_of(launch), GPUTarget("cuda", TARGETS[target], 32), options=dict(launch.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -107,7 +107,7 @@ def build(launch: Launch, target: str) -> Built:
 
 
 def batch_like(rows: int, requests: int, pages: int = 512) -> Batch:
-    """A batch of these sizes that holds no numbers."""
+    """A batch of these sizes on the meta device."""
 
     def ints(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device="meta")
@@ -118,7 +118,7 @@ def batch_like(rows: int, requests: int, pages: int = 512) -> Batch:
 
 
 STEPS = {"one decode": (1, 1), "decodes": (32, 32), "mixed": (2048, 17)}
-"""(rows, requests): what a launch depends on, beside the model."""
+"""(rows, requests): a launch depends on these and on the model."""
 DECODES = ("one decode", "decodes")
 
 
@@ -145,7 +145,7 @@ CODECS = ("tq4", "fp8", "int8", "int4", "tq3", "tq2")
 RECURRENT = {"Qwen3.5-0.8B": (16, 16), "Qwen3.5-4B, Qwen3-Next": (16, 32)}  # key and value heads, of 128 dims each
 
 MIXTURES = {"Qwen3-30B-A3B": (128, 8, 2048, 768), "DeepSeek-V2-Lite": (64, 6, 2048, 1408)}
-"""Experts, experts of a row, width, and width between the two products."""
+"""Experts, experts of a row, width, and the hidden width between the two products."""
 
 
 def _planes(kv_heads: int, dim: int, dtype: torch.dtype) -> KVPlanes:
@@ -170,7 +170,7 @@ def _grouped(shape: Heads, dtype: torch.dtype, batch: Batch) -> None:
 
 
 def _codes(codec: str, dtype: torch.dtype, batch: Batch) -> None:
-    """8 KV heads of 128 dims, as Llama-3.1-8B and Qwen3 have them. What is written comes in float32."""
+    """8 KV heads of 128 dims, as Llama-3.1-8B and Qwen3 have them. K and V are written from float32."""
     layout = PageLayout([resolve_codec(codec, dtype).spec(8, 128, 16)], 16)
     planes = resolve_codec(codec, dtype).pages(layout, 0, CodedHeads(32, 8, 128, 0.1, torch.empty(8, 128)))._planes
     pool, kv = _empty(64, 1024, dtype=torch.uint8), _empty(batch.num_rows, 8, 128, dtype=torch.float32)
@@ -249,7 +249,7 @@ def launches(*steps: str) -> list[Launch]:
 @click.command()
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows to this file.")
 def main(path: Path | None) -> None:
-    """Compile every kernel for every target and print what each needs."""
+    """Compile every kernel for every target and print its resources."""
     rows, console = [], Console(stderr=True)
     jobs = [(launch, target) for launch in launches() for target in TARGETS]
     for launch, target in track(jobs, "compiling", console=console, disable=not console.is_terminal):

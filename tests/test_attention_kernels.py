@@ -110,7 +110,7 @@ def test_a_row_has_the_same_bits_in_a_prefill_in_chunks_and_alone(dtype, q_dtype
         assert same_bits(requests.attend({0: [position]}), whole[position : position + 1])
 
 
-def test_a_row_has_the_same_bits_whoever_shares_its_step():
+def test_a_row_has_the_same_bits_with_any_batch_mates():
     requests = Requests(MIXED, heads=4, kv_heads=1)
     mixed = requests.attend(MIXED_ROWS)
     start = 0
@@ -143,7 +143,7 @@ def test_the_number_of_threads_changes_no_bit():
     assert same_bits(results[0], results[2])
 
 
-def test_scattered_positions_see_what_lies_before_each():
+def test_scattered_positions_see_the_keys_before_each():
     requests = Requests([400], heads=3, kv_heads=1)
     whole = requests.attend({0: list(range(400))})
     noise = torch.Generator().manual_seed(3)
@@ -157,8 +157,8 @@ def test_pages_past_four_gibibytes_are_reached():
     page_bytes = 1 << 20
     pool = torch.from_numpy(np.zeros((4200, page_bytes), np.uint8))  # only touched pages take memory
     planes = KVPlanes(
-        k_offset=page_bytes - 4096, v_offset=page_bytes - 2048, tail_offset=0, page_bytes=page_bytes, page_size=8,
-        token_stride=256, head_stride=2048, tail_stride=0, kv_heads=1, head_dim=64, value_dim=64, tail_dim=0, dtype=F32,
+        k_offset=page_bytes - 4096, v_offset=page_bytes - 2048, rope_offset=0, page_bytes=page_bytes, page_size=8,
+        token_stride=256, head_stride=2048, rope_stride=0, kv_heads=1, head_dim=64, value_dim=64, rope_dim=0, dtype=F32,
     )  # fmt: skip
     noise = torch.Generator().manual_seed(0)
     tables = torch.tensor([[4199, 4100]], dtype=torch.int32)
@@ -174,7 +174,7 @@ def test_pages_past_four_gibibytes_are_reached():
     assert truth.abs().max() > 0.1
 
 
-def test_very_unlike_scores_neither_overflow_nor_vanish():
+def test_scores_far_apart_neither_overflow_nor_vanish():
     requests = Requests([200], head_dim=32)
     for scale in (30.0, 1e-6):
         requests.scale = scale
@@ -183,7 +183,7 @@ def test_very_unlike_scores_neither_overflow_nor_vanish():
         torch.testing.assert_close(mine, truth, atol=2e-3, rtol=0.0)
 
 
-def test_no_rows_give_no_rows_and_a_q_that_does_not_fit_is_refused():
+def test_no_rows_give_no_rows_and_a_q_of_the_wrong_shape_is_refused():
     requests = Requests([20, 5])
     assert requests.attend({0: []}).shape == (0, 6 * 64)
     rows = {0: [], 1: [4]}

@@ -66,7 +66,7 @@ class Requests:
         slots = torch.cat([torch.tensor(own) % size for own in rows.values()])
         batch = step_of(rows, self.tables, size, pages, slots)
         k, v = (torch.cat([x[request][positions] for request, positions in rows.items()]) for x in (self.k, self.v))
-        both = torch.cat((k, v), dim=-1)  # views with long strides, as they come out of one projection
+        both = torch.cat((k, v), dim=-1)  # views with long strides, as one projection returns them
         twin.store_codes(both[..., : k.shape[-1]], both[..., k.shape[-1] :], pool, self.planes, batch)
         return pool
 
@@ -128,7 +128,7 @@ def test_a_row_has_the_same_bits_in_a_prefill_in_chunks_and_alone(k, v):
         assert torch.equal(requests.attend({0: [position]}), whole[position : position + 1])
 
 
-def test_a_row_has_the_same_bits_whoever_shares_its_step():
+def test_a_row_has_the_same_bits_with_any_batch_mates():
     requests = Requests(LENGTHS, heads=4, kv_heads=1)
     mixed, start = requests.attend(MIXED_ROWS), 0
     for request, rows in MIXED_ROWS.items():
@@ -150,7 +150,7 @@ def test_the_number_of_threads_changes_no_bit():
         assert torch.equal(stored, results[0][1])
 
 
-def test_a_token_of_zeros_and_one_of_huge_numbers_are_attended_over():
+def test_a_token_of_zeros_and_one_of_huge_numbers_give_finite_results():
     requests = Requests([80])
     requests.k[0][3], requests.v[0][70], requests.v[0][9] = 0, 0, 6e4 * requests.v[0][9].sign()
     requests.store({0: list(range(80))}, cpu, requests.pool)
@@ -162,7 +162,7 @@ def test_a_token_of_zeros_and_one_of_huge_numbers_are_attended_over():
 
 @pytest.mark.parametrize("dim", [16, 64, 128])
 @pytest.mark.parametrize("name", SIDES)
-def test_the_bytes_that_are_stored_are_those_of_the_reference(name, dim):
+def test_stored_bytes_equal_those_of_the_reference(name, dim):
     requests = Requests([90, 35], name, name, dim=dim, page_size=7)
     requests.k[0][5], requests.v[1][2] = 0, 1e5
     rows = {0: list(range(90)), 1: list(range(35))}
@@ -177,7 +177,7 @@ def test_a_number_between_two_codes_may_differ_from_the_reference_by_one_roundin
 
 
 @pytest.mark.parametrize("name", SIDES)
-def test_a_token_is_stored_alike_in_any_step_and_touches_no_other(name):
+def test_a_token_is_stored_alike_in_any_step_and_changes_no_other(name):
     requests = Requests([40, 30], name, name)
     together = requests.store({0: list(range(40)), 1: list(range(30))}, cpu, requests.pool.clone())
     alone = torch.full_like(requests.pool, 255)
@@ -187,7 +187,7 @@ def test_a_token_is_stored_alike_in_any_step_and_touches_no_other(name):
     assert torch.equal(alone, together)
 
 
-def test_what_does_not_fit_is_refused():
+def test_arguments_that_do_not_fit_are_refused():
     requests = Requests([20])
     batch = step_of({0: [19]}, requests.tables, 16)
     q, k = requests.q[0][19:], requests.k[0][19:]

@@ -5,10 +5,18 @@ import sys
 
 import pytest
 import torch
-from helpers import noise
+from helpers import noise, same_bits
 
 from nanokv.kernels import linear as kernels
-from nanokv.kernels.linear import activation_dtype, embed, head_linear, linear, pack_linear, row_invariant
+from nanokv.kernels.linear import (
+    activation_dtype,
+    embed,
+    head_linear,
+    linear,
+    pack_head_linear,
+    pack_linear,
+    row_invariant,
+)
 from nanokv.kernels.ops import Ops
 from nanokv.kernels.reference import linear as reference
 
@@ -54,7 +62,7 @@ def test_rows_may_be_a_view_of_wider_rows_or_of_columns():
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize("shape", [(100, 77), (960, 576), (576, 1536)], ids=str)
-def test_a_row_has_the_same_bits_whatever_the_number_of_rows(shape, dtype):
+def test_a_row_has_the_same_bits_for_any_number_of_rows(shape, dtype):
     packed = pack_linear(noise(*shape).to(dtype), torch.float32)
     x = noise(513, shape[1], seed=1)
     whole = bits(linear(x, packed))
@@ -65,7 +73,7 @@ def test_a_row_has_the_same_bits_whatever_the_number_of_rows(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_a_row_has_the_same_bits_whatever_its_place_and_its_mates(dtype):
+def test_a_row_has_the_same_bits_at_any_place_with_any_batch_mates(dtype):
     packed = pack_linear(noise(960, 576).to(dtype), torch.float32)
     x = noise(97, 576, seed=1)
     whole = bits(linear(x, packed))
@@ -77,7 +85,7 @@ def test_a_row_has_the_same_bits_whatever_its_place_and_its_mates(dtype):
     assert torch.equal(bits(linear(mates, packed))[40], whole[40])
 
 
-def test_a_row_has_the_same_bits_whatever_the_number_of_threads():
+def test_a_row_has_the_same_bits_with_any_number_of_threads():
     packed, x, threads = pack_linear(noise(960, 576), torch.float32), noise(70, 576, seed=1), torch.get_num_threads()
     results = []
     try:
@@ -134,7 +142,7 @@ def test_packing_copies_so_that_a_checkpoint_can_be_dropped():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_what_no_packed_form_serves_falls_back_to_torch(dtype, monkeypatch):
+def test_a_dtype_without_a_packed_form_falls_back_to_torch(dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_multiplies_bfloat16", lambda: False)
     weight, x = noise(20, 64).to(dtype), noise(3, 64, seed=1).to(dtype)
     packed = pack_linear(weight, dtype)
@@ -159,6 +167,55 @@ def test_activations_take_the_dtype_that_the_device_multiplies(monkeypatch):
     assert activation_dtype("cpu", torch.float32) == torch.float32
     assert activation_dtype("cuda:1", torch.bfloat16) == torch.bfloat16
     assert activation_dtype(torch.device("cuda"), torch.float16) == torch.float16
+
+
+HEADS = [(1, 1, 1), (3, 24, 17), (16, 128, 512), (16, 512, 128), (128, 16, 32)]
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_each_head_has_a_product_of_its_own(shape, dtype):
+    weight = noise(*shape, dtype=dtype)
+    packed = pack_head_linear(weight, torch.float32)
+    assert (packed.shape, packed.form) == (shape, "blocks")
+    for rows in (0, 1, 2, 7, 64, 65):
+        x = noise(rows, shape[0], shape[2] + 9, seed=rows)[..., 4 : 4 + shape[2]]
+        y = head_linear(x, packed)
+        assert y.is_contiguous()
+        torch.testing.assert_close(y, reference.head_linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_of_a_product_by_heads_has_the_same_bits_with_any_other_rows():
+    packed, x = pack_head_linear(noise(16, 40, 96, dtype=torch.bfloat16), torch.float32), noise(130, 16, 96, seed=1)
+    whole, before = head_linear(x, packed), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for start, end in ((0, 1), (1, 3), (3, 9), (9, 41), (40, 130)):
+                assert same_bits(head_linear(x[start:end], packed), whole[start:end])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_activations_of_sixteen_bits_are_summed_in_float32_and_rounded_once():
+    weight, x = noise(4, 24, 100, dtype=torch.bfloat16), noise(9, 4, 100, seed=1, dtype=torch.bfloat16)
+    y = head_linear(x, pack_head_linear(weight, torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert same_bits(y, head_linear(x.float(), pack_head_linear(weight, torch.float32)).bfloat16())
+
+
+def test_a_dtype_without_a_packed_head_form_falls_back_to_torch():
+    weight, x = noise(4, 24, 100).double(), noise(9, 4, 100, seed=1).double()
+    packed = pack_head_linear(weight, torch.float64)
+    assert packed.form == "plain" and head_linear(x, packed).is_contiguous()
+    torch.testing.assert_close(head_linear(x, packed), reference.head_linear(x, weight))
+
+
+def test_an_x_that_does_not_fit_the_heads_is_refused():
+    packed = pack_head_linear(noise(4, 24, 100), torch.float32)
+    for x in (noise(2, 4, 99), noise(2, 3, 100), noise(2, 4, 100).double()):
+        with pytest.raises(TypeError, match=r"expected (float32 \[rows, 4, 100\]|torch.float32)"):
+            head_linear(x, packed)
 
 
 def onednn_form(weight: torch.Tensor, keep: bool):

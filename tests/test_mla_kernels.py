@@ -9,11 +9,10 @@ from helpers import last, noise, same_bits
 
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
 from nanokv.kernels import cpu, reference
-from nanokv.kernels.linear import head_linear, pack_head_linear
 from nanokv.kernels.ops import AUTO
 from nanokv.kernels.planes import KVPlanes
 from nanokv.kernels.reference import linear as plain
-from nanokv.kernels.reference.attention import plane_view, tail_view
+from nanokv.kernels.reference.attention import plane_view, rope_view
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ODD = [1, 15, 16, 17, 63, 64, 65, 1000]
@@ -30,9 +29,9 @@ def latent_planes(layout: PageLayout, layer: int) -> KVPlanes:
     latent, k_rope = layout.paged(layer, "latent"), layout.paged(layer, "k_rope")
     (page_size, rank), rope, dtype = latent.plane.shape, k_rope.plane.shape[1], latent.plane.dtype
     return KVPlanes(
-        k_offset=latent.offset, v_offset=latent.offset, tail_offset=k_rope.offset, page_bytes=layout.page_bytes,
-        page_size=page_size, token_stride=rank * dtype.itemsize, head_stride=0, tail_stride=rope * dtype.itemsize,
-        kv_heads=1, head_dim=rank, value_dim=rank, tail_dim=rope, dtype=dtype,
+        k_offset=latent.offset, v_offset=latent.offset, rope_offset=k_rope.offset, page_bytes=layout.page_bytes,
+        page_size=page_size, token_stride=rank * dtype.itemsize, head_stride=0, rope_stride=rope * dtype.itemsize,
+        kv_heads=1, head_dim=rank, value_dim=rank, rope_dim=rope, dtype=dtype,
     )  # fmt: skip
 
 
@@ -44,10 +43,10 @@ def latent_layout(rank: int, rope: int, page_size: int, dtype: torch.dtype) -> P
 def expanded_planes(kv_heads: int, nope: int, value: int, rope: int, tokens: int, dtype: torch.dtype) -> KVPlanes:
     size, width = dtype.itemsize, kv_heads * (nope + value) + rope
     return KVPlanes(
-        k_offset=0, v_offset=nope * size, tail_offset=kv_heads * (nope + value) * size,
+        k_offset=0, v_offset=nope * size, rope_offset=kv_heads * (nope + value) * size,
         page_bytes=tokens * width * size, page_size=tokens, token_stride=width * size,
-        head_stride=(nope + value) * size, tail_stride=width * size, kv_heads=kv_heads, head_dim=nope, value_dim=value,
-        tail_dim=rope, dtype=dtype,
+        head_stride=(nope + value) * size, rope_stride=width * size, kv_heads=kv_heads, head_dim=nope, value_dim=value,
+        rope_dim=rope, dtype=dtype,
     )  # fmt: skip
 
 
@@ -63,7 +62,7 @@ class Latents:
         self.tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
         latents, rope_keys = (
             plane_view(self.pool, self.planes, self.planes.k_offset, rank),
-            tail_view(self.pool, self.planes),
+            rope_view(self.pool, self.planes),
         )
         self.latents, self.rope_keys, self.q = [], [], []
         for request, pages in enumerate(shuffled.split(counts)):
@@ -83,7 +82,7 @@ class Latents:
 
 
 class Expanded:
-    """Requests of any length whose keys and values stand in a scratch page each, row after row."""
+    """Requests of any length, each with its keys and values in one scratch page, row after row."""
 
     def __init__(self, lengths, heads=4, nope=16, value=24, rope=8, dtype=F32):
         tokens = max(lengths)
@@ -136,7 +135,7 @@ def test_an_absorbed_row_has_the_same_bits_in_a_prefill_in_chunks_and_alone(dtyp
         assert same_bits(requests.attend({0: [position]}), whole[position : position + 1])
 
 
-def test_an_absorbed_row_has_the_same_bits_whoever_shares_its_step_and_however_many_threads_there_are():
+def test_an_absorbed_row_has_the_same_bits_with_any_batch_mates_and_threads():
     requests, before = Latents(ODD, rank=64, rope=16), torch.get_num_threads()
     mixed, start = requests.attend(MIXED), 0
     try:
@@ -215,14 +214,14 @@ def test_latents_are_normed_rotated_and_written_as_by_the_reference(shape, dtype
             twin.store_latent(own_q[..., 20:], own_kv[:, :-5], weight, 1e-6, cos_sin, own_pool, planes, batch)
             where = batch.write_pages.long(), batch.write_slots.long()
             latent = plane_view(own_pool, planes, planes.k_offset, rank)[where[0], 0, where[1]]
-            results.append((own_q, own_kv, latent, tail_view(own_pool, planes)[where]))
-            # What is not asked for stays as it was: the rest of q, the latent in kv, the columns after it.
+            results.append((own_q, own_kv, latent, rope_view(own_pool, planes)[where]))
+            # Everything else is unchanged: the rest of q, the latent in kv, the columns after it.
             assert same_bits(own_q[..., :20], q[..., :20])
             assert same_bits(own_kv[:, :rank], kv[:, :rank]) and same_bits(own_kv[:, -5:], kv[:, -5:])
             assert same_bits(results[-1][3], own_kv[:, rank:-5].to(dtype))
             untouched = torch.ones(pool.shape[0], page_size, dtype=torch.bool)
             untouched[where] = False
-            assert (tail_view(own_pool, planes)[untouched].view(torch.uint8) == 7).all()
+            assert (rope_view(own_pool, planes)[untouched].view(torch.uint8) == 7).all()
             assert (own_pool[:, : planes.k_offset] == 7).all()
         for mine, truth in zip(*results, strict=True):
             # Two roundings (before and after the weight, or to the page) may move a 16-bit number by two ulp.
@@ -230,7 +229,7 @@ def test_latents_are_normed_rotated_and_written_as_by_the_reference(shape, dtype
             torch.testing.assert_close(mine.float(), truth.float(), atol=1e-6, rtol=step)
 
 
-def test_a_stored_row_has_the_same_bits_whoever_shares_its_step():
+def test_a_stored_row_has_the_same_bits_with_any_batch_mates():
     q, kv, cos_sin, pool, planes, batch = stored(90, 4, 100, 16, 16, F32, F32)
     weight = noise(100, seed=6)
     whole_q, whole_kv, whole_pool = q.clone(), kv.clone(), pool.clone()
@@ -254,55 +253,6 @@ def test_latents_that_do_not_fit_are_refused():
         cpu.store_latent(q[..., 22:], kv[:, :-7], weight, 1e-6, cos_sin, pool, planes, batch)
     with pytest.raises(ValueError, match="side by side"):
         cpu.store_latent(q[..., ::2][..., 6:], kv[:, :-5], weight, 1e-6, cos_sin, pool, planes, batch)
-
-
-HEADS = [(1, 1, 1), (3, 24, 17), (16, 128, 512), (16, 512, 128), (128, 16, 32)]
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("shape", HEADS, ids=str)
-def test_each_head_has_a_product_of_its_own(shape, dtype):
-    weight = noise(*shape, dtype=dtype)
-    packed = pack_head_linear(weight, F32)
-    assert (packed.shape, packed.form) == (shape, "blocks")
-    for rows in (0, 1, 2, 7, 64, 65):
-        x = noise(rows, shape[0], shape[2] + 9, seed=rows)[..., 4 : 4 + shape[2]]
-        y = head_linear(x, packed)
-        assert y.is_contiguous()
-        torch.testing.assert_close(y, plain.head_linear(x, weight), rtol=1e-4, atol=1e-4)
-
-
-def test_a_row_of_a_product_by_heads_has_the_same_bits_whatever_the_other_rows_are():
-    packed, x = pack_head_linear(noise(16, 40, 96, dtype=BF16), F32), noise(130, 16, 96, seed=1)
-    whole, before = head_linear(x, packed), torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for start, end in ((0, 1), (1, 3), (3, 9), (9, 41), (40, 130)):
-                assert same_bits(head_linear(x[start:end], packed), whole[start:end])
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_activations_of_sixteen_bits_are_summed_in_float32_and_rounded_once():
-    weight, x = noise(4, 24, 100, dtype=BF16), noise(9, 4, 100, seed=1, dtype=BF16)
-    y = head_linear(x, pack_head_linear(weight, BF16))
-    assert y.dtype == BF16
-    assert same_bits(y, head_linear(x.float(), pack_head_linear(weight, F32)).bfloat16())
-
-
-def test_what_no_packed_head_form_serves_falls_back_to_torch():
-    weight, x = noise(4, 24, 100).double(), noise(9, 4, 100, seed=1).double()
-    packed = pack_head_linear(weight, torch.float64)
-    assert packed.form == "plain" and head_linear(x, packed).is_contiguous()
-    torch.testing.assert_close(head_linear(x, packed), plain.head_linear(x, weight))
-
-
-def test_an_x_that_does_not_fit_the_heads_is_refused():
-    packed = pack_head_linear(noise(4, 24, 100), F32)
-    for x in (noise(2, 4, 99), noise(2, 3, 100), noise(2, 4, 100).double()):
-        with pytest.raises(TypeError, match=r"expected (float32 \[rows, 4, 100\]|torch.float32)"):
-            head_linear(x, packed)
 
 
 def test_ops_picks_the_compiled_twins_for_the_cpu():

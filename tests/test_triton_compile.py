@@ -1,4 +1,4 @@
-"""Every kernel builds for GPUs that are not here, keeps its numbers in registers, and fits into shared memory."""
+"""Every kernel builds without a GPU, keeps its numbers in registers, and fits into shared memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BFLOAT_MMA = re.compile(r"(mma\.sync|wgmma|tcgen05\.mma)\S*(\.bf16|kind::f16)")
 
 @pytest.fixture(scope="module")
 def decode_launches() -> list[Launch]:
-    """What a decode of one model of each kind launches, in bfloat16; the full list takes minutes."""
+    """The launches of a decode of one model of each kind, in bfloat16; the full list takes minutes."""
     with pytest.MonkeyPatch.context() as patch:
         for kind in ("GROUPED", "LATENT", "RECURRENT", "MIXTURES"):
             models = getattr(report, kind)
@@ -71,7 +71,7 @@ def test_decode_attention_fits_and_uses_no_memory_for_numbers_on_other_cards(dec
 
 @triton.jit
 def spilling_kernel(x, SIZE: tl.constexpr):
-    """Needs all its numbers twice, before and after their sum is known: with one warp, 512 of them in each thread."""
+    """Needs all its numbers twice, before and after their sum: with one warp, 512 of them in each thread."""
     at = x + tl.arange(0, SIZE)
     numbers = tl.load(at)
     tl.store(at, numbers * tl.sum(numbers))

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-OFF = {"float32": 1e-5, "bfloat16": 1e-2}  # the interpreter cuts bfloat16 off where a GPU rounds: twice the error
+LIMITS = {"float32": 1e-5, "bfloat16": 1e-2}  # the interpreter truncates bfloat16 where a GPU rounds: twice the error
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 
 def names() -> list[str]:
-    """The cases, read and not imported: here triton must not be, it would compile."""
+    """The cases, read from the source: an import would load triton in this process, in its compiling mode."""
     tree = ast.parse((HERE / "triton_cases.py").read_text())
     table = next(node for node in tree.body if isinstance(node, ast.AnnAssign) and node.target.id == "CASES")
     return [name.id for name in table.value.generators[0].iter.elts]
@@ -29,7 +29,7 @@ def names() -> list[str]:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, float]:
-    """How far each case is off. Whether kernels are interpreted is settled when triton is imported: its own process."""
+    """The error of each case, from a process of its own: triton reads TRITON_INTERPRET when it is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     command = [sys.executable, "-W", "ignore", HERE / "triton_cases.py"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -39,21 +39,21 @@ def interpreted() -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("format", OFF)
+@pytest.mark.parametrize("format", LIMITS)
 @pytest.mark.parametrize("case", names())
 def test_a_twin_in_the_interpreter_agrees_with_its_reference(interpreted, case, format):
-    assert interpreted[f"{case} {format}"] <= OFF[format]
+    assert interpreted[f"{case} {format}"] <= LIMITS[format]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("format", OFF)
+@pytest.mark.parametrize("format", LIMITS)
 @pytest.mark.parametrize("case", names())
 def test_a_twin_on_a_gpu_agrees_with_its_reference(case, format):
     import triton_cases
 
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU")
-    assert triton_cases.run(case, format, "cuda") <= OFF[format]
+    assert triton_cases.run(case, format, "cuda") <= LIMITS[format]
 
 
 def test_a_cpu_imports_no_triton():

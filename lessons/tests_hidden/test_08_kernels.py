@@ -28,17 +28,17 @@ def test_08_2_random_rows():
         close(elementwise.silu_mul(x), reference(elementwise.silu_mul)(x), f"{x.dtype}", ("row", "dim"), 1e-6)
 
 
-def random_case(random, tail: bool = True) -> tuple[KVPlanes, Batch, int]:
+def random_case(random, rope: bool = True) -> tuple[KVPlanes, Batch, int]:
     """Planes at a random offset in a page, a step over shuffled pages, and the number of query heads."""
     kv_heads, dim, size = random.randint(1, 3), random.choice([4, 8]), random.choice([2, 4, 16])
     dtype, gap = random.choice(DTYPES), 16 * random.randint(0, 3)
-    tail_dim = random.choice([0, 4]) if tail else 0
+    rope_dim = random.choice([0, 4]) if rope else 0
     plane, width = kv_heads * size * dim * dtype.itemsize, dim * dtype.itemsize
     planes = KVPlanes(
-        k_offset=gap, v_offset=gap + plane, tail_offset=gap + 2 * plane,
-        page_bytes=gap + 2 * plane + size * tail_dim * dtype.itemsize, page_size=size, token_stride=width,
-        head_stride=size * width, tail_stride=tail_dim * dtype.itemsize, kv_heads=kv_heads, head_dim=dim,
-        value_dim=dim, tail_dim=tail_dim, dtype=dtype,
+        k_offset=gap, v_offset=gap + plane, rope_offset=gap + 2 * plane,
+        page_bytes=gap + 2 * plane + size * rope_dim * dtype.itemsize, page_size=size, token_stride=width,
+        head_stride=size * width, rope_stride=rope_dim * dtype.itemsize, kv_heads=kv_heads, head_dim=dim,
+        value_dim=dim, rope_dim=rope_dim, dtype=dtype,
     )  # fmt: skip
     pages, tables, positions, starts, owners = list(range(20)), [], [], [0], []
     random.shuffle(pages)
@@ -82,7 +82,7 @@ def test_08_4_random_steps():
     for case in range(40):
         planes, batch, heads = random_case(random)
         pool = pool_of(planes, f"pool {case}")
-        q = tensor_of(f"q {case}", batch.num_rows, heads, planes.head_dim + planes.tail_dim)
+        q = tensor_of(f"q {case}", batch.num_rows, heads, planes.head_dim + planes.rope_dim)
         got, expected = (
             run(q, pool, planes, batch, 0.3)
             for run in (attention.paged_attention, reference(attention.paged_attention))
@@ -90,7 +90,7 @@ def test_08_4_random_steps():
         close(
             got,
             expected,
-            f"{heads} heads over {planes.kv_heads} KV heads, rotated part {planes.tail_dim}",
+            f"{heads} heads over {planes.kv_heads} KV heads, rotated part {planes.rope_dim}",
             ("row", "number"),
             1e-4,
         )
@@ -99,7 +99,7 @@ def test_08_4_random_steps():
 def test_08_5_random_steps():
     random = random_of("store")
     for case in range(40):
-        planes, batch, heads = random_case(random, tail=False)
+        planes, batch, heads = random_case(random, rope=False)
         rotary = random.choice([2, planes.head_dim])
         angle = tensor_of(f"angle {case}", 80, rotary // 2)
         table = torch.cat((angle.cos(), angle.sin()), dim=1)

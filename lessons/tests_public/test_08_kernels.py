@@ -57,9 +57,9 @@ def planes_of(kv_heads=2, dim=4, size=4, dtype=torch.float32, gap: int = 0) -> K
     plane = kv_heads * size * dim * dtype.itemsize
     width = dim * dtype.itemsize
     return KVPlanes(
-        k_offset=gap, v_offset=gap + plane, tail_offset=0, page_bytes=gap + 2 * plane, page_size=size,
-        token_stride=width, head_stride=size * width, tail_stride=0, kv_heads=kv_heads, head_dim=dim, value_dim=dim,
-        tail_dim=0, dtype=dtype,
+        k_offset=gap, v_offset=gap + plane, rope_offset=0, page_bytes=gap + 2 * plane, page_size=size,
+        token_stride=width, head_stride=size * width, rope_stride=0, kv_heads=kv_heads, head_dim=dim, value_dim=dim,
+        rope_dim=0, dtype=dtype,
     )  # fmt: skip
 
 

@@ -53,9 +53,9 @@ def latent_planes(
 ) -> KVPlanes:
     """Pages of latents [page_size, rank] at `offset` and rotated keys [page_size, rope] at `rope_offset`, in bytes."""
     return KVPlanes(
-        k_offset=offset, v_offset=offset, tail_offset=rope_offset, page_bytes=page_bytes, page_size=page_size,
-        token_stride=latent.rank * dtype.itemsize, head_stride=0, tail_stride=latent.rope * dtype.itemsize, kv_heads=1,
-        head_dim=latent.rank, value_dim=latent.rank, tail_dim=latent.rope, dtype=dtype,
+        k_offset=offset, v_offset=offset, rope_offset=rope_offset, page_bytes=page_bytes, page_size=page_size,
+        token_stride=latent.rank * dtype.itemsize, head_stride=0, rope_stride=latent.rope * dtype.itemsize, kv_heads=1,
+        head_dim=latent.rank, value_dim=latent.rank, rope_dim=latent.rope, dtype=dtype,
     )  # fmt: skip
 
 
@@ -112,9 +112,9 @@ class RawLatentPages:
         size, value_dim = scratch.element_size(), self._latent.w_uv.shape[1]
         row, head = scratch.shape[1] * size, (nope_dim + value_dim) * size
         own = KVPlanes(
-            k_offset=0, v_offset=nope_dim * size, tail_offset=heads * head, page_bytes=scratch.nbytes,
-            page_size=length, token_stride=row, head_stride=head, tail_stride=row, kv_heads=heads, head_dim=nope_dim,
-            value_dim=value_dim, tail_dim=self._latent.rope, dtype=scratch.dtype,
+            k_offset=0, v_offset=nope_dim * size, rope_offset=heads * head, page_bytes=scratch.nbytes,
+            page_size=length, token_stride=row, head_stride=head, rope_stride=row, kv_heads=heads, head_dim=nope_dim,
+            value_dim=value_dim, rope_dim=self._latent.rope, dtype=scratch.dtype,
         )  # fmt: skip
         alone = replace(batch, page_tables=torch.zeros_like(batch.page_tables[:, :1]), page_size=length)
         q, page = torch.cat((nope, rope), dim=-1), scratch.view(torch.uint8).view(1, -1)

@@ -54,9 +54,9 @@ class RawCodec:
         kv_heads, page_size, head_dim = k.plane.shape
         token_stride = head_dim * k.plane.dtype.itemsize
         return KVPlanes(
-            k_offset=k.offset, v_offset=v.offset, tail_offset=0, page_bytes=layout.page_bytes, page_size=page_size,
-            token_stride=token_stride, head_stride=page_size * token_stride, tail_stride=0, kv_heads=kv_heads,
-            head_dim=head_dim, value_dim=head_dim, tail_dim=0, dtype=k.plane.dtype,
+            k_offset=k.offset, v_offset=v.offset, rope_offset=0, page_bytes=layout.page_bytes, page_size=page_size,
+            token_stride=token_stride, head_stride=page_size * token_stride, rope_stride=0, kv_heads=kv_heads,
+            head_dim=head_dim, value_dim=head_dim, rope_dim=0, dtype=k.plane.dtype,
         )  # fmt: skip
 
     def pages(self, layout: PageLayout, layer: int, heads: Heads) -> RawPages:

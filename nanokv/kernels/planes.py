@@ -13,7 +13,7 @@ import torch
 class KVPlanes:
     """Places of one attention layer's keys and values in a page.
 
-    The key of a token and a KV head has `head_dim` numbers at k, then `tail_dim` at tail, the rope key that all KV
+    The key of a token and a KV head has `head_dim` numbers at k, then `rope_dim` at tail, the rope key that all KV
     heads share. Its value has `value_dim` numbers at v.
 
         grouped queries   k and v are planes [kv_heads, page_size, head_dim]; no rope key
@@ -21,26 +21,26 @@ class KVPlanes:
                           plane [page_size, rope]
         MLA, expanded     a page holds a row [kv_heads * (nope + value) | rope] for each token; it lasts one step
 
-    k_offset, v_offset, tail_offset   bytes from the start of a page
+    k_offset, v_offset, rope_offset   bytes from the start of a page
     page_bytes                        bytes from one page of the pool to the next
     page_size                         tokens in a page, any number
     token_stride, head_stride         bytes from token to token and from KV head to KV head, for k and v
-    tail_stride                       bytes from token to token, for the tail
+    rope_stride                       bytes from token to token, for the rotated key
     dtype                             float32, bfloat16 or float16
     """
 
     k_offset: int
     v_offset: int
-    tail_offset: int
+    rope_offset: int
     page_bytes: int
     page_size: int
     token_stride: int
     head_stride: int
-    tail_stride: int
+    rope_stride: int
     kv_heads: int
     head_dim: int
     value_dim: int
-    tail_dim: int
+    rope_dim: int
     dtype: torch.dtype
 
     @cached_property
@@ -48,8 +48,8 @@ class KVPlanes:
         """The twelve sizes above as an int64 array, the form that compiled kernels take."""
         return np.array(
             [
-                self.k_offset, self.v_offset, self.tail_offset, self.page_bytes, self.page_size, self.token_stride,
-                self.head_stride, self.tail_stride, self.kv_heads, self.head_dim, self.value_dim, self.tail_dim,
+                self.k_offset, self.v_offset, self.rope_offset, self.page_bytes, self.page_size, self.token_stride,
+                self.head_stride, self.rope_stride, self.kv_heads, self.head_dim, self.value_dim, self.rope_dim,
             ],
             np.int64,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the parts of the GPU report share: the size of a run, timing on a device, models of random weights."""
+"""Shared by the parts of the GPU report: the size of a run, timing on a device, models of random weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """The device; `quick`: sizes so small that a CPU gets through, which proves the report and measures nothing."""
+    """The device, and `quick`: sizes small enough for a CPU, which tests the report and measures nothing."""
 
     device: str
     quick: bool
@@ -34,18 +34,18 @@ class Run:
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     def copies(self, num_bytes: float) -> int:
-        """Of the tensors of a call that moves so many bytes: together over 4 times the last-level cache (an H100's
-        holds 50 MB), so that a turn finds nothing of the last one in it. Of small tensors 64: in a model they stand in
-        that cache too."""
+        """Copies of the tensors of a call that moves `num_bytes`: together over 4 times the last-level cache (50 MB on
+        an H100), so that no call finds its tensors in the cache. Small tensors have 64 copies at most: in a model they
+        are in that cache, too."""
         if self.device == "cpu":
-            return 2  # to see that turns are taken
+            return 2  # enough to test that calls take turns
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         return min(64, max(1, math.ceil(4 * cache / num_bytes)))
 
 
 def seconds(calls: Sequence[Callable[[], Any]], run: Run, count: int = 20) -> float:
-    """Seconds of one call, median of 5; calls over several copies of their tensors take turns. On a GPU from a graph of
-    at least `count` of them, so that launching costs nothing."""
+    """Seconds of one call, median of 5; `calls` over several copies of their tensors run in turn. On a GPU a CUDA graph
+    of at least `count` calls is timed, so that launches cost nothing."""
     for call in [*calls, *calls[:1] * 2]:
         call()
     if run.device == "cpu":
@@ -73,7 +73,7 @@ def seconds(calls: Sequence[Callable[[], Any]], run: Run, count: int = 20) -> fl
 
 
 def small(config: dict) -> dict:
-    """The same family with two to four narrow layers, few heads, experts and tokens; heads are as wide as they were."""
+    """The same family with two to four narrow layers and few heads, experts and tokens; heads keep their width."""
     if "text_config" in config:
         return {**config, "text_config": small(config["text_config"])}
     tiny = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "intermediate_size": 256}

@@ -24,14 +24,14 @@ def engine(run: Run, model: str) -> Iterator[Row]:
     with dummy(model, run) as llm:
         warm_up(llm, prompt)
         yield {"name": f"{model} prefill", "shape": f"{prompt:,} tokens", "tokens_per_s": prefill_speed(llm, prompt)}
-        for batch, context in product(batches, contexts):  # one by one: what has been measured stands, whatever comes
+        for batch, context in product(batches, contexts):  # one by one: a later failure leaves these rows
             for row in measure_decode(llm, [batch], [context], steps=4 if run.quick else 30):
                 shape = f"{row['batch']} x {row['context_tokens']:,}"
                 yield {"name": f"{model} decode", "shape": shape, "tokens_per_s": row["output_tokens_per_s"], **row}
 
 
 def host(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
-    """What Python does beside the device in a decode step: the time of a step in which it does not wait for tokens."""
+    """Python's time beside the device in a decode step: the time of a step without the wait for tokens."""
     steps, context = (4, 32) if run.quick else (60, 1024)
     waited, beside = 0.0, []
 
@@ -56,7 +56,7 @@ def host(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
         with patch.object(HostCopy, "fetch", timed_fetch), patch.object(llm.engine, "step", timed_step):
             for batch in (1, 2) if run.quick else (1, 16, 64):
                 speed = decode_speed(llm, batch, context, steps)
-                taken = median(beside[-steps - 1 : -1])  # the last step only hands out what was aborted
+                taken = median(beside[-steps - 1 : -1])  # the last step only returns the aborted requests
                 yield {"name": f"{model} Python beside the device", "shape": f"{batch} x {context:,}", "seconds": taken,
                        "decode_step_s": batch / speed}  # fmt: skip
 
@@ -76,11 +76,11 @@ def switches(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
 
 
 WITH_KERNELS = ("raw", "fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4")
-"""The other codecs are decoded into pages made for one step."""
+"""Codecs that kernels read; pages of the others are decoded for each step."""
 
 
 def codecs(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
-    """Decode steps over the pages of each codec: time is attention's and the codec's, weights being the same."""
+    """Decode steps over the pages of each codec: with equal weights, only attention and the codec differ."""
     shapes = [(2, 32)] if run.quick else [(16, 4096), (16, 16_384)]
     for codec in WITH_KERNELS:
         with dummy(model, run, codec=codec) as llm:
@@ -92,10 +92,10 @@ def codecs(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
 
 
 def prefix(run: Run) -> Iterator[Row]:
-    """`bench prefix` at long prompts, as the field's articles run it."""
+    """`bench prefix` at long prompts, as published measurements run it."""
     prompt, output, clients = (64, 4, [1, 2]) if run.quick else (10_000, 64, [1, 4, 16, 32])
     with dummy("qwen3-1.7b", run, max_requests=max(clients)) as llm:
-        for count in clients:  # one after the other: what has been measured stands, whatever comes
+        for count in clients:  # one by one: a later failure leaves these rows
             for row in measure_prefix(llm, prompt, output, [0.0, 0.5, 0.9], [count], count if run.quick else None):
                 shape = f"{count} clients, {row['shared_tokens']:,} of {prompt:,} shared"
                 yield {"name": "bench prefix qwen3-1.7b", "shape": shape, **row}

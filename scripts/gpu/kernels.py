@@ -20,7 +20,7 @@ CODECS = ("tq4", "fp8")
 
 
 def limits(run: Run) -> list[Row]:
-    """What the device reaches at all: copying, and multiplying matrices."""
+    """The limits of the device: copying, and multiplying matrices."""
     size, width = (1 << 22, 256) if run.quick else (1 << 30, 8192)
     source = torch.ones(size // 4, device=run.device)
     target = torch.empty_like(source)
@@ -73,14 +73,14 @@ def latent(dtype: torch.dtype) -> KVPlanes:
 
 
 def kernels(run: Run) -> Iterator[Row]:
-    """A row for each kernel and shape. `bytes` is what must move at least; shares follow in the report."""
+    """A row for each kernel and shape. Bytes are the least that must move; the report computes shares of the limits."""
     for cases in (_attention, _latent_attention, _codes, _delta_rule, _elementwise, _stores):
         for case in cases(run):
             yield _row(run, *case)
 
 
 Case = tuple[str, str, Callable[[], Callable[[], object]], float, float]
-"""Kernel, shape, what makes a call over tensors of its own, bytes, floating-point operations."""
+"""Kernel, shape, a function that makes a call over tensors of its own, bytes, floating-point operations."""
 
 
 def _row(run: Run, name: str, shape: str, make: Callable[[], Callable[[], object]], num_bytes: float, flops: float):
@@ -123,9 +123,9 @@ def _latent_attention(run: Run) -> Iterator[Case]:
 
 
 def _codes(run: Run) -> Iterator[Case]:
-    """Attention on codes, and writing them: what is written comes in float32, as a codec turns it."""
+    """Attention on codes, and writing them from float32, as a codec does after its rotation."""
     heads, kv_heads, dim = HEADS["8B"]
-    cos_sin = torch.empty(1, dim, device=run.device)  # it says on which device tables are
+    cos_sin = torch.empty(1, dim, device=run.device)  # its device is that of the tables
     for codec in CODECS:
         own = resolve_codec(codec, run.dtype)
         layout = PageLayout([own.spec(kv_heads, dim, PAGE)], PAGE)
@@ -202,7 +202,7 @@ def _elementwise(run: Run) -> Iterator[Case]:
 
 
 def _stores(run: Run) -> Iterator[Case]:
-    """What a step writes into raw pages."""
+    """The writes of a step into raw pages."""
     size, cos_sin = run.dtype.itemsize, noise(run, 4096, 128, dtype=torch.float32)
     heads, kv_heads, dim = (4, 2, 16) if run.quick else HEADS["8B"]
     planes, latents = grouped(kv_heads, dim, run.dtype), latent(run.dtype)

@@ -1,4 +1,4 @@
-"""The numba twins: the same ops as in reference/, compiled for the CPU at hand."""
+"""The numba twins: the ops of reference/, compiled for this CPU."""
 
 from nanokv.kernels.cpu.attention import paged_attention
 from nanokv.kernels.cpu.code_attention import code_attention

@@ -1,7 +1,7 @@
-"""What a step writes into pages of codes, on a CPU: the scale of each vector, its codes and their packing, in one pass.
+"""Writes of a step into pages of codes, on a CPU: the scale of each vector, its codes and their packing, in one pass.
 
-Sums add in the order of reference.codes.row_sum, halves to each other, so that both twins write the same bytes (but for
-a number that lies on a threshold: torch does not always round a square root to the nearest).
+Sums add in the order of reference.codes.row_sum, halves to each other, so that both twins write the same bytes, except
+for a number on a threshold: torch does not always round a square root to the nearest.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import torch
 
 from nanokv.core.batch import Batch
 from nanokv.kernels.cpu.compiled import compiled, inner
-from nanokv.kernels.cpu.elementwise import TAKE
+from nanokv.kernels.cpu.elementwise import UNIT_ROWS
 from nanokv.kernels.cpu.exp import ONE, ZERO
-from nanokv.kernels.cpu.strip import F32, widen_row
-from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, view, widen
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, narrow, size_of, view, widen
+from nanokv.kernels.cpu.kv_tile import F32, widen_row
+from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 from nanokv.kernels.planes import LARGEST_SCALE, CodePlane, CodePlanes
 
 U8, INT32 = np.dtype(np.uint8), np.dtype(np.int32)
 F16 = FORMAT[torch.float16]
-MOST = np.float32(LARGEST_SCALE)
+MAX_SCALE = np.float32(LARGEST_SCALE)
 ABSMAX, PLAIN, LENGTH, UNBIASED = range(4)
 SCALING = {"absmax": ABSMAX, "plain": PLAIN, "length": LENGTH, "unbiased": UNBIASED}
 
 
 @inner
 def _sum(terms):
-    """The sum of an array, which it destroys."""
+    """The sum of an array, which is overwritten."""
     count = len(terms)
     while count > 1:
         half = count // 2
@@ -46,9 +46,10 @@ def _inverse(x):
 
 @inner
 def _nearest(x, factor, thresholds, codes):
-    """How many thresholds lie below x * factor, number by number: of 255, every 16th is asked first, then 15 more.
+    """The number of thresholds below x * factor, for each number: of 255, every 16th is compared first, then 15 more.
 
-    A binary search is guessed wrong at half its branches and takes ten times as long."""
+    A binary search mispredicts half its branches and takes ten times as long.
+    """
     step = 1 if len(thresholds) < 16 else 16
     codes[:] = 0
     for threshold in thresholds[step - 1 :: step]:
@@ -84,7 +85,7 @@ def _encode(x, terms, codes, table, thresholds, scaling):
         unit = ZERO
         for n in range(len(x)):
             unit = max(unit, abs(x[n]))
-        scale = widen(narrow(min(unit / table[-1], MOST), F16))
+        scale = widen(narrow(min(unit / table[-1], MAX_SCALE), F16))
         unit = scale
     else:
         for n in range(len(x)):
@@ -100,55 +101,55 @@ def _encode(x, terms, codes, table, thresholds, scaling):
         for n in range(len(x)):
             terms[n] = x[n] * table[codes[n]]
         scale = unit * unit * dim * _inverse(_sum(terms))
-    return min(scale, MOST)
+    return min(scale, MAX_SCALE)
 
 
 @inner
-def _store_side(source, place, side, at, floats, format):
-    """Writes one vector: `source` its address, `place` that of its page, `at` its head * page_size + slot."""
-    offset, high_offset, scale_offset, bits, dim, scaling, table, thresholds = side
+def _store_vector(source, page, plane, at, floats, format):
+    """Writes one vector: `source` its address, `page` that of its page, `at` its head * page_size + slot."""
+    offset, high_offset, scale_offset, bits, dim, scaling, table, thresholds = plane
     x, terms, codes = view(floats, dim, F32), view(floats + 4 * dim, dim, F32), view(floats + 8 * dim, dim, INT32)
     widen_row(source, floats, dim, format)
     levels = 1 << bits
     scale = _encode(x, terms, codes, view(table, levels, F32), view(thresholds, levels - 1, F32), scaling)
-    view(place + scale_offset + 2 * at, 1, F16)[0] = narrow(scale, F16)
+    view(page + scale_offset + 2 * at, 1, F16)[0] = narrow(scale, F16)
     low = np.int64(2) if bits == 3 else bits
     width = dim * low // 8
-    _pack(codes, np.int64(0), low, view(place + offset + at * width, width, U8))
+    _pack(codes, np.int64(0), low, view(page + offset + at * width, width, U8))
     if bits == 3:
         eighth = dim // 8
-        _pack(codes, np.int64(2), np.int64(1), view(place + high_offset + at * eighth, eighth, U8))
+        _pack(codes, np.int64(2), np.int64(1), view(page + high_offset + at * eighth, eighth, U8))
 
 
 @inner
-def _work(counter, k, v, strides, rows, pool, sizes, k_side, v_side, pages, slots, format):
+def _work(counter, k, v, strides, rows, pool, sizes, k_plane, v_plane, pages, slots, format):
     page_bytes, page_size, kv_heads = sizes
     k_row, k_head, v_row, v_head = strides
     pages, slots, size = view(pages, rows, INT32), view(slots, rows, INT32), size_of(format)
-    scratch = np.empty(3 * max(k_side[4], v_side[4]), np.float32)
+    scratch = np.empty(3 * max(k_plane[4], v_plane[4]), np.float32)
     floats = np.int64(scratch.ctypes.data)
     while True:
-        first = fetch_add(counter, TAKE)
+        first = fetch_add(counter, UNIT_ROWS)
         if first >= rows:
             break
-        for row in range(first, min(first + TAKE, rows)):
+        for row in range(first, min(first + UNIT_ROWS, rows)):
             page = pool + pages[row] * page_bytes
             for head in range(kv_heads):
                 at = head * page_size + slots[row]
-                _store_side(k + (row * k_row + head * k_head) * size, page, k_side, at, floats, format)
-                _store_side(v + (row * v_row + head * v_head) * size, page, v_side, at, floats, format)
-    scratch[0] = 0  # numba frees an array after its last use, and knows nothing of addresses
+                _store_vector(k + (row * k_row + head * k_head) * size, page, k_plane, at, floats, format)
+                _store_vector(v + (row * v_row + head * v_head) * size, page, v_plane, at, floats, format)
+    scratch[0] = 0  # numba frees an array after its last use, and an address is no use
 
 
 @compiled
-def _store(team, threads, k, v, strides, rows, pool, geometry, k_more, v_more, pages, slots, format):
+def _store(gomp, threads, k, v, strides, rows, pool, geometry, k_rest, v_rest, pages, slots, format):
     sizes = (geometry[0], geometry[1], geometry[2])
-    k_side = (geometry[3], geometry[4], geometry[5], geometry[6], geometry[7], *k_more)
-    v_side = (geometry[8], geometry[9], geometry[10], geometry[11], geometry[12], *v_more)
-    share(team, threads, _work, (k, v, strides, rows, pool, sizes, k_side, v_side, pages, slots, format.dtype))
+    k_plane = (geometry[3], geometry[4], geometry[5], geometry[6], geometry[7], *k_rest)
+    v_plane = (geometry[8], geometry[9], geometry[10], geometry[11], geometry[12], *v_rest)
+    parallel_for(gomp, threads, _work, (k, v, strides, rows, pool, sizes, k_plane, v_plane, pages, slots, format.dtype))
 
 
-def _more(plane: CodePlane) -> tuple[int, int, int]:
+def _scaling_and_tables(plane: CodePlane) -> tuple[int, int, int]:
     return SCALING[plane.scaling], plane.table.data_ptr(), plane.thresholds.data_ptr()
 
 
@@ -162,7 +163,7 @@ def store_codes(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, planes: Co
             )
     strides = (*k.stride()[:2], *v.stride()[:2])
     _store(
-        TEAM, threads_for(rows * planes.kv_heads * (planes.k.dim + planes.v.dim) / 200), k.data_ptr(), v.data_ptr(),
-        strides, rows, pool.data_ptr(), planes.geometry, _more(planes.k), _more(planes.v),
+        GOMP, threads_for(rows * planes.kv_heads * (planes.k.dim + planes.v.dim) / 200), k.data_ptr(), v.data_ptr(),
+        strides, rows, pool.data_ptr(), planes.geometry, _scaling_and_tables(planes.k), _scaling_and_tables(planes.v),
         batch.write_pages.data_ptr(), batch.write_slots.data_ptr(), FORMAT[k.dtype],
     )  # fmt: skip

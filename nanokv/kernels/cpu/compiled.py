@@ -1,4 +1,4 @@
-"""Compiled functions that Python calls: kept on disk, and compiled anew when any file of this folder changes."""
+"""Compiled functions that Python calls: cached on disk, and compiled anew when any file of this folder changes."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ def _fingerprint() -> str:
 
 
 _STAMP = _fingerprint()
-_kept: list = []  # functions whose machine code is kept on disk
+_cached: list = []  # functions whose machine code is cached on disk
 
 
 def compiled(function: Callable) -> Callable:
-    """numba.njit that releases the GIL and keeps its machine code on disk, where there is a folder to write to.
+    """numba.njit that releases the GIL and caches its machine code on disk, where a folder is writable.
 
-    numba asks only whether the file of `function` itself has changed, and would run old code after an edit of a
-    function that it calls. So the stamp of the cache becomes the content of all kernels.
+    numba checks only whether the file of `function` itself has changed, and would run old code after an edit of a
+    function that it calls. So the stamp of the cache is the content of all kernels.
     """
     dispatcher = njit(nogil=True)(function)
     with contextlib.suppress(RuntimeError):  # numba found no folder: this process compiles for itself
         dispatcher.enable_caching()
         dispatcher._cache._cache_file._source_stamp = _STAMP
-        _kept.append(dispatcher)
+        _cached.append(dispatcher)
     return dispatcher
 
 
 def any_on_disk() -> bool:
-    """Whether a run before this one has left machine code of these very kernels on disk."""
-    return any(dispatcher._cache._cache_file._load_index() for dispatcher in _kept)
+    """Whether machine code of exactly these kernels is on disk."""
+    return any(dispatcher._cache._cache_file._load_index() for dispatcher in _cached)
 
 
 def inner(function: Callable) -> Callable:
-    """numba.njit for a function that only compiled code calls: without the door to Python, which takes long to make,
-    and with the numbers of IEEE 754 where Python raises (a division by zero)."""
+    """numba.njit for a function that only compiled code calls: without the wrappers for Python, which take long to
+    compile, and with IEEE 754 results where Python raises (a division by zero)."""
     return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function)

@@ -1,6 +1,6 @@
 """Row-wise ops on a CPU: norms and gates. Each is one pass over memory.
 
-A row is computed by the same instructions wherever it stands in the batch, so its bits depend on that row alone.
+The same instructions compute a row at any place in the batch, so its bits depend on that row alone.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from numba import njit
 
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.exp import ONE, sigmoid, silu
-from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, view, widen
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, narrow, size_of, view, widen
+from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 
-TAKE = 8
-"""Rows that a thread takes at once."""
+UNIT_ROWS = 8
+"""Rows of a unit of work."""
 
 
 @njit(fastmath={"reassoc", "contract"})
 def sum_of_squares(row):
-    """Reassociated by the compiler into lanes: some fixed order, the same for every row.
+    """The sum of squares of a row, in lanes that the compiler chooses: one fixed order, the same for every row.
 
-    By index: a loop over the array itself is not vectorised and takes 30 times as long (650 ns for 576 numbers).
+    The loop runs by index: a loop over the array itself is not vectorised and takes 30 times as long (650 ns for 576
+    numbers).
     """
     total = np.float32(0.0)
     for d in range(len(row)):
@@ -38,7 +39,7 @@ def norm_factor(wide, eps):
 
 @inner
 def weighted(normed, weight, format, weight_format):
-    """normed * weight in `format`, rounded as reference.rms_norm says. A compiler knows which of the two it is."""
+    """normed * weight in `format`, rounded as reference.rms_norm says; the branch is decided when it is compiled."""
     if size_of(weight_format) > size_of(format):
         return narrow(normed * widen(weight), format)
     return narrow(widen(narrow(normed, format)) * widen(weight), format)
@@ -49,10 +50,10 @@ def _norm_work(counter, x, residual, weight, out, rows, width, eps, format, weig
     size, scale = size_of(format), view(weight, width, weight_format)
     wide = np.empty(width, np.float32)
     while True:
-        first = fetch_add(counter, TAKE)
+        first = fetch_add(counter, UNIT_ROWS)
         if first >= rows:
             break
-        for row in range(first, min(first + TAKE, rows)):
+        for row in range(first, min(first + UNIT_ROWS, rows)):
             at = row * width * size
             source, target = view(x + at, width, format), view(out + at, width, format)
             if residual:
@@ -70,9 +71,9 @@ def _norm_work(counter, x, residual, weight, out, rows, width, eps, format, weig
 
 
 @compiled
-def _norm(team, threads, x, residual, weight, out, rows, width, eps, format, weight_format):
+def _norm(gomp, threads, x, residual, weight, out, rows, width, eps, format, weight_format):
     args = (x, residual, weight, out, rows, width, np.float32(eps), format.dtype, weight_format.dtype)
-    share(team, threads, _norm_work, args)
+    parallel_for(gomp, threads, _norm_work, args)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -86,10 +87,11 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
 
 
 def _normed(x: torch.Tensor, residual: int, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """residual: its address, or 0 where there is none."""
     rows, width = x.shape
     out = torch.empty_like(x)
     _norm(
-        TEAM, threads_for(rows * width / 3e3), x.data_ptr(), residual, weight.data_ptr(), out.data_ptr(), rows, width,
+        GOMP, threads_for(rows * width / 3e3), x.data_ptr(), residual, weight.data_ptr(), out.data_ptr(), rows, width,
         eps, FORMAT[x.dtype], FORMAT[weight.dtype],
     )  # fmt: skip
     return out
@@ -100,10 +102,10 @@ def _gated_work(counter, x, z, z_stride, weight, out, rows, heads, dim, eps, for
     size, scale = format.itemsize, view(weight, dim, weight_format)
     wide = np.empty(dim, np.float32)
     while True:
-        first = fetch_add(counter, TAKE)
+        first = fetch_add(counter, UNIT_ROWS)
         if first >= rows:
             break
-        for row in range(first, min(first + TAKE, rows)):
+        for row in range(first, min(first + UNIT_ROWS, rows)):
             for head in range(heads):
                 at = (row * heads + head) * dim * size
                 source, target = view(x + at, dim, format), view(out + at, dim, format)
@@ -117,9 +119,9 @@ def _gated_work(counter, x, z, z_stride, weight, out, rows, heads, dim, eps, for
 
 
 @compiled
-def _gated(team, threads, x, z, z_stride, weight, out, rows, heads, dim, eps, format, weight_format):
+def _gated(gomp, threads, x, z, z_stride, weight, out, rows, heads, dim, eps, format, weight_format):
     args = (x, z, z_stride, weight, out, rows, heads, dim, np.float32(eps), format, weight_format)
-    share(team, threads, _gated_work, args)
+    parallel_for(gomp, threads, _gated_work, args)
 
 
 def gated_rms_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -130,7 +132,7 @@ def gated_rms_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: 
         raise ValueError(f"gated_rms_norm: z {tuple(z.shape)} with strides {z.stride()} does not fit {tuple(x.shape)}")
     out = torch.empty_like(x)
     _gated(
-        TEAM, threads_for(rows * width / 1e3), x.data_ptr(), z.data_ptr(), z_stride, weight.data_ptr(), out.data_ptr(),
+        GOMP, threads_for(rows * width / 1e3), x.data_ptr(), z.data_ptr(), z_stride, weight.data_ptr(), out.data_ptr(),
         rows, width // dim, dim, eps, FORMAT[x.dtype], FORMAT[weight.dtype],
     )  # fmt: skip
     return out
@@ -140,10 +142,10 @@ def gated_rms_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: 
 def _silu_work(counter, gate_up, out, rows, width, format):
     size = size_of(format)
     while True:
-        first = fetch_add(counter, TAKE)
+        first = fetch_add(counter, UNIT_ROWS)
         if first >= rows:
             break
-        for row in range(first, min(first + TAKE, rows)):
+        for row in range(first, min(first + UNIT_ROWS, rows)):
             gate = view(gate_up + 2 * row * width * size, width, format)
             up = view(gate_up + (2 * row + 1) * width * size, width, format)
             target = view(out + row * width * size, width, format)
@@ -152,9 +154,9 @@ def _silu_work(counter, gate_up, out, rows, width, format):
 
 
 @compiled
-def _silu(team, threads, gate_up, out, rows, width, format):
+def _silu(gomp, threads, gate_up, out, rows, width, format):
     args = (gate_up, out, rows, width, format.dtype)
-    share(team, threads, _silu_work, args)
+    parallel_for(gomp, threads, _silu_work, args)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -163,7 +165,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     threads = threads_for(rows * width / 1.3e3)
-    _silu(TEAM, threads, gate_up.data_ptr(), out.data_ptr(), rows, width, FORMAT[gate_up.dtype])
+    _silu(GOMP, threads, gate_up.data_ptr(), out.data_ptr(), rows, width, FORMAT[gate_up.dtype])
     return out
 
 
@@ -171,10 +173,10 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def _sigmoid_work(counter, x, gate, gate_stride, out, rows, width, format):
     size = size_of(format)
     while True:
-        first = fetch_add(counter, TAKE)
+        first = fetch_add(counter, UNIT_ROWS)
         if first >= rows:
             break
-        for row in range(first, min(first + TAKE, rows)):
+        for row in range(first, min(first + UNIT_ROWS, rows)):
             source, target = view(x + row * width * size, width, format), view(out + row * width * size, width, format)
             gates = view(gate + row * gate_stride * size, width, format)
             for d in range(width):
@@ -182,9 +184,9 @@ def _sigmoid_work(counter, x, gate, gate_stride, out, rows, width, format):
 
 
 @compiled
-def _sigmoid_mul(team, threads, x, gate, gate_stride, out, rows, width, format):
+def _sigmoid_mul(gomp, threads, x, gate, gate_stride, out, rows, width, format):
     args = (x, gate, gate_stride, out, rows, width, format.dtype)
-    share(team, threads, _sigmoid_work, args)
+    parallel_for(gomp, threads, _sigmoid_work, args)
 
 
 def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -199,6 +201,6 @@ def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
     threads = threads_for(rows * width / 1.3e3)
     _sigmoid_mul(
-        TEAM, threads, x.data_ptr(), gate.data_ptr(), gate_stride, out.data_ptr(), rows, width, FORMAT[x.dtype]
+        GOMP, threads, x.data_ptr(), gate.data_ptr(), gate_stride, out.data_ptr(), rows, width, FORMAT[x.dtype]
     )
     return out

@@ -1,5 +1,4 @@
-"""2**x for the exponents that attention and activations meet, as a few multiply-adds, and gates made of it; for numbers
-and for vectors."""
+"""2**x as a few multiply-adds, and the gates made of it, for numbers and for vectors."""
 
 from __future__ import annotations
 
@@ -10,12 +9,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from nanokv.kernels.cpu.words import INT, constant, emit_fma, like
+from nanokv.kernels.cpu.intrinsics import INT, constant, emit_fma, like
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 LOG2E = np.float32(1 / math.log(2))
 _SHIFT = 1.5 * 2**23  # a float32 of that size has no room for fractions: adding it rounds to the nearest integer
-# Minimax coefficients of 2**r on [-1/2, 1/2], the constant held at exactly 1: in float32 within 1.6e-7 of the truth.
+# Minimax coefficients of 2**r on [-1/2, 1/2], the constant exactly 1: the error in float32 is below 1.6e-7.
 _COEFFICIENTS = (0.0013264727, 0.0096715126, 0.0555073374, 0.2402224209, 0.6931469776, 1.0)
 
 
@@ -30,7 +29,7 @@ def emit_exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     p = number(_COEFFICIENTS[0])
     for coefficient in _COEFFICIENTS[1:]:
         p = emit_fma(builder, p, r, number(coefficient))
-    bits = like(x, INT)  # the integer in the lowest bits of `shifted`, moved to the exponent, multiplies by 2**it
+    bits = like(x, INT)  # the integer in the lowest bits of `shifted`, moved to the exponent: a multiplication by 2**it
     power = builder.shl(builder.bitcast(shifted, bits), constant(bits, 23))
     p = builder.bitcast(builder.add(builder.bitcast(p, bits), power), x.type)
     return builder.select(builder.fcmp_ordered("<", x, number(-126.0)), number(0.0), p)
@@ -39,7 +38,7 @@ def emit_exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 def emit_sigmoid(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """1 / (1 + exp(-x)) in float32."""
     one, positive = constant(x.type, 1.0), builder.fcmp_ordered(">=", x, constant(x.type, 0.0))
-    # With e <= 1, which cannot overflow, it is 1 / (1 + e) or e / (1 + e).
+    # e <= 1 cannot overflow, and the result is 1 / (1 + e) or e / (1 + e).
     e = emit_exp2(builder, builder.fmul(builder.select(positive, builder.fneg(x), x), constant(x.type, LOG2E)))
     return builder.fdiv(builder.select(positive, one, e), builder.fadd(one, e))
 

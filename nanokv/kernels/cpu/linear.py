@@ -1,13 +1,13 @@
 """Matrix products on a CPU: one loop for every number of rows and every format of weights.
 
-Weights stand in blocks of 16 outputs, [out / 16, in, 16]: the 16 weights that meet one number of x lie side by side,
-are widened in registers, and each vector lane sums one output. So 16-bit weights cross the memory bus as 16 bits, and
-no sum ever runs across lanes. The order of every sum is fixed:
+Weights lie in blocks of 16 outputs, [out / 16, in, 16]: the 16 weights that one number of x is multiplied with lie
+side by side and are widened in registers, and each vector lane sums one output. So 16-bit weights cross the memory bus
+as 16 bits, and no sum runs across lanes. The order of every sum is fixed:
 
     y[r, o] = x[r, 0] * w[o, 0] + x[r, 1] * w[o, 1] + ...        one fused step after the other
 
-whatever the other rows are and however rows are cut into tiles: the bits of a row depend on that row alone. A product
-for each head (x [rows, heads, in], weights [heads, out, in]) is the same loop once more around it.
+whatever the other rows and the tiles are, so the bits of a row depend on that row alone. A product for each head (x
+[rows, heads, in], weights [heads, out, in]) is the same code with a loop over heads around it.
 """
 
 from __future__ import annotations
@@ -24,68 +24,58 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nanokv.kernels.cpu.compiled import compiled
-from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.words import FLOAT, FORMAT, INT, constant, emit_fma, emit_widen, fetch_add, view
+from nanokv.kernels.cpu.intrinsics import FLOAT, FORMAT, constant, emit_fma, emit_prefetch, emit_widen, fetch_add, view
+from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
+from nanokv.kernels.cpu.simd import emit_broadcast, emit_load, emit_store
 
 LANES = 16
 # Rows of a tile: as many sums as registers hold beside the weights. AVX2 has 16 registers of half a block.
-MOST_ROWS = 12 if binding.get_host_cpu_features().get("avx512f", False) else 6
-# How far ahead of its use a weight is fetched, in bytes: the hardware's own prefetch stops at each page of 4 KiB.
-AHEAD = 2048
+MAX_ROWS = 12 if binding.get_host_cpu_features().get("avx512f", False) else 6
+# Bytes from the weight in use to the one prefetched: the hardware's own prefetch stops at each page of 4 KiB.
+PREFETCH_BYTES = 2048
 # Bytes of x that a thread multiplies with one block after another: about what stays in its second-level cache.
-NEAR = 256 * 1024
-# Blocks that a thread takes at once: long runs of memory for one row, small enough to share evenly.
-GROUP = 12
-SQUARE = 64
-# Bytes of memory that weights are placed on, one beside the other.
-SHELF = 64 * 1024 * 1024
-
-
-def _emit_prefetch(builder, pointer):
-    byte = ir.IntType(8).as_pointer()
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), [byte, INT, INT, INT]), "llvm.prefetch.p0"
-    )
-    builder.call(function, [builder.bitcast(pointer, byte), INT(0), INT(3), INT(1)])  # read, keep close, data
+X_BYTES = 256 * 1024
+# Blocks of a unit of work: long runs of memory for one row, few enough to balance the load.
+UNIT_BLOCKS = 12
+SQUARE = 64  # side of the squares in which weights are transposed
+# Bytes that the arena of weights maps at once.
+ARENA_BYTES = 64 * 1024 * 1024
 
 
 def _emit_tile(builder, rows, x, x_stride, w, y, y_stride, depth, element):
     """The loop over `depth` for a fixed number of rows: a row of 16 weights in, one multiply-add for each row of x.
 
-    A pointer walks along every third row of x only; the two rows below it are one and two strides away. A pointer for
-    each row would take more integer registers than there are.
+    Every third row of x has a pointer; the two rows below it are one and two strides away. A pointer for each row would
+    take more integer registers than there are.
     """
     index, weight, size = depth.type, w.type.pointee, element.bitwidth // 8
-    lanes, sixteen = ir.VectorType(FLOAT, LANES), ir.VectorType(weight, LANES)
     strides = [builder.mul(x_stride, index(r)) for r in range(rows)]
     thirds = [
         cgutils.alloca_once_value(builder, builder.gep(x, [stride], source_etype=FLOAT)) for stride in strides[::3]
     ]
-    sums = [cgutils.alloca_once_value(builder, constant(lanes, 0.0)) for _ in range(rows)]
+    sums = [cgutils.alloca_once_value(builder, constant(ir.VectorType(FLOAT, LANES), 0.0)) for _ in range(rows)]
     with cgutils.for_range(builder, depth) as loop:
         place = builder.gep(w, [builder.mul(loop.index, index(LANES))], source_etype=weight)
-        weights = builder.load(builder.bitcast(place, sixteen.as_pointer()), typ=sixteen, align=size)
-        weights = emit_widen(builder, weights, element)
-        _emit_prefetch(builder, builder.gep(place, [index(AHEAD // size)], source_etype=weight))
+        weights = emit_widen(builder, emit_load(builder, place, index(0), weight, LANES), element)
+        ahead = builder.gep(place, [index(PREFETCH_BYTES // size)], source_etype=weight)
+        emit_prefetch(builder, builder.bitcast(ahead, ir.IntType(8).as_pointer()), 3)
         for r, total in enumerate(sums):
             row = builder.gep(builder.load(thirds[r // 3]), [strides[r % 3]], source_etype=FLOAT)
-            one = builder.insert_element(ir.Constant(lanes, ir.Undefined), builder.load(row, typ=FLOAT), INT(0))
-            number = builder.shuffle_vector(one, one, constant(ir.VectorType(INT, LANES), 0))
+            number = emit_broadcast(builder, builder.load(row, typ=FLOAT), LANES)
             builder.store(emit_fma(builder, number, weights, builder.load(total)), total)
         for third in thirds:
             builder.store(builder.gep(builder.load(third), [index(1)], source_etype=FLOAT), third)
     for r, total in enumerate(sums):
-        place = builder.gep(y, [builder.mul(y_stride, index(r))], source_etype=FLOAT)
-        builder.store(builder.load(total), builder.bitcast(place, lanes.as_pointer()), align=4)
+        emit_store(builder, builder.load(total), y, builder.mul(y_stride, index(r)))
 
 
 @intrinsic
 def _tile(typingctx, rows, x, x_stride, w, y, y_stride, depth, format):
-    """y[r, 0..15] = sum over k of x[r, k] * w[k, 0..15], for the rows r < `rows` <= MOST_ROWS.
+    """y[r, 0..15] = sum over k of x[r, k] * w[k, 0..15], for the rows r < `rows` <= MAX_ROWS.
 
     x, y   addresses of float32; their strides count floats from row to row
     w      address of [depth, 16] weights in a format
-    Written in vector instructions, a loop for each number of rows, because that keeps every sum in a register.
+    Vector instructions, in one loop for each number of rows, keep every sum in a register.
     """
 
     def codegen(context, builder, signature, args):
@@ -94,7 +84,7 @@ def _tile(typingctx, rows, x, x_stride, w, y, y_stride, depth, format):
         w = builder.inttoptr(w, context.get_data_type(format.dtype).as_pointer())
         end = builder.append_basic_block()
         choice = builder.switch(rows, end)
-        for count in range(1, MOST_ROWS + 1):
+        for count in range(1, MAX_ROWS + 1):
             case = builder.append_basic_block()
             choice.add_case(rows.type(count), case)
             builder.position_at_end(case)
@@ -108,7 +98,7 @@ def _tile(typingctx, rows, x, x_stride, w, y, y_stride, depth, format):
 
 @njit
 def _work(counter, x, x_stride, x_head, w, y, rows, depth, heads, blocks, row_block, group, format):
-    """What each thread does: take units (some rows of x, some blocks of w of one head) until none is left."""
+    """One thread of the kernel: takes units (some rows of x, some blocks of w of one head) until none is left."""
     groups = (blocks + group - 1) // group
     units = groups * ((rows + row_block - 1) // row_block)  # of a head
     block_bytes = depth * LANES * format.itemsize
@@ -120,72 +110,67 @@ def _work(counter, x, x_stride, x_head, w, y, rows, depth, heads, blocks, row_bl
         head, unit = unit // units, unit % units
         start, first = unit // groups * row_block, unit % groups * group
         count = min(rows - start, row_block)
-        tiles = (count + MOST_ROWS - 1) // MOST_ROWS
+        tiles = (count + MAX_ROWS - 1) // MAX_ROWS
         for block in range(first, min(first + group, blocks)):
             row = start
             for tile in range(tiles):
                 size = (count + tile) // tiles  # tiles of nearly equal size: 8 rows are 4 + 4, not 6 + 2
                 _tile(
-                    size,
-                    x + 4 * (row * x_stride + head * x_head),
-                    x_stride,
+                    size, x + 4 * (row * x_stride + head * x_head), x_stride,
                     w + (head * blocks + block) * block_bytes,
-                    y + 4 * (row * y_stride + (head * blocks + block) * LANES),
-                    y_stride,
-                    depth,
-                    format,
-                )
+                    y + 4 * (row * y_stride + (head * blocks + block) * LANES), y_stride, depth, format,
+                )  # fmt: skip
                 row += size
 
 
 @compiled
-def _multiply(team, threads, x, x_stride, x_head, w, y, rows, depth, heads, blocks, format):
-    row_block = MOST_ROWS * min(max(NEAR // (4 * depth * MOST_ROWS), 4), 32)
-    # As many equal groups for each thread as GROUP demands, at least two: so the last ones end together.
-    group = -(-heads * blocks // (threads * max(2, -(-heads * blocks // (threads * GROUP)))))
+def _multiply(gomp, threads, x, x_stride, x_head, w, y, rows, depth, heads, blocks, format):
+    row_block = MAX_ROWS * min(max(X_BYTES // (4 * depth * MAX_ROWS), 4), 32)
+    # Each thread has as many equal groups as UNIT_BLOCKS demands, at least two: so all threads end together.
+    group = -(-heads * blocks // (threads * max(2, -(-heads * blocks // (threads * UNIT_BLOCKS)))))
     args = (x, x_stride, x_head, w, y, rows, depth, heads, blocks, row_block, min(group, blocks), format)
-    share(team, threads, _work, args)
+    parallel_for(gomp, threads, _work, args)
 
 
-class _Shelf:
-    """Memory for weights, one beside the other in pages of 2 MiB where the system has them.
+class _Arena:
+    """Memory for weights, side by side in pages of 2 MiB where the system has them.
 
-    A decode reads every weight; looking up a small page for every 4 KiB of them costs 7 % of its time. A shelf is
-    freed when no weight on it is left.
+    A decode reads every weight; looking up a small page for every 4 KiB of them costs 7 % of its time. A mapping is
+    freed with its last weight.
     """
 
     def __init__(self) -> None:
         self._room = torch.empty(0, dtype=torch.uint8)
         self._lock = threading.Lock()
 
-    def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor, aligned to 64 bytes."""
         size = math.prod(shape) * dtype.itemsize
         with self._lock:
-            if size > SHELF // 4:
-                taken = self._map(size)
+            if size > ARENA_BYTES // 4:
+                memory = self._map(size)
             else:
                 if self._room.numel() < size:
-                    self._room = self._map(SHELF)
-                taken, self._room = self._room[:size], self._room[-(-size // 64) * 64 :]
-        return taken.view(dtype).view(shape)
+                    self._room = self._map(ARENA_BYTES)
+                memory, self._room = self._room[:size], self._room[-(-size // 64) * 64 :]
+        return memory.view(dtype).view(shape)
 
     @staticmethod
     def _map(size: int) -> torch.Tensor:
         if not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty(size, dtype=torch.uint8)
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel built without large pages serves small ones
+        with contextlib.suppress(OSError):  # a system without large pages gives small ones
             memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-_shelf = _Shelf()
+_arena = _Arena()
 
 
 @njit
 def _pack_work(counter, w, blocks, out, depth, format):
-    """What each thread does: transpose one block of 16 outputs after another, by small squares that stay in cache."""
+    """One thread of the kernel: transposes blocks of 16 outputs, in small squares that stay in cache."""
     size = format.itemsize
     while True:
         first = fetch_add(counter, LANES)
@@ -204,27 +189,27 @@ def _pack_work(counter, w, blocks, out, depth, format):
 
 
 @compiled
-def _pack(team, threads, w, blocks, out, depth, format):
+def _pack(gomp, threads, w, blocks, out, depth, format):
     args = (w, blocks, out, depth, format)
-    share(team, threads, _pack_work, args)
+    parallel_for(gomp, threads, _pack_work, args)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """[out, in] -> [ceil(out / 16), in, 16], a copy; missing outputs are 0."""
     (out, depth), weight = weight.shape, weight.contiguous()
-    blocks = _shelf.place((-(-out // LANES), depth, LANES), weight.dtype)
+    blocks = _arena.allocate((-(-out // LANES), depth, LANES), weight.dtype)
     threads = threads_for(weight.numel() / 1e3)
-    _pack(TEAM, threads, weight.data_ptr(), blocks.data_ptr(), out, depth, FORMAT[weight.dtype])
+    _pack(GOMP, threads, weight.data_ptr(), blocks.data_ptr(), out, depth, FORMAT[weight.dtype])
     return blocks
 
 
 def unpack(blocks: torch.Tensor, out: int) -> torch.Tensor:
-    """The [out, in] that was packed."""
+    """The weight [out, in] that was packed."""
     return blocks.transpose(1, 2).reshape(-1, blocks.shape[1])[:out]
 
 
 def embed(blocks: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Rows `ids` (int64) of the matrix that was packed, float32."""
+    """Rows `ids` (int64) of the weight that was packed, float32."""
     return blocks[ids // LANES, :, ids % LANES].float()
 
 
@@ -240,7 +225,7 @@ def multiply(x: torch.Tensor, blocks: torch.Tensor, out: int) -> torch.Tensor:
     y = x.new_empty(rows, num_blocks * LANES)
     threads = threads_for(rows * num_blocks * depth * LANES / 30e3)
     _multiply(
-        TEAM, threads, x.data_ptr(), x_stride, 0, blocks.data_ptr(), y.data_ptr(), rows, depth, 1, num_blocks,
+        GOMP, threads, x.data_ptr(), x_stride, 0, blocks.data_ptr(), y.data_ptr(), rows, depth, 1, num_blocks,
         FORMAT[blocks.dtype],
     )  # fmt: skip
     return y if num_blocks * LANES == out else y[:, :out].contiguous()
@@ -266,7 +251,7 @@ def multiply_heads(x: torch.Tensor, blocks: torch.Tensor, out: int) -> torch.Ten
     y = x.new_empty(rows, heads, num_blocks * LANES)
     threads = threads_for(rows * blocks.numel() / 30e3)
     _multiply(
-        TEAM, threads, x.data_ptr(), x_stride, head_stride, blocks.data_ptr(), y.data_ptr(), rows, depth, heads,
+        GOMP, threads, x.data_ptr(), x_stride, head_stride, blocks.data_ptr(), y.data_ptr(), rows, depth, heads,
         num_blocks, FORMAT[blocks.dtype],
     )  # fmt: skip
     return y if num_blocks * LANES == out else y[..., :out].contiguous()

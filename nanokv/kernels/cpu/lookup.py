@@ -1,8 +1,8 @@
-"""Codes of a strip as float32: unpacked, looked up and, for keys, transposed, in vector instructions.
+"""Codes of a KV tile as float32: unpacked, looked up and, for keys, transposed, in vector instructions.
 
-Up to 16 table entries are looked up byte by byte: the entries' lowest bytes fill half a register, their next bytes
-another, and so on. One instruction picks 32 bytes by 32 codes; four of them and some interleaving make 32 float32. It
-costs as much as converting and scaling a uniform grid would, so there is one way for both.
+Up to 16 table entries are looked up byte by byte: the lowest bytes of all entries fill half a register, the next bytes
+another, and so on. One instruction (a byte shuffle) picks 32 bytes by 32 codes; four of them, interleaved, make 32
+float32. Converting and scaling a uniform grid would cost as much, so both take this way.
 
 Keys are transposed as bytes, before they are unpacked.
 """
@@ -16,17 +16,17 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nanokv.kernels.cpu.compiled import inner
-from nanokv.kernels.cpu.tile import emit_load, emit_spread, emit_store
-from nanokv.kernels.cpu.words import FLOAT, INT, constant, emit_fma, view
+from nanokv.kernels.cpu.intrinsics import FLOAT, INT, constant, emit_fma, view
+from nanokv.kernels.cpu.simd import emit_broadcast, emit_load, emit_store
 from nanokv.kernels.planes import FLOAT8, LOOKUP, UNIFORM
 
 U8 = np.dtype(np.uint8)
 BYTE, WORD = ir.IntType(8), ir.IntType(16)
 BYTES = ir.VectorType(BYTE, 32)
-_BY_BYTES = binding.get_host_cpu_features().get("avx2", False)
+_HAS_BYTE_SHUFFLE = binding.get_host_cpu_features().get("avx2", False)
 
 
-def _every(byte):
+def _splat(byte):
     return ir.Constant(BYTES, [byte] * 32)
 
 
@@ -34,7 +34,7 @@ def _shuffle(builder, a, b, lanes):
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, len(lanes)), list(lanes)))
 
 
-def _riffle(builder, a, b, high):
+def _interleave(builder, a, b, high):
     """Numbers of a and b in turn, from the low or the high half of each 16-byte lane."""
     count = a.type.count // 2
     lanes = []
@@ -44,20 +44,19 @@ def _riffle(builder, a, b, high):
     return _shuffle(builder, a, b, lanes)
 
 
-def _join(builder, planes):
+def _join_bytes(builder, planes):
     """The bytes of 32 numbers, lowest first, as four vectors of 8 int32: numbers 0-3 and 16-19, 4-7 and 20-23, ..."""
     lines = []
     for high in (0, 1):
-        low, top = (
-            builder.bitcast(_riffle(builder, planes[n], planes[n + 1], high), ir.VectorType(WORD, 16)) for n in (0, 2)
-        )
-        lines += [builder.bitcast(_riffle(builder, low, top, half), ir.VectorType(INT, 8)) for half in (0, 1)]
+        pairs = (_interleave(builder, planes[n], planes[n + 1], high) for n in (0, 2))
+        low, top = (builder.bitcast(pair, ir.VectorType(WORD, 16)) for pair in pairs)
+        lines += [builder.bitcast(_interleave(builder, low, top, half), ir.VectorType(INT, 8)) for half in (0, 1)]
     return lines
 
 
-def _pick(builder, table, codes):
-    """Byte `code` of a 16-byte lane of the table for each code below 16."""
-    if _BY_BYTES:
+def _lookup_bytes(builder, table, codes):
+    """For each of 32 codes below 16, that byte of the table in its 16-byte lane."""
+    if _HAS_BYTE_SHUFFLE:
         kind = ir.FunctionType(BYTES, [BYTES, BYTES])
         return builder.call(
             cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pshuf.b"), [table, codes]
@@ -70,7 +69,7 @@ def _pick(builder, table, codes):
 
 
 def _decoder(builder, kind, table):
-    """A function from 32 codes to four vectors of float32, for one kind of table; what it needs is loaded here."""
+    """A function from 32 codes to four vectors of float32, for one kind of table, which is loaded here."""
     if kind == LOOKUP:
         planes = []
         for n in range(4):
@@ -78,45 +77,51 @@ def _decoder(builder, kind, table):
             planes.append(_shuffle(builder, half, half, [*range(16)] * 2))
 
         def decode(codes):
-            lines = _join(builder, [_pick(builder, plane, codes) for plane in planes])
+            lines = _join_bytes(builder, [_lookup_bytes(builder, plane, codes) for plane in planes])
             return [builder.bitcast(line, ir.VectorType(FLOAT, 8)) for line in lines]
 
     elif kind == UNIFORM:
         first, second = (
-            builder.load(builder.bitcast(_place(builder, table, n), FLOAT.as_pointer()), typ=FLOAT) for n in (0, 4)
+            builder.load(builder.bitcast(_pointer(builder, table, n), FLOAT.as_pointer()), typ=FLOAT) for n in (0, 4)
         )
-        step, first = emit_spread(builder, builder.fsub(second, first), 8), emit_spread(builder, first, 8)
-        nothing = _every(0)
+        step, first = emit_broadcast(builder, builder.fsub(second, first), 8), emit_broadcast(builder, first, 8)
+        nothing = _splat(0)
 
         def decode(codes):
-            lines = _join(builder, [codes, nothing, nothing, nothing])
+            lines = _join_bytes(builder, [codes, nothing, nothing, nothing])
             return [emit_fma(builder, builder.sitofp(line, ir.VectorType(FLOAT, 8)), step, first) for line in lines]
 
     else:
-        nothing, power = _every(0), constant(ir.VectorType(FLOAT, 8), 2.0**120)
+        nothing, power = _splat(0), constant(ir.VectorType(FLOAT, 8), 2.0**120)
 
         def decode(codes):
-            # In ascending order the first half of the codes is negative, and a NaN would stand at each end.
-            low, high = _every(-128), _every(126)
+            # Codes ascend with the values: the first half is negative, and e4m3 has a NaN at each end.
+            low, high = _splat(-128), _splat(126)
             codes = builder.xor(codes, low)
             codes = builder.select(builder.icmp_signed(">", codes, high), high, codes)
-            codes = builder.select(builder.icmp_signed("<", codes, _every(-127)), _every(-127), codes)
+            codes = builder.select(builder.icmp_signed("<", codes, _splat(-127)), _splat(-127), codes)
             bits = builder.xor(
-                codes, builder.select(builder.icmp_signed("<", codes, _every(0)), _every(127), _every(0))
+                codes, builder.select(builder.icmp_signed("<", codes, _splat(0)), _splat(127), _splat(0))
             )
-            top = builder.or_(builder.and_(bits, low), builder.and_(builder.lshr(bits, _every(4)), _every(7)))
-            lines = _join(builder, [nothing, nothing, builder.shl(bits, _every(4)), top])
+            top = builder.or_(builder.and_(bits, low), builder.and_(builder.lshr(bits, _splat(4)), _splat(7)))
+            lines = _join_bytes(builder, [nothing, nothing, builder.shl(bits, _splat(4)), top])
             return [builder.fmul(builder.bitcast(line, power.type), power) for line in lines]
 
     return decode
 
 
-def _place(builder, address, offset):
+def _byte_mask(builder, mask):
+    """A mask below 256 in each of 32 bytes."""
+    word = builder.mul(builder.trunc(mask, INT), INT(0x01010101))
+    return builder.bitcast(emit_broadcast(builder, word, 8), BYTES)
+
+
+def _pointer(builder, address, offset):
     return builder.inttoptr(builder.add(address, address.type(offset)), BYTE.as_pointer())
 
 
 def _each_kind(builder, kind, body):
-    """body(number of the kind), compiled for every kind; the one at hand runs."""
+    """body(kind), compiled for every kind of table; a switch picks the one to run."""
     end = builder.append_basic_block()
     choice = builder.switch(kind, end)
     for number in (LOOKUP, UNIFORM, FLOAT8):
@@ -129,12 +134,12 @@ def _each_kind(builder, kind, body):
 
 
 @intrinsic
-def turn(typingctx, keys, first, out):
+def transpose_bytes(typingctx, keys, first, out):
     """Bytes first .. first + 15 of 32 rows, transposed: 16 rows of 32 bytes, 64 bytes apart.
 
     keys   address of 32 addresses
-    The columns stand in the order in which `decode_keys` finds neighbours side by side: 0-3, 8-11, 16-19, 24-27, then
-    those between.
+    Columns are in the order in which `decode_keys` finds neighbours side by side: 0-3, 8-11, 16-19, 24-27, then the
+    others.
     """
 
     def codegen(context, builder, signature, args):
@@ -153,7 +158,7 @@ def turn(typingctx, keys, first, out):
             for n in (*range(4), *range(8, 12), *range(16, 20), *range(24, 28))
         ]
         for _ in range(4):
-            lines = [_riffle(builder, lines[n // 2], lines[n // 2 + 8], n % 2) for n in range(16)]
+            lines = [_interleave(builder, lines[n // 2], lines[n // 2 + 8], n % 2) for n in range(16)]
         for n, line in enumerate(lines):
             target = builder.inttoptr(builder.add(out, out.type(64 * n)), BYTES.as_pointer())
             builder.store(line, target, align=32)
@@ -164,7 +169,7 @@ def turn(typingctx, keys, first, out):
 
 @intrinsic
 def decode_keys(typingctx, count, source, shift, mask, kind, table, out):
-    """`count` rows of 64 bytes, as `turn` left them, become rows of 64 float32: what (byte >> shift) & mask stands for.
+    """`count` rows of 64 bytes from `transpose_bytes` become rows of 64 float32: table[(byte >> shift) & mask].
 
     table   address of a table's bytes (LOOKUP) or of its float32
     """
@@ -172,8 +177,8 @@ def decode_keys(typingctx, count, source, shift, mask, kind, table, out):
     def codegen(context, builder, signature, args):
         count, source, shift, mask, kind, table, out = args
         words = ir.VectorType(WORD, 16)
-        mask = builder.bitcast(emit_spread(builder, builder.mul(builder.trunc(mask, INT), INT(0x01010101)), 8), BYTES)
-        shift = emit_spread(builder, builder.trunc(shift, WORD), 16)
+        mask = _byte_mask(builder, mask)
+        shift = emit_broadcast(builder, builder.trunc(shift, WORD), 16)
 
         def body(number):
             decode = _decoder(builder, number, table)
@@ -205,7 +210,7 @@ def decode_values(typingctx, count, rows, first, first_shift, second, second_shi
         count, rows, first, first_shift, second, second_shift, mask, kind, table, out = args
         rows = builder.inttoptr(rows, count.type.as_pointer())
         quads, halves = ir.VectorType(INT, 8), ir.VectorType(BYTE, 16)
-        mask = builder.bitcast(emit_spread(builder, builder.mul(builder.trunc(mask, INT), INT(0x01010101)), 8), BYTES)
+        mask = _byte_mask(builder, mask)
         shifts = ir.Constant(quads, ir.Undefined)
         for n, amount in enumerate((first_shift, first_shift, second_shift, second_shift) * 2):
             shifts = builder.insert_element(shifts, builder.trunc(amount, INT), INT(n))
@@ -220,7 +225,7 @@ def decode_values(typingctx, count, rows, first, first_shift, second, second_shi
                 )
                 a.align = b.align = 1
                 both = builder.bitcast(_shuffle(builder, a, b, range(32)), quads)
-                # the first 4 of 8 neighbours to the low lane, the others to the high one: `_join` brings them together
+                # The first 4 of 8 neighbours go to the low lane, the others to the high one: `_join_bytes` joins them.
                 both = _shuffle(builder, both, both, (0, 2, 4, 6, 1, 3, 5, 7))
                 codes = builder.and_(builder.bitcast(builder.lshr(both, shifts), BYTES), mask)
                 for n, line in enumerate(decode(codes)):
@@ -234,7 +239,7 @@ def decode_values(typingctx, count, rows, first, first_shift, second, second_shi
 
 
 @intrinsic
-def times(typingctx, numbers, factors):
+def multiply_64(typingctx, numbers, factors):
     """numbers *= factors, for the 64 float32 at two addresses."""
 
     def codegen(context, builder, signature, args):
@@ -252,7 +257,7 @@ def times(typingctx, numbers, factors):
 
 @inner
 def split_table(table, count, out):
-    """Up to 16 float32 as four runs of 16 bytes, the lowest byte of each in the first."""
+    """Up to 16 float32 as four runs of 16 bytes: the lowest byte of each, then the next, ..."""
     source, target = view(table, 4 * count, U8), view(out, 64, U8)
     for n in range(count):
         for byte in range(4):
@@ -260,7 +265,7 @@ def split_table(table, count, out):
 
 
 @intrinsic
-def cut(typingctx, word, shift, mask, up):
+def extract_bits(typingctx, word, shift, mask, up):
     """((byte >> shift) & mask) << up for each byte of a word of 2 or 8."""
 
     def codegen(context, builder, signature, args):

@@ -1,13 +1,13 @@
 """The short convolution of Gated DeltaNet on a CPU: one pass over memory, a few channels of one request at a time.
 
-A thread keeps the last inputs of its channels beside the ones that it has just read, so an output is four
-multiply-adds and a silu of numbers in the first-level cache, the same whatever step a row comes in.
+A thread keeps the last inputs of its channels beside the rows that it has just read, so an output is four
+multiply-adds and a silu of numbers in the first-level cache, the same in every step.
 
-In place, because the system takes longer to hand out fresh memory for the results of 2,048 rows (30 ms) than one thread
+In place, because the system takes longer to provide fresh memory for the results of 2,048 rows (30 ms) than one thread
 of an AMD Zen 3 takes to compute them (20).
 
-In memory the numbers of a channel lie side by side (four weights, three inputs), here those of a row: loops that part
-and join them name each row, because LLVM then vectorises them (256 channels of a state take 0.07 us).
+In memory the numbers of a channel lie side by side (four weights, three inputs); in scratch those of a row do. Loops
+that transpose them name each row, because LLVM then vectorises them (256 channels of a state take 0.07 us).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import torch
 from nanokv.core.batch import Batch
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.exp import ZERO
-from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.tile import convolve
-from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, view, widen
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, narrow, view, widen
+from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
+from nanokv.kernels.cpu.simd import convolve
 from nanokv.kernels.planes import StatePlanes
 
 F32, INT32 = np.empty(0, np.float32), np.empty(0, np.int32)
 KERNEL = 4  # inputs of an output, in every released model
-SLAB = np.int64(256)  # channels of a unit of work
-TAKE = np.int64(13)  # rows that are read at once: with the three inputs before them, 16 KiB
+BLOCK = np.int64(256)  # channels of a unit of work
+ROWS = np.int64(13)  # rows that are read at once: with the three inputs before them, 16 KiB
 
 
 @inner
-def _part_weights(source, rows, count, format):
+def _read_weights(source, rows, count, format):
     """[count, 4] numbers of a format at an address, as four rows of float32."""
     numbers = view(source, 4 * count, format)
     first, second, third, fourth = rows[0], rows[1], rows[2], rows[3]
@@ -40,7 +40,7 @@ def _part_weights(source, rows, count, format):
 
 
 @inner
-def _part_state(source, rows, count, format):
+def _read_state(source, rows, count, format):
     """[count, 3] numbers of a format at an address, as three rows of float32."""
     numbers = view(source, 3 * count, format)
     first, second, third = rows[0], rows[1], rows[2]
@@ -49,8 +49,8 @@ def _part_state(source, rows, count, format):
 
 
 @inner
-def _join_state(rows, target, count, format):
-    """The inverse of `_part_state`."""
+def _write_state(rows, target, count, format):
+    """The inverse of `_read_state`."""
     numbers = view(target, 3 * count, format)
     first, second, third = rows[0], rows[1], rows[2]
     for c in range(count):
@@ -63,52 +63,52 @@ def _work(
     counter, x, x_stride, weight, states, conv_offset, state_bytes, channels, starts, positions, state_ids, requests,
     format, weight_format, conv_format,
 ):  # fmt: skip
-    """What each thread does: take units (a request, some channels) until none is left."""
-    slabs, size = (channels + SLAB - 1) // SLAB, format.itemsize
+    """One thread of the kernel: takes units (a request, some channels) until none is left."""
+    parts, size = (channels + BLOCK - 1) // BLOCK, format.itemsize
     starts, state_ids = view(starts, requests + 1, INT32), view(state_ids, requests, INT32)
-    window, weights = np.empty((KERNEL - 1 + TAKE, SLAB), np.float32), np.empty((KERNEL, SLAB), np.float32)
-    result = np.empty(SLAB, np.float32)
+    window, weights = np.empty((KERNEL - 1 + ROWS, BLOCK), np.float32), np.empty((KERNEL, BLOCK), np.float32)
+    result = np.empty(BLOCK, np.float32)
     while True:
         unit = fetch_add(counter, 1)
-        if unit >= requests * slabs:
+        if unit >= requests * parts:
             break
-        request, first = unit // slabs, unit % slabs * SLAB
-        start, end, count = np.int64(starts[request]), np.int64(starts[request + 1]), min(SLAB, channels - first)
+        request, first = unit // parts, unit % parts * BLOCK
+        start, end, count = np.int64(starts[request]), np.int64(starts[request + 1]), min(BLOCK, channels - first)
         if start == end:
             continue
         state = states + state_ids[request] * state_bytes + conv_offset
         state += first * (KERNEL - 1) * conv_format.itemsize
-        _part_weights(weight + first * KERNEL * weight_format.itemsize, weights, count, weight_format)
+        _read_weights(weight + first * KERNEL * weight_format.itemsize, weights, count, weight_format)
         if view(positions, end, INT32)[start] == 0:
             window[: KERNEL - 1] = ZERO
         else:
-            _part_state(state, window, count, conv_format)
-        for row in range(start, end, TAKE):
-            rows, place = min(TAKE, end - row), x + (row * x_stride + first) * size
+            _read_state(state, window, count, conv_format)
+        for row in range(start, end, ROWS):
+            rows, place = min(ROWS, end - row), x + (row * x_stride + first) * size
             for r in range(rows):
                 source, line = view(place + r * x_stride * size, count, format), window[KERNEL - 1 + r]
                 for c in range(count):
                     line[c] = widen(narrow(widen(source[c]), conv_format))
             for r in range(rows):
-                convolve(count, SLAB, window[r].ctypes.data, weights.ctypes.data, result.ctypes.data)
+                convolve(count, BLOCK, window[r].ctypes.data, weights.ctypes.data, result.ctypes.data)
                 target = view(place + r * x_stride * size, count, format)
                 for c in range(count):
                     target[c] = narrow(result[c], format)
             for i in range(KERNEL - 1):  # the last inputs become those before the next rows
                 window[i] = window[rows + i]
-        _join_state(window, state, count, conv_format)
+        _write_state(window, state, count, conv_format)
 
 
 @compiled
 def _short_conv(
-    team, threads, x, x_stride, weight, states, conv_offset, state_bytes, channels, starts, positions, state_ids,
+    gomp, threads, x, x_stride, weight, states, conv_offset, state_bytes, channels, starts, positions, state_ids,
     requests, format, weight_format, conv_format,
 ):  # fmt: skip
     args = (
         x, x_stride, weight, states, conv_offset, state_bytes, channels, starts, positions, state_ids, requests,
         format, weight_format, conv_format,
     )  # fmt: skip
-    share(team, threads, _work, args)
+    parallel_for(gomp, threads, _work, args)
 
 
 def short_conv(
@@ -123,7 +123,7 @@ def short_conv(
         )
     weight = weight.contiguous()
     _short_conv(
-        TEAM, threads_for(rows * channels / 1e3), x.data_ptr(), x_stride, weight.data_ptr(), states.data_ptr(),
+        GOMP, threads_for(rows * channels / 1e3), x.data_ptr(), x_stride, weight.data_ptr(), states.data_ptr(),
         planes.conv_offset, planes.state_bytes, channels, batch.request_starts.data_ptr(), batch.positions.data_ptr(),
         batch.state_ids.data_ptr(), batch.num_requests, FORMAT[x.dtype], FORMAT[weight.dtype],
         FORMAT[planes.conv_dtype],

@@ -1,4 +1,4 @@
-"""What a step writes into pages, on a CPU: norms of heads and latents, rotation, and the write, in one pass."""
+"""Writes of a step into pages, on a CPU: norms of heads and latents, rotation, and the write, in one pass."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 
 from nanokv.core.batch import Batch
 from nanokv.kernels.cpu.compiled import compiled, inner
-from nanokv.kernels.cpu.elementwise import TAKE, norm_factor, weighted
-from nanokv.kernels.cpu.team import TEAM, share, threads_for
-from nanokv.kernels.cpu.words import FORMAT, fetch_add, narrow, size_of, sizes, view, widen
+from nanokv.kernels.cpu.elementwise import UNIT_ROWS, norm_factor, weighted
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, narrow, size_of, sizes, view, widen
+from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 from nanokv.kernels.planes import HeadNorms, KVPlanes
 
 F32, INT32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -17,7 +17,7 @@ F32, INT32 = np.dtype(np.float32), np.dtype(np.int32)
 
 @inner
 def _rotate(head, table, format):
-    """Turns the first len(table) numbers at an address: `table` is the cosines, then the sines of the row's angles."""
+    """Rotates the first len(table) numbers at an address. table: the cosines, then the sines of the row's angles."""
     half = len(table) // 2
     cos, sin = table[:half], table[half:]
     low, high = view(head, half, format), view(head + half * size_of(format), half, format)
@@ -56,10 +56,10 @@ def _rope_work(
     positions, pages, slots = view(positions, rows, INT32), view(pages, rows, INT32), view(slots, rows, INT32)
     head_bytes, wide = head_dim * size_of(format), np.empty(head_dim, np.float32)
     while True:
-        first = fetch_add(counter, TAKE)
+        first = fetch_add(counter, UNIT_ROWS)
         if first >= rows:
             break
-        for row in range(first, min(first + TAKE, rows)):
+        for row in range(first, min(first + UNIT_ROWS, rows)):
             at = qkv + row * stride * size_of(format)
             table = view(cos_sin + 4 * rotary * positions[row], rotary, F32)
             for head in range(heads + kv_heads):
@@ -78,14 +78,14 @@ def _rope_work(
 
 @compiled
 def _rope(
-    team, threads, qkv, stride, rows, q_norm, k_norm, eps, cos_sin, rotary, pool, geometry, positions, pages, slots,
+    gomp, threads, qkv, stride, rows, q_norm, k_norm, eps, cos_sin, rotary, pool, geometry, positions, pages, slots,
     heads, format, weight_format, page_format,
 ):  # fmt: skip
     args = (
         qkv, stride, rows, q_norm, k_norm, np.float32(eps), cos_sin, rotary, pool, sizes(geometry), positions, pages,
         slots, heads, format.dtype, weight_format.dtype, page_format.dtype,
     )  # fmt: skip
-    share(team, threads, _rope_work, args)
+    parallel_for(gomp, threads, _rope_work, args)
 
 
 def rope_and_store(
@@ -110,7 +110,7 @@ def _rotate_rows(
     num_heads: int,
     norms: HeadNorms | None,
 ) -> None:
-    """pool: its address, or 0 where nothing is to be written."""
+    """pool: its address, or 0 where nothing is written."""
     (rows, width), (stride, step) = qkv.shape, qkv.stride()
     if width != (num_heads + 2 * planes.kv_heads) * planes.head_dim or step != 1:
         raise ValueError(f"rope_and_store: qkv {tuple(qkv.shape)} with strides {qkv.stride()} does not fit {planes}")
@@ -118,7 +118,7 @@ def _rotate_rows(
     if norms is not None:
         q_norm, k_norm, eps, weight_dtype = norms.q.data_ptr(), norms.k.data_ptr(), norms.eps, norms.q.dtype
     _rope(
-        TEAM, threads_for(rows * width / 1e3), qkv.data_ptr(), stride, rows, q_norm, k_norm, eps, cos_sin.data_ptr(),
+        GOMP, threads_for(rows * width / 1e3), qkv.data_ptr(), stride, rows, q_norm, k_norm, eps, cos_sin.data_ptr(),
         cos_sin.shape[1], pool, planes.geometry, batch.positions.data_ptr(), batch.write_pages.data_ptr(),
         batch.write_slots.data_ptr(), num_heads, FORMAT[qkv.dtype], FORMAT[weight_dtype], FORMAT[planes.dtype],
     )  # fmt: skip
@@ -143,14 +143,14 @@ def _latent_work(
     counter, q, q_stride, head_stride, heads, kv, kv_stride, rows, weight, eps, cos_sin, pool, numbers, positions,
     pages, slots, format, weight_format, page_format,
 ):  # fmt: skip
-    k_offset, _, tail_offset, page_bytes, _, token_stride, _, tail_stride, _, rank, _, rope = numbers
+    k_offset, _, rope_offset, page_bytes, _, token_stride, _, rope_stride, _, rank, _, rope = numbers
     positions, pages, slots = view(positions, rows, INT32), view(pages, rows, INT32), view(slots, rows, INT32)
     wide = np.empty(rank, np.float32)
     while True:
-        first = fetch_add(counter, TAKE)
+        first = fetch_add(counter, UNIT_ROWS)
         if first >= rows:
             break
-        for row in range(first, min(first + TAKE, rows)):
+        for row in range(first, min(first + UNIT_ROWS, rows)):
             table = view(cos_sin + 4 * rope * positions[row], rope, F32)
             for head in range(heads):
                 _rotate(q + (row * q_stride + head * head_stride) * size_of(format), table, format)
@@ -159,19 +159,19 @@ def _latent_work(
             _norm(latent, wide, weight, eps, place, format, weight_format, page_format)
             rope_key = latent + rank * size_of(format)
             _rotate(rope_key, table, format)
-            _copy(rope_key, page + tail_offset + slots[row] * tail_stride, rope, format, page_format)
+            _copy(rope_key, page + rope_offset + slots[row] * rope_stride, rope, format, page_format)
 
 
 @compiled
 def _latent(
-    team, threads, q, q_stride, head_stride, heads, kv, kv_stride, rows, weight, eps, cos_sin, pool, geometry,
+    gomp, threads, q, q_stride, head_stride, heads, kv, kv_stride, rows, weight, eps, cos_sin, pool, geometry,
     positions, pages, slots, format, weight_format, page_format,
 ):  # fmt: skip
     args = (
         q, q_stride, head_stride, heads, kv, kv_stride, rows, weight, np.float32(eps), cos_sin, pool, sizes(geometry),
         positions, pages, slots, format.dtype, weight_format.dtype, page_format.dtype,
     )  # fmt: skip
-    share(team, threads, _latent_work, args)
+    parallel_for(gomp, threads, _latent_work, args)
 
 
 def store_latent(
@@ -187,12 +187,12 @@ def store_latent(
     """As reference.store_latent."""
     (rows, heads, rope), (q_stride, head_stride, q_step) = q_rope.shape, q_rope.stride()
     (_, width), (kv_stride, kv_step) = kv.shape, kv.stride()
-    if (rope, width) != (planes.tail_dim, planes.head_dim + rope) or cos_sin.shape[1] != rope:
+    if (rope, width) != (planes.rope_dim, planes.head_dim + rope) or cos_sin.shape[1] != rope:
         raise ValueError(f"store_latent: q_rope {tuple(q_rope.shape)}, kv {tuple(kv.shape)} do not fit {planes}")
     if q_step != 1 or kv_step != 1 or q_rope.dtype != kv.dtype:
         raise ValueError("store_latent: the numbers of q_rope and of kv must lie side by side and be of one dtype")
     _latent(
-        TEAM, threads_for(rows * (heads * rope + width) / 1e3), q_rope.data_ptr(), q_stride, head_stride, heads,
+        GOMP, threads_for(rows * (heads * rope + width) / 1e3), q_rope.data_ptr(), q_stride, head_stride, heads,
         kv.data_ptr(), kv_stride, rows, norm_weight.data_ptr(), eps, cos_sin.data_ptr(), pool.data_ptr(),
         planes.geometry, batch.positions.data_ptr(), batch.write_pages.data_ptr(), batch.write_slots.data_ptr(),
         FORMAT[kv.dtype], FORMAT[norm_weight.dtype], FORMAT[planes.dtype],

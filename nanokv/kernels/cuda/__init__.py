@@ -1,4 +1,4 @@
-"""The Triton twins: the same ops as in reference/, tiled for the GPU. Importing this needs triton, running it a GPU."""
+"""The Triton twins: the ops of reference/, tiled for the GPU. Importing them needs triton, running them a GPU."""
 
 from nanokv.kernels.cuda.attention import paged_attention
 from nanokv.kernels.cuda.code_attention import code_attention

@@ -1,5 +1,6 @@
-"""Attention on codes: as attention.py, but K and V are codes that become numbers in registers, once for all query heads
-of a KV head. Scales multiply scores and weights, one a token, not every number of a vector.
+"""Attention on codes: as attention.py, but K and V are decoded in registers, once for all query heads of a KV head.
+
+The scale of a token multiplies its scores and weights, not every number of its vectors.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from nanokv.kernels.cuda.attention import MOST_HEADS
-from nanokv.kernels.cuda.codes import load_codes, side_args
+from nanokv.kernels.cuda.attention import MAX_HEADS
+from nanokv.kernels.cuda.codes import load_codes, plane_args
 from nanokv.kernels.cuda.launch import dot, launch, num_tiles, power_of_two
-from nanokv.kernels.cuda.split import merge, room_for_parts, rows_of, span_of, splits_for
+from nanokv.kernels.cuda.split_kv import allocate_parts, merge_parts, num_splits, part_size, tile_rows
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def side_of(page, slot, offset, high_offset, scale_offset, kv_head, page_size, is_there, table,
+def load_plane(page, slot, offset, high_offset, scale_offset, kv_head, page_size, is_valid, table,
             BITS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Table values [tokens, BLOCK_D] and scales [tokens] of one side of some tokens, float32."""
+    """Table values [tokens, BLOCK_D] and scales [tokens] of the K or V of some tokens, float32."""
     size: tl.constexpr = DIM * (2 if BITS == 3 else BITS) // 8
-    place = kv_head.to(tl.int64) * page_size + slot
-    low, high = page + offset + place * size, page + high_offset + place * (DIM // 8)
-    codes = load_codes(low, high, is_there, BITS, DIM, BLOCK_D)
-    scale = (page + scale_offset + place * 2).to(tl.pointer_type(tl.float16), bitcast=True)
+    vector = kv_head.to(tl.int64) * page_size + slot
+    low, high = page + offset + vector * size, page + high_offset + vector * (DIM // 8)
+    codes = load_codes(low, high, is_valid, BITS, DIM, BLOCK_D)
+    scale = (page + scale_offset + vector * 2).to(tl.pointer_type(tl.float16), bitcast=True)
     values = tl.load(table + codes, mask=(tl.arange(0, BLOCK_D) < DIM)[None, :], other=0.0)
-    return values, tl.load(scale, mask=is_there, other=0.0).to(tl.float32)
+    return values, tl.load(scale, mask=is_valid, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["requests", "splits", "tables_row", "page_size"])
@@ -46,7 +47,7 @@ def code_attention_kernel(
     blocks: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     number: tl.constexpr = q.dtype.element_ty
     kv_head, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
-    request, row0, end = rows_of(starts, requests, tl.program_id(0), BLOCK_Q, IS_DECODE)
+    request, row0, end = tile_rows(starts, requests, tl.program_id(0), BLOCK_Q, IS_DECODE)
     if row0 >= end:
         return
     m = tl.arange(0, BLOCK_M)
@@ -56,14 +57,14 @@ def code_attention_kernel(
     length = tl.max(row_positions, 0) + 1
     first, last = 0, length
     if IS_SPLIT:
-        span = span_of(length, splits, BLOCK_N)
+        span = part_size(length, splits, BLOCK_N)
         first = tl.program_id(2) * span
         last = tl.minimum(first + span, length)
         if first >= length:
             return
     dims, value_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    place = kv_head * GROUP + heads
-    query = q + (rows.to(tl.int64) * q_row + place * q_head)[:, None] + dims[None, :]
+    query_head = kv_head * GROUP + heads
+    query = q + (rows.to(tl.int64) * q_row + query_head * q_head)[:, None] + dims[None, :]
     queries = tl.load(query, mask=is_used[:, None] & (dims < K_DIM)[None, :], other=0.0)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -71,19 +72,19 @@ def code_attention_kernel(
     table = tables + tl.cast(request, tl.int64) * tables_row
     for start in range(first, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
-        is_there = tokens < last
-        page = pool + tl.load(table + tokens // page_size, mask=is_there, other=0).to(tl.int64) * page_bytes
+        is_valid = tokens < last
+        page = pool + tl.load(table + tokens // page_size, mask=is_valid, other=0).to(tl.int64) * page_bytes
         slot = (tokens % page_size).to(tl.int64)
-        k, k_scale = side_of(page, slot, k_offset, k_high_offset, k_scale_offset, kv_head, page_size, is_there,
+        k, k_scale = load_plane(page, slot, k_offset, k_high_offset, k_scale_offset, kv_head, page_size, is_valid,
                              k_table, K_BITS, K_DIM, BLOCK_D)  # fmt: skip
         scores = dot(queries, tl.trans(k.to(number)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         scores = scores * (k_scale * (scale * 1.4426950408889634))[None, :]
-        is_seen = is_there[None, :] & (tokens[None, :] <= row_positions[:, None])
+        is_seen = is_valid[None, :] & (tokens[None, :] <= row_positions[:, None])
         scores = tl.where(is_seen, scores, float("-inf"))
         highest = tl.maximum(best, tl.max(scores, 1))
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         weights, fade = tl.exp2(scores - shift[:, None]), tl.exp2(best - shift)
-        v, v_scale = side_of(page, slot, v_offset, v_high_offset, v_scale_offset, kv_head, page_size, is_there,
+        v, v_scale = load_plane(page, slot, v_offset, v_high_offset, v_scale_offset, kv_head, page_size, is_valid,
                              v_table, V_BITS, V_DIM, BLOCK_V)  # fmt: skip
         acc = dot((weights * v_scale[None, :]).to(number), v.to(number), acc * fade[:, None])
         total = total * fade + tl.sum(weights, 1)
@@ -91,11 +92,11 @@ def code_attention_kernel(
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     is_result = is_used[:, None] & (value_dims < V_DIM)[None, :]
     if IS_SPLIT:
-        part = (tl.cast(request, tl.int64) * (KV_HEADS * GROUP) + place) * splits + tl.program_id(2)
+        part = (tl.cast(request, tl.int64) * (KV_HEADS * GROUP) + query_head) * splits + tl.program_id(2)
         tl.store(parts + part[:, None] * V_DIM + value_dims[None, :], acc, mask=is_result)
         tl.store(part_scores + part, best + tl.log2(total), mask=is_used)
     else:
-        result = rows.to(tl.int64) * (KV_HEADS * GROUP) + place
+        result = rows.to(tl.int64) * (KV_HEADS * GROUP) + query_head
         tl.store(out + result[:, None] * V_DIM + value_dims[None, :], acc.to(number), mask=is_result)
 
 
@@ -108,12 +109,12 @@ def code_attention(q: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batc
     if rows == 0:
         return out
     group = heads // planes.kv_heads
-    block_h, block_v = min(group, MOST_HEADS), power_of_two(value_dim, 16)
+    block_h, block_v = min(group, MAX_HEADS), power_of_two(value_dim, 16)
     programs = planes.kv_heads * -(-group // block_h)
     block_n = 64 if block_v <= 64 else 32
     for is_decode in (True, False) if rows != requests else (True,):
-        splits = splits_for(requests * programs, batch.page_tables.shape[1] * planes.page_size) if is_decode else 1
-        parts, part_scores = room_for_parts(out, requests * heads * splits, value_dim, splits)
+        splits = num_splits(requests * programs, batch.page_tables.shape[1] * planes.page_size) if is_decode else 1
+        parts, part_scores = allocate_parts(out, requests * heads * splits, value_dim, splits)
         block_m = power_of_two(block_h, 16 if is_decode else 64)
         block_q = 1 if is_decode else block_m // block_h
         tiles = requests if is_decode else num_tiles(rows, requests, block_q)
@@ -124,8 +125,8 @@ def code_attention(q: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batc
             splits=splits, page_bytes=planes.page_bytes, page_size=planes.page_size, scale=scale,
             KV_HEADS=planes.kv_heads, GROUP=group, BLOCK_H=block_h, BLOCK_D=power_of_two(dim, 16), BLOCK_V=block_v,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_Q=block_q, IS_DECODE=is_decode, IS_SPLIT=splits > 1,
-            **side_args(planes.k, "k_"), **side_args(planes.v, "v_"),
+            **plane_args(planes.k, "k_"), **plane_args(planes.v, "v_"),
         )  # fmt: skip
         if splits > 1:
-            merge(parts, part_scores, out, batch, splits, heads, value_dim, block_n)
+            merge_parts(parts, part_scores, out, batch, splits, heads, value_dim, block_n)
     return out

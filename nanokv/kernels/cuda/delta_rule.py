@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nanokv.kernels.planes import StatePlanes
 
 STEP_V, CHUNK_V = 32, 32
-"""Value dims of a head in one program: the columns of a state [key_dim, value_dim] know nothing of each other."""
+"""Value dims of a head in one program: the columns of a state [key_dim, value_dim] are independent."""
 
 
 @triton.jit
@@ -24,12 +24,12 @@ def head_terms(
     qkv, qkv_row, rows, is_row, head, VALUE_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, KEY_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """q and k of a value head [rows, BLOCK_K], float32: of length 1, and q divided by the root of KEY_DIM."""
+    """q and k of a value head [rows, BLOCK_K], float32, normalised to length 1; q is divided by sqrt(KEY_DIM), too."""
     dims = tl.arange(0, BLOCK_K)
     at = rows.to(tl.int64)[:, None] * qkv_row + head // (VALUE_HEADS // KEY_HEADS) * KEY_DIM + dims[None, :]
-    is_there = is_row[:, None] & (dims < KEY_DIM)[None, :]
-    q = tl.load(qkv + at, mask=is_there, other=0.0).to(tl.float32)
-    k = tl.load(qkv + at + KEY_HEADS * KEY_DIM, mask=is_there, other=0.0).to(tl.float32)
+    is_valid = is_row[:, None] & (dims < KEY_DIM)[None, :]
+    q = tl.load(qkv + at, mask=is_valid, other=0.0).to(tl.float32)
+    k = tl.load(qkv + at + KEY_HEADS * KEY_DIM, mask=is_valid, other=0.0).to(tl.float32)
     q = q * (tl.rsqrt(tl.sum(q * q, 1) + 1e-6) * (KEY_DIM**-0.5))[:, None]
     return q, k * tl.rsqrt(tl.sum(k * k, 1) + 1e-6)[:, None]
 
@@ -43,7 +43,7 @@ def head_values(qkv, qkv_row, rows, is_row, head, dims, KEY_WIDTH: tl.constexpr,
 
 @triton.jit
 def head_gates(gates, gates_row, a_log, dt_bias, rows, is_row, head, VALUE_HEADS: tl.constexpr):
-    """Logarithm of decay and beta of a head [rows], float32; both 0 where there is no row."""
+    """The logarithm of decay and beta of a head [rows], float32; both 0 where there is no row."""
     at = rows.to(tl.int64) * gates_row + head
     beta = tl.sigmoid(tl.load(gates + at, mask=is_row, other=0.0).to(tl.float32))
     a = tl.load(gates + at + VALUE_HEADS, mask=is_row, other=0.0).to(tl.float32)
@@ -67,9 +67,9 @@ def delta_rule_step_kernel(
         tl.pointer_type(tl.float32), bitcast=True
     )
     place = place + head * KEY_DIM * VALUE_DIM + dims[:, None] * VALUE_DIM + values[None, :]
-    is_there = (dims < KEY_DIM)[:, None] & (values < VALUE_DIM)[None, :]
-    key_dims = tl.where(tl.load(positions + row) > 0, KEY_DIM, 0)  # none before position 0: there is no state yet
-    state = tl.load(place, mask=is_there & (dims < key_dims)[:, None], other=0.0)
+    is_valid = (dims < KEY_DIM)[:, None] & (values < VALUE_DIM)[None, :]
+    key_dims = tl.where(tl.load(positions + row) > 0, KEY_DIM, 0)  # at position 0 the state is 0
+    state = tl.load(place, mask=is_valid & (dims < key_dims)[:, None], other=0.0)
     q, k = head_terms(qkv, qkv_row, rows, rows >= 0, head, VALUE_HEADS, KEY_HEADS, KEY_DIM, BLOCK_K)
     v = head_values(qkv, qkv_row, rows, rows >= 0, head, values, KEY_HEADS * KEY_DIM, VALUE_DIM)
     log_decay, beta = head_gates(gates, gates_row, a_log, dt_bias, rows, rows >= 0, head, VALUE_HEADS)
@@ -77,7 +77,7 @@ def delta_rule_step_kernel(
     state = state * tl.exp(log_decay)[:, None]
     written = beta[:, None] * (v - tl.sum(state * k, 0)[None, :])
     state = state + k * written
-    tl.store(place, state, mask=is_there)
+    tl.store(place, state, mask=is_valid)
     result = tl.sum(state * q, 0)
     at = (row.to(tl.int64) * VALUE_HEADS + head) * VALUE_DIM + values
     tl.store(out + at, result.to(out.dtype.element_ty), mask=values < VALUE_DIM)
@@ -85,7 +85,7 @@ def delta_rule_step_kernel(
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b of float32: rounded to tf32 for bfloat16 models, whose inputs have fewer digits still."""
+    """acc + a @ b of float32. bfloat16 models round to tf32, which is still more precise than their inputs."""
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -95,13 +95,13 @@ def chunk_pairs_kernel(
     KEY_HEADS: tl.constexpr, VALUE_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, value head): all that pairs of a chunk's tokens decide. It needs no state, so all chunks of a
-    prompt run at once.
+    """Program (chunk, value head): the factors between pairs of a chunk's tokens. They need no state, so all chunks of
+    a prompt run at once.
 
     solved   [rows, value_heads, CHUNK] inverse of the system of reference.delta_rule._chunk, its columns times beta.
              By forward substitution, row after row: sums of powers of the system would be fewer products, but cancel
              badly where keys repeat
-    seen     [rows, value_heads, CHUNK] with which factor a token's result takes up what the tokens before it wrote
+    seen     [rows, value_heads, CHUNK] the factor of each earlier token's write in the result of a token
     """
     head = tl.program_id(1)
     start, end = chunk_of(starts, requests, positions, tl.program_id(0), CHUNK)
@@ -129,7 +129,7 @@ def chunk_pairs_kernel(
 
 @triton.jit
 def chunk_of(starts, requests, positions, tile, CHUNK: tl.constexpr):
-    """First row and end of a chunk, which begins and ends at multiples of CHUNK in its request's positions.
+    """First row and end of a chunk; chunks begin at positions of their request that are multiples of CHUNK.
 
     As launch.tile_of, but request r owns the tiles from starts[r] // CHUNK + 2 r on: its first chunk may be short.
     """
@@ -140,7 +140,7 @@ def chunk_of(starts, requests, positions, tile, CHUNK: tl.constexpr):
         low, high = tl.where(is_later, low, middle), tl.where(is_later, middle, high)
     first, end = tl.load(starts + low), tl.load(starts + low + 1)
     position = tl.load(positions + first, mask=first < end, other=0)
-    before = (position // CHUNK + tile - first // CHUNK - 2 * low) * CHUNK - position  # rows of it before this chunk
+    before = (position // CHUNK + tile - first // CHUNK - 2 * low) * CHUNK - position  # rows before this chunk
     return first + tl.maximum(before, 0), tl.minimum(first + before + CHUNK, end)
 
 
@@ -151,7 +151,7 @@ def delta_rule_chunk_kernel(
     KEY_HEADS: tl.constexpr, VALUE_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (request, value head, block of value dims): its columns of the state go from chunk to chunk in registers.
+    """Program (request, value head, block of value dims): carries its columns of the state over chunks in registers.
 
     The names are those of reference.delta_rule._chunk.
     """
@@ -165,12 +165,12 @@ def delta_rule_chunk_kernel(
         tl.pointer_type(tl.float32), bitcast=True
     )
     place = place + head * KEY_DIM * VALUE_DIM + dims[:, None] * VALUE_DIM + values[None, :]
-    is_there = (dims < KEY_DIM)[:, None] & (values < VALUE_DIM)[None, :]
-    key_dims = tl.where(position > 0, KEY_DIM, 0)  # none before position 0: there is no state yet
-    state = tl.load(place, mask=is_there & (dims < key_dims)[:, None], other=0.0)
+    is_valid = (dims < KEY_DIM)[:, None] & (values < VALUE_DIM)[None, :]
+    key_dims = tl.where(position > 0, KEY_DIM, 0)  # at position 0 the state is 0
+    state = tl.load(place, mask=is_valid & (dims < key_dims)[:, None], other=0.0)
     first = start - position % CHUNK
     for chunk in range(first, end, CHUNK):
-        # The first chunk and the last may be short. Where there is no row, k and log_decay are 0: nothing changes.
+        # The first and the last chunk may be short. Where there is no row, k and log_decay are 0: the state stays.
         base = tl.maximum(chunk, start)
         rows = base + i
         is_row = rows < tl.minimum(chunk + CHUNK, end)
@@ -190,7 +190,7 @@ def delta_rule_chunk_kernel(
         whole = tl.sum(log_decay, 0)
         kept = k * tl.exp(whole - total)[:, None]
         state = product(tl.trans(kept), written, tl.exp(whole) * state, PRECISION)
-    tl.store(place, state, mask=is_there)
+    tl.store(place, state, mask=is_valid)
 
 
 def _args(
@@ -250,14 +250,14 @@ def delta_rule_chunk(
     solved, seen = torch.empty(2, rows, heads, CHUNK, dtype=torch.float32, device=qkv.device)
     block_v = min(CHUNK_V, power_of_two(planes.value_dim, 16))
     args = _args(qkv, gates, a_log, dt_bias, planes)
-    cut = {"CHUNK": CHUNK, "PRECISION": "tf32x3" if qkv.dtype == torch.float32 else "tf32"}
+    tiling = {"CHUNK": CHUNK, "PRECISION": "tf32x3" if qkv.dtype == torch.float32 else "tf32"}
     launch(
         chunk_pairs_kernel, (num_tiles(rows, 2 * requests, CHUNK), heads), starts=batch.request_starts,
-        requests=requests, positions=batch.positions, solved=solved, seen=seen, num_warps=8, **args, **cut,
+        requests=requests, positions=batch.positions, solved=solved, seen=seen, num_warps=8, **args, **tiling,
     )  # fmt: skip
     launch(
         delta_rule_chunk_kernel, (requests, heads, -(-planes.value_dim // block_v)), starts=batch.request_starts,
-        solved=solved, seen=seen, out=out, num_warps=8, num_stages=1, BLOCK_V=block_v, **args, **cut,
+        solved=solved, seen=seen, out=out, num_warps=8, num_stages=1, BLOCK_V=block_v, **args, **tiling,
         **_state_args(states, planes, batch),
     )  # fmt: skip
     return out

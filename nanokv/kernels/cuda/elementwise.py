@@ -1,4 +1,4 @@
-"""Row-wise kernels: norms, one program a row or head, and gates, one program a stretch of a row."""
+"""Row-wise kernels: norms, one program a row or head, and gates, one program a block of a row."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import triton.language as tl
 from nanokv.kernels.cuda.launch import launch, power_of_two
 from nanokv.kernels.cuda.rounding import silu, weighted
 
-STRETCH = 1024
-"""Numbers of a row that one program of a gate takes."""
+MAX_BLOCK = 1024
+"""Numbers of a row in one program of a gate, at most."""
 
 
 @triton.jit
@@ -21,17 +21,17 @@ def rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     number: tl.constexpr = out.dtype.element_ty
     dims = tl.arange(0, BLOCK)
-    is_there = dims < WIDTH
-    wide = tl.load(x + row * x_row + dims, mask=is_there, other=0.0).to(tl.float32)
+    is_valid = dims < WIDTH
+    wide = tl.load(x + row * x_row + dims, mask=is_valid, other=0.0).to(tl.float32)
     if ADDS:
         place = residual + row * residual_row + dims
-        # The sum is rounded as it is kept; the norm is of what is kept.
-        kept = (wide + tl.load(place, mask=is_there, other=0.0).to(tl.float32)).to(number)
-        tl.store(place, kept, mask=is_there)
+        # The norm is of the sum as it is stored, rounded.
+        kept = (wide + tl.load(place, mask=is_valid, other=0.0).to(tl.float32)).to(number)
+        tl.store(place, kept, mask=is_valid)
         wide = kept.to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide) / WIDTH + eps)
-    normed = weighted(normed, tl.load(weight + dims, mask=is_there, other=0.0), number)
-    tl.store(out + row * WIDTH + dims, normed.to(number), mask=is_there)
+    normed = weighted(normed, tl.load(weight + dims, mask=is_valid, other=0.0), number)
+    tl.store(out + row * WIDTH + dims, normed.to(number), mask=is_valid)
 
 
 def _norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -63,12 +63,12 @@ def gated_rms_norm_kernel(x, z, z_row, weight, out, eps, HEADS: tl.constexpr, DI
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     number: tl.constexpr = x.dtype.element_ty
     dims = tl.arange(0, BLOCK)
-    is_there, at = dims < DIM, (row * HEADS + head) * DIM + dims
-    wide = tl.load(x + at, mask=is_there, other=0.0).to(tl.float32)
-    gate = tl.load(z + row * z_row + head * DIM + dims, mask=is_there, other=0.0).to(tl.float32)
+    is_valid, at = dims < DIM, (row * HEADS + head) * DIM + dims
+    wide = tl.load(x + at, mask=is_valid, other=0.0).to(tl.float32)
+    gate = tl.load(z + row * z_row + head * DIM + dims, mask=is_valid, other=0.0).to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide) / DIM + eps)
-    normed = weighted(normed, tl.load(weight + dims, mask=is_there, other=0.0), number).to(number).to(tl.float32)
-    tl.store(out + at, (normed * silu(gate)).to(number), mask=is_there)
+    normed = weighted(normed, tl.load(weight + dims, mask=is_valid, other=0.0), number).to(number).to(tl.float32)
+    tl.store(out + at, (normed * silu(gate)).to(number), mask=is_valid)
 
 
 def gated_rms_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -86,22 +86,22 @@ def gated_rms_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: 
 
 @triton.jit
 def gate_kernel(gate, gate_row, up, up_row, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, IS_SILU: tl.constexpr):
-    """Program (row, stretch): up times silu or sigmoid of the gate."""
+    """Program (row, block): up times silu or sigmoid of the gate."""
     row = tl.program_id(0).to(tl.int64)
     number: tl.constexpr = out.dtype.element_ty
     dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_there = dims < WIDTH
-    wide = tl.load(gate + row * gate_row + dims, mask=is_there, other=0.0).to(tl.float32)
-    other = tl.load(up + row * up_row + dims, mask=is_there, other=0.0).to(tl.float32)
+    is_valid = dims < WIDTH
+    wide = tl.load(gate + row * gate_row + dims, mask=is_valid, other=0.0).to(tl.float32)
+    other = tl.load(up + row * up_row + dims, mask=is_valid, other=0.0).to(tl.float32)
     factor = silu(wide) if IS_SILU else 1.0 / (1.0 + tl.exp(-wide))
-    tl.store(out + row * WIDTH + dims, (factor * other).to(number), mask=is_there)
+    tl.store(out + row * WIDTH + dims, (factor * other).to(number), mask=is_valid)
 
 
 def _gate(gate: torch.Tensor, up: torch.Tensor, is_silu: bool) -> torch.Tensor:
     (rows, width), out = up.shape, up.new_empty(up.shape)
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.stride(1) * up.stride(1) != 1:
         raise ValueError(f"gate {gate.dtype} {tuple(gate.shape)} does not fit {up.dtype} {tuple(up.shape)}")
-    block = min(power_of_two(width), STRETCH)
+    block = min(power_of_two(width), MAX_BLOCK)
     launch(
         gate_kernel, (rows, -(-width // block)), gate=gate, gate_row=gate.stride(0), up=up, up_row=up.stride(0),
         out=out, WIDTH=width, BLOCK=block, IS_SILU=is_silu,

@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Whether kernels are interpreted. Only `dot` may ask: everything else must be what the compiler sees."""
+"""Whether kernels are interpreted. Only `dot` may read it: all other code must be the code that is compiled."""
 
-NUMBERS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it would be launched: what the compile report builds.
+    """A kernel with the arguments of a launch: what the compile report builds.
 
     kernel      the @triton.jit function
     args        its arguments by name, compile-time ones included
@@ -38,7 +38,7 @@ _recorders: list[list[Launch]] = []
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 2, **args: Any) -> None:
-    """Runs `grid` programs of a kernel on the device of its tensors, or notes them (`recording`). Returns at once."""
+    """Runs `grid` programs of a kernel on the device of its tensors, or records them (`recording`). Returns at once."""
     if _recorders:
         _recorders[-1].append(Launch(kernel, args, {"num_warps": num_warps, "num_stages": num_stages}))
         return
@@ -46,7 +46,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages
         return
     tensor = next(value for value in args.values() if isinstance(value, torch.Tensor))
     if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
-        with torch.cuda.device_of(tensor):  # triton launches on the current device, whichever the tensors are on
+        with torch.cuda.device_of(tensor):  # triton launches on the current device, not on that of the tensors
             kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
     else:
         kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
@@ -54,8 +54,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Inside, launches are noted and not run: so the compile report learns each configuration from the ops themselves.
-    Tensors may be on any device, "meta" too; results are garbage."""
+    """Records launches instead of running them, so that the compile report gets each configuration from the ops.
+
+    Tensors may be on any device, "meta" too; results are undefined.
+    """
     launches: list[Launch] = []
     _recorders.append(launches)
     try:
@@ -65,16 +67,16 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def power_of_two(size: int, least: int = 1) -> int:
-    """The smallest power of two >= size and >= least, which is what a block of a kernel must be."""
+    """The smallest power of two >= size and >= least, as a block of a kernel must be."""
     return max(triton.next_power_of_2(size), least)
 
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b, summed in float32. float32 operands keep their digits: each is three tf32 numbers (tf32x3), which
-    tensor cores multiply; plain float32 products would be unrolled into minutes of compilation and kilobytes of stack.
+    """acc + a @ b, summed in float32. float32 operands keep their precision: each is split into three tf32 numbers
+    (tf32x3) for the tensor cores. Plain float32 products would be unrolled: minutes of compilation, kilobytes of stack.
 
-    The interpreter multiplies bfloat16 wrongly (triton 3.9), so there, and only there, operands are widened.
+    The interpreter multiplies bfloat16 wrongly (triton 3.9), so operands are widened there, and only there.
     """
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -83,10 +85,10 @@ def dot(a, b, acc):
 
 @triton.jit
 def tile_of(starts, requests, tile, ROWS: tl.constexpr):
-    """Which request a tile of up to ROWS of its rows belongs to, the tile's first row, and the request's end.
+    """The request of a tile of up to ROWS rows, the tile's first row, and the request's end.
 
-    Request r owns the tiles from starts[r] // ROWS + r on, so `num_tiles` are enough for any batch and the host need
-    not know where requests begin. A tile past the rows of its request starts at its end or later: nothing to do.
+    Request r owns the tiles from starts[r] // ROWS + r on, so `num_tiles` are enough for any batch, and the host need
+    not know where requests begin. A tile past the rows of its request begins at the request's end or later: no work.
     """
     low, high = 0, requests
     while high - low > 1:
@@ -98,5 +100,5 @@ def tile_of(starts, requests, tile, ROWS: tl.constexpr):
 
 
 def num_tiles(rows: int, requests: int, tile_rows: int) -> int:
-    """How many tiles `tile_of` needs for a batch."""
+    """The number of tiles that `tile_of` needs for a batch."""
     return rows // tile_rows + requests

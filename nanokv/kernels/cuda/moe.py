@@ -1,4 +1,4 @@
-"""Experts on the GPU: rows sorted by expert, then two matrix products in which each tile has its expert's weights."""
+"""Experts on the GPU: rows sorted by expert, then two grouped matrix products, each tile with its expert's weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanokv.kernels.cuda.launch import NUMBERS, dot, launch, num_tiles, tile_of
+from nanokv.kernels.cuda.launch import DTYPES, dot, launch, num_tiles, tile_of
 from nanokv.kernels.cuda.rounding import silu
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def experts_kernel(
     origin = tl.load(order + pairs, mask=is_row, other=0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     number: tl.constexpr = out.dtype.element_ty
-    # Weights of an expert lie wherever the loader put them: their addresses are numbers.
+    # The weights of an expert are a tensor of their own, passed as an address.
     weight = tl.multiple_of(tl.load(weights + expert).to(tl.pointer_type(FORMAT)), 16)
     if IS_UP:
         rows, targets = origin // PER_TOKEN, pairs.to(tl.int64)
@@ -64,14 +64,14 @@ def experts_kernel(
             x, x_row, pairs.to(tl.int64), is_row, weight, columns, WIDTH, OUT, BLOCK_M, BLOCK_N, BLOCK_K
         )
         result = result * tl.load(factors + origin, mask=is_row, other=0.0)[:, None]
-    place = out + targets[:, None] * OUT + columns[None, :]
-    tl.store(place, result.to(number), mask=is_row[:, None] & (columns < OUT)[None, :])
+    target = out + targets[:, None] * OUT + columns[None, :]
+    tl.store(target, result.to(number), mask=is_row[:, None] & (columns < OUT)[None, :])
 
 
 def add_experts(
     out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: Experts
 ) -> None:
-    """As reference.add_experts; the host does not learn how many rows an expert gets."""
+    """As ops.add_experts; the host does not wait for the number of rows of an expert."""
     (rows, width), per_token, count = x.shape, chosen.shape[1], experts.count
     if rows == 0:
         return
@@ -83,7 +83,7 @@ def add_experts(
     tiles = num_tiles(rows * per_token, count, block_m)
     shared = {
         "starts": starts, "order": order, "factors": weights, "EXPERTS": count, "PER_TOKEN": per_token,
-        "FORMAT": NUMBERS[x.dtype], "BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_stages": 3,
+        "FORMAT": DTYPES[x.dtype], "BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_stages": 3,
     }  # fmt: skip
     launch(
         experts_kernel, (tiles, -(-experts.hidden // BLOCK_N)), x=x, x_row=x.stride(0), weights=experts.gate_up_at,

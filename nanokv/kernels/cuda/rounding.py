@@ -1,4 +1,4 @@
-"""What several kernels do to a row once it is in registers."""
+"""Functions on rows in registers that several kernels share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def weighted(normed, weight, FORMAT: tl.constexpr):
-    """normed * weight, float32 but rounded as reference.rms_norm says: to FORMAT before the product too, unless the
-    weight is wider than FORMAT."""
+    """normed * weight in float32, rounded as reference.rms_norm says: normed is rounded to FORMAT before the product,
+    unless the weight is wider than FORMAT."""
     if weight.dtype.primitive_bitwidth > FORMAT.primitive_bitwidth:
         return normed * weight
     return normed.to(FORMAT).to(tl.float32) * weight.to(FORMAT).to(tl.float32)

@@ -1,4 +1,4 @@
-"""What a step writes into pages: norm of a head, rotation, the write; one program a head, one pass over memory."""
+"""Writes of a step into pages: norm, rotation and write of one head a program, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanokv.kernels.cuda.launch import NUMBERS, launch, power_of_two
+from nanokv.kernels.cuda.launch import DTYPES, launch, power_of_two
 from nanokv.kernels.cuda.rounding import weighted
 
 if TYPE_CHECKING:
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @triton.jit
 def page_slot(pool, write_pages, write_slots, row, page_bytes, stride, FORMAT: tl.constexpr):
-    """Where the row's slot of a plane that begins at offset 0 lies in memory."""
+    """A pointer to the slot of a row, in a plane that begins at offset 0 of each page."""
     page, slot = tl.load(write_pages + row).to(tl.int64), tl.load(write_slots + row).to(tl.int64)
     return (pool + page * page_bytes + slot * stride).to(tl.pointer_type(FORMAT), bitcast=True)
 
 
 @triton.jit
 def rotated(low, high, cos_sin, position, half_dims, HALF: tl.constexpr):
-    """Both halves of a head, float32, turned by the angles of a position."""
+    """Both halves of a head, float32, rotated by the angles of a position."""
     angles = cos_sin + position.to(tl.int64) * (2 * HALF) + half_dims
     cos = tl.load(angles, mask=half_dims < HALF, other=0.0)
     sin = tl.load(angles + HALF, mask=half_dims < HALF, other=0.0)
@@ -59,16 +59,18 @@ def rope_and_store_kernel(
     STORES: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Program (row, head of q | k | v), or of q | k where nothing is stored. A head is held in three parts: the two
-    halves that turn, and the rest."""
+    """Program (row, head of q | k | v), or of q | k where nothing is stored.
+
+    A head is held in three parts: the two halves that are rotated, and the rest.
+    """
     row, head = tl.program_id(0), tl.program_id(1)
     number: tl.constexpr = qkv.dtype.element_ty
-    here = qkv + row.to(tl.int64) * qkv_row + head * HEAD_DIM
+    head_at = qkv + row.to(tl.int64) * qkv_row + head * HEAD_DIM
     half_dims, rest_dims = tl.arange(0, BLOCK_HALF), 2 * HALF + tl.arange(0, BLOCK_REST)
     is_half, is_rest = half_dims < HALF, rest_dims < HEAD_DIM
-    low = tl.load(here + half_dims, mask=is_half, other=0.0)
-    high = tl.load(here + HALF + half_dims, mask=is_half, other=0.0)
-    rest = tl.load(here + rest_dims, mask=is_rest, other=0.0)
+    low = tl.load(head_at + half_dims, mask=is_half, other=0.0)
+    high = tl.load(head_at + HALF + half_dims, mask=is_half, other=0.0)
+    rest = tl.load(head_at + rest_dims, mask=is_rest, other=0.0)
     is_value = head >= HEADS + KV_HEADS
     if not is_value:
         wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
@@ -82,15 +84,15 @@ def rope_and_store_kernel(
                 wide_high * factor, tl.load(weight + HALF + half_dims, mask=is_half, other=0.0), number
             )
             wide_rest = weighted(wide_rest * factor, tl.load(weight + rest_dims, mask=is_rest, other=0.0), number)
-            # What is rotated is the rounded result of the norm.
+            # The rounded result of the norm is rotated.
             wide_low, wide_high = wide_low.to(number).to(tl.float32), wide_high.to(number).to(tl.float32)
             rest = wide_rest.to(number)
         wide_low, wide_high = rotated(wide_low, wide_high, cos_sin, tl.load(positions + row), half_dims, HALF)
         low, high = wide_low.to(number), wide_high.to(number)
-        tl.store(here + half_dims, low, mask=is_half)
-        tl.store(here + HALF + half_dims, high, mask=is_half)
+        tl.store(head_at + half_dims, low, mask=is_half)
+        tl.store(head_at + HALF + half_dims, high, mask=is_half)
         if HAS_NORMS:
-            tl.store(here + rest_dims, rest, mask=is_rest)
+            tl.store(head_at + rest_dims, rest, mask=is_rest)
     if STORES and head >= HEADS:
         kv_head = tl.where(is_value, head - HEADS - KV_HEADS, head - HEADS).to(tl.int64)
         plane = pool + tl.where(is_value, v_offset, k_offset) + kv_head * head_stride
@@ -108,7 +110,7 @@ def _launch(
     norms: HeadNorms | None,
     **place: Any,
 ) -> None:
-    """heads: those of q, those of k, and the numbers in each. place: where k and v go."""
+    """heads: those of q, those of k, dims of each. place: the arguments that say where k and v are written."""
     (num_heads, kv_heads, head_dim), half = heads, cos_sin.shape[1] // 2
     if qkv.shape[1] != (num_heads + 2 * kv_heads) * head_dim or qkv.stride(1) != 1:
         raise ValueError(f"rope: qkv {tuple(qkv.shape)} with strides {qkv.stride()} does not fit heads {heads}")
@@ -134,7 +136,7 @@ def rope(
     """As reference.rope."""
     _launch(
         qkv, cos_sin, batch, (num_heads, kv_heads, head_dim), norms, pool=qkv, k_offset=0, v_offset=0, page_bytes=0,
-        token_stride=0, head_stride=0, STORES=False, FORMAT=NUMBERS[qkv.dtype],
+        token_stride=0, head_stride=0, STORES=False, FORMAT=DTYPES[qkv.dtype],
     )  # fmt: skip
 
 
@@ -151,7 +153,7 @@ def rope_and_store(
     _launch(
         qkv, cos_sin, batch, (num_heads, planes.kv_heads, planes.head_dim), norms, pool=pool, k_offset=planes.k_offset,
         v_offset=planes.v_offset, page_bytes=planes.page_bytes, token_stride=planes.token_stride,
-        head_stride=planes.head_stride, STORES=True, FORMAT=NUMBERS[planes.dtype],
+        head_stride=planes.head_stride, STORES=True, FORMAT=DTYPES[planes.dtype],
     )  # fmt: skip
 
 
@@ -170,10 +172,10 @@ def store_latent_kernel(
     write_slots,
     pool,
     k_offset,
-    tail_offset,
+    rope_offset,
     page_bytes,
     token_stride,
-    tail_stride,
+    rope_stride,
     HEADS: tl.constexpr,
     RANK: tl.constexpr,
     HALF: tl.constexpr,
@@ -186,21 +188,21 @@ def store_latent_kernel(
     number: tl.constexpr = kv.dtype.element_ty
     is_key = head == HEADS
     latent = kv + row.to(tl.int64) * kv_row
-    here = tl.where(
+    head_at = tl.where(
         is_key, (latent + RANK).to(tl.int64), (q_rope + row.to(tl.int64) * q_row + head * q_head).to(tl.int64)
     )
-    here = here.to(tl.pointer_type(number))
+    head_at = head_at.to(tl.pointer_type(number))
     half_dims = tl.arange(0, BLOCK_HALF)
     is_half = half_dims < HALF
-    low = tl.load(here + half_dims, mask=is_half, other=0.0).to(tl.float32)
-    high = tl.load(here + HALF + half_dims, mask=is_half, other=0.0).to(tl.float32)
+    low = tl.load(head_at + half_dims, mask=is_half, other=0.0).to(tl.float32)
+    high = tl.load(head_at + HALF + half_dims, mask=is_half, other=0.0).to(tl.float32)
     low, high = rotated(low, high, cos_sin, tl.load(positions + row), half_dims, HALF)
-    tl.store(here + half_dims, low.to(number), mask=is_half)
-    tl.store(here + HALF + half_dims, high.to(number), mask=is_half)
+    tl.store(head_at + half_dims, low.to(number), mask=is_half)
+    tl.store(head_at + HALF + half_dims, high.to(number), mask=is_half)
     if is_key:
-        tail = page_slot(pool + tail_offset, write_pages, write_slots, row, page_bytes, tail_stride, FORMAT)
-        tl.store(tail + half_dims, low.to(number).to(FORMAT), mask=is_half)
-        tl.store(tail + HALF + half_dims, high.to(number).to(FORMAT), mask=is_half)
+        rope_key = page_slot(pool + rope_offset, write_pages, write_slots, row, page_bytes, rope_stride, FORMAT)
+        tl.store(rope_key + half_dims, low.to(number).to(FORMAT), mask=is_half)
+        tl.store(rope_key + HALF + half_dims, high.to(number).to(FORMAT), mask=is_half)
         dims = tl.arange(0, BLOCK_RANK)
         is_rank = dims < RANK
         x = tl.load(latent + dims, mask=is_rank, other=0.0).to(tl.float32)
@@ -228,8 +230,8 @@ def store_latent(
         store_latent_kernel, (rows, heads + 1), num_warps=1, q_rope=q_rope, q_row=q_rope.stride(0),
         q_head=q_rope.stride(1), kv=kv, kv_row=kv.stride(0), norm_weight=norm_weight, eps=eps, cos_sin=cos_sin,
         positions=batch.positions, write_pages=batch.write_pages, write_slots=batch.write_slots, pool=pool,
-        k_offset=planes.k_offset, tail_offset=planes.tail_offset, page_bytes=planes.page_bytes,
-        token_stride=planes.token_stride, tail_stride=planes.tail_stride, HEADS=heads, RANK=planes.head_dim,
+        k_offset=planes.k_offset, rope_offset=planes.rope_offset, page_bytes=planes.page_bytes,
+        token_stride=planes.token_stride, rope_stride=planes.rope_stride, HEADS=heads, RANK=planes.head_dim,
         HALF=rope // 2, BLOCK_RANK=power_of_two(planes.head_dim), BLOCK_HALF=power_of_two(rope // 2),
-        FORMAT=NUMBERS[planes.dtype],
+        FORMAT=DTYPES[planes.dtype],
     )  # fmt: skip

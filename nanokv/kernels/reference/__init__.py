@@ -1,6 +1,6 @@
 """The reference kernels in torch, for any device: the specification of every op, and the oracle of other kernels."""
 
-from nanokv.kernels.reference.attention import paged_attention, plane_view, read_latents, tail_view
+from nanokv.kernels.reference.attention import paged_attention, plane_view, read_latents, rope_view
 from nanokv.kernels.reference.codes import (
     code_attention,
     decode,
@@ -38,6 +38,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_and_store",
+    "rope_view",
     "row_sum",
     "short_conv",
     "sigmoid_mul",
@@ -45,6 +46,5 @@ __all__ = [
     "split_codes",
     "store_codes",
     "store_latent",
-    "tail_view",
     "unpack_codes",
 ]

@@ -1,8 +1,8 @@
-"""Codes in torch: how vectors become codes and scales, where these lie in a page, and attention over what they decode.
+"""Codes in torch: encoding vectors to codes and scales, their planes in a page, and attention over decoded vectors.
 
-A vector x is kept as codes and one scale: x ~ table[code] * scale. Which table, and whether x was rotated before, is
-the codec's business. A code is found by counting the thresholds below a number, and codes share bytes in halves, so
-that unpacking needs no interleaving: see CodePlane.
+A vector x is kept as codes and one scale: x ~ table[code] * scale. The codec chooses the table, and whether x is
+rotated first. The code of a number is the count of thresholds below it. Codes share bytes in halves, so unpacking needs
+no interleaving: see CodePlane.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [..., n] below 2 ** bits -> uint8 [..., n * bits / 8]; bits is 1, 2, 4 or 8.
+    """Packs several codes into each byte.
 
-    Byte j holds the codes j, j + width, j + 2 * width, ..., the first in its lowest bits; width = n * bits / 8.
+    codes    uint8 [..., n], below 2 ** bits
+    bits     1, 2, 4 or 8
+    Returns  uint8 [..., width], width = n * bits / 8. Byte j holds the codes j, j + width, j + 2 * width, ...; the
+             first is in its lowest bits
     """
     packed, *others = codes.unflatten(-1, (8 // bits, -1)).unbind(-2)
     for place, part in enumerate(others, 1):
@@ -31,26 +34,41 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The codes that `pack_codes` packed: uint8 [..., bytes] -> uint8 [..., bytes * 8 / bits]."""
+    """The inverse of `pack_codes`.
+
+    packed   uint8 [..., bytes]
+    Returns  uint8 [..., bytes * 8 / bits]
+    """
     return torch.cat([packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], dim=-1)
 
 
 def split_codes(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
-    """Codes uint8 [..., dim], packed: one array, or for 3 bits the lower two and then the third of each."""
+    """Packs codes of 1, 2, 3, 4 or 8 bits.
+
+    codes    uint8 [..., dim], below 2 ** bits
+    Returns  one array as of `pack_codes`; for 3 bits two: the lower two bits of each code, then the third
+    """
     if bits == 3:
         return [pack_codes(codes & 3, 2), pack_codes(codes >> 2, 1)]
     return [pack_codes(codes, bits)]
 
 
 def join_codes(parts: list[torch.Tensor], bits: int) -> torch.Tensor:
-    """The codes uint8 [..., dim] that `split_codes` split."""
+    """The inverse of `split_codes`.
+
+    Returns  uint8 [..., dim]
+    """
     if bits == 3:
         return unpack_codes(parts[0], 2) | unpack_codes(parts[1], 1) << 2
     return unpack_codes(parts[0], bits)
 
 
 def row_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum over the last axis, halves added to each other: its order does not depend on how many rows there are."""
+    """Sums over the last axis, halves added to each other: the order does not depend on the number of rows.
+
+    x        [..., n], float
+    Returns  [...], dtype of x
+    """
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         rest = x[..., 2 * half :]
@@ -66,7 +84,11 @@ def _inverse(x: torch.Tensor) -> torch.Tensor:
 
 
 def encode(x: torch.Tensor, plane: CodePlane) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 [..., dim] and scales float16 [...] of the vectors x [..., dim], as CodePlane describes."""
+    """Encodes vectors as CodePlane describes.
+
+    x        [..., dim], float
+    Returns  codes uint8 [..., dim], not packed, and scales float16 [...]
+    """
     x = x.float()
     if plane.scaling == "absmax":
         scale = (x.abs().amax(-1) / plane.table[-1]).clamp(max=LARGEST_SCALE).half()
@@ -86,12 +108,21 @@ def encode(x: torch.Tensor, plane: CodePlane) -> tuple[torch.Tensor, torch.Tenso
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor, plane: CodePlane) -> torch.Tensor:
-    """The vectors that codes uint8 [..., dim] and scales float16 [...] stand for: float32 [..., dim]."""
+    """Decodes vectors: table[code] * scale.
+
+    codes    uint8 [..., dim], not packed
+    scale    float16 [...]
+    Returns  float32 [..., dim]
+    """
     return plane.table[codes.int()] * scale.float()[..., None]
 
 
 def page_view(pool: torch.Tensor, planes: CodePlanes, offset: int, shape: tuple[int, ...], dtype: torch.dtype):
-    """An array [kv_heads, page_size, *shape] that stands `offset` bytes into each page: a view [num_pages, ...]."""
+    """The array [kv_heads, page_size, *shape] at `offset` bytes into every page.
+
+    pool     uint8 [num_pages, page_bytes]
+    Returns  a view [num_pages, kv_heads, page_size, *shape]
+    """
     shape = planes.kv_heads, planes.page_size, *shape
     numbers, strides = pool.view(dtype), torch.empty(shape, device="meta").stride()
     return numbers.as_strided(
@@ -102,7 +133,7 @@ def page_view(pool: torch.Tensor, planes: CodePlanes, offset: int, shape: tuple[
 
 
 def _views(pool: torch.Tensor, planes: CodePlanes, plane: CodePlane) -> list[torch.Tensor]:
-    """The planes of codes and of scales of one side."""
+    """Views of the codes (two for 3 bits) and of the scales of K or V in every page."""
     views = [page_view(pool, planes, plane.offset, (plane.dim * plane.low_bits // 8,), torch.uint8)]
     if plane.bits == 3:
         views.append(page_view(pool, planes, plane.high_offset, (plane.dim // 8,), torch.uint8))
@@ -110,10 +141,10 @@ def _views(pool: torch.Tensor, planes: CodePlanes, plane: CodePlane) -> list[tor
 
 
 def store_codes(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batch: Batch) -> None:
-    """Writes codes and scales of each row's k and v to its page.
+    """Encodes k and v of each row and writes codes and scales to its page.
 
-    k, v   [rows, kv_heads, dim], float, already rotated where the codec rotates; may be views
-    pool   uint8 [num_pages, page_bytes]; row i goes to page batch.write_pages[i], slot batch.write_slots[i]
+    k, v   [rows, kv_heads, dim], float, rotated already where the codec rotates; may be views
+    pool   uint8 [num_pages, page_bytes]; row i is written to page batch.write_pages[i], slot batch.write_slots[i]
     """
     pages, slots = batch.write_pages.long(), batch.write_slots.long()
     for x, plane in ((k, planes.k), (v, planes.v)):
@@ -123,51 +154,60 @@ def store_codes(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, planes: Co
 
 
 def decode_pages(pool: torch.Tensor, planes: CodePlanes, side: CodePlane, pages: torch.Tensor) -> torch.Tensor:
-    """The keys or values in some pages, still rotated: float32 [pages, kv_heads, page_size, dim].
+    """Decodes the keys or values in some pages. They stay rotated where the codec rotates.
 
-    side    planes.k or planes.v
-    pages   int64
+    pool     uint8 [num_pages, page_bytes]
+    side     planes.k or planes.v
+    pages    int64 [pages]
+    Returns  float32 [pages, kv_heads, page_size, dim]
     """
     *codes, scale = (view[pages] for view in _views(pool, planes, side))
     return decode(join_codes(codes, side.bits), scale, side)
 
 
 def decoded_batch(
-    k: torch.Tensor, v: torch.Tensor | None, tail: torch.Tensor | None, batch: Batch, tables: torch.Tensor
+    k: torch.Tensor, v: torch.Tensor | None, rope: torch.Tensor | None, batch: Batch, tables: torch.Tensor
 ) -> tuple[torch.Tensor, KVPlanes, Batch]:
-    """A pool of pages that holds decoded keys and values, and how to attend over it.
+    """A pool made for one step of decoded keys and values, with what `paged_attention` needs to read it.
 
-    k, v      [pages, kv_heads, page_size, dim], all of one dtype that pages may have; v None: values are the keys
-    tail      [pages, page_size, tail_dim] or None
-    tables    int32 [requests, widest]: the pages of each request, as places in k and v
-    Returns   pool, KVPlanes, and the batch over these tables
+    k, v     [pages, kv_heads, page_size, dim], both float32, bfloat16 or float16; v None: the values are the keys
+    rope     the rotated keys of MLA [pages, page_size, rope_dim], dtype of k, or None
+    tables   int32 [requests, widest]: the pages of each request, as indices into k and v
+    Returns  the pool, its planes, and the batch with these tables
     """
     (_, kv_heads, page_size, dim), own = k.shape, v is not None
     value_dim = v.shape[-1] if own else dim
     heads = torch.cat((k, v), dim=-1) if own else k
     width, size, heads = heads.shape[-1], k.element_size(), heads.flatten(1)
-    pool = heads if tail is None else torch.cat((heads, tail.flatten(1)), dim=1)
+    pool = heads if rope is None else torch.cat((heads, rope.flatten(1)), dim=1)
     planes = KVPlanes(
-        k_offset=0, v_offset=size * dim if own else 0, tail_offset=size * heads.shape[1],
+        k_offset=0, v_offset=size * dim if own else 0, rope_offset=size * heads.shape[1],
         page_bytes=size * pool.shape[1], page_size=page_size, token_stride=size * width,
-        head_stride=size * page_size * width, tail_stride=0 if tail is None else size * tail.shape[-1],
-        kv_heads=kv_heads, head_dim=dim, value_dim=value_dim, tail_dim=0 if tail is None else tail.shape[-1],
+        head_stride=size * page_size * width, rope_stride=0 if rope is None else size * rope.shape[-1],
+        kv_heads=kv_heads, head_dim=dim, value_dim=value_dim, rope_dim=0 if rope is None else rope.shape[-1],
         dtype=k.dtype,
     )  # fmt: skip
     return pool.view(torch.uint8), planes, replace(batch, page_tables=tables)
 
 
 def decode_batch(pool: torch.Tensor, planes: CodePlanes, batch: Batch) -> tuple[torch.Tensor, KVPlanes, Batch]:
-    """`decoded_batch` of every page in the tables of a batch, each page once."""
+    """Decodes every page in the tables of a batch, each page once.
+
+    pool     uint8 [num_pages, page_bytes]
+    Returns  as decoded_batch
+    """
     pages, places = batch.page_tables.long().unique(return_inverse=True)
     k, v = (decode_pages(pool, planes, side, pages) for side in (planes.k, planes.v))
     return decoded_batch(k, v, None, batch, places.int())
 
 
 def code_attention(q: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batch: Batch, scale: float) -> torch.Tensor:
-    """Softmax attention of each row over the codes of its own request: decodes the pages, then attends as usual.
+    """Softmax attention of each row over the codes of its own request: decodes the pages, then runs `paged_attention`.
 
     q        [rows, heads, k.dim], float, rotated as the keys are
+    pool     uint8 [num_pages, page_bytes]
+    batch    a row sees the keys at positions <= batch.positions[row]
+    scale    factor of the scores, before the softmax
     Returns  [rows, heads * v.dim], contiguous, dtype of q, rotated as the values are
     Source   Zandieh et al. 2025 (TurboQuant: the query is rotated once, the result rotated back once)
     """

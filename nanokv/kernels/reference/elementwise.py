@@ -1,4 +1,4 @@
-"""Row-wise ops in torch: normalisation and gates. Knows nothing of requests or pages."""
+"""Row-wise ops in torch: norms and gates. Knows neither requests nor pages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch.nn.functional as F
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Each row divided by its root mean square, in float32; times the weight.
+    """Divides each row by its root mean square, in float32, and multiplies it with the weight.
 
-    Where it is rounded depends on the weight. One as wide as x, or narrower: the row is rounded to x's dtype first (as
-    Llama does). One wider than x: the product is taken in float32 and rounded once, which a norm needs whose weight is
-    1 + w, computed in float32 (Qwen3-Next).
+    The dtype of the weight decides the rounding. A weight as wide as x, or narrower: the row is rounded to x's dtype
+    before the product (as Llama does). A weight wider than x: the product is computed in float32 and rounded once (for
+    weights 1 + w that are computed in float32, as in Qwen3-Next).
 
     x        [..., width], float
     weight   [width], float
@@ -26,9 +26,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """residual += x, IN PLACE; then the norm of the sum, as `rms_norm`.
+    """Adds x to the residual IN PLACE, and normalises the sum as `rms_norm` does.
 
-    x, residual   [rows, width], the same dtype
+    x, residual   [rows, width], float, the same dtype
+    weight        [width], float
     Returns       [rows, width], dtype of residual
     """
     residual += x
@@ -38,7 +39,7 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, in float32, rounded once.
 
-    gate_up   [rows, 2 * width]: gate first, then up
+    gate_up   [rows, 2 * width], float: gate, then up
     Returns   [rows, width], dtype of gate_up
     Source    Shazeer 2020 (SwiGLU)
     """
@@ -49,7 +50,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """x * sigmoid(gate), in float32, rounded once.
 
-    x, gate   [rows, width], the same dtype; gate may be a view whose rows lie further apart
+    x, gate   [rows, width], float, the same dtype; gate may be a view with a larger row stride
     Returns   [rows, width], contiguous, dtype of x
     Source    Qiu et al. 2025 (gated attention), the output gate of Qwen3-Next
     """
@@ -57,11 +58,12 @@ def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 
 
 def gated_rms_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The RMS norm of each head (as `rms_norm`), times silu(z) in float32, rounded again.
+    """The RMS norm of each head, as `rms_norm`, times silu(z) in float32, rounded again.
 
-    x, z     [rows, heads * dim], float; rows of z may lie further apart
+    x, z     [rows, heads * dim], float; z may be a view with a larger row stride
     weight   [dim], float, the same for every head
     Returns  [rows, heads * dim], dtype of x, contiguous
+    Source   Yang, Kautz and Hatamizadeh 2024 (the output norm of Gated DeltaNet)
     """
     normed = rms_norm(x.unflatten(-1, (-1, weight.shape[0])), weight, eps).flatten(1)
     return (normed.float() * F.silu(z.float())).to(x.dtype)

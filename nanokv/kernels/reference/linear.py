@@ -1,4 +1,4 @@
-"""Matrix products with plain weights: the readable truth for kernels/linear.py."""
+"""Matrix products with plain weights: the specification of kernels/linear.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     x        [rows, in], float
     weight   [out, in], float of any width
-    bias     [out] or None
+    bias     [out], float, or None
     Returns  [rows, out], dtype of x
     """
     y = x.double() @ weight.double().T
@@ -20,10 +20,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def embed(weight: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows `ids` of a table [vocab, width], as `dtype`: [len(ids), width]."""
+    """Rows of an embedding table.
+
+    weight   [vocab, width], float
+    ids      int64 [rows]
+    Returns  [rows, width], `dtype`
+    """
     return weight[ids].to(dtype)
 
 
 def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Each head's own product, in float64: x [rows, heads, in], weight [heads, out, in] -> [rows, heads, out]."""
+    """A product for each head, y[r, h] = weight[h] @ x[r, h], summed in float64.
+
+    x        [rows, heads, in], float
+    weight   [heads, out, in], float
+    Returns  [rows, heads, out], dtype of x
+    Source   DeepSeek-AI 2024 (DeepSeek-V2: the absorbed form of MLA)
+    """
     return torch.einsum("rhi,hoi->rho", x.double(), weight.double()).to(x.dtype)

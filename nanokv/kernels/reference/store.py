@@ -1,4 +1,4 @@
-"""What a step writes into pages, in torch: norms of heads and latents, rotation by position, and the write."""
+"""Writes of a step into pages, in torch: norms of heads and latents, rotation by position, and the write."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nanokv.kernels.reference.attention import plane_view, tail_view
+from nanokv.kernels.reference.attention import plane_view, rope_view
 from nanokv.kernels.reference.elementwise import rms_norm
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _rotate(heads: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> None:
-    """Turns heads [rows, heads, dim] IN PLACE; dims past the width of cos_sin stay as they are."""
+    """Rotates heads [rows, heads, dim] IN PLACE; dims past the width of cos_sin stay as they are."""
     half = cos_sin.shape[1] // 2
     cos, sin = cos_sin[positions.long()].unsqueeze(1).split(half, dim=-1)
     low, high = heads[..., :half].float(), heads[..., half : 2 * half].float()
@@ -33,7 +33,10 @@ def rope(
     head_dim: int,
     norms: HeadNorms | None = None,
 ) -> None:
-    """The first half of `rope_and_store`: norm each head of q and k, rotate them IN PLACE by their positions."""
+    """The first half of `rope_and_store`: normalises each head of q and k and rotates it IN PLACE by its position.
+
+    qkv, cos_sin, norms   as in `rope_and_store`
+    """
     heads = qkv.unflatten(1, (num_heads + 2 * kv_heads, head_dim))
     q, k, _ = heads.split((num_heads, kv_heads, kv_heads), dim=1)
     if norms is not None:
@@ -51,14 +54,15 @@ def rope_and_store(
     num_heads: int,
     norms: HeadNorms | None = None,
 ) -> None:
-    """Norm each head of q and k, rotate them IN PLACE by their positions, write k and v of each row to its page.
+    """Normalises and rotates each head of q and k IN PLACE, and writes k and v of each row to its page.
 
-    qkv       [rows, (num_heads + 2 * kv_heads) * head_dim]: q | k | v, each head's dims side by side; may be a view
-              whose rows lie further apart
-    cos_sin   float32 [max_len, rotary_dim]: cosines, then sines; dims past rotary_dim stay as they are
-    pool      uint8 [num_pages, page_bytes]; row i goes to page batch.write_pages[i], slot batch.write_slots[i]
-    norms     of the heads of q and k, as `rms_norm`, before they are rotated; None where a model has none
-    Source    Su et al. 2021, in the half (NeoX) layout: dim i turns with dim i + rotary_dim / 2; Qwen3 2025 (the norms)
+    qkv       [rows, (num_heads + 2 * kv_heads) * head_dim], float: q | k | v, each head's dims side by side; may be a
+              view with a larger row stride
+    cos_sin   float32 [max_len, rotary_dim]: cosines, then sines, by position; dims past rotary_dim are not rotated
+    pool      uint8 [num_pages, page_bytes]; row i is written to page batch.write_pages[i], slot batch.write_slots[i]
+    norms     of the heads of q and k, as `rms_norm`, before the rotation; None where a model has none
+    Source    Su et al. 2021, in the half (NeoX) layout: dim i is rotated with dim i + rotary_dim / 2; Qwen3 2025 (the
+              norms)
     """
     rope(qkv, cos_sin, batch, num_heads, planes.kv_heads, planes.head_dim, norms)
     heads = qkv.unflatten(1, (num_heads + 2 * planes.kv_heads, planes.head_dim))
@@ -78,15 +82,16 @@ def store_latent(
     planes: KVPlanes,
     batch: Batch,
 ) -> None:
-    """Rotate the rope part of q and kv IN PLACE, write each row's normed latent and rotated rope key to its page.
+    """Rotates the rope part of q and kv IN PLACE, and writes each row's normed latent and rotated key to its page.
 
-    q_rope        [rows, heads, rope]: a view whose rows and heads may lie any distance apart
-    kv            [rows, rank + rope]: latent | rope key, as they leave the down-projection; may be a view, too
-    norm_weight   [rank], for `rms_norm` of the latent with `eps`
-    cos_sin       float32 [max_len, rope]: cosines, then sines
-    planes        of the absorbed form: rank = head_dim, rope = tail_dim
-    Source        DeepSeek-AI 2024 (DeepSeek-V2, MLA). Its checkpoints rotate dims 2i and 2i + 1 together; here they are
-                  expected in the half layout, into which a loader brings them by permuting rows of weights
+    q_rope        [rows, heads, rope], float; may be a view with any row and head stride
+    kv            [rows, rank + rope], float: latent | rope key, as the down-projection gives them; may be a view
+    norm_weight   [rank], float, for the `rms_norm` of the latent with `eps`
+    cos_sin       float32 [max_len, rope]: cosines, then sines, by position
+    pool          uint8 [num_pages, page_bytes]; row i goes to page batch.write_pages[i], slot batch.write_slots[i]
+    planes        of the absorbed form: rank = head_dim, rope = rope_dim
+    Source        DeepSeek-AI 2024 (DeepSeek-V2, MLA). Its checkpoints rotate dims 2i and 2i + 1 together; this op
+                  expects the half layout, which the loader makes by permuting rows of weights
     """
     rank = planes.head_dim
     latent = rms_norm(kv[:, :rank], norm_weight, eps)
@@ -96,4 +101,4 @@ def store_latent(
 
     pages, slots = batch.write_pages.long(), batch.write_slots.long()
     plane_view(pool, planes, planes.k_offset, rank)[pages, 0, slots] = latent.to(planes.dtype)
-    tail_view(pool, planes)[pages, slots] = rope_key[:, 0].to(planes.dtype)
+    rope_view(pool, planes)[pages, slots] = rope_key[:, 0].to(planes.dtype)

@@ -1,4 +1,4 @@
-"""How attention is cut into programs: rows into tiles, a decode's context into parts, and how the parts come together.
+"""Split-KV: how attention is cut into programs (rows into tiles, the context of a decode into parts) and merged again.
 
 Source   Dao 2023 (flash-decoding: parts merged by log-sum-exp)
 """
@@ -16,17 +16,17 @@ from nanokv.kernels.cuda.launch import launch, power_of_two, tile_of
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
 
-PROGRAMS = 264
-"""Programs that fill a large GPU: two on each of an H100's 132 multiprocessors. Decodes split up to so many."""
-LEAST_SPLIT = 256
-"""Tokens below which splitting costs more than it gains."""
+MAX_PROGRAMS = 264
+"""Programs that fill a large GPU: two on each of an H100's 132 multiprocessors. Decodes are split up to this number."""
+MIN_PART = 256
+"""Tokens of a part below which splitting costs more than it gains."""
 
 
 @triton.jit
-def rows_of(starts, requests, tile, BLOCK_Q: tl.constexpr, IS_DECODE: tl.constexpr):
-    """The request of a tile, its first row and the request's end; no rows where they are the other kernel's.
+def tile_rows(starts, requests, tile, BLOCK_Q: tl.constexpr, IS_DECODE: tl.constexpr):
+    """The request of a tile, its first row and the request's end; no rows where they belong to the other launch.
 
-    A decode's tile is its one row. The prefill kernel's tiles are BLOCK_Q rows, and it leaves single rows alone.
+    The decode launch has a tile for each single row. The prefill launch has tiles of BLOCK_Q rows, for others.
     """
     if IS_DECODE:
         request = tile
@@ -39,8 +39,8 @@ def rows_of(starts, requests, tile, BLOCK_Q: tl.constexpr, IS_DECODE: tl.constex
 
 
 @triton.jit
-def span_of(length, splits, BLOCK_N: tl.constexpr):
-    """Tokens of each part but the last of a context of `length`."""
+def part_size(length, splits, BLOCK_N: tl.constexpr):
+    """Tokens of each part, except the last, of a context of `length`."""
     return tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
 
 
@@ -57,17 +57,17 @@ def merge_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (request, head): the parts of its context, each weighted by the sum of its exponents (log-sum-exp)."""
+    """Program (request, head): merges the parts of the context, weighted by their sums of exponents (log-sum-exp)."""
     request, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(starts + request)
     if tl.load(starts + request + 1) - row != 1:
         return
     length = tl.load(positions + row) + 1
-    span = span_of(length, splits, BLOCK_N)
+    size = part_size(length, splits, BLOCK_N)
     first = (request.to(tl.int64) * HEADS + head) * splits
     dims = tl.arange(0, BLOCK_V)
     best, total, acc = float("-inf"), 0.0, tl.zeros([BLOCK_V], tl.float32)
-    for part in range(0, tl.cdiv(length, span)):
+    for part in range(0, tl.cdiv(length, size)):
         score = tl.load(part_scores + first + part)
         values = tl.load(parts + (first + part) * VALUE_DIM + dims, mask=dims < VALUE_DIM, other=0.0)
         highest = tl.maximum(best, score)
@@ -77,23 +77,23 @@ def merge_kernel(
     tl.store(place + dims, (acc / total).to(out.dtype.element_ty), mask=dims < VALUE_DIM)
 
 
-def splits_for(programs: int, longest: int) -> int:
-    """Parts of a context, from what the host knows: how many programs there are anyway, and how long it may be."""
-    return max(1, min(PROGRAMS // programs, longest // LEAST_SPLIT))
+def num_splits(programs: int, longest: int) -> int:
+    """Parts of a context, from what the host knows: programs without splitting, and the longest possible context."""
+    return max(1, min(MAX_PROGRAMS // programs, longest // MIN_PART))
 
 
-def room_for_parts(out: torch.Tensor, count: int, value_dim: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 for `count` partial results and their scores; where nothing is split `out`, which is not touched then."""
+def allocate_parts(out: torch.Tensor, count: int, value_dim: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 for `count` partial results and their scores; `out`, which stays unread, where nothing is split."""
     if splits == 1:
         return out, out
     return out.new_empty(count * value_dim, dtype=torch.float32), out.new_empty(count, dtype=torch.float32)
 
 
-def merge(
+def merge_parts(
     parts: torch.Tensor, part_scores: torch.Tensor, out: torch.Tensor, batch: Batch, splits: int, heads: int,
     value_dim: int, block_n: int,
 ) -> None:  # fmt: skip
-    """Parts of every decode's context into out [rows, heads * value_dim]; block_n as the parts were cut with."""
+    """Merges the parts of every decode into out [rows, heads * value_dim]. block_n: that of the launch."""
     launch(
         merge_kernel, (batch.num_requests, heads), num_warps=1 if value_dim <= 128 else 4, parts=parts,
         part_scores=part_scores, positions=batch.positions, starts=batch.request_starts, out=out, splits=splits,

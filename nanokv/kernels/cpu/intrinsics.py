@@ -1,13 +1,13 @@
-"""The words the CPU kernels are written in: memory at an address, number formats, fused multiply-add, counters.
+"""What numba lacks for the CPU kernels: memory at an address, 16-bit formats, fused multiply-add, atomic counters.
 
-Kernels take plain integers (addresses, sizes), because a compiled function accepts an int in 0.05 us and a tensor's
-numpy view costs 1 us to make. The format of numbers travels in the element type of an (empty) array, or of its `dtype`,
-which takes no place among the arguments of a call inside compiled code:
+Kernels take plain integers (addresses, sizes): a compiled function accepts an int in 0.05 us, and the numpy view of a
+tensor costs 1 us to make. The format of numbers is the element type of an (empty) array, or its `dtype`, which costs
+nothing in a call inside compiled code:
 
     float32   float32        uint16   the bits of a bfloat16        int16   the bits of a float16
 
 Every multiply-add is an explicit `fma`, so a result does not depend on how a compiler groups the loop around it.
-The `emit` functions write LLVM instructions for a scalar or a whole vector; an intrinsic makes one of them a word.
+The `emit` functions write LLVM instructions for a scalar or a vector; an intrinsic makes them callable.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 FLOAT, INT, SHORT, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.HalfType()
 
-# torch dtype -> an empty array of the element type that stands for it: the argument that tells a kernel what it reads.
+# torch dtype -> an empty array of its element type: the argument that gives a kernel its number format.
 FORMAT = {
     torch.float32: np.empty(0, np.float32),
     torch.bfloat16: np.empty(0, np.uint16),
@@ -79,17 +79,6 @@ def fma(typingctx, a, b, c):
 
 
 @intrinsic
-def times_power(typingctx, x, shifted):
-    """x * 2**n, where `shifted` is the float n + 1.5 * 2**23, whose lowest bits are n."""
-
-    def codegen(context, builder, signature, args):
-        x, shifted = (builder.bitcast(arg, INT) for arg in args)
-        return builder.bitcast(builder.add(x, builder.shl(shifted, INT(23))), FLOAT)
-
-    return types.float32(types.float32, types.float32), codegen
-
-
-@intrinsic
 def widen(typingctx, x):
     """A number of any format as float32."""
 
@@ -111,7 +100,7 @@ def narrow(typingctx, x, format):
 
 @intrinsic
 def size_of(typingctx, format):
-    """Bytes of a number of a format, which the compiler knows."""
+    """Bytes of a number of a format, known when a kernel is compiled."""
 
     def codegen(context, builder, signature, args):
         return context.get_constant(types.int64, format.dtype.bitwidth // 8)
@@ -135,7 +124,7 @@ def view(address, size, format):
 
 @njit
 def sizes(geometry):
-    """KVPlanes.geometry as a tuple, whose numbers a compiler can keep in registers."""
+    """KVPlanes.geometry as a tuple, whose numbers the compiler can keep in registers."""
     return (
         geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], geometry[5], geometry[6], geometry[7],
         geometry[8], geometry[9], geometry[10], geometry[11],
@@ -144,7 +133,7 @@ def sizes(geometry):
 
 @intrinsic
 def fetch_add(typingctx, address, amount):
-    """Adds to the int64 at an address in one indivisible step; returns what stood there before."""
+    """Adds to the int64 at an address, atomically. Returns the value before."""
 
     def codegen(context, builder, signature, args):
         return builder.atomic_rmw("add", builder.inttoptr(args[0], args[1].type.as_pointer()), args[1], "acq_rel")
@@ -152,15 +141,19 @@ def fetch_add(typingctx, address, amount):
     return types.int64(types.int64, types.int64), codegen
 
 
+def emit_prefetch(builder: ir.IRBuilder, pointer: ir.Value, locality: int) -> None:
+    """Prefetches the cache line of a pointer to bytes, to be read. locality: 2 the second-level cache, 3 the first."""
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer, INT(0), INT(locality), INT(1)])
+
+
 @intrinsic
-def prefetch(typingctx, address):
-    """Asks for the cache line at an address, which is about to be read."""
+def prefetch_line(typingctx, address):
+    """Prefetches the cache line at an address, into the second-level cache."""
 
     def codegen(context, builder, signature, args):
-        line = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [line.type, INT, INT, INT])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [line, INT(0), INT(2), INT(1)])
+        emit_prefetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), 2)
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen

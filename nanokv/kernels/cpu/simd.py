@@ -1,9 +1,9 @@
-"""The inner loops that are written as vector instructions: a small matrix product, a widening transpose, a few rows,
+"""Inner loops written as vector instructions: a small matrix product, a widening transpose, the softmax of 64 scores,
 a pass over a recurrent state, a short convolution.
 
-The product's order is the law of exactness here: c[r, n] = c[r, n] + a[r, 0] * b[0, n] + a[r, 1] * b[1, n] + ..., one
-fused step after the other. Vector lanes run over n and tiles over r and n, so how many rows there are, how wide a
-vector is and where a tile begins change nothing in any number.
+Exactness rests on the order of the product: c[r, n] = c[r, n] + a[r, 0] * b[0, n] + a[r, 1] * b[1, n] + ..., one fused
+step after the other. Vector lanes run over n and register tiles over r and n, so the number of rows, the width of a
+vector and the start of a tile change no result.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nanokv.kernels.cpu.exp import emit_exp2, emit_silu
-from nanokv.kernels.cpu.words import FLOAT, INT, constant, emit_fma, emit_widen
+from nanokv.kernels.cpu.intrinsics import FLOAT, INT, constant, emit_fma, emit_widen
 
-# Rows of a tile -> floats of each row in it: eight registers of sums (six, for 3 rows), because about eight chains of
-# multiply-adds hide each other's latency. AVX2 has 16 registers of 8 floats, AVX-512 32 of 16.
+# Rows of a register tile -> floats of each row in it: eight registers of sums (six, for 3 rows), because about eight
+# chains of multiply-adds hide each other's latency. AVX2 has 16 registers of 8 floats, AVX-512 32 of 16.
 _PAIR = 32 if binding.get_host_cpu_features().get("avx512f", False) else 16
 _WIDTHS = {1: 64, 2: 2 * _PAIR, 3: _PAIR, 4: _PAIR}
 
 
 def _vector(builder, base, index, kind, width):
-    """The place of `width` numbers of a kind, `index` numbers after the address or pointer `base`."""
+    """A pointer to `width` numbers of a kind, `index` numbers after the address or pointer `base`."""
     if not isinstance(base.type, ir.PointerType):
         base = builder.inttoptr(base, kind.as_pointer())
     place = builder.gep(base, [index], source_etype=kind)
@@ -40,13 +40,13 @@ def emit_store(builder, vector, base, index):
     builder.store(vector, _vector(builder, base, index, vector.type.element, vector.type.count), align=4)
 
 
-def emit_spread(builder, number, width):
+def emit_broadcast(builder, number, width):
     one = builder.insert_element(ir.Constant(ir.VectorType(number.type, width), ir.Undefined), number, INT(0))
     return builder.shuffle_vector(one, one, constant(ir.VectorType(INT, width), 0))
 
 
 def _emit_tile(builder, rows, width, a, a_stride, b, b_stride, c, c_stride, depth):
-    """The loop over `depth` for a fixed number of rows and columns, all of c in registers."""
+    """The loop over `depth` for a fixed number of rows and columns, with all of c in registers."""
     index = depth.type
     a_rows = [builder.gep(a, [builder.mul(a_stride, index(r))], source_etype=FLOAT) for r in range(rows)]
     c_starts = [builder.mul(c_stride, index(r)) for r in range(rows)]
@@ -55,7 +55,7 @@ def _emit_tile(builder, rows, width, a, a_stride, b, b_stride, c, c_stride, dept
         b_row = emit_load(builder, b, builder.mul(loop.index, b_stride), FLOAT, width)
         for total, a_row in zip(sums, a_rows, strict=True):
             number = builder.load(builder.gep(a_row, [loop.index], source_etype=FLOAT), typ=FLOAT)
-            builder.store(emit_fma(builder, emit_spread(builder, number, width), b_row, builder.load(total)), total)
+            builder.store(emit_fma(builder, emit_broadcast(builder, number, width), b_row, builder.load(total)), total)
     for total, start in zip(sums, c_starts, strict=True):
         emit_store(builder, builder.load(total), c, start)
 
@@ -65,7 +65,7 @@ def multiply(typingctx, rows, columns, depth, a, a_stride, b, b_stride, c, c_str
     """c[rows, columns] += a[rows, depth] @ b[depth, columns].
 
     rows      1 to 4
-    columns   rounded up to a multiple of 16; b and c have room for that
+    columns   rounded up to a multiple of 16, for which b and c must have room
     a, b, c   addresses of float32; strides count floats from row to row
     """
 
@@ -97,7 +97,7 @@ def transpose(typingctx, rows, first, out, out_stride, format):
     """out[d, 0..7] = row 0..7 [first + d] as float32, for 8 dims d of float32 or 16 dims of a 16-bit format.
 
     rows   address of 8 addresses
-    Rows are read as 32-bit words: a word of a 16-bit row is two dims, which part only after the transpose, by shifts.
+    Rows are read as 32-bit words: a word of a 16-bit row is two dims, which shifts separate after the transpose.
     """
     element = format.dtype
     dims = 4 // (element.bitwidth // 8)
@@ -152,8 +152,8 @@ def widen_16(typingctx, source, out, format):
     return types.void(types.int64, types.int64, format), codegen
 
 
-def _strip(builder, address):
-    """A strip's 64 float32 as four vectors."""
+def _load_64(builder, address):
+    """64 float32 as four vectors."""
     return [emit_load(builder, address, address.type(n), FLOAT, 16) for n in range(0, 64, 16)]
 
 
@@ -162,7 +162,7 @@ def largest(typingctx, scores):
     """The largest of the 64 float32 at an address."""
 
     def codegen(context, builder, signature, args):
-        a, b, c, d = _strip(builder, args[0])
+        a, b, c, d = _load_64(builder, args[0])
 
         def larger(x, y):
             return builder.select(builder.fcmp_ordered(">", x, y), x, y)
@@ -176,37 +176,36 @@ def largest(typingctx, scores):
 
 
 @intrinsic
-def weigh(typingctx, scores, scale, top, sums, decay):
-    """Each of 64 scores s becomes the weight 2**(s * scale - top); weights are added to 16 sums, which decay first.
+def softmax_weights(typingctx, scores, scale, highest, total, fade):
+    """Each of 64 scores s becomes the weight 2**(s * scale - highest). 16 sums of weights fade; then these are added.
 
-    scores, sums   addresses of 64 and of 16 float32
+    scores, total   addresses of 64 and of 16 float32
     """
 
     def codegen(context, builder, signature, args):
-        scores, scale, top, sums, decay = args
-        scale, decay, top = (emit_spread(builder, number, 16) for number in (scale, decay, builder.fneg(top)))
-        weights = [emit_exp2(builder, emit_fma(builder, s, scale, top)) for s in _strip(builder, scores)]
+        scores, scale, highest, total, fade = args
+        scale, fade, shift = (emit_broadcast(builder, number, 16) for number in (scale, fade, builder.fneg(highest)))
+        weights = [emit_exp2(builder, emit_fma(builder, s, scale, shift)) for s in _load_64(builder, scores)]
         for n, weight in enumerate(weights):
             emit_store(builder, weight, builder.inttoptr(scores, FLOAT.as_pointer()), scores.type(16 * n))
         a, b, c, d = weights
-        total = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
-        zero = sums.type(0)
-        total = emit_fma(builder, emit_load(builder, sums, zero, FLOAT, 16), decay, total)
-        emit_store(builder, total, builder.inttoptr(sums, FLOAT.as_pointer()), zero)
+        sums, zero = builder.fadd(builder.fadd(a, b), builder.fadd(c, d)), total.type(0)
+        sums = emit_fma(builder, emit_load(builder, total, zero, FLOAT, 16), fade, sums)
+        emit_store(builder, sums, builder.inttoptr(total, FLOAT.as_pointer()), zero)
         return context.get_dummy_value()
 
     number, address = types.float32, types.int64
     return types.void(address, number, number, address, number), codegen
 
 
-def _emit_renewal(builder, width, depth, state, stride, decay, delta, k, q, next_k, out, predicted):
+def _emit_update(builder, width, depth, state, stride, decay, delta, k, q, next_k, out, predicted):
     """The loop over the rows of a state for a fixed number of its columns, both sums in registers."""
     zero = depth.type(0)
-    decay, delta = emit_spread(builder, decay, width), emit_load(builder, delta, zero, FLOAT, width)
+    decay, delta = emit_broadcast(builder, decay, width), emit_load(builder, delta, zero, FLOAT, width)
     sums = [cgutils.alloca_once_value(builder, constant(delta.type, 0.0)) for _ in range(2)]
     with cgutils.for_range(builder, depth) as loop:
         key, query, next_key = (
-            emit_spread(builder, builder.load(builder.gep(row, [loop.index], source_etype=FLOAT), typ=FLOAT), width)
+            emit_broadcast(builder, builder.load(builder.gep(row, [loop.index], source_etype=FLOAT), typ=FLOAT), width)
             for row in (k, q, next_k)
         )
         place = builder.mul(loop.index, stride)
@@ -219,7 +218,7 @@ def _emit_renewal(builder, width, depth, state, stride, decay, delta, k, q, next
 
 
 @intrinsic
-def renew(typingctx, columns, depth, state, stride, decay, delta, k, q, next_k, out, predicted):
+def update_state(typingctx, columns, depth, state, stride, decay, delta, k, q, next_k, out, predicted):
     """state = decay * state + k[:, None] * delta; out = q @ state; predicted = next_k @ state: one pass over a state.
 
     columns          a multiple of 16
@@ -239,7 +238,7 @@ def renew(typingctx, columns, depth, state, stride, decay, delta, k, q, next_k, 
             with cgutils.for_range_slice(builder, start, stop, index(width), index) as (n, _):
                 parts = (builder.gep(place, [n], source_etype=FLOAT) for place in (state, delta, out, predicted))
                 part, delta_part, out_part, predicted_part = parts
-                _emit_renewal(
+                _emit_update(
                     builder, width, depth, part, stride, decay, delta_part, k, q, next_k, out_part, predicted_part
                 )
         return context.get_dummy_value()
@@ -252,7 +251,7 @@ def renew(typingctx, columns, depth, state, stride, decay, delta, k, q, next_k, 
 def convolve(typingctx, columns, stride, inputs, weights, out):
     """out = silu(inputs[0] * weights[0] + .. + inputs[3] * weights[3]), column by column.
 
-    columns           rounded up to a multiple of 16, for which there is room everywhere
+    columns           rounded up to a multiple of 16, for which every row must have room
     inputs, weights   addresses of float32 [4, columns], rows `stride` floats apart
     out               address of float32 [columns]
     """

@@ -1,8 +1,8 @@
-"""Threads: the OpenMP team that torch has already started, borrowed for compiled kernels.
+"""Threads for compiled kernels: the OpenMP team that torch has already started.
 
-A second pool beside torch's would spin on the same cores between layers. So a kernel is handed to the very function
-that torch's own parallel loops go through: GOMP_parallel, of whichever OpenMP library torch was linked to. The team is
-torch's, its size is torch.get_num_threads(), and its threads are still awake from the matrix product before.
+A second thread pool beside torch's spins on the same cores between layers. So a kernel is handed to the function that
+torch's own parallel loops call: GOMP_parallel, of the OpenMP library that torch is linked to. The team is torch's, its
+size is torch.get_num_threads(), and its threads are still awake from the matrix product before.
 
 What 30 layers of decode attention add between two torch.mm each (2 cores of an AMD Zen 3, ms):
 
@@ -25,8 +25,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 
-def _find_parallel() -> int:
-    """Address of GOMP_parallel, or 0 where torch's OpenMP library has none (then kernels run on one thread)."""
+def _find_gomp_parallel() -> int:
+    """The address of GOMP_parallel; 0 where torch's OpenMP library has none, and kernels run on one thread."""
     library = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
     try:
         function = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", library)).GOMP_parallel
@@ -35,36 +35,38 @@ def _find_parallel() -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-TEAM = _find_parallel()
+GOMP = _find_gomp_parallel()
+"""The first argument of every compiled kernel. An argument, because machine code kept on disk outlives an address."""
 
 
 def threads_for(work: float) -> int:
-    """How many threads to use for `work` microseconds of one thread's work: waking a team costs about two."""
-    return torch.get_num_threads() if TEAM and work > 8 else 1
+    """How many threads to use for `work` microseconds of one thread's work; waking the team takes about two."""
+    return torch.get_num_threads() if GOMP and work > 8 else 1
 
 
 @intrinsic
-def share(typingctx, team, threads, body, args):
-    """body(counter, *args) once on each of `threads` threads of the team at address `team`; returns when all are done.
+def parallel_for(typingctx, gomp, threads, body, args):
+    """Calls body(counter, *args) once on each of `threads` threads of the OpenMP team; returns when all have returned.
 
-    counter   address of an int64 that starts at 0 and is common to the threads: they draw units of work from it with
-              `fetch_add`, which balances them whatever a unit costs
-    body      a compiled function that does not raise; its other results stand behind addresses in `args`
+    gomp      GOMP
+    counter   address of an int64 that starts at 0 and that the threads share: they draw units of work from it with
+              `fetch_add`, which balances the load whatever a unit costs
+    body      a compiled function that does not raise; results are written to addresses in `args`
     """
     called = body.get_call_type(typingctx, (types.int64, *args), {})
 
     def codegen(context, builder, signature, values):
-        team, threads, _, packed = values
+        gomp, threads, _, packed = values
         compiled = body.dispatcher.overloads[called.args]
         context.active_code_library.add_linking_library(compiled.library)
         number, byte = ir.IntType(64), ir.IntType(8).as_pointer()
-        # What the threads need lies on the stack of the caller, who waits for them: the counter, then the arguments.
+        # The counter and the arguments lie on the stack of the caller, which waits for the threads.
         counter = cgutils.alloca_once(builder, number)
         builder.store(number(0), counter)
         shared = ir.LiteralStructType([number, packed.type])
-        place = cgutils.alloca_once(builder, shared)
+        captured = cgutils.alloca_once(builder, shared)
         numbers = builder.insert_value(ir.Constant(shared, ir.Undefined), builder.ptrtoint(counter, number), 0)
-        builder.store(builder.insert_value(numbers, packed, 1), place)
+        builder.store(builder.insert_value(numbers, packed, 1), captured)
 
         name = f"{builder.function.name}.{body.dispatcher.py_func.__name__}"
         outlined = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [byte]), name)
@@ -79,11 +81,11 @@ def share(typingctx, team, threads, body, args):
         with builder.if_else(builder.icmp_signed(">", threads, threads.type(1))) as (many, one):
             with many:
                 kind = ir.FunctionType(ir.VoidType(), [outlined.type, byte, ir.IntType(32), ir.IntType(32)])
-                parallel = builder.inttoptr(team, kind.as_pointer())
+                parallel = builder.inttoptr(gomp, kind.as_pointer())
                 count = builder.trunc(threads, ir.IntType(32))
-                builder.call(parallel, [outlined, builder.bitcast(place, byte), count, ir.IntType(32)(0)])
+                builder.call(parallel, [outlined, builder.bitcast(captured, byte), count, ir.IntType(32)(0)])
             with one:
-                builder.call(outlined, [builder.bitcast(place, byte)])
+                builder.call(outlined, [builder.bitcast(captured, byte)])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, body, args), codegen
