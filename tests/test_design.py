@@ -47,7 +47,7 @@ def identifiers() -> set[str]:
 
 
 @pytest.mark.parametrize(("file", "name"), named_places(DESIGN))
-def test_the_design_names_what_is_there(file, name):
+def test_the_design_names_existing_functions(file, name):
     paths = [path for path in (ROOT / "nanokv").rglob("*.py") if f"/{path.relative_to(ROOT)}".endswith(f"/{file}")]
     assert any(name in defined_names(ast.parse(path.read_text())) for path in paths)
 
@@ -56,7 +56,7 @@ def test_the_walk_is_not_empty():
     assert len(named_places(WALK)) > 20
 
 
-def test_each_room_is_in_the_plan():
+def test_each_folder_of_the_package_is_in_the_plan():
     for folder in sorted(path for path in (ROOT / "nanokv").iterdir() if path.is_dir() and path.name != "__pycache__"):
         assert f"{folder.name}/" in TREE, folder
 
@@ -75,7 +75,7 @@ def test_the_stairs_are_those_that_import_linter_holds():
 
 
 @pytest.mark.parametrize(("page", "rows"), [("glossary", r"^\| (.*?) \|"), ("reading", r"^(.*)$")])
-def test_names_in_the_glossary_and_the_reading_guide_are_names_in_code(page, rows):
+def test_names_in_glossary_and_reading_guide_are_names_in_code(page, rows):
     cells = re.findall(rows, (ROOT / f"docs/{page}.md").read_text(), re.M)
     names = {name for cell in cells for name in re.findall(r"`([A-Za-z_][\w.]*)(?:\(\))?`", cell)}
     parts = {part for name in names if not name.endswith(".py") for part in name.split(".")}
@@ -83,7 +83,7 @@ def test_names_in_the_glossary_and_the_reading_guide_are_names_in_code(page, row
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_relative_links_lead_somewhere(page):
+def test_the_targets_of_relative_links_and_anchors_exist(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (ROOT / page).parent.joinpath(target).exists(), target
