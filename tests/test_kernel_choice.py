@@ -19,8 +19,8 @@ from nanokv.disagg.worker import PrefillModel
 from nanokv.kernels import cpu, reference
 from nanokv.kernels.ops import AUTO, Ops
 from nanokv.llm import LLM
-from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
+from nanokv.models.read import read_folder
 
 FAMILIES = list(oracles.FAMILIES)
 CODED = [("llama", "tq4", 16), ("llama", "kivi4", 32), ("deepseek_v3", "tq4", 16)]
@@ -95,7 +95,7 @@ def test_the_device_selects_kernels_unless_the_reference_is_chosen():
 
 
 def test_two_models_of_one_process_may_differ(folders):
-    config = ModelConfig.from_folder(folders("llama"))
+    config = read_folder(folders("llama"))
     auto, plain = (
         load_model(folders("llama"), config, torch.float32, "cpu", RawCodec(torch.float32), 16, kernels=kernels)
         for kernels in ("auto", "reference")
