@@ -45,7 +45,8 @@ class Numbers(click.ParamType):
             try:
                 number = self.kind(text)
             except ValueError:
-                self.fail(f"{text!r}: expected numbers such as {param.default}", param, ctx)
+                example = "" if param is None else f" such as {param.default}"
+                self.fail(f"{text!r}: expected numbers{example}", param, ctx)
             if not self.least <= number <= (number if self.most is None else self.most):
                 bounds = f"at least {self.least}" + ("" if self.most is None else f", at most {self.most}")
                 self.fail(f"{text!r}: expected {bounds}", param, ctx)
@@ -124,7 +125,7 @@ class Bench:
             "dummy": self._dummy,
             "page_size": self.llm.config.page_size,
             "max_step_tokens": self.llm.config.max_step_tokens,
-            "pages": self.llm.engine.store.num_pages,
+            "pages": len(self.llm.engine.store.pages),
         }
         self._stack.close()
 

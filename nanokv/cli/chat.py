@@ -154,7 +154,7 @@ def _converse(session: ChatSession) -> None:
         f"{session.model} · {str(llm.dtype).removeprefix('torch.')} on {llm.device} ({llm.device_reason}) · "
         f"context {llm.engine.max_length:,} tokens · /? for help"
     )
-    if llm.engine.transfers:
+    if llm.disagg is not None:
         terminal.note(f"messages of {llm.disagg.min_tokens} new tokens and more are prefilled in another process")
     session.run(LineReader(completions, terminal.note))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from nanokv.learn.checking import Outcome, check
+from nanokv.learn.checking import check
 from nanokv.learn.course import Course, Exercise, Lesson
+from nanokv.learn.job import Failure
 from nanokv.learn.progress import MY, Progress
 from nanokv.learn.source import find, student_file
 
@@ -17,24 +18,23 @@ def check_and_report(course: Course, exercise: Exercise) -> bool:
     """Runs the public checks, prints and records their result. Returns whether they passed."""
     progress = Progress(MY)
     outcome = check(course, exercise, MY)
-    passed = outcome.failure is None
+    failure, passed = outcome.failure, outcome.failure is None
     progress.note(exercise, passed)
     if outcome.printed.strip():
         lines = outcome.printed.strip().splitlines()
         more = f"\n  ... and {len(lines) - 10} lines more" if len(lines) > 10 else ""
         click.echo("your file printed:\n" + "\n".join(f"  {line}" for line in lines[:10]) + more)
-    if passed:
+    if failure is None:
         click.echo(f"{exercise.id} {exercise.title}: public checks passed ({outcome.seconds:.1f} s)")
         if not find(exercise.target).is_gap:
             click.echo(f"the engine's own, to compare: nanokv learn solution {exercise.id}")
         print_next(course, progress)
     else:
-        _print_failure(exercise, outcome)
+        _print_failure(exercise, failure)
     return passed
 
 
-def _print_failure(exercise: Exercise, outcome: Outcome) -> None:
-    failure = outcome.failure
+def _print_failure(exercise: Exercise, failure: Failure) -> None:
     if failure.kind == "todo":
         click.echo(f"{exercise.id} {exercise.title}: {FIRST_RUN}")
         click.echo(f"  your file: {MY / exercise.file}")

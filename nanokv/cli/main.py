@@ -59,7 +59,8 @@ class Nanokv(click.Group):
     ) -> Any:
         """Runs a command line and exits with its code; an error is one line on stderr."""
         self.debug = False
-        logging.lastResort.addFilter(_is_wanted)
+        if logging.lastResort is not None:
+            logging.lastResort.addFilter(_is_wanted)
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         try:
@@ -100,6 +101,12 @@ def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> N
         main.debug = True
 
 
+def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(f"nanokv {nanokv.__version__}")
+        ctx.exit()
+
+
 def _debug_option() -> click.Option:
     return click.Option(
         ["--debug"],
@@ -130,7 +137,7 @@ main = Nanokv(
             is_flag=True,
             expose_value=False,
             is_eager=True,
-            callback=lambda ctx, parameter, value: value and (click.echo(f"nanokv {nanokv.__version__}"), ctx.exit()),
+            callback=_show_version,
             help="Show the version and exit.",
         ),
         _debug_option(),

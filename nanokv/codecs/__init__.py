@@ -15,6 +15,7 @@ A name means a quantizer for keys and one for values; "K/V" chooses them one by 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -30,27 +31,29 @@ from nanokv.codecs.raw import RawCodec
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError
 
-Codec = RawCodec | PairedCodec | KiviCodec | MixedCodec
+LatentCodec = RawCodec | PairedCodec
+"""A codec that writes the latents of multi-head latent attention."""
+LayerCodec = LatentCodec | KiviCodec
+"""The codec of one layer, as `Codec.at` gives it."""
+Codec = LayerCodec | MixedCodec
 
 
-def _lloyd_max(bits: int):
+def _lloyd_max(bits: int) -> Callable[[int], torch.Tensor]:
     return lambda dim: tables.lloyd_max(bits, dim)
 
 
-_QUANTIZERS: dict[str, Quantizer] = {
-    quantizer.name: quantizer
-    for quantizer in (
-        TableQuantizer("fp8", 8, lambda dim: tables.e4m3(), "absmax", rotated=False),
-        TableQuantizer("int8", 8, lambda dim: tables.int8(), "absmax", rotated=False),
-        TableQuantizer("int4", 4, lambda dim: tables.uniform(4), "absmax", rotated=False),
-        TableQuantizer("rot4", 4, lambda dim: tables.uniform(4), "absmax", rotated=True),
-        *(TableQuantizer(f"tq{bits}", bits, _lloyd_max(bits), "length", rotated=True) for bits in (2, 3, 4)),
-        *(ProdQuantizer(f"tqp{bits}", bits, orthogonal=False) for bits in (2, 3, 4)),
-        *(ProdQuantizer(f"tqp{bits}-orth", bits, orthogonal=True) for bits in (2, 3, 4)),
-        PolarQuantizer("polar"),
-        QJLQuantizer("qjl"),
-    )
-}
+_ALL: tuple[Quantizer, ...] = (
+    TableQuantizer("fp8", 8, lambda dim: tables.e4m3(), "absmax", rotated=False),
+    TableQuantizer("int8", 8, lambda dim: tables.int8(), "absmax", rotated=False),
+    TableQuantizer("int4", 4, lambda dim: tables.uniform(4), "absmax", rotated=False),
+    TableQuantizer("rot4", 4, lambda dim: tables.uniform(4), "absmax", rotated=True),
+    *(TableQuantizer(f"tq{bits}", bits, _lloyd_max(bits), "length", rotated=True) for bits in (2, 3, 4)),
+    *(ProdQuantizer(f"tqp{bits}", bits, orthogonal=False) for bits in (2, 3, 4)),
+    *(ProdQuantizer(f"tqp{bits}-orth", bits, orthogonal=True) for bits in (2, 3, 4)),
+    PolarQuantizer("polar"),
+    QJLQuantizer("qjl"),
+)
+_QUANTIZERS = {quantizer.name: quantizer for quantizer in _ALL}
 _VALUES = {"qjl": "int4"} | {f"tqp{bits}{end}": f"tq{bits}" for bits in (2, 3, 4) for end in ("", "-orth")}
 """Names that mean another quantizer for values than for keys."""
 NAMES = ("raw", *_QUANTIZERS, "kivi2", "kivi4")
@@ -74,7 +77,7 @@ def resolve_codec(
     if name == "raw":
         return RawCodec(dtype)
     if name in ("kivi2", "kivi4"):
-        codec = KiviCodec(name, int(name[-1]), dtype, exact)
+        codec: PairedCodec | KiviCodec = KiviCodec(name, int(name[-1]), dtype, exact)
     else:
         codec = _paired(name, dtype, exact)
     unquantized = _parse_layers(native_layers, layers or [])
@@ -111,4 +114,4 @@ def _parse_layers(text: str, layers: list[int]) -> frozenset[int]:
     return frozenset(found)
 
 
-__all__ = ["NAMES", "Codec", "RawCodec", "codec_of", "resolve_codec", "value_quantizer"]
+__all__ = ["NAMES", "Codec", "LatentCodec", "LayerCodec", "RawCodec", "codec_of", "resolve_codec", "value_quantizer"]

@@ -104,6 +104,7 @@ class RawLatentPages:
 
         scratch   [tokens, heads * (nope_dim + value_dim) + rope]: the key that the heads share is at the end of a row
         """
+        assert self._latent.expand is not None
         heads, nope_dim = nope.shape[1:]
         length = int(batch.positions[-1]) + 1
         pages = batch.page_tables[0, : -(-length // batch.page_size)].long()

@@ -73,6 +73,7 @@ def refuse_unwritable(x: torch.Tensor, batch: Batch) -> None:
     reads the marks with the tokens.
     """
     is_bad = ~(x.abs().amax((1, 2)) <= LARGEST)  # NaN is not smaller either
+    assert batch.unwritable is not None
     batch.unwritable.logical_or_(is_bad)
     x.masked_fill_(is_bad[:, None, None], 0.0)
 
@@ -97,9 +98,10 @@ class AttentionPages:
         self._exact = exact
         where = layout, layer, heads.kv_heads, heads.head_dim, heads.cos_sin.device, heads.ops
         self._k, self._v = QuantizerPages(k, "k", *where), QuantizerPages(v, "v", *where)
-        self._planes = None
-        if isinstance(self._k.encoder, TableEncoder) and isinstance(self._v.encoder, TableEncoder):
-            k_plane, v_plane = (own.encoder.code_plane(own.slots) for own in (self._k, self._v))
+        self._planes: CodePlanes | None = None
+        k_codes, v_codes = self._k.encoder, self._v.encoder
+        if isinstance(k_codes, TableEncoder) and isinstance(v_codes, TableEncoder):
+            k_plane, v_plane = k_codes.code_plane(self._k.slots), v_codes.code_plane(self._v.slots)
             self._planes = CodePlanes(k_plane, v_plane, layout.page_bytes, layout.page_size, heads.kv_heads)
         self.key_mean = KeyMean()
 
@@ -119,9 +121,11 @@ class AttentionPages:
         """
         heads = self._heads
         q, k, v = rotated(qkv, heads, self.key_mean, batch)
-        is_coded = self._exact or batch.once(prefill_rows) is None
-        attend = self._attend_codes if self._planes is not None and is_coded else self._attend_decoded
-        out = attend(q, k, v, pool, batch, attention_dtype(qkv)).float()
+        is_coded, dtype = self._exact or batch.once(prefill_rows) is None, attention_dtype(qkv)
+        if self._planes is not None and is_coded:
+            out = self._attend_codes(q, k, v, pool, self._planes, batch, dtype).float()
+        else:
+            out = self._attend_decoded(q, k, v, pool, batch, dtype).float()
         return self._v.back(out.unflatten(1, (heads.num_heads, -1))).flatten(1).to(qkv.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,14 +133,14 @@ class AttentionPages:
         k, v = (own.back(own.read(pool, pages)) for own in (self._k, self._v))
         return self.key_mean.add(k), v
 
-    def _attend_codes(self, q, k, v, pool, batch, dtype) -> torch.Tensor:
+    def _attend_codes(self, q, k, v, pool, planes, batch, dtype) -> torch.Tensor:
         basis = self._k.encoder.basis
         if basis is not None and basis is self._v.encoder.basis:  # one product for the three
             q, k, v = basis.to(torch.cat((q, k, v), dim=1)).split((q.shape[1], k.shape[1], v.shape[1]), dim=1)
         else:
             q, k, v = self._k.to(q), self._k.to(k), self._v.to(v)
-        self._heads.ops.store_codes(k, v, pool, self._planes, batch)
-        return self._heads.ops.code_attention(q.to(dtype), pool, self._planes, batch, self._heads.scale)
+        self._heads.ops.store_codes(k, v, pool, planes, batch)
+        return self._heads.ops.code_attention(q.to(dtype), pool, planes, batch, self._heads.scale)
 
     def _attend_decoded(self, q, k, v, pool, batch, dtype) -> torch.Tensor:
         keys, values = (write_and_decode(own, x, pool, batch, self._exact) for own, x in ((self._k, k), (self._v, v)))
@@ -159,8 +163,9 @@ def attend_decoded(
     q         [rows, heads, head_dim], in the basis of the keys
     tables    int32 [requests, widest]: the pages of each request, as places in `decoded`
     """
-    k, v, rope = (None if x is None else x.to(dtype) for x in decoded)
-    return ops.paged_attention(q.to(dtype), *decoded_batch(k, v, rope, batch, tables), scale)
+    k, *others = decoded
+    v, rope = (None if x is None else x.to(dtype) for x in others)
+    return ops.paged_attention(q.to(dtype), *decoded_batch(k.to(dtype), v, rope, batch, tables), scale)
 
 
 def used_pages(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

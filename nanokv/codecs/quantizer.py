@@ -25,8 +25,9 @@ Arrays = tuple[torch.Tensor, ...]
 class Encoder(Protocol):
     """A quantizer made ready for vectors of one dimension. Rows do not depend on each other, to the last bit."""
 
-    basis: Basis | None
-    """None: the numbers s are those of x."""
+    @property
+    def basis(self) -> Basis | None:
+        """None: the numbers s are those of x."""
 
     def encode(self, x: torch.Tensor) -> Arrays:
         """float32 [..., dim] -> one array for each plane, in their order: [..., width of the plane]."""
@@ -38,11 +39,16 @@ class Encoder(Protocol):
 class Quantizer(Protocol):
     """How the vectors of keys, or of values, are written: as numbers s over a basis, with x ~ basis.back(s)."""
 
-    name: str
-    is_sketch: bool
-    """Good for products with a query only, so not for values."""
-    multiple: int
-    """The dimension of its vectors must be a multiple of this."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_sketch(self) -> bool:
+        """Good for products with a query only, so not for values."""
+
+    @property
+    def multiple(self) -> int:
+        """The dimension of its vectors must be a multiple of this."""
 
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
         """The planes of a page that hold vectors of `heads` heads; their names begin with `prefix`."""

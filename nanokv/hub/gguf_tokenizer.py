@@ -77,10 +77,11 @@ def _cut_bytes(tokenizer: Tokenizer, pre: str) -> None:
     """Byte-level BPE: text is split by the expressions of its kind. SmolLM makes each digit a token."""
     from tokenizers import Regex, decoders, pre_tokenizers
 
+    steps: list[pre_tokenizers.PreTokenizer] = []
     if pre in _SPLITS:
-        steps = [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in _SPLITS[pre]]
-    else:
-        steps = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
+        steps += [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in _SPLITS[pre]]
+    elif pre == "smollm":
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in _SPLITS))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
@@ -90,7 +91,7 @@ def _cut_pieces(tokenizer: Tokenizer, space_first: bool) -> None:
     """SentencePiece: a space is the letter ▁, which also precedes the text; unknown letters become bytes."""
     from tokenizers import decoders, normalizers
 
-    letters = [normalizers.Replace(" ", "▁")]
+    letters: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
     text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if space_first:
         letters.insert(0, normalizers.Prepend("▁"))

@@ -95,18 +95,18 @@ def pack_linear(
     plain              takes the form "plain" on every device
     """
     weight = weight.detach()
-    shape, dtype, may_pack = tuple(weight.shape), weight.dtype, weight.device.type == "cpu" and not plain
+    (out, width), dtype, may_pack = weight.shape, weight.dtype, weight.device.type == "cpu" and not plain
     if may_pack and activation_dtype == torch.float32 and dtype in _FORMATS:
-        return PackedLinear(shape, dtype, activation_dtype, "blocks", _blocks().pack(weight))
+        return PackedLinear((out, width), dtype, activation_dtype, "blocks", _blocks().pack(weight))
     if may_pack and activation_dtype == dtype == torch.bfloat16 and _multiplies_bfloat16():
         return _pack_onednn(weight, keep)
-    return PackedLinear(shape, dtype, activation_dtype, "plain", weight.to(activation_dtype).contiguous())
+    return PackedLinear((out, width), dtype, activation_dtype, "plain", weight.to(activation_dtype).contiguous())
 
 
 def _pack_onednn(weight: torch.Tensor, keep: bool) -> PackedLinear:
     data = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _EXPECTED_ROWS)
-    table = weight.clone() if keep else None
-    return PackedLinear(tuple(weight.shape), weight.dtype, weight.dtype, "onednn", data, table)
+    (out, width), table = weight.shape, weight.clone() if keep else None
+    return PackedLinear((out, width), weight.dtype, weight.dtype, "onednn", data, table)
 
 
 def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -166,7 +166,8 @@ def pack_head_linear(weight: torch.Tensor, activation_dtype: torch.dtype, plain:
 
     plain   takes the form "plain" on every device
     """
-    weight, shape = weight.detach(), tuple(weight.shape)
+    weight, (heads, out, width) = weight.detach(), weight.shape
+    shape = heads, out, width
     may_pack = weight.device.type == "cpu" and not plain
     if may_pack and weight.dtype in _FORMATS and activation_dtype in _FORMATS:
         return PackedHeadLinear(shape, activation_dtype, "blocks", _blocks().pack_heads(weight))

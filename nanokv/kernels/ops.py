@@ -60,13 +60,13 @@ def op(name: str, specification: Callable[P, R]) -> Callable[Concatenate[Ops, P]
     specification   the reference implementation: the method has its signature and its docstring
     """
 
-    @wraps(specification)
     def call(self: Ops, tensor: torch.Tensor, /, *rest: Any, **named: Any) -> Any:
         return getattr(self.implementations(tensor), name)(tensor, *rest, **named)
 
     first, own = Parameter("self", Parameter.POSITIONAL_ONLY), signature(specification)
-    call.__signature__ = own.replace(parameters=[first, *own.parameters.values()])
-    return call
+    method: Any = wraps(specification)(call)
+    method.__signature__ = own.replace(parameters=[first, *own.parameters.values()])
+    return method
 
 
 @dataclass(frozen=True)

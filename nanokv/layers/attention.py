@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nanokv.cache.store import CacheStore
-from nanokv.codecs import Codec
+from nanokv.codecs import LayerCodec
 from nanokv.codecs.pages import Heads
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout
@@ -21,7 +21,7 @@ class Attention:
                num_heads * head_dim rows of an output gate in models that have one
     out        Linear from num_heads * head_dim back to the width of x
     cos_sin    float32 [positions, rotary dims], shared by the layers
-    codec      Codec: writes k and v into pages and reads them
+    codec      LayerCodec: writes k and v into pages and reads them
     scale      factor of the scores
     ops        Ops
     norms      HeadNorms of q and k, or None
@@ -34,7 +34,7 @@ class Attention:
         qkv: Linear,
         out: Linear,
         cos_sin: torch.Tensor,
-        codec: Codec,
+        codec: LayerCodec,
         num_heads: int,
         kv_heads: int,
         head_dim: int,
@@ -50,7 +50,7 @@ class Attention:
         self.qkv_width = (num_heads + 2 * kv_heads) * head_dim
 
     @staticmethod
-    def spec(codec: Codec, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
+    def spec(codec: LayerCodec, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
         """The planes of such a layer, as the codec lays them out."""
         return codec.spec(kv_heads, head_dim, page_size)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nanokv.cache.store import CacheStore
-from nanokv.codecs import Codec
+from nanokv.codecs import LatentCodec, LayerCodec
 from nanokv.codecs.latents import Latent, LatentPages, RawLatentPages
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
@@ -74,7 +74,7 @@ class MLA:
         expand: Linear | None,
         out: Linear,
         cos_sin: torch.Tensor,
-        codec: Codec,
+        codec: LatentCodec,
         num_heads: int,
         shape: MLAConfig,
         scale: float,
@@ -96,7 +96,7 @@ class MLA:
         self.ops = ops
 
     @staticmethod
-    def spec(codec: Codec, kv_rank: int, rope_dim: int, page_size: int) -> LayerSpec:
+    def spec(codec: LayerCodec, kv_rank: int, rope_dim: int, page_size: int) -> LayerSpec:
         """The planes of such a layer: the latent and the rotated key of each token, once for all heads."""
         k_rope = Plane("k_rope", (page_size, rope_dim), codec.dtype, token_axis=0)
         return LayerSpec(paged=(*codec.latent_spec(kv_rank, page_size).paged, k_rope))
@@ -119,7 +119,7 @@ class MLA:
         heads, shape = self.num_heads, self.shape
         down = self.down(x)
         q, kv = down.split((down.shape[1] - shape.kv_rank - shape.rope_dim, shape.kv_rank + shape.rope_dim), dim=1)
-        if self.q_up is not None:
+        if self.q_norm is not None and self.q_up is not None:
             q = self.q_up(self.q_norm(q))
         nope, rope = q.split((heads * shape.nope_dim, heads * shape.rope_dim), dim=1)
         nope, rope = nope.unflatten(1, (heads, -1)), rope.unflatten(1, (heads, -1))

@@ -15,11 +15,11 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import load_course
+from nanokv.learn.running import load_file
 
 NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w-])(?![.,]\d)")
 """A number of a text, such as 131,072 or 4.8, but not a part of a name: int4, 2026-04, Llama-3.1-8B."""
@@ -99,7 +99,5 @@ def _folder() -> Path:
 
 
 def _read(topic: str) -> list[Card]:
-    spec = spec_from_file_location(f"interview.{topic}", _folder() / f"{topic}.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_file(_folder() / f"{topic}.py", f"interview.{topic}")
     return [one for one in vars(module).values() if isinstance(one, Card)]

@@ -48,6 +48,7 @@ def _refuse_network(event: str, args: tuple[Any, ...]) -> None:
 
 def main(job: CheckJob) -> None:
     """Runs the check and writes the result file. Limits processor time of the whole process, and its network."""
+    assert sys.__stdout__ is not None  # checking.py opens it
     sys.stdout = sys.stderr = _Limited(sys.__stdout__)
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CPU, (job.cpu_limit, job.cpu_limit + 5))
@@ -76,6 +77,7 @@ def main(job: CheckJob) -> None:
     # The gaps come before the student's file is run, so that the file imports gaps and no solutions.
     patch_gaps(exercise)
     reached("load")
+    failure: Failure | None = None
     try:
         fill_gaps(course, folder, exercise)
         patch(exercise.target, load_function(exercise, path))
@@ -85,10 +87,12 @@ def main(job: CheckJob) -> None:
         failure = describe(error, exercise, path, "")
     else:
         for (kind, tests), seed in zip(job.tests, job.seeds, strict=True):
+
+            def begin(words: str, kind: str = kind) -> None:
+                reached(f"{kind}: {words}")
+
             try:
-                failure = run_tests(
-                    exercise, Path(tests), seed, path, lambda words, kind=kind: reached(f"{kind}: {words}")
-                )
+                failure = run_tests(exercise, Path(tests), seed, path, begin)
             except BaseException as error:  # a SystemExit of the student's file is a failure like any other
                 failure = describe(error, exercise, path, state["stage"].partition(": ")[2])
             if failure is not None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import PACKAGE, Course, Exercise
@@ -85,7 +86,9 @@ def check(
         )  # fmt: skip
         ended = _run(job, printed)
         said = printed.read_text("utf-8", "replace")
-        state = json.loads(result.read_text("utf-8")) if result.is_file() else {"stage": "start", "passed": []}
+        state: dict[str, Any] = {"stage": "start", "passed": []}
+        if result.is_file():
+            state = json.loads(result.read_text("utf-8"))
     if state["stage"] == "done":
         failure = Failure(**state["failure"]) if state["failure"] else None
     else:

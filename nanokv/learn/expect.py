@@ -85,8 +85,8 @@ def close(got: Any, expected: torch.Tensor, what: str, axes: Sequence[str] = (),
     wrong = ~torch.isclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
     if wrong.any():
         place = wrong.nonzero()[0].tolist()
-        names = [*axes[: len(place)], *(f"axis {i}" for i in range(len(axes), len(place)))]
-        where = ", ".join(f"{name} {i}" for name, i in zip(names, place, strict=True)) or "the number"
+        labels = [*axes[: len(place)], *(f"axis {i}" for i in range(len(axes), len(place)))]
+        where = ", ".join(f"{name} {i}" for name, i in zip(labels, place, strict=True)) or "the number"
         raise AssertionError(
             f"{what}: at {where}: expected {_float(b[tuple(place)])}, got {_float(a[tuple(place)])} "
             f"({int(wrong.sum())} of {wrong.numel()} numbers are off)"

@@ -38,6 +38,7 @@ def patch(target: str, function: Callable) -> Callable[[], None]:
 
 def _patch_method(owner: type, name: str, function: Callable) -> Callable[[], None]:
     before = owner.__dict__[name]
+    stand_in: Any
     if isinstance(before, cached_property):
         stand_in = cached_property(function)
         stand_in.__set_name__(owner, name)
@@ -80,6 +81,7 @@ def function_at(target: str) -> Callable:
     owner_name, _, name = qualname.rpartition(".")
     value = getattr(value, owner_name).__dict__[name] if owner_name else getattr(value, name)
     if isinstance(value, property):
+        assert value.fget is not None
         return value.fget
     if isinstance(value, cached_property):
         return value.func

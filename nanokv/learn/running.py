@@ -19,6 +19,7 @@ from nanokv.learn.job import Failure
 def load_file(path: Path, name: str) -> ModuleType:
     """Runs a file again as the module `name`. Exceptions of the file pass through."""
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # its name ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -101,7 +101,7 @@ def _function(tree: ast.Module, qualname: str) -> ast.FunctionDef | None:
     return next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == name), None)
 
 
-def parameters(node: ast.FunctionDef) -> list[str]:
+def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     """The names of a function's parameters, with * and ** in their places."""
     given = node.args
     names = [one.arg for one in (*given.posonlyargs, *given.args)]
@@ -161,7 +161,9 @@ def remove_bodies(source: str, gaps: Mapping[str, str]) -> str:
 def _body_start(node: ast.FunctionDef, lines: list[str]) -> int:
     """The first line of the body, counted from 1: after the docstring, with comments before the first statement."""
     if ast.get_docstring(node, clean=False) is not None:
-        return node.body[0].end_lineno + 1
+        end = node.body[0].end_lineno
+        assert end is not None  # ast.parse sets it
+        return end + 1
     line = node.body[0].lineno
     while lines[line - 2].lstrip().startswith("#"):
         line -= 1
@@ -177,7 +179,7 @@ def student_file(exercise: Exercise, body: str | None = None) -> str:
     """
     found = find(exercise.target)
     kind = {"property": "a property", "cached_property": "a cached property", "staticmethod": "a static method"}
-    what = kind.get(found.wrapper, "a method" if found.owner else "a function")
+    what = kind.get(found.wrapper or "", "a method" if found.owner else "a function")
     me = f"; self is a {found.owner}" if found.owner and found.parameters[:1] == ["self"] else ""
     points = "1 point" if exercise.points == 1 else f"{exercise.points} points"
     header = (
@@ -187,7 +189,8 @@ def student_file(exercise: Exercise, body: str | None = None) -> str:
         '"""\n'
     )
     if body is None:
-        node, lines = ast.parse(found.text).body[0], found.text.splitlines(keepends=True)
+        node, lines = _function(ast.parse(found.text), found.node.name), found.text.splitlines(keepends=True)
+        assert node is not None
         kept = "".join(lines[: _body_start(node, lines) - 1])
         body = f'{kept}    # TODO: replace the next line by yours.\n    raise ExerciseTODO("{exercise.id}")\n'
     return f"{header}\nfrom __future__ import annotations\n\n{_imports(found)}\n\n{body}"
@@ -216,7 +219,9 @@ def _imports(found: Found) -> str:
         if isinstance(node, (ast.Import, ast.ImportFrom)) or (
             isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
         ):
-            blocks.append(ast.get_source_segment(found.source, node))
+            text = ast.get_source_segment(found.source, node)
+            assert text is not None  # the node is from this source
+            blocks.append(text)
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.append(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):

@@ -97,7 +97,3 @@ class ModelConfig:
     def attention_layers(self) -> list[int]:
         """Indices of the layers that keep keys and values, or latents, for each token."""
         return [layer for layer, kind in enumerate(self.layer_types) if kind == ATTENTION]
-
-    def is_moe(self, layer: int) -> bool:
-        """Whether the feed-forward half of a layer is a mixture of experts."""
-        return self.moe is not None and self.moe.layers[layer]

@@ -30,6 +30,7 @@ def layer_specs(config: ModelConfig, codec: Codec, page_size: int) -> list[Layer
 
     def spec(layer: int, kind: str) -> LayerSpec:
         if kind == GATED_DELTA:
+            assert config.delta is not None
             return GatedDeltaNet.spec(config.delta, codec.dtype)
         own = codec.at(layer)
         if config.mla is not None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from nanokv.codecs import Codec
+from nanokv.codecs import Codec, LatentCodec
+from nanokv.codecs.kivi import KiviCodec
 from nanokv.layers.linear import Linear
 from nanokv.layers.mla import MLA, MLAConfig
 from nanokv.layers.norm import RMSNorm
@@ -99,29 +100,32 @@ def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -
     """The decoder. It takes its tensors from `weights`, one block after the other."""
 
     def mixer(layer: int, cos_sin: torch.Tensor) -> MLA:
-        return _attention(weights, f"model.layers.{layer}.self_attn", config, codec.at(layer), cos_sin)
+        own = codec.at(layer)
+        assert not isinstance(own, KiviCodec)  # layer_specs refuses it
+        return _attention(weights, f"model.layers.{layer}.self_attn", config, own, cos_sin)
 
     return parts.decoder(config, weights, codec, page_size, mixer)
 
 
-def _attention(weights: Weights, at: str, config: ModelConfig, codec: Codec, cos_sin: torch.Tensor) -> MLA:
+def _attention(weights: Weights, at: str, config: ModelConfig, codec: LatentCodec, cos_sin: torch.Tensor) -> MLA:
     mla, heads, width = config.mla, config.num_heads, config.hidden_size
+    assert mla is not None
     q_width, rank = heads * (mla.nope_dim + mla.rope_dim), mla.kv_rank
     activation, ops = weights.activation, weights.ops
     if mla.q_rank is None:
-        down, q_norm, q_up = _by_part(weights.matrix(f"{at}.q_proj.weight", q_width, width), config), None, None
+        down, q_norm, q_up = _by_part(weights.matrix(f"{at}.q_proj.weight", q_width, width), heads, mla), None, None
     else:
         down = weights.matrix(f"{at}.q_a_proj.weight", mla.q_rank, width)
         q_norm = RMSNorm(weights.vector(f"{at}.q_a_layernorm.weight", mla.q_rank), NORM_EPS, ops)
         stored = weights.matrix(f"{at}.q_b_proj.weight", q_width, mla.q_rank)
-        q_up = Linear(_by_part(stored, config), activation, ops)
+        q_up = Linear(_by_part(stored, heads, mla), activation, ops)
     latent, k_rope = weights.matrix(f"{at}.kv_a_proj_with_mqa.weight", rank + mla.rope_dim, width).split(
         (rank, mla.rope_dim)
     )
     kv_b = weights.matrix(f"{at}.kv_b_proj.weight", heads * (mla.nope_dim + mla.value_dim), rank)
     w_uk, w_uv = kv_b.view(heads, -1, rank).split((mla.nope_dim, mla.value_dim), dim=1)
     return MLA(
-        Linear(join([down, latent, _halves(k_rope, config)]), activation, ops),
+        Linear(join([down, latent, _halves(k_rope, mla)]), activation, ops),
         q_norm,
         q_up,
         RMSNorm(weights.vector(f"{at}.kv_a_layernorm.weight", rank), NORM_EPS, ops),
@@ -138,18 +142,18 @@ def _attention(weights: Weights, at: str, config: ModelConfig, codec: Codec, cos
     )
 
 
-def _by_part(q: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+def _by_part(q: torch.Tensor, heads: int, mla: MLAConfig) -> torch.Tensor:
     """The rows of q by part: the part without positions of all heads, then the rotated part of all heads."""
-    mla, columns = config.mla, q.shape[1]
-    nope, rope = q.view(config.num_heads, -1, columns).split((mla.nope_dim, mla.rope_dim), dim=1)
-    return join([nope.reshape(-1, columns), _halves(rope, config).reshape(-1, columns)])
+    columns = q.shape[1]
+    nope, rope = q.view(heads, -1, columns).split((mla.nope_dim, mla.rope_dim), dim=1)
+    return join([nope.reshape(-1, columns), _halves(rope, mla).reshape(-1, columns)])
 
 
-def _halves(rope: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+def _halves(rope: torch.Tensor, mla: MLAConfig) -> torch.Tensor:
     """Rotated rows [..., rope_dim, in], reordered: pairs (0, 1), (2, 3), ... become (0, n/2), (1, n/2 + 1), ...
 
     Queries and keys are permuted alike, so their products do not change.
     """
-    if not config.mla.interleaved:
+    if not mla.interleaved:
         return rope
     return join([rope[..., 0::2, :], rope[..., 1::2, :]], dim=-2)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from nanokv.codecs import Codec
+from nanokv.codecs import Codec, LayerCodec
 from nanokv.kernels.planes import HeadNorms
 from nanokv.layers.attention import Attention
 from nanokv.layers.linear import Embedding, Linear, TiedEmbedding
@@ -47,7 +47,12 @@ def norm_weight(weights: Weights, name: str, config: ModelConfig, size: int) -> 
 
 
 def attention(
-    weights: Weights, at: str, config: ModelConfig, codec: Codec, cos_sin: torch.Tensor, query: torch.Tensor | None
+    weights: Weights,
+    at: str,
+    config: ModelConfig,
+    codec: LayerCodec,
+    cos_sin: torch.Tensor,
+    query: torch.Tensor | None,
 ) -> Attention:
     """Grouped-query attention.
 
@@ -81,7 +86,7 @@ def mlp(weights: Weights, at: str, width: int, inner: int, bias: bool = False) -
 def feed_forward(weights: Weights, at: str, config: ModelConfig, layer: int) -> MLP | MoE:
     """The half of a block that computes each token by itself: dense, or a mixture of experts."""
     width, moe = config.hidden_size, config.moe
-    if not config.is_moe(layer):
+    if moe is None or not moe.layers[layer]:
         return mlp(weights, at, width, config.intermediate_size, config.mlp_bias)
     stored = weights.take(f"{at}.gate.weight", (moe.num_experts, width), torch.float32)
     gate = Linear(stored, torch.float32, weights.ops)
@@ -116,7 +121,7 @@ def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int,
     table = weights.matrix("model.embed_tokens.weight", config.vocab_size, width)
     if config.tie_embeddings:
         head = Linear(table, weights.activation, weights.ops, keep=True)
-        embedding = TiedEmbedding(head)
+        embedding: Embedding | TiedEmbedding = TiedEmbedding(head)
     else:
         head = Linear(weights.matrix("lm_head.weight", config.vocab_size, width), weights.activation, weights.ops)
         embedding = Embedding(table, weights.activation)

@@ -95,8 +95,9 @@ def _query_and_gate(weights: Weights, at: str, config: ModelConfig) -> torch.Ten
 
 def _delta(weights: Weights, at: str, config: ModelConfig, codec: Codec) -> GatedDeltaNet:
     delta, width = config.delta, config.hidden_size
+    assert delta is not None
     inner = delta.value_heads * delta.value_dim
-    projections = (_grouped if config.family == NEXT else _flat)(weights, at, config)
+    projections = (_grouped if config.family == NEXT else _flat)(weights, at, delta, width)
     conv = weights.take(f"{at}.conv1d.weight", (delta.channels, 1, delta.kernel), torch.float32)
     return GatedDeltaNet(
         Linear(projections, weights.activation, weights.ops),
@@ -111,17 +112,15 @@ def _delta(weights: Weights, at: str, config: ModelConfig, codec: Codec) -> Gate
     )
 
 
-def _flat(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
+def _flat(weights: Weights, at: str, delta: DeltaConfig, width: int) -> torch.Tensor:
     """Qwen3.5: one matrix for q, k and v, one each for z, b and a."""
-    delta, width = config.delta, config.hidden_size
     inner = delta.value_heads * delta.value_dim
     rows = {"qkv": delta.channels, "z": inner, "b": delta.value_heads, "a": delta.value_heads}
     return join([weights.matrix(f"{at}.in_proj_{name}.weight", count, width) for name, count in rows.items()])
 
 
-def _grouped(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
+def _grouped(weights: Weights, at: str, delta: DeltaConfig, width: int) -> torch.Tensor:
     """Qwen3-Next: one matrix with q, k, v and z of one key head after the other, another with their b and a."""
-    delta, width = config.delta, config.hidden_size
     inner, ratio = delta.value_heads * delta.value_dim, delta.value_heads // delta.key_heads
     keys, values = delta.key_heads * delta.key_dim, ratio * delta.value_dim
     qkvz = weights.matrix(f"{at}.in_proj_qkvz.weight", 2 * keys + 2 * inner, width)

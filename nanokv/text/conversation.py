@@ -41,7 +41,7 @@ class Conversation:
             raise RequestError("this model has no tokenizer.json, so it cannot chat")
         if tokenizer.template is None:
             raise RequestError("this model has no chat template, so it cannot chat")
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._variables = variables
         self._system = system
         self._states = [_State()]
@@ -88,7 +88,7 @@ class Conversation:
         now = self._states[-1]
         if not now.messages or now.messages[-1]["role"] != "user":
             raise RequestError("answer: nothing has been asked")
-        said = self._tokenizer.decode(token_ids, skip_special=False)
+        said = self.tokenizer.decode(token_ids, skip_special=False)
         messages = (*now.messages, {"role": "assistant", "content": text})
         self._states.append(_State(messages, now.token_ids + tuple(token_ids), now.text + said))
 
@@ -132,9 +132,9 @@ class Conversation:
     def _render(self, messages: tuple[dict, ...], before: _State) -> _State:
         """The state that asks for an answer to `messages`. Keeps the ids of `before` where its text is a prefix."""
         system = [{"role": "system", "content": self._system}] if self._system is not None else []
-        text = self._tokenizer.render_marked([*system, *messages], **self._variables)
+        text = self.tokenizer.render_marked([*system, *messages], **self._variables)
         if before.token_ids and text.startswith(before.text):
-            new = self._tokenizer.encode_after(before.text, text[len(before.text) :])
+            new = self.tokenizer.encode_after(before.text, text[len(before.text) :])
             if new is not None:
                 return _State(messages, before.token_ids + tuple(new), text)
-        return _State(messages, tuple(self._tokenizer.encode_marked(text)), text)
+        return _State(messages, tuple(self.tokenizer.encode_marked(text)), text)

@@ -43,7 +43,7 @@ class ChatTemplate:
         config = _read_json(folder / "tokenizer_config.json")
         special = {**_special_tokens(_read_json(folder / "special_tokens_map.json")), **_special_tokens(config)}
         try:
-            source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            source: Any = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         except FileNotFoundError:
             source = config.get("chat_template")
         except (OSError, UnicodeDecodeError) as error:

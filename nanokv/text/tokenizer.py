@@ -126,7 +126,9 @@ class Tokenizer:
         end = 0
         for match in self._special.finditer(text):
             ids += self._encode_literally(text[end : match.start()])
-            ids.append(self.backend.token_to_id(match[0]))
+            token_id = self.backend.token_to_id(match[0])
+            assert token_id is not None  # the names of `_special` are tokens
+            ids.append(token_id)
             end = match.end()
         return ids + self._encode_literally(text[end:])
 

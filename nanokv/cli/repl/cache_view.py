@@ -52,10 +52,10 @@ def pages_of(tree: RadixTree, tokens: list[int], page_size: int) -> tuple[list[H
         last = node
         for index, page in enumerate(node.pages):
             start = index * page_bytes
-            if not blob.startswith(node.run[start : start + page_bytes], position + start):
+            if not blob.startswith(node.tokens[start : start + page_bytes], position + start):
                 return held, last
             held.append(Held(page, _has_branches(node)))
-        position += len(node.run)
+        position += len(node.tokens)
     return held, last
 
 
@@ -120,12 +120,12 @@ def _children(node: Node) -> list[tuple[Node, bool]]:
 
 def _node_line(node: Node, branch: str, decode: Callable[[list[int]], str], is_here: bool) -> str:
     tokens = array("i")
-    tokens.frombytes(bytes(node.run[: 4 * WIDTH]))  # the first WIDTH tokens: at least a line of text
+    tokens.frombytes(bytes(node.tokens[: 4 * WIDTH]))  # the first WIDTH tokens: at least a line of text
     head = f"{branch}{_count(len(node.pages), 'page')} [{_ranges(node.pages, PAGES_WIDTH)}]"
     if node.state is not None:
         head += f" state {node.state}"
-    if node.locks:
-        head += f" locked x{node.locks}"
+    if node.ref_count:
+        head += f" locked x{node.ref_count}"
     mark = "  <- here" if is_here else ""
     room = WIDTH - len(head) - len(mark) - 4
     text = _shortened(decode(tokens.tolist()), room) if room >= 8 else ""

@@ -247,9 +247,10 @@ def _read(chat: Chat, argument: str) -> None:
     text = read_text(path)
     if not text.strip():
         raise RequestError(f"{path}: the file is empty")
-    count = len(chat.llm.tokenizer.encode(text))
+    encode = chat.conversation.tokenizer.encode
+    count = len(encode(text))
     room = chat.llm.engine.max_length - len(chat.conversation.token_ids)
-    room -= sum(len(chat.llm.tokenizer.encode(content)) for _, content in chat.attached)
+    room -= sum(len(encode(content)) for _, content in chat.attached)
     if count >= room:
         raise RequestError(f"{path}: {count:,} tokens; {max(room - 1, 0):,} more fit into this conversation")
     chat.attached.append((path, text))
@@ -263,7 +264,7 @@ def _cache(chat: Chat, _argument: str) -> None:
     engine, tokens = chat.llm.engine, chat.conversation.token_ids
     page_size, tree = engine.layout.page_size, engine.cache.tree
     held, here = cache_view.pages_of(tree, tokens, page_size)
-    decode = lambda ids: chat.llm.tokenizer.decode(ids, skip_special=False)  # noqa: E731
+    decode = lambda ids: chat.conversation.tokenizer.decode(ids, skip_special=False)  # noqa: E731
     for line in (
         *cache_view.conversation_lines(held, len(tokens), page_size),
         *cache_view.tree_lines(tree, decode, here),

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from numba import njit
 
@@ -27,7 +28,7 @@ def compiled(function: Callable) -> Callable:
     numba checks only whether the file of `function` itself has changed, and would run old code after an edit of a
     function that it calls. So the stamp of the cache is the content of all kernels.
     """
-    dispatcher = njit(nogil=True)(function)
+    dispatcher: Any = njit(nogil=True)(function)  # numba's types leave out the private parts below
     with contextlib.suppress(RuntimeError):  # numba found no folder: this process compiles for itself
         dispatcher.enable_caching()
         dispatcher._cache._cache_file._source_stamp = _STAMP
@@ -43,4 +44,5 @@ def any_on_disk() -> bool:
 def inner(function: Callable) -> Callable:
     """numba.njit for a function that only compiled code calls: without the wrappers for Python, which take long to
     compile, and with IEEE 754 results where Python raises (a division by zero)."""
-    return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function)
+    # The types that numba ships do not list the first two options.
+    return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function)  # type: ignore[call-overload]

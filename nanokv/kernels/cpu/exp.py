@@ -39,7 +39,7 @@ def emit_sigmoid(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """1 / (1 + exp(-x)) in float32."""
     one, positive = constant(x.type, 1.0), builder.fcmp_ordered(">=", x, constant(x.type, 0.0))
     # e <= 1 cannot overflow, and the result is 1 / (1 + e) or e / (1 + e).
-    e = emit_exp2(builder, builder.fmul(builder.select(positive, builder.fneg(x), x), constant(x.type, LOG2E)))
+    e = emit_exp2(builder, builder.fmul(builder.select(positive, builder.fneg(x), x), constant(x.type, float(LOG2E))))
     return builder.fdiv(builder.select(positive, one, e), builder.fadd(one, e))
 
 

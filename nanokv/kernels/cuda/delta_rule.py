@@ -250,7 +250,7 @@ def delta_rule_chunk(
     solved, seen = torch.empty(2, rows, heads, CHUNK, dtype=torch.float32, device=qkv.device)
     block_v = min(CHUNK_V, power_of_two(planes.value_dim, 16))
     args = _args(qkv, gates, a_log, dt_bias, planes)
-    tiling = {"CHUNK": CHUNK, "PRECISION": "tf32x3" if qkv.dtype == torch.float32 else "tf32"}
+    tiling: dict[str, Any] = {"CHUNK": CHUNK, "PRECISION": "tf32x3" if qkv.dtype == torch.float32 else "tf32"}
     launch(
         chunk_pairs_kernel, (num_tiles(rows, 2 * requests, CHUNK), heads), starts=batch.request_starts,
         requests=requests, positions=batch.positions, solved=solved, seen=seen, num_warps=8, **args, **tiling,

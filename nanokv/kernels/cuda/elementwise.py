@@ -111,7 +111,8 @@ def _gate(gate: torch.Tensor, up: torch.Tensor, is_silu: bool) -> torch.Tensor:
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """As reference.silu_mul."""
-    return _gate(*gate_up.chunk(2, dim=-1), is_silu=True)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return _gate(gate, up, is_silu=True)
 
 
 def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

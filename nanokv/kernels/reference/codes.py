@@ -176,8 +176,8 @@ def decoded_batch(
     Returns  the pool, its planes, and the batch with these tables
     """
     (_, kv_heads, page_size, dim), own = k.shape, v is not None
-    value_dim = v.shape[-1] if own else dim
-    heads = torch.cat((k, v), dim=-1) if own else k
+    value_dim = dim if v is None else v.shape[-1]
+    heads = k if v is None else torch.cat((k, v), dim=-1)
     width, size, heads = heads.shape[-1], k.element_size(), heads.flatten(1)
     pool = heads if rope is None else torch.cat((heads, rope.flatten(1)), dim=1)
     planes = KVPlanes(
