@@ -585,12 +585,12 @@ def test_a_token_beyond_the_vocabulary_joins_nothing(played, token):
 def test_two_mappings_are_the_same_bytes_and_nothing_has_a_name():
     names = set(Path("/dev/shm").iterdir()) if Path("/dev/shm").exists() else set()
     pool = SharedBuffer(8192, torch.device("cpu"))
-    other = map_pool(pool.export(), os.dup(pool.descriptor), 8192)
+    own, other = pool.tensor, map_pool(pool.export(), os.dup(pool.descriptor), 8192)
     other[5000] = 77
-    assert pool.tensor[5000] == 77 and pool.tensor.sum() == 77
+    assert own[5000] == 77 and own.sum() == 77
     pool.close()
     other[0] = 1
-    assert pool.tensor[0] == 1
+    assert own[0] == 1
     assert (set(Path("/dev/shm").iterdir()) if Path("/dev/shm").exists() else set()) == names
 
 

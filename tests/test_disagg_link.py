@@ -160,12 +160,10 @@ def test_nothing_of_a_decode_process_stays_in_a_server_when_it_has_left(address,
     gc.collect()
     gc.disable()
     try:
-        LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM).close()
-        with socket.create_connection(split_address(address)):  # the next one is here: the last has left
-            deadline = time.monotonic() + 10
-            while any(made() is not None for made in (*senders, *sessions)):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+        with LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM):
+            wait_until(lambda: senders)  # the server makes it after its HELLO
+        with socket.create_connection(split_address(address)):  # the server takes it when the last one has left
+            wait_until(lambda: all(made() is None for made in (*senders, *sessions)))
         assert len(senders) == len(sessions) == 1
     finally:
         gc.enable()
@@ -174,6 +172,13 @@ def test_nothing_of_a_decode_process_stays_in_a_server_when_it_has_left(address,
 def referred(made, to: list):
     to.append(weakref.ref(made))
     return made
+
+
+def wait_until(holds, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

@@ -97,7 +97,7 @@ def decode(batch: list[int], context: list[int], steps: int, **options: Any) -> 
     settings: dict[str, Any] = {"batch": batch, "context": context, "steps": steps}
     with Bench("decode", settings, options, max_requests=max(batch)) as at:
         at.rows = measure_decode(at.llm, batch, context, steps, at.repeat, at.ticker(len(batch) * len(context)))
-        pool, longest = at.llm.engine.store.num_pages * at.llm.engine.layout.page_bytes, at.llm.engine.max_length
+        pool, longest = len(at.llm.engine.store.pages) * at.llm.engine.layout.page_bytes, at.llm.engine.max_length
         left_out = [(b, c) for b in batch for c in context if not fits(at.llm, b, c, steps)]
     settings["left_out"] = [{"batch": b, "context_tokens": c} for b, c in left_out]
     at.show([(report.DECODE, at.rows, "batch")], report.draw_decode, (9, 4))

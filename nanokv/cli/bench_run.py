@@ -121,7 +121,7 @@ class Bench:
             "dummy": self._dummy,
             "page_size": self.llm.config.page_size,
             "max_step_tokens": self.llm.config.max_step_tokens,
-            "pages": self.llm.engine.store.num_pages,
+            "pages": len(self.llm.engine.store.pages),
         }
         self._stack.close()
 

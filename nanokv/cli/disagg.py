@@ -47,7 +47,7 @@ def prefill(model: str | None, listen: str, **options: Any) -> None:
     folder = model_folder(model)
     from nanokv.disagg.server import listen as serve
     from nanokv.disagg.transport import bind
-    from nanokv.disagg.worker import Model
+    from nanokv.disagg.worker import PrefillModel
     from nanokv.engine.device import choose_device
     from nanokv.llm import resolve_dtype
     from nanokv.models.config import ModelConfig
@@ -60,4 +60,4 @@ def prefill(model: str | None, listen: str, **options: Any) -> None:
     except OSError as error:
         raise ConfigError(f"--listen {listen}: {error.strerror or error}") from None
     with server:
-        serve(Model(folder, config, str(device), str(dtype).removeprefix("torch.")), server)
+        serve(PrefillModel(folder, config, str(device), str(dtype).removeprefix("torch.")), server)

@@ -40,6 +40,8 @@ class SharedBuffer:
         return PoolMemory(kind="cuda", num_bytes=self.num_bytes, handle=handle)
 
     def close(self) -> None:
+        """Drops the memory here: it is freed with the last tensor over it, here and in other processes."""
+        self.tensor = torch.empty(0, dtype=torch.uint8)
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
