@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams, codecs
 from nanokv.core.errors import ConfigError
 from nanokv.core.request import Request, RequestOutput
-from nanokv.disagg import cluster
+from nanokv.disagg import cluster, prefill_loop
 from nanokv.disagg.channel import Channel, wait
 from nanokv.disagg.dispatcher import Dispatcher
 from nanokv.disagg.granted_cache import GrantedCache, GrantedPages
@@ -443,7 +443,7 @@ def test_what_a_step_has_done_before_it_fails_is_told_and_the_rest_fails(tiny_ll
         append = loop.append
 
         def failing(request, *arguments):
-            if request.request_id == "2":
+            if loop.prompt(request).attempt == 2:
                 raise RuntimeError("as the test wished")
             append(request, *arguments)
 
@@ -454,6 +454,50 @@ def test_what_a_step_has_done_before_it_fails_is_told_and_the_rest_fails(tiny_ll
         answers = {answer.request: answer for answer in loop.step()}
         assert {request: type(answer) for request, answer in answers.items()} == {"1": Done, "2": Failed, "3": Failed}
         assert "as the test wished" in answers["2"].reason and not loop.has_work
+
+
+@pytest.fixture(scope="module")
+def hybrid_loop(tmp_path_factory):
+    """A loop over a model with recurrent states, and two prompts. The first one stops at a checkpoint on its way."""
+    folder = oracles.checkpoint("qwen3_next", tmp_path_factory.mktemp("hybrid"))
+    first = msgspec.structs.replace(PREFILL, cached_length=0, state=0, checkpoints=((8, 1),))
+    second = msgspec.structs.replace(
+        PREFILL, attempt=2, tokens=pack_ints(range(40, 60)), cached_length=0, pages=pack_ints([0, 2, 5]), state=2
+    )
+    with LLM(folder, num_pages=8, page_size=8, num_states=8) as llm:
+        yield lambda: PrefillLoop(llm.engine.model, llm.engine.store, llm.config, generation=7), first, second
+
+
+def test_samples_of_one_request_get_their_own_tokens(hybrid_loop):
+    """Preempted samples are attempts of their own, and the later one may end first."""
+    make, first, second = hybrid_loop
+    answers = []
+    for other in ("another", second.request):
+        loop = make()
+        assert loop.accept(first) is loop.accept(msgspec.structs.replace(second, request=other)) is None
+        ends = [message for _ in range(2) for message in loop.step()]
+        assert [message.attempt for message in ends] == [2, 1] and not loop.has_work
+        answers.append([message.tokens for message in ends])
+    assert answers[0] == answers[1] and answers[0][0] != answers[0][1]
+
+
+def test_a_copy_that_fails_fails_every_open_attempt(hybrid_loop, monkeypatch):
+    """Also one that is not in the step: the checkpoint may be its own."""
+    monkeypatch.setattr(prefill_loop, "STEP_TOKENS", 8)
+    make, first, second = hybrid_loop
+    loop = make()
+    assert loop.accept(first) is loop.accept(second) is None
+    assert loop.step() == []
+    monkeypatch.setattr(loop._runner, "move", raising(RuntimeError("as the test wished")))
+    assert [(type(message), message.attempt) for message in loop.step()] == [(Failed, 1), (Failed, 2)]
+    assert not loop.has_work
+
+
+def raising(error: BaseException):
+    def fail(*arguments):
+        raise error
+
+    return fail
 
 
 def test_another_version_or_digest_is_refused():

@@ -116,6 +116,12 @@ class Prefill(Attempt, tag="PREFILL", frozen=True, kw_only=True):
     checkpoints: tuple[tuple[int, int], ...]
     sampling: Sampling
 
+    @property
+    def states(self) -> list[int]:
+        """All states that it grants: the request's own one, then those of the checkpoints."""
+        own = [] if self.state is None else [self.state]
+        return [*own, *(state for _, state in self.checkpoints)]
+
 
 class Layers(Attempt, tag="LAYERS", frozen=True, kw_only=True):
     """The data connection carries next: layers first .. last - 1 of these pages or (`states`) states."""
