@@ -288,6 +288,53 @@ def test_a_start_that_ctrl_c_interrupts_is_made_up_for(played, monkeypatch):
     assert place.peer is not None and place.peer is not stranger and place.state == "starting"
 
 
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_a_worker_is_greeted_though_ctrl_c_comes_in_between(played, monkeypatch, is_sent):
+    """Otherwise it would wait for HELLO for ever, and this process for it."""
+    dispatcher, stranger = played
+    (slot,) = dispatcher.workers.slots
+    second, stranger.gone = Stranger(), True
+    slot.start = lambda: second
+    with monkeypatch.context() as patch:
+        patch.setattr(second.channel, "send", interrupted(second.channel.send, is_sent))
+        dispatcher.collect(wait=False)  # reaps the first one and starts the second
+        with pytest.raises(KeyboardInterrupt):
+            dispatcher.collect(wait=False)
+    dispatcher.collect(wait=False)
+    with contextlib.closing(Channel(second.mouth)) as far:
+        assert [type(message) for message in far.receive()] == [Hello] * (1 + is_sent)
+    assert slot.state == "greeted"
+
+
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_an_abort_that_ctrl_c_interrupts_costs_no_worker(played, monkeypatch, is_sent):
+    dispatcher, stranger = played
+    (slot,) = dispatcher.workers.slots
+    request = long_request()
+    dispatcher.start(request, request.num_tokens, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(stranger.channel, "send", interrupted(stranger.channel.send, is_sent))
+        with pytest.raises(KeyboardInterrupt):
+            dispatcher.abort(request)
+    assert dispatcher.abort(request) and slot.grants[1].aborted
+    answer = AbortAck(generation=dispatcher.generation, request="r", attempt=1)
+    stranger.mouth.sendall(encode(answer if is_sent else done_of(dispatcher, (5,))))
+    (delivery,) = dispatcher.collect(wait=True)
+    assert (delivery.request, delivery.num_tokens) == (request, 0)
+    assert not stranger.gone and dispatcher.stats()["worker_deaths"] == 0
+
+
+def interrupted(call, is_done: bool):
+    """`call` with Ctrl-C behind it, or in place of it."""
+
+    def run(*arguments):
+        if is_done:
+            call(*arguments)
+        raise KeyboardInterrupt
+
+    return run
+
+
 @pytest.mark.parametrize("what", ["move", "start"])
 def test_a_transfer_that_fails_ends_what_it_was_for_and_nothing_else(tiny_llama, monkeypatch, what):
     """A step whose copies were not made is not run: its pages would hold other tokens than their request."""
@@ -561,7 +608,7 @@ def test_a_worker_that_does_not_fit_gets_no_prompts(answer, caplog):
         with pytest.raises(ConfigError, match="another model there"):
             dispatcher.open(256, 4, 0, "d")
     else:
-        with pytest.raises(ConfigError, match="disagg: stranger said what it must not .*, 3 times in a row"):
+        with pytest.raises(ConfigError, match="disagg: stranger broke the protocol .*, 3 times in a row"):
             dispatcher.open(256, 4, 0, "d")
         assert len(strangers) == 3  # tried again, then given up
     assert dispatcher.stats()["prefill_workers_ready"] == 0
@@ -578,16 +625,25 @@ def hello_of(dispatcher: Dispatcher) -> Hello:
     )
 
 
-def answered(dispatcher: Dispatcher, stranger: Stranger, tokens: tuple[int | None, ...]) -> None:
-    """One request of 100 tokens is handed over and comes back as DONE with these tokens."""
+def long_request() -> Request:
     request = Request([5] * 100, SamplingParams(), "r")
     request.tokens, request.num_prompt = array("i", request.prompt_token_ids), 100
-    dispatcher.start(request, request.num_tokens, [])
-    done = Done(
+    return request
+
+
+def done_of(dispatcher: Dispatcher, tokens: tuple[int | None, ...]) -> Done:
+    """DONE of the first attempt, with these tokens."""
+    return Done(
         generation=dispatcher.generation, request="r", attempt=1, tokens=tokens, logprobs=(None,) * len(tokens),
         finished=0.0,
     )  # fmt: skip
-    stranger.mouth.sendall(encode(done))
+
+
+def answered(dispatcher: Dispatcher, stranger: Stranger, tokens: tuple[int | None, ...]) -> None:
+    """A request of 100 tokens is transferred, and its worker answers DONE with these tokens."""
+    request = long_request()
+    dispatcher.start(request, request.num_tokens, [])
+    stranger.mouth.sendall(encode(done_of(dispatcher, tokens)))
 
 
 @pytest.fixture
