@@ -48,13 +48,13 @@ def address(tiny_llama) -> str:
 
 
 def test_a_prompt_whose_layers_flow_for_longer_than_the_heartbeat_kills_nobody(address, tiny_llama, monkeypatch):
-    after_layer, prompt = server.SendingSession.after_layer, oracles.prompt(150, seed=1)
+    between, prompt = server.SendingSession.between, oracles.prompt(150, seed=1)
 
-    def slow(session, layer, batch):
+    def slow(session, *stream):
         time.sleep(0.1)
-        after_layer(session, layer, batch)
+        return between(session, *stream)
 
-    monkeypatch.setattr(server.SendingSession, "after_layer", slow)
+    monkeypatch.setattr(server.SendingSession, "between", slow)
     monkeypatch.setattr(server, "GROUP_BYTES", 1)  # each layer is sent
     monkeypatch.setattr(prefill_loop, "STEP_TOKENS", 16)
     with LLM(tiny_llama, **ROOM) as llm:
@@ -201,13 +201,13 @@ def needs(host: str) -> None:
 def test_a_decode_process_that_leaves_during_a_prompt_is_one_line_on_the_server(
     address, tiny_llama, monkeypatch, caplog
 ):
-    after_layer, left = server.SendingSession.after_layer, threading.Event()
+    between, left = server.SendingSession.between, threading.Event()
 
-    def slow(session, layer, batch):
+    def slow(session, *stream):
         assert left.wait(30)
-        after_layer(session, layer, batch)
+        return between(session, *stream)
 
-    monkeypatch.setattr(server.SendingSession, "after_layer", slow)
+    monkeypatch.setattr(server.SendingSession, "between", slow)
     with LLM(tiny_llama, disagg=DisaggConfig(connect=address, min_tokens=8, heartbeat_s=2.0), **ROOM) as llm:
         llm.engine.add_request(Request(oracles.prompt(150, seed=1), GREEDY))
         llm.engine.step()
