@@ -21,7 +21,7 @@ def _seconds(value: float) -> str:
 
 
 def disagg(_: dict) -> str:
-    """The three modes side by side."""
+    """The table of the three modes."""
     result = _result()
     settings, rows = result["settings"], []
     for row in result["rows"]:
@@ -40,13 +40,13 @@ def disagg(_: dict) -> str:
 
 
 def disagg_targets(_: dict) -> str:
-    """The targets that this benchmark measures."""
+    """The table of the targets that this benchmark measures."""
     one_step, chunked, split = _result()["rows"]
     found = []
     for entry in split["hand_overs"]:
         middle = median(entry["seconds"])
         found.append([
-            f"hand-over of {entry['tokens']:,} tokens", "under 2 ms", f"{_seconds(middle)} (at most "
+            f"transfer of {entry['tokens']:,} tokens", "under 2 ms", f"{_seconds(middle)} (at most "
             f"{_seconds(max(entry['seconds']))} of {len(entry['seconds'])})", _verdict(middle < 0.002),
         ])  # fmt: skip
     ratio = one_step["tpot_p99_s"] / split["tpot_p99_s"]

@@ -105,7 +105,8 @@ def test_a_closed_loop_keeps_its_clients_busy_and_no_more(llm, monkeypatch):
     running, ticks, step = [], [], llm.engine.step
 
     def watched_step():
-        running.append(llm.stats()["requests_running"] + llm.stats()["requests_waiting"])
+        stats = llm.engine.stats()
+        running.append(stats["requests_running"] + stats["requests_waiting"])
         return step()
 
     monkeypatch.setattr(llm.engine, "step", watched_step)

@@ -1,15 +1,15 @@
-"""`bench disagg`: three modes over the same prompts, and what changes hands in the split one."""
+"""`bench disagg`: three modes over the same prompts, and the transfers of the split one."""
 
 import os
 
 import pytest
 
-from nanokv.bench.disagg import HAND_OVERS, MODES, measure_disagg
+from nanokv.bench.disagg import MODES, TRANSFERS, measure_disagg
 from nanokv.llm import LLM
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core for each process")
-def test_each_mode_answers_all_prompts_and_only_the_split_one_hands_over(tiny_llama):
+def test_each_mode_answers_all_prompts_and_only_the_split_one_transfers_them(tiny_llama):
     def load(disagg=None, **fields):
         return LLM(tiny_llama, dtype="float32", max_model_len=512, num_pages=256, disagg=disagg, **fields)
 
@@ -24,8 +24,8 @@ def test_each_mode_answers_all_prompts_and_only_the_split_one_hands_over(tiny_ll
     for row in together:
         assert row["hand_over_s"] is None and row["bytes_moved"] == 0
     assert [(one["tokens"], len(one["seconds"])) for one in split["hand_overs"]] == [
-        (256, HAND_OVERS),
-        (64, HAND_OVERS),
+        (256, TRANSFERS),
+        (64, TRANSFERS),
     ]
     assert 0 < split["hand_over_s"] < 1
     assert 256 < split["bytes_moved"] < 256 * 8  # a PREFILL names pages and tokens; no tensor travels

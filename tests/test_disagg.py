@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams, codecs
 from nanokv.core.errors import ConfigError
 from nanokv.core.request import Request, RequestOutput
-from nanokv.disagg import cluster
+from nanokv.disagg import cluster, prefill_loop
 from nanokv.disagg.channel import Channel, wait
 from nanokv.disagg.dispatcher import Dispatcher
 from nanokv.disagg.granted_cache import GrantedCache, GrantedPages
@@ -286,6 +286,53 @@ def test_a_start_that_ctrl_c_interrupts_is_made_up_for(played, monkeypatch):
     assert place.peer is not None and place.peer is not stranger and place.state == "starting"
 
 
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_a_worker_is_greeted_though_ctrl_c_comes_in_between(played, monkeypatch, is_sent):
+    """Otherwise it would wait for HELLO for ever, and this process for it."""
+    dispatcher, stranger = played
+    (slot,) = dispatcher.workers.slots
+    second, stranger.gone = Stranger(), True
+    slot.start = lambda: second
+    with monkeypatch.context() as patch:
+        patch.setattr(second.channel, "send", interrupted(second.channel.send, is_sent))
+        dispatcher.collect(wait=False)  # reaps the first one and starts the second
+        with pytest.raises(KeyboardInterrupt):
+            dispatcher.collect(wait=False)
+    dispatcher.collect(wait=False)
+    with contextlib.closing(Channel(second.mouth)) as far:
+        assert [type(message) for message in far.receive()] == [Hello] * (1 + is_sent)
+    assert slot.state == "greeted"
+
+
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_an_abort_that_ctrl_c_interrupts_costs_no_worker(played, monkeypatch, is_sent):
+    dispatcher, stranger = played
+    (slot,) = dispatcher.workers.slots
+    request = long_request()
+    dispatcher.start(request, request.num_tokens, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(stranger.channel, "send", interrupted(stranger.channel.send, is_sent))
+        with pytest.raises(KeyboardInterrupt):
+            dispatcher.abort(request)
+    assert dispatcher.abort(request) and slot.grants[1].aborted
+    answer = AbortAck(generation=dispatcher.generation, request="r", attempt=1)
+    stranger.mouth.sendall(encode(answer if is_sent else done_of(dispatcher, (5,))))
+    (delivery,) = dispatcher.collect(wait=True)
+    assert (delivery.request, delivery.num_tokens) == (request, 0)
+    assert not stranger.gone and dispatcher.stats()["worker_deaths"] == 0
+
+
+def interrupted(call, is_done: bool):
+    """`call` with Ctrl-C behind it, or in place of it."""
+
+    def run(*arguments):
+        if is_done:
+            call(*arguments)
+        raise KeyboardInterrupt
+
+    return run
+
+
 @pytest.mark.parametrize("what", ["move", "start"])
 def test_a_transfer_that_fails_ends_what_it_was_for_and_nothing_else(tiny_llama, monkeypatch, what):
     """A step whose copies were not made is not run: its pages would hold other tokens than their request."""
@@ -441,7 +488,7 @@ def test_what_a_step_has_done_before_it_fails_is_told_and_the_rest_fails(tiny_ll
         append = loop.append
 
         def failing(request, *arguments):
-            if request.request_id == "2":
+            if loop.prompt(request).attempt == 2:
                 raise RuntimeError("as the test wished")
             append(request, *arguments)
 
@@ -452,6 +499,50 @@ def test_what_a_step_has_done_before_it_fails_is_told_and_the_rest_fails(tiny_ll
         answers = {answer.request: answer for answer in loop.step()}
         assert {request: type(answer) for request, answer in answers.items()} == {"1": Done, "2": Failed, "3": Failed}
         assert "as the test wished" in answers["2"].reason and not loop.has_work
+
+
+@pytest.fixture(scope="module")
+def hybrid_loop(tmp_path_factory):
+    """A loop over a model with recurrent states, and two prompts. The first one stops at a checkpoint on its way."""
+    folder = oracles.checkpoint("qwen3_next", tmp_path_factory.mktemp("hybrid"))
+    first = msgspec.structs.replace(PREFILL, cached_length=0, state=0, checkpoints=((8, 1),))
+    second = msgspec.structs.replace(
+        PREFILL, attempt=2, tokens=pack_ints(range(40, 60)), cached_length=0, pages=pack_ints([0, 2, 5]), state=2
+    )
+    with LLM(folder, num_pages=8, page_size=8, num_states=8) as llm:
+        yield lambda: PrefillLoop(llm.engine.model, llm.engine.store, llm.config, generation=7), first, second
+
+
+def test_samples_of_one_request_get_their_own_tokens(hybrid_loop):
+    """Preempted samples are attempts of their own, and the later one may end first."""
+    make, first, second = hybrid_loop
+    answers = []
+    for other in ("another", second.request):
+        loop = make()
+        assert loop.accept(first) is loop.accept(msgspec.structs.replace(second, request=other)) is None
+        ends = [message for _ in range(2) for message in loop.step()]
+        assert [message.attempt for message in ends] == [2, 1] and not loop.has_work
+        answers.append([message.tokens for message in ends])
+    assert answers[0] == answers[1] and answers[0][0] != answers[0][1]
+
+
+def test_a_copy_that_fails_fails_every_open_attempt(hybrid_loop, monkeypatch):
+    """Also one that is not in the step: the checkpoint may be its own."""
+    monkeypatch.setattr(prefill_loop, "STEP_TOKENS", 8)
+    make, first, second = hybrid_loop
+    loop = make()
+    assert loop.accept(first) is loop.accept(second) is None
+    assert loop.step() == []
+    monkeypatch.setattr(loop._runner, "move", raising(RuntimeError("as the test wished")))
+    assert [(type(message), message.attempt) for message in loop.step()] == [(Failed, 1), (Failed, 2)]
+    assert not loop.has_work
+
+
+def raising(error: BaseException):
+    def fail(*arguments):
+        raise error
+
+    return fail
 
 
 def test_another_version_or_digest_is_refused():
@@ -515,7 +606,7 @@ def test_a_worker_that_does_not_fit_gets_no_prompts(answer, caplog):
         with pytest.raises(ConfigError, match="another model there"):
             dispatcher.open(256, 4, 0, "d")
     else:
-        with pytest.raises(ConfigError, match="disagg: stranger said what it must not .*, 3 times in a row"):
+        with pytest.raises(ConfigError, match="disagg: stranger broke the protocol .*, 3 times in a row"):
             dispatcher.open(256, 4, 0, "d")
         assert len(strangers) == 3  # tried again, then given up
     assert dispatcher.stats()["prefill_workers_ready"] == 0
@@ -532,16 +623,25 @@ def hello_of(dispatcher: Dispatcher) -> Hello:
     )
 
 
-def answered(dispatcher: Dispatcher, stranger: Stranger, tokens: tuple[int | None, ...]) -> None:
-    """One request of 100 tokens is handed over and comes back as DONE with these tokens."""
+def long_request() -> Request:
     request = Request([5] * 100, SamplingParams(), "r")
     request.tokens, request.num_prompt = array("i", request.prompt_token_ids), 100
-    dispatcher.start(request, request.num_tokens, [])
-    done = Done(
+    return request
+
+
+def done_of(dispatcher: Dispatcher, tokens: tuple[int | None, ...]) -> Done:
+    """DONE of the first attempt, with these tokens."""
+    return Done(
         generation=dispatcher.generation, request="r", attempt=1, tokens=tokens, logprobs=(None,) * len(tokens),
         finished=0.0,
     )  # fmt: skip
-    stranger.mouth.sendall(encode(done))
+
+
+def answered(dispatcher: Dispatcher, stranger: Stranger, tokens: tuple[int | None, ...]) -> None:
+    """A request of 100 tokens is transferred, and its worker answers DONE with these tokens."""
+    request = long_request()
+    dispatcher.start(request, request.num_tokens, [])
+    stranger.mouth.sendall(encode(done_of(dispatcher, tokens)))
 
 
 @pytest.fixture
@@ -583,12 +683,12 @@ def test_a_token_beyond_the_vocabulary_joins_nothing(played, token):
 def test_two_mappings_are_the_same_bytes_and_nothing_has_a_name():
     names = set(Path("/dev/shm").iterdir()) if Path("/dev/shm").exists() else set()
     pool = SharedBuffer(8192, torch.device("cpu"))
-    other = map_pool(pool.export(), os.dup(pool.descriptor), 8192)
+    own, other = pool.tensor, map_pool(pool.export(), os.dup(pool.descriptor), 8192)
     other[5000] = 77
-    assert pool.tensor[5000] == 77 and pool.tensor.sum() == 77
+    assert own[5000] == 77 and own.sum() == 77
     pool.close()
     other[0] = 1
-    assert pool.tensor[0] == 1
+    assert own[0] == 1
     assert (set(Path("/dev/shm").iterdir()) if Path("/dev/shm").exists() else set()) == names
 
 

@@ -201,7 +201,8 @@ def test_workers_that_keep_dying_leave_the_engine_to_itself(tiny_llama, right, m
 def test_workers_that_cannot_start_are_an_error_and_not_silence(tiny_llama, monkeypatch):
     monkeypatch.setattr(process, "ENTRY", "no_such_worker")
     with pytest.raises(
-        ConfigError, match="disagg: prefill 0 (has died|hung up), 3 times in a row: its lines above say more"
+        ConfigError,
+        match="disagg: prefill 0 (has died|closed its connection), 3 times in a row: see its log lines above",
     ):
         LLM(tiny_llama, disagg=DisaggConfig(), **ROOM)
 

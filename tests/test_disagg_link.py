@@ -48,13 +48,13 @@ def address(tiny_llama) -> str:
 
 
 def test_a_prompt_whose_layers_flow_for_longer_than_the_heartbeat_kills_nobody(address, tiny_llama, monkeypatch):
-    after_layer, prompt = server.SendingSession.after_layer, oracles.prompt(150, seed=1)
+    between, prompt = server.SendingSession.between, oracles.prompt(150, seed=1)
 
-    def slow(session, layer, batch):
+    def slow(session, *stream):
         time.sleep(0.1)
-        after_layer(session, layer, batch)
+        return between(session, *stream)
 
-    monkeypatch.setattr(server.SendingSession, "after_layer", slow)
+    monkeypatch.setattr(server.SendingSession, "between", slow)
     monkeypatch.setattr(server, "GROUP_BYTES", 1)  # each layer is sent
     monkeypatch.setattr(prefill_loop, "STEP_TOKENS", 16)
     with LLM(tiny_llama, **ROOM) as llm:
@@ -160,12 +160,10 @@ def test_nothing_of_a_decode_process_stays_in_a_server_when_it_has_left(address,
     gc.collect()
     gc.disable()
     try:
-        LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM).close()
-        with socket.create_connection(split_address(address)):  # the next one is here: the last has left
-            deadline = time.monotonic() + 10
-            while any(made() is not None for made in (*senders, *sessions)):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+        with LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM):
+            wait_until(lambda: senders)  # the server makes it after its HELLO
+        with socket.create_connection(split_address(address)):  # the server takes it when the last one has left
+            wait_until(lambda: all(made() is None for made in (*senders, *sessions)))
         assert len(senders) == len(sessions) == 1
     finally:
         gc.enable()
@@ -174,6 +172,13 @@ def test_nothing_of_a_decode_process_stays_in_a_server_when_it_has_left(address,
 def referred(made, to: list):
     to.append(weakref.ref(made))
     return made
+
+
+def wait_until(holds, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -196,13 +201,13 @@ def needs(host: str) -> None:
 def test_a_decode_process_that_leaves_during_a_prompt_is_one_line_on_the_server(
     address, tiny_llama, monkeypatch, caplog
 ):
-    after_layer, left = server.SendingSession.after_layer, threading.Event()
+    between, left = server.SendingSession.between, threading.Event()
 
-    def slow(session, layer, batch):
+    def slow(session, *stream):
         assert left.wait(30)
-        after_layer(session, layer, batch)
+        return between(session, *stream)
 
-    monkeypatch.setattr(server.SendingSession, "after_layer", slow)
+    monkeypatch.setattr(server.SendingSession, "between", slow)
     with LLM(tiny_llama, disagg=DisaggConfig(connect=address, min_tokens=8, heartbeat_s=2.0), **ROOM) as llm:
         llm.engine.add_request(Request(oracles.prompt(150, seed=1), GREEDY))
         llm.engine.step()

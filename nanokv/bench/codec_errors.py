@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -68,14 +70,11 @@ def record(llm: LLM, token_ids: Sequence[int]) -> list[Recorded]:
     """The layers that keep pages, over one text. The engine must be idle; its prefix cache is emptied."""
     blocks = [(i, llm.engine.model.layers[i]) for i, spec in enumerate(llm.engine.layout.specs) if spec.paged]
     taps = [_Tap(block.mixer) for _, block in blocks]
-    try:
+    with ExitStack() as stack:
         for (_, block), tap in zip(blocks, taps, strict=True):
-            block.mixer = tap
+            stack.enter_context(patch.object(block, "mixer", tap))
         for _ in llm.score_blocks(list(token_ids)):
             pass
-    finally:
-        for (_, block), tap in zip(blocks, taps, strict=True):
-            block.mixer = tap.mixer
     found = []
     for (layer, _), tap in zip(blocks, taps, strict=True):
         inputs = torch.cat(tap.seen)
@@ -88,7 +87,8 @@ def record(llm: LLM, token_ids: Sequence[int]) -> list[Recorded]:
 def replay(llm: LLM, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, Vectors]:
     """One layer over these inputs, through the first pages of an idle engine: its outputs, and the vectors in them."""
     llm.reset_prefix_cache()
-    store, mixer = llm.engine.store, llm.engine.model.layers[layer].mixer
+    store = llm.engine.store
+    mixer: Any = llm.engine.model.layers[layer].mixer
     batch = first_pages(torch.zeros(len(inputs), dtype=torch.int64), llm.config.page_size, store)
     outputs = mixer(inputs.to(activation_dtype(llm.device, llm.dtype), copy=True), store, batch).float()
     pages = batch.page_tables[0].long()
@@ -121,11 +121,11 @@ def model_errors(llm: LLM, recorded: Sequence[Recorded]) -> dict[str, float | No
 @torch.inference_mode()
 def random_errors(codec: Codec, dim: int, page_size: int, ops: Ops = AUTO) -> dict[str, float]:
     """Errors on random vectors of length 1, keys and values alike."""
-    layout = PageLayout([codec.spec(RANDOM_HEADS, dim, page_size)], page_size)
+    layout = PageLayout([codec.at(0).spec(RANDOM_HEADS, dim, page_size)], page_size)
     store = CacheStore(layout, layout.pages_for(RANDOM_TOKENS), num_states=1 if layout.state_bytes else 0)
     turned = torch.cat((torch.ones(RANDOM_TOKENS, dim // 2), torch.zeros(RANDOM_TOKENS, dim // 2)), dim=1)  # not at all
     heads = Heads(RANDOM_HEADS, RANDOM_HEADS, dim, 1 / math.sqrt(dim), turned, ops=ops)
-    pages = codec.pages(layout, 0, heads)
+    pages = codec.at(0).pages(layout, 0, heads)
     batch = first_pages(torch.zeros(RANDOM_TOKENS, dtype=torch.int64), page_size, store)
     noise = torch.randn(RANDOM_TOKENS, 3 * RANDOM_HEADS, dim, generator=torch.Generator().manual_seed(0))
     x = noise / noise.norm(dim=-1, keepdim=True)

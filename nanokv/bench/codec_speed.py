@@ -13,15 +13,15 @@ from nanokv.core.request import Request
 from nanokv.llm import LLM
 
 ONCE_S = 10
-"""Seconds of a turn above which it is not repeated."""
+"""Seconds of a turn beyond which it is not repeated."""
 STEPS_TO_SETTLE = 8
 """Steps after which a full engine has admitted every request it can."""
 
 
 def in_turns(llm: LLM, raw: LLM, batch: int, context: int, steps: int, turns: int) -> dict[str, Any]:
-    """Decode speed of both, in `turns` turns, so that a disturbance of the machine hits both. Medians.
+    """Decode speed of both, in `turns` turns, so that a disturbance of the machine affects both. Medians.
 
-    A codec whose first turn takes more than ONCE_S seconds has only that one.
+    There are no further turns once the mean turn takes more than ONCE_S seconds.
     """
     pairs: list[tuple[float, float]] = []
     start = time.perf_counter()
@@ -41,13 +41,13 @@ def in_turns(llm: LLM, raw: LLM, batch: int, context: int, steps: int, turns: in
 
 
 def prefill_in_turns(llms: Mapping[str, LLM], tokens: int, turns: int) -> dict[str, Any]:
-    """Seconds to the first token of a prompt of `tokens`, through each of these engines in turns. Medians."""
+    """Seconds to the first token of a prompt of `tokens` tokens, through each of these engines in turns. Medians."""
     seconds: dict[str, list[float]] = {name: [] for name in llms}
-    for turn in range(turns + 1):  # the first one warms up
+    for turn in range(turns + 1):  # the first turn warms up
         for name, llm in llms.items():
             (prompt,) = random_prompts(1, tokens, llm.model_config.vocab_size, seed=turn)
             llm.reset_prefix_cache()
-            seconds[name].append(llm.generate([prompt], greedy(1))[0].metrics.ttft)
+            seconds[name].append(llm.generate([prompt], greedy(1))[0].metrics.ttft or 0.0)
     return {
         "prompt_tokens": tokens,
         "turns": turns,
@@ -56,7 +56,7 @@ def prefill_in_turns(llms: Mapping[str, LLM], tokens: int, turns: int) -> dict[s
 
 
 def requests_at_once(llm: LLM, context: int) -> int:
-    """Requests of `context` tokens that decode together when more wait: measured, not computed from sizes.
+    """Requests of `context` tokens that decode together while others wait: measured, not computed from sizes.
 
     Their contexts are declared, not computed (`declare_cached`).
     """

@@ -27,7 +27,7 @@ from nanokv.bench.measure import Ticker, no_tick, warm_up
 from nanokv.codecs import resolve_codec, value_quantizer
 from nanokv.core.config import EngineConfig
 from nanokv.core.spec import PageLayout
-from nanokv.engine.memory import Memory, pool_size
+from nanokv.engine.memory import MemoryBudget, pool_size
 from nanokv.kernels.ops import Ops
 from nanokv.llm import LLM
 from nanokv.models.decoder import layer_specs
@@ -193,7 +193,7 @@ def sizes(llm: LLM, codec: str) -> Row:
     """
     layout, bfloat16 = layout_of(llm, codec), layout_of(llm, "raw", torch.bfloat16)
     config = EngineConfig(kv_memory=GIB, page_size=layout.page_size)
-    pages, _ = pool_size(config, layout, Memory(limit=GIB, default=GIB))
+    pages, _ = pool_size(config, layout, MemoryBudget(limit=GIB, default=GIB))
     per_token, of_bfloat16 = layout.page_payload / layout.page_size, bfloat16.page_payload / bfloat16.page_size
     return {
         "true_bits": 16 * per_token / of_bfloat16,

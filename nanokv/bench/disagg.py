@@ -1,15 +1,15 @@
-"""`bench disagg`: what long prompts do to running answers, in one process and in two.
+"""`bench disagg`: how long prompts delay running answers, in one process and in two.
 
-`running` requests decode. Long prompts arrive one at a time: each half a second after the last one's first token, so
-that every mode gets the same work and none drowns. A gap is the time between two tokens of one running answer, while
+`running` requests decode. Long prompts arrive one at a time, each half a second after the first token of the previous
+one: every mode has the same work, and no queue grows. A gap is the time between two tokens of one running answer while
 prompts arrive.
 
     one step    one process, all cores, a prompt is computed in one step
     chunked     one process, all cores, at most `chunk` tokens a step
     split       two processes; on a CPU each is pinned to half of the cores, on a GPU they share it
 
-Two processes on the same cores cannot do more work than one: what splitting can win is the gaps, and it pays with the
-cores that stand idle while there is nothing to prefill, or nothing to decode.
+Two processes on the same cores cannot do more work than one. Splitting shortens the gaps; its price are the cores that
+are idle while there is nothing to prefill, or nothing to decode.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ from nanokv.llm import LLM
 
 MODES = ("one step", "chunked", "split")
 PAUSE_S = 0.5
+"""Seconds between the first token of a long prompt and the arrival of the next one."""
 ANSWER = 4
 """Tokens of the answer to a long prompt."""
-HAND_OVERS = 9
+TRANSFERS = 9
+"""Transfers that are timed, of each length."""
 
 Load = Callable[..., LLM]
 """Makes an LLM: (disagg=None, **fields of EngineConfig)."""
@@ -68,29 +70,34 @@ def measure_disagg(
     repeat: int = 1,
     tick: Ticker = no_tick,
 ) -> list[dict[str, Any]]:
-    """A row a mode; of several runs the one with the median p99 counts. Raises NanokvError where a request fails."""
+    """A row for each mode: of `repeat` runs the one with the median p99. Raises NanokvError where a request fails.
+
+    prompt_tokens   of a long prompt; `prompts` of them arrive
+    context         tokens of each of the `running` requests
+    chunk           tokens of a step in mode "chunked"
+    """
     cores = sorted(os.sched_getaffinity(0))
     whole = prompt_tokens + running
     rows = []
     for mode in MODES:
         with _cores(cores[: max(1, len(cores) // 2)] if mode == "split" else cores) as threads:
-            theirs = tuple(cores[len(cores) // 2 :])
-            disagg = DisaggConfig(worker_cores=theirs) if mode == "split" else None
+            worker_cores = tuple(cores[len(cores) // 2 :])
+            disagg = DisaggConfig(worker_cores=worker_cores) if mode == "split" else None
             with load(disagg, max_step_tokens=chunk if mode == "chunked" else whole, prefix_cache=True) as llm:
                 run_trace(llm, min(prompt_tokens, 256), 1, running, context, seed=99)  # compiles
                 traces = [run_trace(llm, prompt_tokens, prompts, running, context, n, tick) for n in range(repeat)]
-                hand_overs: dict[int, list[float]] = {}
+                transfers: dict[int, list[float]] = {}
                 for tokens in (prompt_tokens, prompt_tokens // 4):
                     if disagg is not None and tokens >= disagg.min_tokens:
-                        hand_overs[tokens] = [transfer_time(llm, tokens, seed) for seed in range(HAND_OVERS)]
-                rows.append(_row(mode, llm, traces, prompt_tokens, prompts, running, threads, hand_overs))
+                        transfers[tokens] = [transfer_time(llm, tokens, seed) for seed in range(TRANSFERS)]
+                rows.append(_row(mode, llm, traces, prompt_tokens, prompts, running, threads, transfers))
     return rows
 
 
 def run_trace(
     llm: LLM, prompt_tokens: int, prompts: int, running: int, context: int, seed: int = 0, tick: Ticker = no_tick
 ) -> Trace:
-    """One run on an empty cache. Running answers begin again at the model's length, and are aborted at the end."""
+    """One run on an empty cache. Running answers start again at the model's length, and are cancelled at the end."""
     vocab, engine = llm.model_config.vocab_size, llm.engine
     llm.reset_prefix_cache()
     long = greedy(engine.max_length - context)
@@ -101,7 +108,10 @@ def run_trace(
         last |= {ticket: time.perf_counter() for ticket, _ in _step(llm, answering)}
     start = time.perf_counter()
     waiting = random_prompts(prompts, prompt_tokens, vocab, seed + 1000)
-    gaps, arrivals, ttfts, due = [], [], [], start + PAUSE_S
+    gaps: list[tuple[float, float]] = []
+    arrivals: list[float] = []
+    ttfts: list[float] = []
+    due = start + PAUSE_S
     live: set[Ticket] = set()
     current: Ticket | None = None
     while waiting or live or time.perf_counter() < due:
@@ -119,7 +129,7 @@ def run_trace(
                     again = answering.pop(ticket)
                     answering[llm.loop.submit(Request(again, long))] = again
                 continue
-            if ticket is current:
+            if ticket is current and output.metrics.ttft is not None:
                 ttfts.append(output.metrics.ttft)
                 current, due = None, now + PAUSE_S
                 tick()
@@ -132,14 +142,15 @@ def run_trace(
 
 
 def transfer_time(llm: LLM, prompt_tokens: int, seed: int) -> float:
-    """Seconds from the last kernel of a prefill in another process until its first token is out and it decodes here.
+    """Seconds from the last kernel of a prefill in another process until its first token is returned here.
 
-    The engine has nothing else to do: otherwise the rest of the step that is running comes on top.
+    The engine is idle otherwise; in a busy one the rest of the running step is added.
     """
     (prompt,) = random_prompts(1, prompt_tokens, llm.model_config.vocab_size, seed=2000 + seed)
     ticket = llm.loop.submit(Request(prompt, greedy(2)))
     while not _step(llm, [ticket]):
         pass
+    assert llm.cluster is not None
     seconds = time.monotonic() - llm.cluster.dispatcher.last_finished
     for _ in ticket:  # the second token
         pass
@@ -147,7 +158,7 @@ def transfer_time(llm: LLM, prompt_tokens: int, seed: int) -> float:
 
 
 def _step(llm: LLM, tickets: Iterable[Ticket]) -> list[tuple[Ticket, RequestOutput]]:
-    """One step, and what these requests got of it."""
+    """One step, and its outputs for these requests."""
     llm.loop.step()
     outputs = [(ticket, output) for ticket in tickets for output in ticket.take()]
     for _, output in outputs:
@@ -158,7 +169,7 @@ def _step(llm: LLM, tickets: Iterable[Ticket]) -> list[tuple[Ticket, RequestOutp
 
 @contextmanager
 def _cores(cores: list[int]) -> Iterator[int]:
-    """Runs this thread, and torch's, on these cores; yields their number."""
+    """Runs this thread and torch's threads on these cores; yields the number of threads."""
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(min(threads, len(cores)) if len(cores) < len(before) else threads)
@@ -177,7 +188,7 @@ def _row(
     prompts: int,
     running: int,
     threads: int,
-    hand_overs: dict[int, list[float]],
+    transfers: dict[int, list[float]],
 ) -> dict[str, Any]:
     def p99(trace: Trace) -> float:
         return percentile([gap for _, gap in trace.gaps], 0.99)
@@ -200,10 +211,10 @@ def _row(
         "ttft_max_s": max(trace.ttfts),
         "requests_per_s": prompts / trace.wall_s,
         "output_tokens_per_s": len(gaps) / trace.wall_s,
-        "hand_over_s": median(hand_overs[prompt_tokens]) if hand_overs else None,
-        "hand_overs": [{"tokens": tokens, "seconds": found} for tokens, found in hand_overs.items()],
-        "bytes_moved": _message_bytes(llm, prompt_tokens) if hand_overs else 0,
-        "break_even_tokens": round(step * prompt_tokens / ttft) if hand_overs else None,
+        "hand_over_s": median(transfers[prompt_tokens]) if transfers else None,
+        "hand_overs": [{"tokens": tokens, "seconds": found} for tokens, found in transfers.items()],
+        "bytes_moved": _message_bytes(llm, prompt_tokens) if transfers else 0,
+        "break_even_tokens": round(step * prompt_tokens / ttft) if transfers else None,
         "arrivals_s": [round(time, 4) for time in trace.arrivals],
         "gap_times_s": [round(time, 4) for time, _ in trace.gaps],
         "gaps_s": [round(gap, 5) for gap in gaps],
@@ -211,7 +222,7 @@ def _row(
 
 
 def _message_bytes(llm: LLM, prompt_tokens: int) -> int:
-    """Bytes of the PREFILL of such a prompt: all that travels for it, beside a DONE of a hundred bytes."""
+    """Bytes of the PREFILL of such a prompt: all that is sent for it, beside a DONE of a hundred bytes."""
     request = Request([5] * prompt_tokens, greedy(ANSWER), "request-1")
     request.tokens.extend(request.prompt_token_ids)
     request.num_prompt = prompt_tokens

@@ -27,21 +27,21 @@ from nanokv.llm import LLM
 from nanokv.models.loader import tensors
 
 Ticker = Callable[[], None]
-"""Called once for each request that has been answered, for progress bars."""
+"""Called after each answered request, for progress bars."""
 
 BANDWIDTH_BYTES = 1 << 29
 """Read to measure memory bandwidth: far more than any last-level cache holds."""
 FILLER = 0x3C
-"""The byte that stands in pages nobody computed: a harmless number in float32, bfloat16 and float16."""
+"""The byte that fills pages that were not computed: a harmless number in float32, bfloat16 and float16."""
 
 
 def no_tick() -> None:
-    pass
+    """Shows no progress."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One request's numbers. Seconds; tokens."""
+    """The numbers of one request, in tokens and seconds."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -54,39 +54,43 @@ class Answered:
 
 @dataclass(frozen=True)
 class Loop:
-    """What a closed loop gave: the wall time of all of it, and each request's numbers."""
+    """The result of a closed loop: its wall time, and the numbers of each request."""
 
     wall_s: float
     requests: list[Answered]
 
     @property
     def requests_per_s(self) -> float:
+        """Answered requests per second."""
         return len(self.requests) / self.wall_s
 
     @property
     def output_tokens_per_s(self) -> float:
+        """Output tokens of all requests per second."""
         return sum(one.output_tokens for one in self.requests) / self.wall_s
 
     @property
     def mean_latency_s(self) -> float:
+        """Mean seconds from arrival to last token."""
         return mean(one.latency_s for one in self.requests)
 
     @property
     def hit_ratio(self) -> float:
+        """Share of the prompt tokens that the prefix cache saved."""
         return sum(one.cached_tokens for one in self.requests) / sum(one.prompt_tokens for one in self.requests)
 
     @property
     def kv_hit_ratio(self) -> float:
-        """As hit_ratio, of tokens whose pages were found: above it only where recurrent states were missing."""
+        """Share of the prompt tokens whose pages were found. Above hit_ratio only where recurrent states were lost."""
         return sum(one.kv_matched_tokens for one in self.requests) / sum(one.prompt_tokens for one in self.requests)
 
     @property
     def computed_tokens(self) -> int:
-        """Prompt tokens that no cache saved."""
+        """Prompt tokens that the prefix cache did not save."""
         return sum(one.prompt_tokens - one.cached_tokens for one in self.requests)
 
     def ttft_s(self, share: float) -> float:
-        """The TTFT that `share` of the requests stayed below or at."""
+        """The TTFT in seconds that `share` of the requests did not exceed."""
         return percentile([one.ttft_s for one in self.requests], share)
 
 
@@ -129,7 +133,7 @@ def closed_loop(
 
 
 def greedy(output_tokens: int) -> SamplingParams:
-    """Exactly this many tokens, the most likely ones."""
+    """SamplingParams for exactly this many tokens, the most likely ones."""
     return SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
 
 
@@ -139,13 +143,13 @@ def _answered(output: RequestOutput, wanted: int) -> Answered:
         why = output.error or output.finish_reason
         raise NanokvError(f"a request of the bench ended after {got} of {wanted} tokens: {why}")
     return Answered(
-        len(output.prompt_token_ids), output.cached_tokens, output.kv_matched_tokens, got, metrics.ttft,
-        metrics.tpot or 0.0, metrics.latency,
+        len(output.prompt_token_ids), output.cached_tokens, output.kv_matched_tokens, got, metrics.ttft or 0.0,
+        metrics.tpot or 0.0, metrics.latency or 0.0,
     )  # fmt: skip
 
 
 def check_length(llm: LLM, prompt_tokens: int, output_tokens: int) -> None:
-    """Raises ConfigError when a request of this length is too long for the model or its pool."""
+    """Raises ConfigError for a request that is too long for the model or its pool."""
     longest = llm.engine.max_length
     if prompt_tokens + output_tokens > longest:
         raise ConfigError(f"{prompt_tokens} prompt and {output_tokens} output tokens: at most {longest} together here")
@@ -190,7 +194,8 @@ def decode_speed(llm: LLM, batch: int, context: int, steps: int, shared: int = 0
 
 @contextmanager
 def decoding_together(llm: LLM, prompts: Iterable[list[int]], output_tokens: int) -> Iterator[list[Ticket]]:
-    """Requests of which each has given a first token; cancelled at the end, and the prefix cache reset."""
+    """Tickets of requests that have all returned a first token; at the end they are cancelled and the prefix cache is
+    reset."""
     tickets = [llm.loop.submit(Request(prompt, greedy(output_tokens))) for prompt in prompts]
     started: set[Ticket] = set()
     while len(started) < len(tickets):
@@ -224,7 +229,7 @@ def declare(cache: CacheManager, prompt: list[int]) -> list[int]:
     request = Request(prompt)
     request.tokens, request.num_prompt = array("i", prompt), len(prompt)
     cache.match(request)
-    # What a match can find: whole pages that leave a token to compute. Recurrent states are kept at just that place.
+    # A match finds whole pages that leave a token to compute, and a recurrent state at their end.
     whole = (request.num_tokens - 1) // cache.page_size * cache.page_size
     missing, first_new = whole - request.num_computed, len(request.held.pages)
     if not cache.reserve(request, missing):
@@ -238,7 +243,7 @@ def declare(cache: CacheManager, prompt: list[int]) -> list[int]:
 
 
 def bandwidth(device: torch.device, repeat: int = 5) -> float:
-    """Bytes per second that this process can read from memory: the fastest sum over a buffer beyond every cache."""
+    """Bytes per second that this process can read from memory: the fastest of several sums over a large buffer."""
     buffer = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
     times = []
     for _ in range(repeat + 1):

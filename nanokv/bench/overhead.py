@@ -1,6 +1,6 @@
-"""What the engine costs beside the model: scheduler, tree and batch building in a step, and a match in a large tree.
+"""The cost of the engine beside the model: scheduler, tree and batch building in a step, and a match in a large tree.
 
-Used by scripts/bench_peers.py; a reader may call it too:
+scripts/bench_peers.py uses it; a reader may call it as well:
 
     step_overhead(llm, running=64, context=256)         -> seconds of a step, and of those not in the forward pass
     match_time(pages=100_000, prompt_tokens=10_000)     -> seconds of one match, list conversion included
@@ -13,6 +13,7 @@ import time
 from array import array
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 from nanokv.bench.measure import declare, declare_cached, decoding_together
 from nanokv.bench.workloads import random_prompts
@@ -47,16 +48,12 @@ def step_overhead(llm: LLM, running: int, context: int, tree_pages: int = 0, ste
         return logits
 
     whole, beside = [], []
-    with decoding_together(llm, prompts, steps + 8):
-        engine.model.forward = timed_forward
-        try:
-            for _ in range(steps):
-                begin = time.perf_counter()
-                llm.loop.step()
-                whole.append(time.perf_counter() - begin)
-                beside.append(whole[-1] - inside)
-        finally:
-            del engine.model.forward
+    with decoding_together(llm, prompts, steps + 8), patch.object(engine.model, "forward", timed_forward):
+        for _ in range(steps):
+            begin = time.perf_counter()
+            llm.loop.step()
+            whole.append(time.perf_counter() - begin)
+            beside.append(whole[-1] - inside)
         cached = llm.stats()["pages_cached"]
     return {
         "running": running,
@@ -69,10 +66,10 @@ def step_overhead(llm: LLM, running: int, context: int, tree_pages: int = 0, ste
 
 
 def match_time(pages: int, prompt_tokens: int, vocab_size: int = 49152, repeat: int = 20, seed: int = 0) -> dict:
-    """Times CacheManager.match of prompts that stand whole in a tree of `pages` pages.
+    """Times CacheManager.match of prompts whose tokens are all in a tree of `pages` pages.
 
-    Every path of the tree branches every 1 to 8 pages, as the prompt's does. Timed: the conversion of a list of token
-    ids to the request's array, and the match; the release is not.
+    Every path of the tree branches every 1 to 8 pages. The time covers the conversion of a list of token ids to the
+    request's array, and the match, but not the release.
     """
     generator = random.Random(seed)
     cache = CacheManager(PageLayout([], PAGE_SIZE), pages + prompt_tokens)

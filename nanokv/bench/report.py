@@ -66,7 +66,7 @@ DISAGG: Columns = (
     ("TTFT p50", lambda row: _seconds(row["ttft_p50_s"])),
     ("prompts/s", lambda row: _rate(row["requests_per_s"])),
     ("tokens/s", lambda row: _rate(row["output_tokens_per_s"])),
-    ("hand-over", lambda row: "" if row["hand_over_s"] is None else _seconds(row["hand_over_s"])),
+    ("transfer", lambda row: "" if row["hand_over_s"] is None else _seconds(row["hand_over_s"])),
     ("moved", lambda row: f"{row['bytes_moved']:,} B"),
 )
 
@@ -107,14 +107,13 @@ CODEC_QUALITY: Columns = (
 def codec_speed(rows: Sequence[Row]) -> tuple[Columns, list[Row]]:
     """The columns and lines of the speed table: a line per codec, a column per batch and context."""
     speed = [row for row in rows if row["part"] == "speed"]
-    points = list(dict.fromkeys((row["batch"], row["context_tokens"]) for row in speed))
     lines: dict[str, Row] = {}
+    points = []
     for row in speed:
+        points.append(f"{row['batch']} x {row['context_tokens']:,}")
         line = lines.setdefault(row["codec"], {"codec": row["codec"]})
-        line[row["batch"], row["context_tokens"]] = f"{_rate(row['output_tokens_per_s'])} ({row['speed_ratio']:.2f} x)"
-    columns = [
-        (f"{batch} x {context:,}", lambda line, at=(batch, context): line.get(at, "")) for batch, context in points
-    ]
+        line[points[-1]] = f"{_rate(row['output_tokens_per_s'])} ({row['speed_ratio']:.2f} x)"
+    columns = [(point, lambda line, at=point: line.get(at, "")) for point in dict.fromkeys(points)]
     return (("tokens/s (to raw)", lambda line: line["codec"]), *columns), list(lines.values())
 
 
@@ -122,6 +121,7 @@ def codec_tables(rows: Sequence[Row]) -> list[tuple[Columns, Sequence[Row], str 
     """The tables of `bench codecs`, each as (columns, rows, None): bytes and errors, quality, speed where measured."""
     of_codecs = [row for row in rows if row["part"] == "codec"]
     columns, lines = codec_speed(rows)
+    tables: list[tuple[Columns, Sequence[Row], str | None]]
     tables = [(CODEC_BYTES, of_codecs, None), (CODEC_QUALITY, of_codecs, None), (columns, lines, None)]
     return tables if lines else tables[:2]
 

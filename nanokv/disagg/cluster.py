@@ -1,4 +1,4 @@
-"""DisaggCluster: one decode process with its prefill processes, from start to end. The door of this room."""
+"""DisaggCluster: one decode process with its prefill processes, from start to end. The entry point of this package."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from nanokv.models.identity import model_identity
 
 
 class DisaggCluster:
-    """Starts the prefill processes at once, so that they load the model while the decode process loads its own.
+    """Starts the prefill processes at once: they load the model while the decode process loads it, too.
 
     disagg         DisaggConfig
     folder         of the model
     config         EngineConfig of the decode process
-    device, dtype  as the decode process resolved them
-    Raises         ConfigError for a configuration that two processes cannot share
+    device, dtype  as the decode process has resolved them
+    dispatcher     the connector of the decode process's engine
+    Raises         ConfigError for a configuration that two processes cannot share, or an address that does not answer
     """
 
     def __init__(
@@ -49,10 +50,10 @@ class DisaggCluster:
         fields = asdict(replace(config, event_log=None))
         self._folder, self._config = folder, config
         with ExitStack() as stack:
-            # First, so that a wrong address shows before anything is started.
+            # First: a wrong address is an error before anything is started.
             socks = [stack.enter_context(connect(address, disagg.heartbeat_s)) for address in disagg.connect]
             stack.callback(self.close)
-            for number in range(disagg.prefill_workers):
+            for number in range(disagg.prefill_workers or 0):
                 spec = WorkerSpec(
                     name=f"prefill {number}", folder=str(folder.resolve()), device=str(device), dtype=self._dtype,
                     config=fields, cores=disagg.worker_cores,
@@ -63,16 +64,21 @@ class DisaggCluster:
             stack.pop_all()
 
     def _reach(self, address: str, seconds: float, sock: socket.socket) -> None:
-        """A prefill process on another host, over a connection that was made already, and over others after it."""
-        first = [sock]
+        """Adds a prefill process of another host, over this connection first and over new ones after it."""
+        socks = [sock]
+
+        def store() -> CacheStore:
+            assert self._store is not None
+            return self._store
 
         def start() -> HostLink:
-            return HostLink(address, lambda: self._store, seconds, first.pop() if first else None)
+            return HostLink(address, store, seconds, socks.pop() if socks else None)
 
         self.dispatcher.workers.add(start, PoolMemory(kind="sent", num_bytes=0))
 
     def open(self, engine: Engine, model: ModelConfig) -> None:
-        """Shakes hands with every worker. Raises ConfigError where one is refused, keeps dying, or is never ready."""
+        """Sends HELLO to every worker and waits for the answers. Raises ConfigError where a worker refuses, is not
+        started again, or takes too long."""
         self._store = engine.store
         digest = model_identity(self._folder, model, self._config, self._dtype, engine.layout, VERSION)
         self.dispatcher.open(model.vocab_size, len(engine.store.pages), len(engine.store.states), digest)
@@ -82,7 +88,7 @@ class DisaggCluster:
         self.dispatcher.close()
 
     def abandon(self) -> None:
-        """close(), from whatever thread a garbage collection runs in: it waits for threads, which may be this one."""
+        """close() for a garbage collection, which may run in a thread that close() would wait for."""
         if threading.current_thread() is threading.main_thread():
             self.close()
         else:

@@ -1,4 +1,4 @@
-"""DisaggConfig: how prompts are computed in other processes. Validated like EngineConfig."""
+"""DisaggConfig: how prompts are computed in other processes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from nanokv.core.check import check_integer
 from nanokv.core.errors import ConfigError
 
 LONGEST_S = 86400.0
-"""Seconds of a heartbeat at most: a day."""
+"""The longest heartbeat, in seconds: a day."""
 
 
 @dataclass(frozen=True)
 class DisaggConfig:
-    """What a user chooses. Raises ConfigError naming the field, its value and what is allowed."""
+    """The choices of a user. Raises ConfigError, naming the field, its value and what is allowed."""
 
     prefill_workers: int | None = None
-    """Prefill processes to start on this host. None: one, or none beside `connect`."""
+    """Prefill processes to start on this host. None: one, or none where `connect` names some."""
     connect: str | tuple[str, ...] = ()
     """HOST:PORT of prefill processes on other hosts (`nanokv disagg prefill --listen HOST:PORT`)."""
     min_tokens: int = 64
     """Prompts with fewer uncached tokens are computed here. The formula: decode step seconds x prefill tokens/s. That
-    many tokens lengthen one decode step to twice its time, and handing them over would cost about a step as well;
-    `nanokv bench disagg` measures it (`break_even_tokens`)."""
+    many tokens double the time of one decode step, and a transfer costs about a step as well. `nanokv bench disagg`
+    measures it (`break_even_tokens`)."""
     heartbeat_s: float = 10.0
-    """A worker that holds pages and says nothing for so long is killed. It speaks between any two layers. HELLO tells
-    it, so it is said here only; between hosts a transfer that makes no progress for so long fails, too."""
+    """Seconds of silence after which a worker with open attempts is killed. It sends PING between layers; HELLO tells
+    it this value. Between hosts a send or receive that makes no progress for so long fails as well."""
     worker_cores: tuple[int, ...] | None = None
-    """CPU cores that the prefill processes of this host run on; None: all that this process may use."""
+    """CPU cores for the prefill processes of this host; None: all that this process may use."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.connect, (str, tuple, list)):
@@ -47,7 +47,7 @@ class DisaggConfig:
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= LONGEST_S:
             raise ConfigError(f"heartbeat_s={seconds!r}: expected seconds, more than 0, at most {LONGEST_S:g}")
         if self.worker_cores is not None:
-            cores, count = self.worker_cores, os.cpu_count()
+            cores, count = self.worker_cores, os.cpu_count() or 1
             are_cores = isinstance(cores, (tuple, list)) and all(core in range(count) for core in cores)
             if not are_cores or not cores or any(not isinstance(core, int) or isinstance(core, bool) for core in cores):
                 raise ConfigError(f"worker_cores={cores!r}: expected a tuple of cores from 0 to {count - 1}, or None")
@@ -55,7 +55,7 @@ class DisaggConfig:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of "HOST:PORT". Raises ConfigError."""
+    """Host and port of "HOST:PORT". Raises ConfigError for another form."""
     host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"address {address!r}: expected HOST:PORT, such as 10.0.0.2:7000")

@@ -1,4 +1,4 @@
-"""The prefill processes as the decode process knows them, and the pages that each of them may write."""
+"""What a decode process knows of its prefill processes, and which pages each of them may write."""
 
 from __future__ import annotations
 
@@ -12,25 +12,42 @@ from nanokv.disagg.messages import PoolMemory, Prefill, Sampling, pack_ints
 
 
 class Peer(Protocol):
-    """A prefill process. `fileno` becomes readable when it is gone.
+    """A prefill process, as the decode process holds it.
 
-    why   it ended, where this side of it knows
+    name      in log lines
+    channel   of messages
+    why       why it ended, where this process knows
     """
 
     name: str
     channel: Channel
     why: str | None
 
-    def fileno(self) -> int: ...
-    def kill(self) -> None: ...
+    def fileno(self) -> int:
+        """A descriptor that is readable once the process is gone."""
+        ...
+
+    def kill(self) -> None:
+        """Ends it. It may still write until `gone`."""
+        ...
+
     @property
-    def gone(self) -> bool: ...
-    def close(self) -> None: ...
+    def gone(self) -> bool:
+        """Whether it can write no more."""
+        ...
+
+    def close(self) -> None:
+        """Frees its descriptors. Called once, after its end."""
+        ...
 
 
 @dataclass
 class Grant:
-    """One attempt that is out: its pages and states are quarantined."""
+    """One open attempt: the pages and states of `request` are quarantined.
+
+    tokens   to be computed
+    since    when it was sent, time.monotonic()
+    """
 
     request: Request
     attempt: int
@@ -41,17 +58,25 @@ class Grant:
 
 @dataclass
 class WorkerSlot:
-    """One worker, started again when it has died. `peer` is None while there is none.
+    """One worker, which is started again after its death.
 
-    memory  what HELLO tells it of the pool; None: it maps this one
-    state   "starting" (HELLO not answered yet), "ready", or "terminating" (killed, not gone yet)
-    since   when it was started, or became ready, time.monotonic()
-    why     the last one ended
+    name     of the worker
+    start    starts the worker, or connects to it
+    memory   what HELLO says about the pool to a worker of another host; None: the worker maps the pool
+    peer     the worker; None between its end and the next start
+    state    "starting" (HELLO is not sent), "greeted" (not answered), "ready", or "terminating" (killed, not gone)
+    grants   open attempts by their number
+    since    when it was greeted, or became ready, time.monotonic()
+    heard    when its last message came, time.monotonic()
+    deaths   in a row
+    refusal  why the worker can serve none of these prompts
+    why      the last worker ended
     """
 
+    name: str
     start: Callable[[], Peer]
     memory: PoolMemory | None
-    peer: Peer | None = None
+    peer: Peer | None
     state: str = "starting"
     grants: dict[int, Grant] = field(default_factory=dict)
     since: float = 0.0
@@ -62,7 +87,7 @@ class WorkerSlot:
 
     @property
     def is_elsewhere(self) -> bool:
-        """On another host, where it is started and ended by others: from here it is only reached, or not."""
+        """Whether it is on another host, where other programs start and end it; this process connects to it."""
         return self.memory is not None
 
 
@@ -76,7 +101,7 @@ def prefill_message(request: Request, attempt: int, generation: int, checkpoints
         index=request.index, samples=1 + request.num_forks,
     )  # fmt: skip
     return Prefill(
-        generation=generation, request=request.request_id, attempt=attempt, tokens=pack_ints(request.tokens),
+        generation=generation, request=str(request.request_id), attempt=attempt, tokens=pack_ints(request.tokens),
         prompt_length=request.num_prompt, cached_length=request.num_computed, pages=pack_ints(request.held.pages),
         state=request.held.state_id, checkpoints=tuple(checkpoints), sampling=sampling,
     )  # fmt: skip

@@ -1,10 +1,10 @@
-"""A prefill process on another host, as the decode process sees it: a thread that relays messages and receives pages.
+"""HostLink: a prefill process on another host, as a peer. A thread relays its messages and receives its pages.
 
     engine thread <-- Channel over a socket pair --> link thread <-- TCP: messages --> prefill process
                    (a PING for each LAYERS)          writes pages <-- gloo / NCCL: layers --
 
-To the Dispatcher it looks like a process of this host. It is gone when its thread has ended: then nothing arrives in
-the pool any more. What is received for an attempt goes only into pages and states that were granted to it.
+The link is gone when its thread has ended: nothing is written into the pool after that. Pages that arrive for an
+attempt are written only into pages and states that were granted to it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from nanokv.disagg.transport import PageReceiver, join_group, join_store
 logger = logging.getLogger("nanokv")
 
 RETRY_S = 1.0
-"""Between two attempts to reach a host that was lost."""
+"""Seconds between two attempts to connect to a host that was lost."""
 PING_S = 2.0
-"""Between two signs of life while the decode process loads its model and HELLO is still to come."""
+"""Seconds between two PINGs before HELLO, while the decode process loads its model."""
 
 
 def connect(address: str, seconds: float) -> socket.socket:
-    """Raises ConfigError where nobody listens."""
+    """A connection to HOST:PORT. Raises ConfigError where none is made within `seconds`."""
     try:
         return socket.create_connection(split_address(address), timeout=seconds)
     except OSError as error:
@@ -56,9 +56,10 @@ class HostLink:
     """One connection, from `connect` to its end.
 
     address   HOST:PORT
-    store     gives the pool of the decode process, which is there once HELLO is said
-    seconds   after which a transfer that makes no progress fails
-    sock      connected already, or None: the thread connects, and tries until it is closed
+    store     returns the pool of the decode process; called after HELLO is sent
+    seconds   after which a send or receive without progress fails
+    sock      a connection; None: the thread connects, and tries until `kill`
+    why       why it ended; read after its end
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class HostLink:
     ) -> None:
         ours, theirs = socket.socketpair()
         self.name = f"prefill {address}"
-        self.why: str | None = None  # read when it has ended
+        self.why: str | None = None
         self.channel = Channel(ours)
         self._address, self._store, self._seconds = address, store, seconds
         self._engine = Channel(theirs)
@@ -80,15 +81,16 @@ class HostLink:
         self._thread.start()
 
     def fileno(self) -> int:
-        """Readable when it has ended."""
+        """A descriptor that is readable once the thread has ended."""
         return self._ended
 
     @property
     def gone(self) -> bool:
+        """Whether the thread has ended, which writes nothing after that."""
         return not self._thread.is_alive()
 
     def kill(self) -> None:
-        """Hangs up. What is being received right now may still be written until `gone`."""
+        """Closes the connection. Pages in flight may still be written until `gone`."""
         self._closing.set()
         sock = self._sock
         if sock is not None:
@@ -96,6 +98,7 @@ class HostLink:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        """Frees the descriptors. Called once, after its end."""
         self.channel.close()
         os.close(self._ended)
 
@@ -113,9 +116,9 @@ class HostLink:
                 self._here, self._there = self._sock.getsockname()[0], self._sock.getpeername()[0]
                 far = Channel(self._sock)
                 self._relay(far)
-                self.why = f"connect={self._address!r}: hung up before it was ready"
+                self.why = f"connect={self._address!r}: closed the connection before it was ready"
         except (ProtocolError, RuntimeError, OSError) as error:  # RuntimeError: what torch.distributed raises
-            # The dispatcher warns that it is lost; this is why.
+            # The supervisor warns that the worker is gone; this line has the cause.
             what = " ".join(str(error).split())[:200]
             logger.info("%s: %s", self.name, what)
             is_stranger = isinstance(error, ProtocolError) and not self._is_known
@@ -137,9 +140,7 @@ class HostLink:
                 is_greeted = is_greeted or isinstance(message, Hello)
                 if isinstance(message, Prefill):
                     cached = message.cached_length // self._store().layout.page_size
-                    given = set(unpack_ints(message.pages)[cached:])
-                    states = {state for _, state in message.checkpoints} | {message.state}
-                    self._granted[message.attempt] = given, states
+                    self._granted[message.attempt] = set(unpack_ints(message.pages)[cached:]), set(message.states)
                 far.send(message)
             for message in far.receive():
                 self._is_known = True
@@ -153,12 +154,12 @@ class HostLink:
                 raise ProtocolError("LAYERS came before HELLO")
             pages, states = self._granted.get(message.attempt, (set(), set()))
             if not set(unpack_ints(message.places)) <= (states if message.states else pages):
-                raise ProtocolError("LAYERS for places that were not given to that attempt")
-            self._engine.send(Ping(generation=message.generation))  # a sign of life, as any other message is
+                raise ProtocolError("LAYERS for places that were not granted to that attempt")
+            self._engine.send(Ping(generation=message.generation))  # LAYERS is not relayed, but shows life
             self._receiver.post(message)
             return
         if self._receiver is not None:
-            self._receiver.drain()  # whatever this says of an attempt, its pages are written before it is heard
+            self._receiver.drain()  # the pages of an attempt are written before a message about it is relayed
         if isinstance(message, Hello):
             self._join(message)
         elif isinstance(message, (Done, AbortAck)) or (isinstance(message, Failed) and message.request is not None):

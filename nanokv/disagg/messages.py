@@ -1,22 +1,22 @@
-"""The words that a decode process and a prefill process exchange, and how they look on the wire.
+"""The messages of a decode process and a prefill process, and their form on the wire.
 
 A frame is a length (4 bytes, big-endian) and as many bytes of msgpack: one map, whose key "type" names the message and
 whose other keys are the fields below. Unknown keys are ignored, missing or mistyped ones are an error.
 
     decode -> prefill    PING     (between hosts only) HELLO comes when the model is loaded
-    decode -> prefill    HELLO    who I am, where the pool is (on one host its descriptor rides along, SCM_RIGHTS)
+    decode -> prefill    HELLO    version, digest, where the pool is (on one host with its descriptor, SCM_RIGHTS)
     prefill -> decode    HELLO    the same digest and generation, mapped: ready for prompts
-    decode -> prefill    PREFILL  these pages are yours until you say DONE, FAILED or ABORT_ACK
+    decode -> prefill    PREFILL  these pages may be written until DONE, FAILED or ABORT_ACK
     prefill -> decode    LAYERS   (between hosts only) the data connection carries these pages of these layers next
     prefill -> decode    DONE     every page and state is written: first token of each sample
-    prefill -> decode    FAILED   nothing more will be written for this attempt; or, without a request: we do not fit
-    decode -> prefill    ABORT    stop
+    prefill -> decode    FAILED   nothing more will be written for this attempt; without a request: HELLO is refused
+    decode -> prefill    ABORT    stop this attempt
     prefill -> decode    ABORT_ACK  nothing more will be written for this attempt
     prefill -> decode    PING     still at work, between two layers
 
 Every message after HELLO carries the generation of the pool; those about a request also its attempt, a number that is
-never used twice in a generation and ascends at each prefill process. What names another generation, or an attempt that
-is no longer open, is dropped; so is a PREFILL that is late: at or below an attempt that came or was aborted before.
+never used twice in a generation and ascends at each prefill process. A message about another generation, or about an
+attempt that is not open, is dropped. So is a late PREFILL: at or below an attempt that came or was aborted before.
 Source: the wire content of vLLM's NIXL connector and of SGLang's disaggregation, without their tensors.
 """
 
@@ -33,15 +33,18 @@ from nanokv.core.errors import NanokvError
 VERSION = 3
 HEADER = struct.Struct(">I")
 MAX_FRAME = 16 << 20
-"""Bytes of a frame at most: a prompt of a million tokens takes 4 MiB, and a length beyond this is no length."""
+"""Bytes of a frame at most. A prompt of a million tokens takes 4 MiB; a greater length is a malformed one."""
 
 
 class ProtocolError(NanokvError):
-    """What came in is no message of this protocol, or none that belongs here."""
+    """Bytes that are no message of this protocol, or a message that is not allowed here."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """generation   of the pool that this is about"""
+    """Base of all messages.
+
+    generation   of the pool
+    """
 
     generation: int
 
@@ -50,7 +53,7 @@ class PoolMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Where the pool is.
 
     kind     "memfd": its descriptor comes with the frame; "cuda": `handle` is what torch exports; "sent": on another
-             host, pages travel over the data connection that `port` leads to
+             host, and pages are sent over the data connection whose rendezvous is at `port`
     handle   msgpack of torch's CUDA IPC handle, else empty
     port     TCP port of the rendezvous of the data connection, else 0
     """
@@ -62,9 +65,11 @@ class PoolMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(Message, tag="HELLO", frozen=True, kw_only=True):
-    """version, digest   must be equal on both sides; digest covers weights, config, codec, page size and layout
-    heartbeat_s      silence after which the decode process kills; the answer repeats it (0: version 1 knew none)
-    memory           None in the answer of a prefill process of the same host
+    """Opens a connection, and is answered by itself.
+
+    version, digest   must be equal on both sides; digest covers weights, config, codec, page size and layout
+    heartbeat_s       seconds of silence after which the decode process kills (0: version 1 had none)
+    memory            None in the answer of a prefill process of the same host
     """
 
     version: int
@@ -76,7 +81,12 @@ class Hello(Message, tag="HELLO", frozen=True, kw_only=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """What chooses the first token of each sample; `seed` is a decimal number, which may exceed 64 bits."""
+    """How the first token of each sample is chosen (core.request.SamplingParams).
+
+    seed      a decimal number, which may exceed 64 bits
+    index     of the first sample
+    samples   their number
+    """
 
     temperature: float
     top_k: int
@@ -100,12 +110,14 @@ class Attempt(Message, frozen=True, kw_only=True):
 
 
 class Prefill(Attempt, tag="PREFILL", frozen=True, kw_only=True):
-    """tokens        known tokens, int32, little-endian: prompt and, after a preemption, what was sampled
+    """Grants pages and states to an attempt.
+
+    tokens         known tokens, int32, little-endian: the prompt and, after a preemption, sampled tokens
     prompt_length  how many of them are prompt
-    cached_length  the first of them whose K and V stand in the pages already; whole pages, less than all
+    cached_length  the first of them whose K and V are in the pages already; whole pages, less than all
     pages          pages for all tokens in order of position, int32, little-endian
-    state          the state of recurrent layers, standing at cached_length; None where there is none
-    checkpoints    (position, state): leave a copy of the state there on the way; whole pages, ascending
+    state          the state of recurrent layers at cached_length; None where no layer has one
+    checkpoints    (position, state): a copy of the state at this position is left there; whole pages, ascending
     """
 
     tokens: bytes
@@ -116,9 +128,18 @@ class Prefill(Attempt, tag="PREFILL", frozen=True, kw_only=True):
     checkpoints: tuple[tuple[int, int], ...]
     sampling: Sampling
 
+    @property
+    def states(self) -> list[int]:
+        """All states that it grants: the request's own, then those of the checkpoints."""
+        own = [] if self.state is None else [self.state]
+        return [*own, *(state for _, state in self.checkpoints)]
+
 
 class Layers(Attempt, tag="LAYERS", frozen=True, kw_only=True):
-    """The data connection carries next: layers first .. last - 1 of these pages or (`states`) states."""
+    """Announces layers first .. last - 1 of these pages, or of these states, on the data connection.
+
+    places   ids in the pool of the decode process, int32, little-endian
+    """
 
     places: bytes
     first: int
@@ -127,9 +148,11 @@ class Layers(Attempt, tag="LAYERS", frozen=True, kw_only=True):
 
 
 class Done(Attempt, tag="DONE", frozen=True, kw_only=True):
-    """tokens    of each sample; None where its logits are not finite
+    """Every page and state of the attempt is written.
+
+    tokens     first token of each sample; None where the logits are not finite
     logprobs   of each sample: token id -> log-probability where it was asked for, else None
-    finished   CLOCK_MONOTONIC seconds when the last kernel had ended (one host: measures the hand-over)
+    finished   CLOCK_MONOTONIC seconds when the last kernel had ended (on one host it measures the transfer)
     """
 
     tokens: tuple[int | None, ...]
@@ -138,7 +161,10 @@ class Done(Attempt, tag="DONE", frozen=True, kw_only=True):
 
 
 class Failed(Message, tag="FAILED", frozen=True, kw_only=True):
-    """reason   one line; without a request: why this process takes no prompts of that one at all"""
+    """Ends an attempt without a result; without a request it refuses HELLO.
+
+    reason   one line
+    """
 
     reason: str
     request: str | None = None
@@ -151,15 +177,15 @@ def failed(attempt: Attempt, reason: str) -> Failed:
 
 
 class Abort(Attempt, tag="ABORT", frozen=True, kw_only=True):
-    pass
+    """Asks the prefill process to stop an attempt."""
 
 
 class AbortAck(Attempt, tag="ABORT_ACK", frozen=True, kw_only=True):
-    pass
+    """Nothing more will be written for the attempt."""
 
 
 class Ping(Message, tag="PING", frozen=True, kw_only=True):
-    pass
+    """A sign of life."""
 
 
 AnyMessage = Hello | Prefill | Layers | Done | Failed | Abort | AbortAck | Ping
@@ -168,7 +194,7 @@ _decoder = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def encode(message: Message) -> bytes:
-    """A whole frame."""
+    """The frame of a message. Raises ProtocolError for one that is too long."""
     body = _encoder.encode(message)
     if len(body) > MAX_FRAME:
         raise ProtocolError(f"a message of {len(body):,} bytes: at most {MAX_FRAME:,} are sent")
@@ -184,7 +210,7 @@ def decode(body: bytes | bytearray) -> AnyMessage:
 
 
 def take_frames(buffer: bytearray) -> list[AnyMessage]:
-    """Takes every whole frame off the front of `buffer`. Raises ProtocolError; the buffer is then of no more use."""
+    """Removes every whole frame from the front of `buffer`. Raises ProtocolError; the buffer is then unusable."""
     messages = []
     while len(buffer) >= HEADER.size:
         (length,) = HEADER.unpack_from(buffer)
@@ -199,7 +225,7 @@ def take_frames(buffer: bytearray) -> list[AnyMessage]:
 
 
 def pack_ints(values: Iterable[int]) -> bytes:
-    """int32, little-endian."""
+    """The values as int32, little-endian."""
     packed = array("i", values)
     if struct.pack("=i", 1) != struct.pack("<i", 1):
         packed.byteswap()
@@ -207,7 +233,7 @@ def pack_ints(values: Iterable[int]) -> bytes:
 
 
 def unpack_ints(packed: bytes) -> array[int]:
-    """The inverse. Raises ProtocolError."""
+    """The inverse of `pack_ints`. Raises ProtocolError for bytes that are no int32 values."""
     values = array("i")
     if len(packed) % values.itemsize:
         raise ProtocolError(f"{len(packed)} bytes are no list of int32")

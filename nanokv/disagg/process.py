@@ -1,7 +1,7 @@
-"""A prefill process of this host, as the decode process sees it: started, watched, killed, and known to be dead.
+"""LocalWorker: a prefill process of this host, as a peer. Started, killed, and known to be dead.
 
-Killing takes effect when `gone` says so and not before: a pidfd becomes readable once every thread of the process has
-ended, and its mappings have been taken down by then. Only then may its pages be given to others.
+A kill has taken effect once `gone` is true, and not before. A pidfd becomes readable when every thread of the process
+has ended and its mappings are removed. Only then may its pages have other owners.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ ENTRY = "nanokv.disagg.worker"
 class LocalWorker:
     """One process, from start to death.
 
-    A group of its own (process_group=0) has two effects: Ctrl-C in the terminal reaches the decode process only, and
-    should that one die while this one is stopped, the kernel hangs up on the orphaned group, which ends it.
+    spec   WorkerSpec
+    why    None: the process logs why it ended
+
+    A process group of its own (process_group=0) has two effects: Ctrl-C in the terminal reaches the decode process
+    only, and where the decode process dies while the worker is stopped, the kernel sends SIGHUP to the orphaned group.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -38,33 +41,34 @@ class LocalWorker:
                 process_group=0,
             )
         self.name = spec.name
-        self.why: str | None = None  # it says so itself, on stderr
+        self.why: str | None = None
         self.channel = Channel(ours)
         self._pidfd = os.pidfd_open(self._process.pid)
         self._gone = False
 
     @property
     def pid(self) -> int:
+        """Its process id."""
         return self._process.pid
 
     def fileno(self) -> int:
-        """Readable when it has ended."""
+        """A descriptor that is readable once the process has ended."""
         return self._pidfd
 
     def kill(self) -> None:
-        """Ends it, stopped or not. It may write until `gone`."""
+        """Ends it by SIGKILL, stopped or not. It may write until `gone`."""
         if not self.gone:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     @property
     def gone(self) -> bool:
-        """Whether it can no longer write anything, because it has ended."""
+        """Whether it can write no more, because it has ended."""
         if not self._gone and wait([self._pidfd], seconds=0):
             self._process.wait()
             self._gone = True
         return self._gone
 
     def close(self) -> None:
-        """Frees what stands for it here. Call it once it is gone."""
+        """Frees its descriptors. Called once, after its end."""
         self.channel.close()
         os.close(self._pidfd)

@@ -1,8 +1,8 @@
 """A prefill process for other hosts: `nanokv disagg prefill --listen HOST:PORT`. One decode process at a time.
 
-It computes into pages of its own and sends them (transport.py). What the decode process has cached is not here, so a
-prompt is computed from its first token, and only the pages that are missing there are sent. It keeps no prefix cache of
-its own: that would be a second tree, for the one case of a long new text behind a long cached one.
+It computes into pages of its own and sends them (transport.py). The cached pages of the decode process are not here, so
+a prompt is computed from its first token, and only the pages that the decode process lacks are sent. It has no prefix
+cache: a second tree would pay only for a long new text behind a long cached one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
+from contextlib import closing
 from dataclasses import dataclass
 
 import msgspec
@@ -43,26 +44,24 @@ from nanokv.engine.memory import memory_for_pages, pool_size
 logger = logging.getLogger("nanokv")
 
 HELLO_S = 30.0
-"""Silence of one that has come and not said HELLO, after which the next one has its turn. A decode process that still
-loads its model says PING (link.py)."""
+"""Seconds of silence before HELLO, after which the next connection is served. A decode process that still loads its
+model sends PING (link.py)."""
 
 
 @dataclass
 class ServedAttempt:
-    """One attempt: the message as it came (pages of the decode process), and its pages and states here."""
+    """One attempt: the message, which names pages and states of the decode process, and its pages and states here."""
 
     message: Prefill
     pages: list[int]
     states: list[int]
 
-    @property
-    def states_there(self) -> list[int]:
-        own = [] if self.message.state is None else [self.message.state]
-        return [*own, *(state for _, state in self.message.checkpoints)]
-
 
 class SendingSession(Session):
-    """A Session over a pool of its own. Prompts wait here until there are pages for them."""
+    """A Session over a pool of its own, where prompts wait until there are pages for them.
+
+    sender   None until the decode process has joined the data connection; it sends no prompt before
+    """
 
     def __init__(self, channel: Channel, loop: PrefillLoop, heartbeat_s: float) -> None:
         super().__init__(channel, loop, heartbeat_s)
@@ -71,11 +70,12 @@ class SendingSession(Session):
         self._pages, self._states = PagePool(len(store.pages)), StatePool(len(store.states))
         self._waiting: deque[Prefill] = deque()
         self._attempts: dict[int, ServedAttempt] = {}
-        self._highest = 0  # attempt that came or was aborted, as in PrefillLoop, which hears of it later
-        per_layer = max(1, layout.page_bytes // layout.num_layers)
-        self._first, self._last, self._per_layer = 0, layout.num_layers - 1, per_layer
+        self._highest = 0  # attempt that came or was aborted, as in PrefillLoop, which gets it later
+        self._first, self._last = 0, layout.num_layers - 1
+        self._per_layer = max(1, layout.page_bytes // layout.num_layers)
 
     def hear(self, message: Message) -> None:
+        """Takes one message. Raises ProtocolError for one that no decode process may send."""
         if message.generation != self.loop.generation:
             return
         if isinstance(message, Prefill):
@@ -90,18 +90,19 @@ class SendingSession(Session):
             if attempt is not None and attempt.message.request == message.request:
                 self.send(self.loop.abort(message))
                 self._free(message.attempt)
-            else:  # the loop must not hear of it: it would take those that wait before it for late ones
+            else:  # not told to the loop, for which the waiting prompts before it would be late
                 self.send(AbortAck(generation=message.generation, request=message.request, attempt=message.attempt))
         else:
             super().hear(message)
         self._admit()
 
     def send(self, message: Message) -> None:
-        """A DONE goes out behind everything it speaks of."""
+        """Sends a message; DONE only after the pages and states that it reports."""
         if isinstance(message, Done):
             attempt = self._attempts[message.attempt]
             if attempt.states:
-                self._send(attempt, attempt.states_there, attempt.states, 0, self._last + 1, states=True)
+                self._send(attempt, attempt.message.states, attempt.states, 0, self._last + 1, states=True)
+            assert self.sender is not None
             self.sender.drain()
         self.say(message)
         if isinstance(message, (Done, Failed)):
@@ -109,17 +110,16 @@ class SendingSession(Session):
             self._admit()
 
     def say(self, message: Message) -> None:
-        """Sends as it is."""
+        """Sends a message as it is."""
         super().send(message)
 
     def between(self, layer: int, x: Tensor, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Batch]:
-        """Called after each layer of a step (Decoder.forward)."""
-        self.after_layer(layer, batch)
-        return x, residual, batch
+        """Sends the layers computed since the last send, if they are large enough or the last."""
+        stream = super().between(layer, x, residual, batch)
+        self._send_layers(layer)
+        return stream
 
-    def after_layer(self, layer: int, _batch: Batch) -> None:
-        """Sends the layers that have run since the last time, if they are enough or the last."""
-        self.beat()
+    def _send_layers(self, layer: int) -> None:
         if layer == 0:  # the step before may have failed halfway
             self._first = 0
         rows = sum(request.num_scheduled for request in self.loop.running)
@@ -127,10 +127,10 @@ class SendingSession(Session):
         if layer < self._last and (layer + 1 - self._first) * self._per_layer * pages < GROUP_BYTES:
             return
         for request in self.loop.running:
-            self._send_layers(request, self._first, layer + 1)
+            self._send_pages(request, self._first, layer + 1)
         self._first = 0 if layer == self._last else layer + 1
 
-    def _send_layers(self, request: Request, first: int, last: int) -> None:
+    def _send_pages(self, request: Request, first: int, last: int) -> None:
         attempt = self._attempts[self.loop.prompt(request).attempt]
         size, end = self.loop.store.layout.page_size, request.num_computed + request.num_scheduled
         begin = max(request.num_computed, attempt.message.cached_length) // size
@@ -147,40 +147,40 @@ class SendingSession(Session):
             generation=message.generation, request=message.request, attempt=message.attempt,
             places=pack_ints(there), first=first, last=last, states=states,
         )  # fmt: skip
+        assert self.sender is not None
         self.sender.send(announced, here)
 
     def _admit(self) -> None:
         """Prompts in order of arrival, as long as there are pages and states."""
         while self._waiting:
             message = self._waiting[0]
-            num_states = 0 if message.state is None else 1 + len(message.checkpoints)
-            num_pages = self.loop.cache.pages_for(len(message.tokens) // 4)
-            cached, size = message.cached_length, self.loop.store.layout.page_size
-            if len(message.pages) != 4 * num_pages or cached % size or not 0 <= cached < len(message.tokens) // 4:
-                self._waiting.popleft()
-                self.send(failed(message, "pages and cached_length do not fit the tokens"))
-                continue
-            if message.state is None and message.checkpoints:
-                self._waiting.popleft()
-                self.send(failed(message, "checkpoints of a state that is not there"))
-                continue
-            if num_pages > self._pages.num_pages or num_states > self._states.num_states:
-                self._waiting.popleft()
-                self.send(failed(message, "the prompt is longer than the pool of this prefill process"))
-                continue
-            if num_pages > self._pages.num_free or num_states > self._states.num_free:
+            num_pages, num_states = self.loop.cache.pages_for(len(message.tokens) // 4), len(message.states)
+            refused = self._refusal(message, num_pages)
+            if refused is None and (num_pages > self._pages.num_free or num_states > self._states.num_free):
                 return
             self._waiting.popleft()
-            attempt = ServedAttempt(
-                message, self._pages.allocate(num_pages), [self._states.allocate() for _ in range(num_states)]
-            )
-            self._attempts[message.attempt] = attempt
-            refused = self.loop.accept(self._translated(attempt))
+            if refused is None:
+                states = [state for _ in range(num_states) if (state := self._states.allocate()) is not None]
+                attempt = ServedAttempt(message, self._pages.allocate(num_pages), states)
+                self._attempts[message.attempt] = attempt
+                refused = self.loop.accept(self._translated(attempt))
             if refused is not None:
-                self.send(refused)
+                self.say(refused)
+                self._free(message.attempt)
+
+    def _refusal(self, message: Prefill, num_pages: int) -> Failed | None:
+        """FAILED of a prompt for which no pages can be allocated. PrefillLoop checks the other fields."""
+        cached, size = message.cached_length, self.loop.store.layout.page_size
+        if len(message.pages) != 4 * num_pages or cached % size or not 0 <= cached < len(message.tokens) // 4:
+            return failed(message, "pages and cached_length do not fit the tokens")
+        if message.state is None and message.checkpoints:
+            return failed(message, "checkpoints of a state that does not exist")
+        if num_pages > self._pages.num_pages or len(message.states) > self._states.num_states:
+            return failed(message, "the prompt is longer than the pool of this prefill process")
+        return None
 
     def _translated(self, attempt: ServedAttempt) -> Prefill:
-        """The same prompt over places of this pool, from its first token. Its recurrent state begins at nothing."""
+        """The same prompt over places of this pool, computed from its first token."""
         checkpoints = [position for position, _ in attempt.message.checkpoints]
         return msgspec.structs.replace(
             attempt.message, cached_length=0, pages=pack_ints(attempt.pages),
@@ -188,8 +188,8 @@ class SendingSession(Session):
             checkpoints=tuple(zip(checkpoints, attempt.states[1:], strict=True)),
         )  # fmt: skip
 
-    def _free(self, attempt: int) -> None:
-        attempt = self._attempts.pop(attempt, None)
+    def _free(self, number: int) -> None:
+        attempt = self._attempts.pop(number, None)
         if attempt is not None:
             self._pages.release(attempt.pages)
             for state in attempt.states:
@@ -197,36 +197,36 @@ class SendingSession(Session):
 
 
 def serve_one(model: PrefillModel, store: CacheStore, sock: socket.socket) -> None:
-    """Serves one decode process until it hangs up. Raises ProtocolError, EOFError, RuntimeError (no group).
+    """Serves one decode process until it closes the connection.
 
-    store   for the prompts in work; what was written for another decode process is never read
+    store    for prompts in progress; pages written for another decode process are never read
+    Raises   ProtocolError, EOFError, RuntimeError (no group)
     """
     here = sock.getsockname()[0]
-    channel = Channel(sock)
-    session: SendingSession | None = None
-    try:
+    session: SendingSession
+    with closing(Channel(sock)) as channel:
         hello = shake_hands(channel, model.digest, ("sent",), HELLO_S)
         rendezvous = open_store(here, hello.heartbeat_s)
         loop = PrefillLoop(
             model.decoder, store, model.config, hello.generation, lambda *stream: session.between(*stream)
         )
         session = SendingSession(channel, loop, hello.heartbeat_s)
-        session.send(msgspec.structs.replace(hello, memory=PoolMemory(kind="sent", num_bytes=0, port=rendezvous.port)))
-        group = join_group(rendezvous, 0, model.device, here, hello.heartbeat_s)
-        session.sender = PageSender(group, store, session.say)
-        session.serve()
-    finally:
-        channel.close()
-        if session is not None:  # session and loop hold each other: sockets and threads of the group must not wait
+        try:
+            memory = PoolMemory(kind="sent", num_bytes=0, port=rendezvous.port)
+            session.send(msgspec.structs.replace(hello, memory=memory))
+            group = join_group(rendezvous, 0, model.device, here, hello.heartbeat_s)
+            session.sender = PageSender(group, store, session.say)
+            session.serve()
+        finally:  # both refer to the session: sockets and threads of the group must not wait for a garbage collection
             session.sender = None
-        session = None
+            del session.loop
 
 
 def listen(model: PrefillModel, server: socket.socket) -> None:
-    """Serves one decode process after the other, for ever. Raises ConfigError where the pages do not fit in memory:
-    that shows here, and never when a decode process comes.
+    """Serves one decode process after the other, for ever.
 
     server   from `bind`
+    Raises   ConfigError where the pages do not fit in memory: before a decode process connects, never later
     """
     memory = memory_for_pages(model.config, model.decoder, model.layout, model.device)
     num_pages, num_states = pool_size(model.config, model.layout, memory)
@@ -239,7 +239,7 @@ def listen(model: PrefillModel, server: socket.socket) -> None:
         try:
             serve_one(model, store, sock)
             logger.warning("%s has left", peer)
-        except Exception as error:  # whatever one peer brings about ends its session, and nothing for the next one
+        except Exception as error:  # ends this session; the next decode process is served
             known = isinstance(error, (NanokvError, EOFError, OSError))
             what = str(error) if known else f"{type(error).__name__}: {error}"
             debug = logger.isEnabledFor(logging.DEBUG)

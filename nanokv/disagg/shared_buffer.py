@@ -1,9 +1,9 @@
-"""The pool as memory that two processes map: allocated and exported once by its owner, mapped once by each worker.
+"""SharedBuffer: memory that several processes map. Its owner allocates it; each worker maps it once.
 
-CPU     a memfd: no name to leak, gone with its last mapping. Sealed against shrinking, because a mapping that
-        reaches past the end of a file dies of SIGBUS.
-CUDA    one allocation, exported by CUDA IPC through torch. The owner outlives its workers by design.
-        Not tested yet: it needs a GPU. Order is kept by synchronising before PREFILL and before DONE.
+CPU     a memfd: it has no name to leak, and is freed with its last mapping. Sealed against shrinking, because reading a
+        mapping beyond the end of its file raises SIGBUS.
+CUDA    one allocation, exported by CUDA IPC through torch. The owner outlives its workers.
+        Not tested yet: it needs a GPU. Synchronising before PREFILL and before DONE keeps the order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from nanokv.disagg.messages import PoolMemory, ProtocolError
 
 
 class SharedBuffer:
-    """Owner's side: `tensor` uint8 [num_bytes], zeroed, and how to tell others of it."""
+    """The owner's side.
+
+    tensor       uint8 [num_bytes], zeroed
+    descriptor   of the memfd; None on a GPU
+    """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.num_bytes = num_bytes
@@ -33,20 +37,26 @@ class SharedBuffer:
         self.tensor = _mapped(self.descriptor, num_bytes)
 
     def export(self) -> PoolMemory:
-        """What HELLO says; for "memfd" the descriptor goes with it."""
+        """What HELLO says about it; the descriptor of a memfd is sent with the frame."""
         if self.descriptor is not None:
             return PoolMemory(kind="memfd", num_bytes=self.num_bytes)
         handle = msgspec.msgpack.encode(list(self.tensor.untyped_storage()._share_cuda_()))
         return PoolMemory(kind="cuda", num_bytes=self.num_bytes, handle=handle)
 
     def close(self) -> None:
+        """Drops the memory here: it is freed with the last tensor over it, here and in other processes."""
+        self.tensor = torch.empty(0, dtype=torch.uint8)
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
 
 
 def map_pool(memory: PoolMemory, descriptor: int | None, num_bytes: int) -> torch.Tensor:
-    """Worker's side: uint8 [num_bytes], the owner's bytes. Takes the descriptor over. Raises ProtocolError."""
+    """The worker's side: the owner's bytes, uint8 [num_bytes].
+
+    descriptor   of the memfd; it is closed
+    Raises       ProtocolError for memory of another size or kind
+    """
     if memory.num_bytes != num_bytes:
         raise ProtocolError(f"the pool has {memory.num_bytes:,} bytes where {num_bytes:,} are needed")
     if memory.kind == "cuda":

@@ -1,7 +1,7 @@
 """The prefill process of one host: `python -m nanokv.disagg.worker`, started and supervised by the decode process.
 
-It loads the model, maps the pool that HELLO brings, and computes prompts until the decode process hangs up. It holds
-nothing that needs tidying: SIGKILL at any moment is a clean end of it.
+It loads the model, maps the pool that HELLO names, and computes prompts until the decode process closes the connection.
+It holds nothing that must be saved: SIGKILL at any moment ends it cleanly.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ logger = logging.getLogger("nanokv")
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is started with: one JSON argument. Device and dtype are resolved, so both sides agree."""
+    """The argument of a worker, as JSON. Device and dtype are those that the decode process has resolved.
+
+    config   fields of EngineConfig
+    cores    CPU cores to run on; None: all
+    """
 
     name: str
     folder: str
@@ -52,7 +56,13 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PrefillModel:
-    """A model, its kernels compiled (seconds, on the first run), and the digest that another process must share."""
+    """A model with compiled kernels, and the digest that a decode process must share.
+
+    folder    of the model
+    device    "cpu", "cuda:0"
+    dtype     "float32", "bfloat16" or "float16"
+    decoder   bound to `layout`
+    """
 
     def __init__(self, folder: Path, config: EngineConfig, device: str, dtype: str) -> None:
         self.config = config
@@ -70,7 +80,7 @@ class PrefillModel:
 
 
 def refusal(hello: Hello, digest: str) -> str | None:
-    """Why a process with this digest cannot work with the one that says hello; None where it can."""
+    """Why a process with this digest cannot work with the sender of HELLO; None where it can."""
     if hello.version != VERSION:
         return f"protocol version {hello.version} there, {VERSION} here"
     if hello.digest != digest:
@@ -81,15 +91,16 @@ def refusal(hello: Hello, digest: str) -> str | None:
 
 
 def receive_hello(channel: Channel, seconds: float | None = None) -> Hello:
-    """Waits for HELLO. Raises ProtocolError where another message comes, EOFError where the other side hangs up.
+    """Waits for HELLO. PING says that HELLO is still to come.
 
-    seconds   of silence at most, else ProtocolError too: PING says that HELLO is still to come
+    seconds   of silence at most
+    Raises    ProtocolError for another message and for silence, EOFError where the other side closes the connection
     """
     heard = time.monotonic()
     while not channel.closed:
         left = None if seconds is None else max(0.0, heard + seconds - time.monotonic())
         if not wait([channel], seconds=left):
-            raise ProtocolError(f"said nothing for {seconds:g} s")
+            raise ProtocolError(f"sent nothing for {seconds:g} s")
         for message in channel.receive():
             heard = time.monotonic()
             if isinstance(message, Ping):
@@ -97,18 +108,19 @@ def receive_hello(channel: Channel, seconds: float | None = None) -> Hello:
             if not isinstance(message, Hello) or message.memory is None:
                 raise ProtocolError(f"{type(message).__name__} came before HELLO")
             return message
-    raise EOFError("the decode process hung up before HELLO")
+    raise EOFError("the decode process closed the connection before HELLO")
 
 
 def shake_hands(channel: Channel, digest: str, kinds: tuple[str, ...], seconds: float | None = None) -> Hello:
-    """HELLO of a decode process that one with this digest can work with; its answer repeats it. Raises EOFError, and
-    ProtocolError where it is refused, which FAILED tells it first.
+    """Receives HELLO of a decode process that fits; the answer, which the caller sends, repeats it.
 
-    kinds     of memory that can be worked with here
-    seconds   as of `receive_hello`
+    kinds     of memory that this process can use
+    seconds   of silence at most
+    Raises    ProtocolError for a HELLO that does not fit, after FAILED was sent; what `receive_hello` raises
     """
     hello = receive_hello(channel, seconds)
     reason = refusal(hello, digest)
+    assert hello.memory is not None
     if reason is None and hello.memory.kind not in kinds:
         reason = f"memory {hello.memory.kind!r} there; expected here is {' or '.join(kinds)}"
     if reason is not None:
@@ -118,9 +130,9 @@ def shake_hands(channel: Channel, digest: str, kinds: tuple[str, ...], seconds: 
 
 
 class Session:
-    """The talk with one decode process: answers its messages between steps.
+    """The exchange with one decode process: computes its prompts, and answers its messages between steps.
 
-    heartbeat_s   silence after which the decode process kills; a PING goes out at a quarter of it
+    heartbeat_s   seconds of silence after which the decode process kills this one; PING is sent after a quarter of it
     """
 
     def __init__(self, channel: Channel, loop: PrefillLoop, heartbeat_s: float) -> None:
@@ -130,16 +142,22 @@ class Session:
         self._spoke = time.monotonic()
 
     def send(self, message: Message) -> None:
+        """Sends a message."""
         self.channel.send(message)
         self._spoke = time.monotonic()
 
     def beat(self) -> None:
-        """PING, if it is time: called between layers. Skipped while the other side is not reading."""
+        """Sends PING if it is due, unless the other side is not reading."""
         if time.monotonic() - self._spoke > self._every and not self.channel.is_backed_up:
             self.send(Ping(generation=self.loop.generation))
 
+    def between(self, layer: int, x: Tensor, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Batch]:
+        """Called after each layer of a step (Decoder.forward): sends PING if it is due."""
+        self.beat()
+        return x, residual, batch
+
     def serve(self) -> None:
-        """Until the decode process hangs up. Raises ProtocolError for what it should not have said."""
+        """Runs until the decode process closes the connection. Raises ProtocolError for a message it may not send."""
         while True:
             self._wait()
             for message in self.channel.receive():
@@ -148,12 +166,13 @@ class Session:
                 return
             if self.loop.has_work:
                 self.beat()
-                for message in self.loop.step():
-                    self.send(message)
+                for answer in self.loop.step():
+                    self.send(answer)
 
     def hear(self, message: Message) -> None:
+        """Takes one message. Raises ProtocolError for one that no decode process may send."""
         if message.generation != self.loop.generation:
-            return  # about a pool that is gone
+            return  # about an older pool
         if isinstance(message, Prefill):
             refused = self.loop.accept(message)
             if refused is not None:
@@ -164,36 +183,34 @@ class Session:
             raise ProtocolError(f"{type(message).__name__} is not for a prefill process")
 
     def _wait(self) -> None:
-        """For a message; not at all while there is work."""
+        """Waits for a message, unless there is work."""
         self.channel.flush()
         writing = [self.channel] if self.channel.is_backed_up else []
         wait([self.channel], writing, 0 if self.loop.has_work else None)
 
 
 def run(spec: WorkerSpec, channel: Channel, make_session: Callable[..., Session] = Session) -> None:
-    """Loads, shakes hands, serves. Raises ProtocolError, EOFError; says FAILED first where it refuses."""
+    """Loads the model, answers HELLO, and serves. Raises ProtocolError, EOFError."""
     model = PrefillModel(Path(spec.folder), EngineConfig(**spec.config), spec.device, spec.dtype)
     hello = shake_hands(channel, model.digest, ("memfd", "cuda"))
+    assert hello.memory is not None
     layout = model.layout
     num_bytes = hello.num_pages * layout.page_bytes + hello.num_states * layout.state_bytes
     pool = map_pool(hello.memory, channel.take_descriptor(), num_bytes)
     store = CacheStore(layout, hello.num_pages, buffer=pool, num_states=hello.num_states)
     session: Session
-
-    def between(layer: int, x: Tensor, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Batch]:
-        session.beat()
-        return x, residual, batch
-
-    loop = PrefillLoop(model.decoder, store, model.config, hello.generation, between)
+    loop = PrefillLoop(model.decoder, store, model.config, hello.generation, lambda *stream: session.between(*stream))
     session = make_session(channel, loop, hello.heartbeat_s)
     session.send(msgspec.structs.replace(hello, memory=None))
     session.serve()
 
 
 def end_with(pid: int) -> None:
-    """Ends this process when that one has ended. A hung up socket does not tell: if the decode process has forked, its
-    child holds the other end, too. (PR_SET_PDEATHSIG asks for the thread that started us, which may end earlier.)
-    Raises EOFError where it has ended already."""
+    """Ends this process when process `pid` has ended. Raises EOFError where it has ended already.
+
+    Its sockets do not tell: a forked child keeps them open. Nor does PR_SET_PDEATHSIG, which watches the thread that
+    started this process and may end earlier.
+    """
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -207,7 +224,10 @@ def end_with(pid: int) -> None:
 
 
 def main(arguments: list[str], make_session: Callable[..., Session] = Session) -> int:
-    """argv: the number of an inherited socket, a WorkerSpec as JSON. Exit code 0 when the decode process hung up."""
+    """The program. Returns its exit code: 0 where the decode process has closed the connection.
+
+    arguments   number of an inherited socket; a WorkerSpec as JSON
+    """
     spec = msgspec.json.decode(arguments[1], type=WorkerSpec)
     logging.basicConfig(format=f"[{spec.name}] %(message)s", stream=sys.stderr)
     if spec.cores is not None:
@@ -217,11 +237,11 @@ def main(arguments: list[str], make_session: Callable[..., Session] = Session) -
     parent, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     channel = Channel(sock)
     try:
-        end_with(parent)  # who made the socket
+        end_with(parent)
         run(spec, channel, make_session)
     except EOFError:
         return 0
-    except Exception as error:  # the decode process sees its end; what led to it is for whoever reads the log
+    except Exception as error:  # the decode process notices the end; the log has the cause
         known = isinstance(error, NanokvError)
         what = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())}"
         logger.error("%s", what, exc_info=logger.isEnabledFor(logging.DEBUG))
