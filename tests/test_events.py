@@ -48,6 +48,6 @@ def test_the_log_numbers_steps_and_leaves_out_what_is_none(tmp_path):
     assert all(record.pop("t") >= 0 for record in records)
     assert records[1:] == [
         {"step": 0, "event": "match", "request": "r", "index": 0, "pages": [3]},
-        {"step": 7, "event": "step", "tokens": 2, "requests": [["r", 0, 2]], "copies": [[1, 2]], "moves.states": []},
+        {"step": 7, "event": "step", "tokens": 2, "requests": [["r", 0, 2]], "copies": [[1, 2]], "state_copies": []},
         {"step": 7, "event": "match", "pages": []},
     ]

@@ -121,7 +121,7 @@ def test_a_leaf_with_two_readers_does_not_grow_under_the_other():
     first, second = tree.hold(pages(1)), tree.hold(pages(1))
     assert first is second
     longer, _ = tree.insert(first, blob(pages(2)), array("i", [7]))
-    assert longer.parent is second and list(second.held.pages) == [0]
+    assert longer.parent is second and list(second.pages) == [0]
     tree.check([longer, second])
 
 

@@ -50,11 +50,9 @@ def test_what_was_read_is_a_copy():
 
 def test_pages_written_elsewhere_are_the_same_pages():
     store, other = filled(6), CacheStore(HYBRID, 4)
-    other.held.pages.write([3, 1], store.pages.read([2, 5]))
-    assert torch.equal(other.held.pages.data[3], store.pages.data[2]) and torch.equal(
-        other.held.pages.data[1], store.pages.data[5]
-    )
-    assert not other.held.pages.data[0].any() and not other.held.pages.data[2].any()
+    other.pages.write([3, 1], store.pages.read([2, 5]))
+    assert torch.equal(other.pages.data[[3, 1]], store.pages.data[[2, 5]])
+    assert not other.pages.data[0].any() and not other.pages.data[2].any()
 
 
 def test_layer_by_layer_is_the_whole_page():
@@ -62,8 +60,8 @@ def test_layer_by_layer_is_the_whole_page():
     for layer in range(3):
         data = store.pages.read([4, 2], layer, layer + 1)
         assert data.shape[1] == (48, 0, 64)[layer]
-        other.held.pages.write([4, 2], data, layer, layer + 1)
-    assert torch.equal(other.held.pages.data[[2, 4]], store.pages.data[[2, 4]])
+        other.pages.write([4, 2], data, layer, layer + 1)
+    assert torch.equal(other.pages.data[[2, 4]], store.pages.data[[2, 4]])
 
 
 def test_a_layer_slice_leaves_the_other_layers_alone():
