@@ -153,8 +153,11 @@ def test_more_requests_than_slots_are_an_error_not_a_silent_zero():
     place = house(num_states=2)
     for start in (0, 20):
         assert place.admit(place.request(prompt(3, start)))
+    late = place.request(prompt(3, 40))
     with pytest.raises(CacheError, match="gets no state"):
-        place.cache.match(place.request(prompt(3, 40)))
+        place.cache.match(late)
+    place.cache.release(late)
+    place.cache.check()
 
 
 def test_forks_go_on_from_the_parents_state():
