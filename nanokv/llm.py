@@ -1,11 +1,11 @@
-"""LLM: the door for programs. Texts or token ids in, RequestOutput out; everything below works on token ids."""
+"""LLM: the interface for programs. Texts or token ids in, RequestOutput out. The engine below knows token ids only."""
 
 from __future__ import annotations
 
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +16,36 @@ from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError, NanokvError, RequestError
 from nanokv.core.request import Request, RequestOutput, SamplingParams
 from nanokv.disagg.config import DisaggConfig
-from nanokv.engine.device import choose_device
+from nanokv.engine.device import choose_device, resolve_dtype
 from nanokv.engine.engine import Engine
 from nanokv.engine.loop import EngineLoop, Ticket
 from nanokv.hub.home import resolve_model
 from nanokv.kernels.ops import Ops
-from nanokv.models.config import ModelConfig
 from nanokv.models.loader import load_model
 from nanokv.models.read import read_folder
 from nanokv.text.tokenizer import Tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 Prompt = str | list[int]
+"""A text, or its token ids."""
 
 
 class LLM:
     """A model, its cache and its engine.
 
         with LLM("smollm2-135m-instruct") as llm:
-            print(llm.generate("The capital of France is", SamplingParams(temperature=0)) [0].text)
+            print(llm.generate("The capital of France is", SamplingParams(temperature=0))[0].text)
 
     model     a catalog name, a hub id that has been pulled, or a folder with config.json, *.safetensors and
               tokenizer.json (which may be missing when prompts are token ids)
     config    EngineConfig, or its fields as keywords
-    disagg    DisaggConfig: long prompts are computed in other processes, which live as long as this object
-    Raises    ConfigError, CheckpointError; weights are not fetched here, `nanokv pull NAME` does that
+    disagg    DisaggConfig: other processes, which live as long as this object, compute long prompts
+    Raises    ConfigError, CheckpointError. Weights are not fetched here: `nanokv pull NAME` does that
 
-    Threads may call it at the same time: their requests run in the same steps.
+    Threads may call it at the same time: their requests share steps.
     """
 
     def __init__(
-        self,
-        model: str | Path,
-        config: EngineConfig | None = None,
-        disagg: DisaggConfig | None = None,
-        **fields: Any,
+        self, model: str | Path, config: EngineConfig | None = None, disagg: DisaggConfig | None = None, **fields: Any
     ) -> None:
         if config is not None and fields:
             raise ConfigError(f"{', '.join(fields)}: give a config or fields, not both")
@@ -87,28 +81,23 @@ class LLM:
             self.engine = Engine(decoder, self.config, self.tokenizer, self.device, connectors, allocate)
             if cluster is not None:
                 cluster.open(self.engine, self.model_config)
-                weakref.finalize(self, cluster.abandon)  # where close() is forgotten
+                weakref.finalize(self, cluster.abandon)  # ends the processes of an LLM that is dropped without close()
             stack.pop_all()
         self.loop = EngineLoop(self.engine)
         self._pid = os.getpid()
 
-    # ---- generating -----------------------------------------------------------------------------------------------
-
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """Finished outputs, in the order of the prompts; n samples of a prompt are n outputs in a row.
 
         prompts   a text, a list of token ids, or a list of either
         params    one for all, or one for each prompt
-        Raises    RequestError when any of them cannot be served; then none is. What goes wrong later ends one sample
-                  and raises nothing: its finish_reason is "error", and its `error` says why
+        Raises    RequestError when any prompt cannot be served; then none is. A later failure ends one sample and
+                  raises nothing: its finish_reason is "error", and its `error` gives the cause
         """
         batch = _as_list(prompts)
-        several = isinstance(params, Sequence) and not isinstance(params, str)
-        each = list(params) if several else [params] * len(batch)
+        each = list(params) if isinstance(params, Sequence) and not isinstance(params, str) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"params: {len(each)} for {len(batch)} prompts; give one, or one for each prompt")
         tickets: list[Ticket] = []
@@ -124,14 +113,18 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Ticket:
         """Iterator over the outputs of one prompt as they come, the new text of each in `.delta`. Closing it aborts.
 
-        The request is checked and queued at once; streams may be interleaved with each other and with generate().
+        The request is checked and queued at once. Streams may be interleaved with each other and with generate().
+        Raises RequestError when the prompt cannot be served.
         """
         return self.loop.submit(Request(self._encode(prompt), params))
 
     def chat(
         self, messages: list[dict[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
     ) -> RequestOutput:
-        """The assistant's answer to `messages` ({"role", "content"}), through the model's chat template."""
+        """The assistant's answer to `messages` ({"role", "content"}), through the model's chat template.
+
+        Raises RequestError when they cannot be served, or params.n is not 1.
+        """
         if isinstance(params, SamplingParams) and params.n != 1:
             raise RequestError(f"n={params.n}: a chat has one answer; use generate() for more")
         return self.generate([self._render(messages, template_kwargs)], params)[0]
@@ -139,47 +132,43 @@ class LLM:
     def stream_chat(
         self, messages: list[dict[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
     ) -> Ticket:
-        """chat(), as a stream."""
+        """`chat`, as a stream of outputs."""
         return self.stream(self._render(messages, template_kwargs), params)
-
-    # ---- scoring --------------------------------------------------------------------------------------------------
 
     def score(self, token_ids: list[int]) -> torch.Tensor:
         """Logits of every position: float32 [tokens, vocab], row i = logits after token i.
 
-        Every position is computed, through the cache, in engine steps beside whatever else runs.
+        Every position is computed, through the cache, in steps that other requests share.
+        Raises RequestError for token ids that cannot be served, NanokvError when scoring ends early.
         """
         return torch.cat(list(self.score_blocks(token_ids)))
 
     def score_blocks(self, token_ids: list[int]) -> Iterator[torch.Tensor]:
-        """score() as an iterator of row blocks, so that a long text need not fit in memory as logits."""
+        """`score` as an iterator of blocks float32 [rows, vocab]: the logits of a long text need not fit in memory."""
         request = Request(token_ids, SamplingParams(max_tokens=1))
         blocks = request.logit_blocks = []
-        ticket = self.loop.submit(request)
-        try:
+        with closing(self.loop.submit(request)) as ticket:
             while ticket.advance() or blocks:
                 ticket.take()
                 while blocks:
                     yield blocks.pop(0)
             if request.finish_reason != "length":
                 raise NanokvError(f"scoring ended early: {request.error or request.finish_reason}")
-        finally:
-            ticket.close()
-
-    # ---- the rest -------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int | float | bool]:
-        """Plain numbers since the LLM was made, by the names of core/stats.py."""
+        """Numbers about pages, requests and steps, by the names of core/stats.py."""
         invariant = Ops(self.config.kernels).row_invariant(self.dtype, self.device)
         return {**self.loop.call(lambda engine: engine.stats()), "row_invariant": invariant}
 
     def reset_prefix_cache(self) -> None:
-        """Drops every cached page that no running request holds."""
+        """Drops every cached page that no request holds."""
         self.loop.call(lambda engine: engine.reset_prefix_cache())
 
     def close(self) -> None:
-        """Aborts what runs, ends other processes and closes the event log; no request is taken after that. Safe to call
-        twice. With disagg it does nothing in a forked child: the other processes work for the parent."""
+        """Aborts live requests, ends other processes and closes the event log. Later requests raise NanokvError.
+
+        Safe to call twice. With disagg it does nothing in a forked child: the other processes work for the parent.
+        """
         if self.disagg is None or os.getpid() == self._pid:
             self.loop.close()
 
@@ -203,18 +192,8 @@ class LLM:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A text or token ids as a list of one. Raises RequestError for what is no sequence."""
-    if isinstance(prompts, str):
-        return [prompts]
+    """A list of prompts: one text, or one list of token ids, becomes a list of one. Raises RequestError."""
     if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
         raise RequestError(f"prompts={prompts!r:.60}: expected a text, a list of token ids, or a list of either")
-    one = len(prompts) > 0 and not isinstance(prompts[0], (str, Sequence))
-    return [prompts] if one else list(prompts)
-
-
-def resolve_dtype(name: str, model: ModelConfig) -> torch.dtype:
-    """The torch dtype of a name; "auto" takes the checkpoint's. Raises ConfigError."""
-    chosen = (model.dtype or "float32") if name == "auto" else name
-    if chosen not in DTYPES:
-        raise ConfigError(f"dtype={chosen!r}: allowed are auto, {', '.join(DTYPES)}")
-    return DTYPES[chosen]
+    is_one = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], Sequence))
+    return [prompts] if is_one else list(prompts)

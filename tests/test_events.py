@@ -38,7 +38,19 @@ def test_a_subscriber_that_fails_is_removed_and_the_others_continue(caplog):
     assert caplog.messages == ["a subscriber of events ends here: no space left"]
 
 
-def test_the_event_log_numbers_steps_and_omits_fields_that_are_none(tmp_path):
+def test_a_subscriber_that_unsubscribes_and_then_fails_is_removed_once(caplog):
+    events = Events()
+
+    def failing(event: Event) -> None:
+        unsubscribe()
+        raise OSError("no space left")
+
+    unsubscribe = events.subscribe(failing)
+    events.emit(Preempted("r", 0))
+    assert not events and caplog.messages == ["a subscriber of events ends here: no space left"]
+
+
+def test_the_log_numbers_steps_and_leaves_out_what_is_none(tmp_path):
     log = EventLog(str(tmp_path / "log"))
     log(Matched("r", 0, [3]))
     log(StepLaunched(7, 2, [("r", 0, 2)], [(1, 2)], []))

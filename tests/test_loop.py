@@ -2,7 +2,9 @@
 
 import gc
 import threading
+import time
 import weakref
+from contextlib import contextmanager
 
 import pytest
 from oracles import prompt
@@ -147,15 +149,103 @@ def test_a_started_loop_steps_the_engine_for_all_callers(llm):
     assert llm.generate([prompt(20)], GREEDY)[0].token_ids == alone[0].token_ids
 
 
-def test_an_exception_in_the_loop_thread_reaches_the_caller(llm, caplog):
-    def broken() -> None:
-        raise RuntimeError("as the test wished")
+def in_time(function) -> list:
+    """[function()], computed in a thread; [] where it takes longer than ten seconds."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
+    thread.start()
+    thread.join(10)
+    return results
 
-    advance, llm.engine.advance = llm.engine.advance, broken
+
+def test_a_thread_that_is_stopped_at_once_ends(llm):
+    def start_and_stop() -> None:
+        for _ in range(200):
+            llm.loop.start()
+            llm.loop.stop()
+
+    assert in_time(start_and_stop) == [None]
+
+
+def test_a_request_added_while_the_thread_starts_is_stepped(llm):
+    alone = llm.generate([prompt(20)], GREEDY)[0].token_ids
+    turn = llm.loop._turn
+
+    @contextmanager
+    def late():
+        llm.loop._turn = turn
+        llm.loop.start()
+        time.sleep(0.1)  # the thread finds no work, and waits
+        with turn():
+            yield
+
+    llm.loop._turn = late
+    ticket = llm.loop.submit(Request(prompt(20), GREEDY))
+    assert in_time(lambda: list(ticket)[-1].token_ids) == [alone]
+    llm.loop.stop()
+
+
+def test_the_thread_cannot_stop_itself_and_goes_on(llm):
+    llm.loop.start()
+    for stop in (llm.loop.stop, llm.close):
+        with pytest.raises(NanokvError, match="another thread"):
+            llm.loop.call(lambda engine, stop=stop: stop())
+    assert llm.generate([prompt(8)], GREEDY)[0].finish_reason == "length"
+    llm.loop.stop()
+
+
+def test_a_ticket_that_another_thread_closes_ends(llm):
+    llm.loop.start()
+    long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    ticket = llm.loop.submit(Request(prompt(8), long))
+    seen = threading.Event()
+
+    def read() -> int:
+        count = 0
+        for _ in ticket:
+            count += 1
+            seen.set()
+        return count
+
+    closer = threading.Thread(target=lambda: seen.wait() and ticket.close())
+    closer.start()
+    (count,) = in_time(read)
+    assert 0 < count < 200
+    closer.join()
+    llm.loop.stop()
+
+
+def broken() -> None:
+    raise RuntimeError("as the test wished")
+
+
+def test_a_fault_of_the_thread_reaches_every_caller(llm, monkeypatch, caplog):
+    monkeypatch.setattr(llm.engine, "advance", broken)
     llm.loop.start()
     with pytest.raises(NanokvError, match="as the test wished"):
         list(llm.loop.submit(Request(prompt(8), GREEDY)))
-    llm.engine.advance = advance
+
+
+def test_after_a_fault_a_call_is_refused_and_never_made(llm, monkeypatch, caplog):
+    made = []
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.engine, "advance", broken)
+        llm.loop.start()
+        with pytest.raises(NanokvError, match="as the test wished"):
+            list(llm.loop.submit(Request(prompt(8), GREEDY)))
+        with pytest.raises(NanokvError, match="as the test wished"):
+            llm.loop.call(made.append)
+    llm.loop.stop()
+    llm.loop.start()  # a new thread
+    assert in_time(lambda: llm.generate([prompt(8)], GREEDY)[0].finish_reason) == ["length"]
+    llm.loop.stop()
+    assert made == []
+
+
+def test_a_closed_loop_starts_no_thread(llm):
+    llm.close()
+    with pytest.raises(NanokvError, match="closed"):
+        llm.loop.start()
 
 
 def test_close_during_generate_gives_every_prompt_an_output(llm):

@@ -149,8 +149,11 @@ def test_a_match_without_a_free_state_is_an_error():
     place = house(num_states=2)
     for start in (0, 20):
         assert place.admit(place.request(prompt(3, start)))
+    late = place.request(prompt(3, 40))
     with pytest.raises(CacheError, match="gets no state"):
-        place.cache.match(place.request(prompt(3, 40)))
+        place.cache.match(late)
+    place.cache.release(late)
+    place.cache.check()
 
 
 def test_forks_continue_from_the_state_of_the_parent():

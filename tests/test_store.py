@@ -51,9 +51,7 @@ def test_read_returns_a_copy():
 def test_pages_written_to_another_store_have_the_same_bytes():
     store, other = filled(6), CacheStore(HYBRID, 4)
     other.pages.write([3, 1], store.pages.read([2, 5]))
-    assert torch.equal(other.pages.data[3], store.pages.data[2]) and torch.equal(
-        other.pages.data[1], store.pages.data[5]
-    )
+    assert torch.equal(other.pages.data[[3, 1]], store.pages.data[[2, 5]])
     assert not other.pages.data[0].any() and not other.pages.data[2].any()
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from nanokv.codecs import resolve_codec
 from nanokv.core.spec import PageLayout
+from nanokv.engine.device import resolve_dtype
 from nanokv.hub.catalog import CATALOG, SHIPPED, CatalogEntry
 from nanokv.hub.home import resolve_model
-from nanokv.llm import resolve_dtype
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import layer_specs
 from nanokv.models.fields import read_json

@@ -1,4 +1,4 @@
-"""What is kept, where, for whom: page ids (pool), their bytes (store), a prefix tree (radix), one door (manager)."""
+"""The cache: page ids (pool), their bytes (store), the prefix tree (radix), and one interface to them (manager)."""
 
 from nanokv.cache.contract import Cache
 from nanokv.cache.manager import CacheManager

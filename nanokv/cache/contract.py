@@ -1,8 +1,9 @@
-"""The contract between the scheduler and a cache, and what a cache tells its observers. Knows no tree and no tensors.
+"""The contract between the scheduler and a cache, and between a cache and its observers. Knows no tree and no tensors.
 
-    match -> reserve -> (a step) -> commit -> ... -> release        the four verbs, for each request
+    match -> reserve -> (a step) -> commit -> ... -> release        the life of a request in the cache
 
-Two caches implement it: CacheManager (a prefix tree over a pool) and disagg's GrantedCache (pages of another process).
+Two classes implement Cache: CacheManager (a prefix tree over a pool) and disagg's GrantedCache (pages of another
+process).
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from nanokv.core.request import Request
 
 @dataclass
 class Moves:
-    """What a step has to run before its forward pass: first the saves, then the copies in their order.
+    """The work of a step before its forward pass: first the saves, then the copies, each list in its order.
 
     pages    (source, destination) of page copies
     states   (source, destination) of state copies
-    saves    (key, page) of pages that were evicted: the page still holds what the key names
-    done     whether they have run: after that, no failure loses a copy
+    saves    (key, page) of evicted pages: the page still holds the tokens that the key names
+    done     the copies have run, so a failure of the step loses none
 
-    A source still holds what it held when its copy was listed: a source that was freed since can only be overwritten by
-    a later copy, or by the forward pass.
+    A source keeps its content until its copy has run, even if it was freed meanwhile: only later copies and the forward
+    pass overwrite it.
     """
 
     pages: list[tuple[int, int]] = field(default_factory=list)
@@ -34,34 +35,35 @@ class Moves:
 
 
 class Cache(Protocol):
-    """What a scheduler needs of a cache. `request.held` is written by these methods and by nothing else."""
+    """The cache as the scheduler sees it. These methods alone write `request.held`."""
 
     @property
     def num_available(self) -> int:
-        """Pages that `reserve` could hand out now."""
+        """Pages that `reserve` could allocate now."""
         ...
 
     def match(self, request: Request) -> int:
-        """Finds and holds the longest cached prefix of the request's tokens; sets num_computed to it and returns it.
+        """Finds and holds the longest cached prefix of the request's tokens. Sets num_computed to its tokens.
 
-        At least the last known token is left to compute. Until `release` the request is held: matching it again raises
-        CacheError.
+        At least the last known token is left to compute.
+        Returns   num_computed
+        Raises    CacheError for a request that was matched before and not released
         """
         ...
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
-        """Makes room for the next `num_tokens` after num_computed. False: no room, and nothing has changed."""
+        """Allocates pages for the `num_tokens` after num_computed. False: there are too few, and nothing changes."""
         ...
 
     def commit(self, request: Request, in_flight: int = 0) -> None:
-        """Takes note of computed tokens; full pages may be published.
+        """Publishes full pages of computed tokens, where the cache keeps prefixes.
 
-        in_flight   tokens in num_computed whose step has not come back yet
+        in_flight   tokens in num_computed whose step is still in flight
         """
         ...
 
     def release(self, request: Request) -> None:
-        """The request holds nothing any more. Safe for a request that holds nothing."""
+        """Ends the request's hold on pages and states. Does nothing for a request that holds none."""
         ...
 
     def prefix_length(self, request: Request) -> int:
@@ -73,27 +75,27 @@ class Cache(Protocol):
         ...
 
     def limit_chunk(self, request: Request, num_tokens: int) -> int:
-        """How many of the next `num_tokens` one step may compute: a checkpoint can be taken only between two steps."""
+        """How many of the next `num_tokens` one step may compute. A step ends where a checkpoint is due: a state can be
+        copied only between two steps."""
         ...
 
     def request_checkpoint(self, request: Request, position: int) -> bool:
-        """Asks for a checkpoint of a running request at `position`, a page boundary, for requests that share its
-        first tokens. False when its state has passed the position already."""
+        """Requests a checkpoint of a running request at `position`, a page boundary, for requests with the same first
+        tokens. False where its state has passed the position."""
         ...
 
     def drain_moves(self) -> Moves:
-        """The moves listed since the last call."""
+        """The moves listed since the last call; the next step runs them."""
         ...
 
 
 class CacheObserver(Protocol):
-    """Is told what happens to the cached pages of a CacheManager. Keys are those of core/keys.py."""
+    """Receives the changes of a CacheManager's prefix tree. Keys are those of core/keys.py."""
 
     def stored(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
-        """Pages were published: pages[i] holds what keys[i] names, and is immutable until it is evicted."""
+        """Pages entered the tree: pages[i] holds the tokens that keys[i] names, and is immutable until its eviction."""
         ...
 
     def evicting(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
-        """Pages leave the cache and will be reused. Their bytes are there until the moves of the plan that is being
-        made have run."""
+        """Pages left the tree and will be reused. Their bytes stay until the next moves run (Moves.saves)."""
         ...

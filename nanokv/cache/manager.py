@@ -1,4 +1,4 @@
-"""CacheManager: the one door between the scheduler and the cache. Knows requests, pages, states; knows no tensors.
+"""CacheManager: the cache as the scheduler sees it (contract.py). Knows requests, pages and states; knows no tensors.
 
 Who owns what, for one request (P = page_size; boundaries of ownership are whole pages):
 
@@ -7,13 +7,13 @@ Who owns what, for one request (P = page_size; boundaries of ownership are whole
 
     match     |== tree ==|                                    pages found; node locked
     reserve   |== tree ==|-- private --|-- private, empty --|  room for the tokens of the next step
-    commit    |======== tree ========|-- private ------------| full pages whose tokens are computed change hands
+    commit    |======== tree ========|-- private ------------| full pages of computed tokens move to the tree
     release   (nothing)                                       the tree keeps its pages, private ones are freed
 
 Every page is in exactly one of: free, held (private to requests), cached and evictable, cached and locked.
 
-Where layers are recurrent, a request starts at the deepest state of the tree (states.py) and computes again what lies
-between it and the end of the pages found, into private pages that are freed as duplicates when they are published:
+Where layers are recurrent, a request starts at the deepest state of the tree (states.py). It computes again the tokens
+between that state and the end of the pages found, into private pages that are freed as duplicates at their publication:
 
     |== pages found and held ==| pages found, without a state: computed again |     num_cached, then num_kv_matched
 """
@@ -35,17 +35,17 @@ from nanokv.core.spec import PageLayout
 
 
 class CacheManager(Sharing):
-    """Pages for requests: found in the prefix tree, taken from the pool, published, shared and given back.
+    """Pages of requests: found in the prefix tree, allocated from the pool, published, shared and freed.
 
-    layout         PageLayout, of which only page_size and is_recurrent matter here
-    num_pages      pages in the pool
-    prefix_cache   False: nothing is published and nothing is found
-    events         Events, or None
-    num_states     states in the pool: two for each request that runs where a layer is recurrent, one where layers only
-                   keep partial pages, else 0
-    state_interval tokens between further checkpoints of states, or None
-    observers      are told what enters and leaves the prefix tree
-    identity       of the model, for page keys (core/keys.py); b"" where keys never leave the process
+    layout           PageLayout; only its page_size and is_recurrent are used
+    num_pages        pages in the pool
+    prefix_cache     False: no page is published or found
+    events           Events, or None
+    num_states       states in the pool: two for each running request where a layer is recurrent, one where layers keep
+                     partial pages alone, else 0
+    state_interval   tokens between further checkpoints of states, or None
+    observers        receive the changes of the prefix tree
+    identity         of the model, for page keys (core/keys.py); b"" where keys never leave the process
     """
 
     def __init__(
@@ -76,19 +76,19 @@ class CacheManager(Sharing):
 
     @property
     def tree(self) -> RadixTree:
-        """The prefix tree, to look at."""
+        """The prefix tree, for inspection."""
         return self._tree
 
     @property
     def num_available(self) -> int:
-        """Pages that `reserve` could hand out now: free ones, and cached ones that no request locks."""
+        """Pages that `reserve` could allocate now: free ones, and cached ones that no request locks."""
         return self._pool.num_free + self._tree.num_evictable
 
     def pages_for(self, num_tokens: int) -> int:
-        """Pages that hold this many tokens."""
+        """Pages that hold `num_tokens` tokens."""
         return self._layout.pages_for(num_tokens)
 
-    # -- the four verbs
+    # -- the life of a request
 
     def match(self, request: Request) -> int:
         """Finds the longest cached prefix of the request's known tokens and holds it. Returns its tokens.
@@ -108,10 +108,10 @@ class CacheManager(Sharing):
         return request.num_computed
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
-        """Makes room for the next `num_tokens` after num_computed; evicts cached pages where it must.
+        """Allocates pages for the `num_tokens` after num_computed; evicts cached pages where it must.
 
-        All or nothing: False changes nothing. Where the next token falls into a page that a forked request holds too,
-        the request gets a page of its own, and a copy is listed that has to run before the step does.
+        All or nothing: False changes nothing. Where the next token falls into a page that a forked request also holds,
+        the request gets a page of its own, and its copy is listed for the next step's moves.
         """
         self._expect_live(request)
         held = request.held
@@ -137,11 +137,11 @@ class CacheManager(Sharing):
         return True
 
     def commit(self, request: Request, in_flight: int = 0) -> None:
-        """Publishes the full pages whose tokens are computed: prompt and answer alike.
+        """Publishes the full pages of computed tokens, of the prompt and of the answer alike.
 
-        in_flight   tokens counted in num_computed whose step has been dispatched but has not come back
-        A page whose tokens are in the tree already (another request computed the same) is dropped; the tree's page
-        takes its place in held.pages. A page still shared with a fork waits until the others have their own copy.
+        in_flight   tokens in num_computed whose step has been dispatched and is not resolved yet
+        A page whose tokens are in the tree already, computed by another request, is freed; the tree's page takes its
+        place in held.pages. A page still shared with a fork is published once the others have their own copy.
         """
         self._expect_live(request)
         if self.prefix_cache:
@@ -150,11 +150,11 @@ class CacheManager(Sharing):
                 self._states.file_checkpoint(request)
 
     def release(self, request: Request) -> None:
-        """The request holds nothing any more: it has finished, was aborted, or is preempted. Published pages stay.
+        """Ends the hold of a request that has finished, was aborted or is preempted. Published pages stay cached.
 
-        A request that holds nothing (still waiting, or released before) is left alone.
-        A copy into a page freed here may still be listed. It does no harm: copies run before the step and in the order
-        they were listed, so the next owner of the page writes after it.
+        Does nothing for a request without pages: one that waits, or was released before.
+        A copy into a page freed here may still be listed. It is harmless: copies run before the step and in their
+        order, so the next owner of the page writes after it.
         """
         if request not in self._live:
             return
@@ -169,16 +169,16 @@ class CacheManager(Sharing):
         self._log(Freed, request, freed)
 
     def drain_moves(self) -> Moves:
-        """What was listed since the last call: to run before the step's forward pass."""
+        """The moves listed since the last call; the next step runs them before its forward pass."""
         moves, self._moves = self._moves, Moves()
         if self._states is not None:
             moves.states = self._states.take_copies()
         return moves
 
-    # -- looking
+    # -- for the scheduler's plan
 
     def prefix_length(self, request: Request) -> int:
-        """Tokens that `match` would find right now. Holds, splits and touches nothing."""
+        """Tokens that `match` would find now. Changes nothing."""
         look = self._tree.state_length if self._is_recurrent else self._tree.prefix_length
         return look(self._matchable(request), request.params.cache_salt) * self.page_size
 
@@ -189,14 +189,14 @@ class CacheManager(Sharing):
         return self._states.limit_chunk(request, num_tokens)
 
     def request_checkpoint(self, request: Request, position: int) -> bool:
-        """Asks for a checkpoint where another request will branch off a running one, after `position` tokens.
+        """Requests a checkpoint of a running request after `position` tokens, where another request will branch off.
 
-        False where that request could not start there: a recurrent state has passed, and pages alone are no use.
+        False where that request could not start there: the recurrent state has passed the position.
         """
         return self._states is None or self._states.request_checkpoint(request, position)
 
     def stats(self) -> dict[str, int]:
-        """Plain numbers: pages by state, and counters since the start (core/stats.py)."""
+        """Pages and states by owner, and counters since the start (core/stats.py)."""
         return {
             "pages_total": self._pool.num_pages,
             "pages_free": self._pool.num_free,
@@ -208,11 +208,11 @@ class CacheManager(Sharing):
         }
 
     def reset(self) -> None:
-        """Forgets every cached page that no request holds."""
+        """Evicts every cached page that no request holds."""
         self._log(Freed, None, self._evict(self._tree.num_evictable))
 
     def check(self) -> None:
-        """Recounts every page and every lock from the live requests. Raises CacheError where the books disagree."""
+        """Recounts every page, lock and state from the live requests. Raises CacheError for a difference."""
         check_pages(self._pool, self._tree, self._live, self.page_size)
         if self._states is not None:
             self._states.check(self._live)
@@ -228,9 +228,9 @@ class CacheManager(Sharing):
         num_found = len(held.pages) * self.page_size
         if self._states is not None:
             start = self._states.reachable(node)
-            while node is not start:
-                del held.pages[len(held.pages) - len(node.pages) :]
-                node = node.parent
+            if start is not node:
+                node = start
+                del held.pages[sum(len(one.pages) for one in node.path()) :]
         held.node = node
         self._tree.lock(node)
         self._live.add(request)
@@ -262,8 +262,8 @@ class CacheManager(Sharing):
     def _copy_on_write(self, request: Request, index: int) -> None:
         """A page of its own for `request` in the place of its shared page held.pages[index].
 
-        The copy (from, to) is listed for `drain_moves`, counted as "copies" and logged. The request owns the shared
-        page no longer.
+        The copy (from, to) is listed for `drain_moves`, counted as "copies" and logged. The request gives up its share
+        of the shared page.
         """
         shared = request.held.pages[index]
         (own,) = self._pool.allocate(1)
@@ -281,12 +281,12 @@ class CacheManager(Sharing):
             return
         tokens = request.tokens[first * self.page_size : last * self.page_size].tobytes()
         own = held.pages[first:last]
-        held.node, standing = self._tree.insert(held.node, tokens, own)
-        held.pages[first:last] = standing
+        held.node, in_tree = self._tree.insert(held.node, tokens, own)
+        held.pages[first:last] = in_tree
         held.num_published = last
-        self._log(Published, request, standing)
-        duplicates = [page for page, kept in zip(own, standing, strict=True) if page != kept]
-        adopted = own[len(duplicates) :]  # the tree held the first ones already, so new pages are the last
+        self._log(Published, request, in_tree)
+        duplicates = [page for page, kept in zip(own, in_tree, strict=True) if page != kept]
+        adopted = own[len(duplicates) :]  # the tree held a prefix of them, so its new pages are the last
         for observer in self._observers if adopted else ():
             observer.stored(self._tree.keys_of(adopted), adopted)
         if duplicates:

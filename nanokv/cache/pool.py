@@ -1,8 +1,8 @@
 """PagePool, StatePool: ids, reference counts and free lists. They know no tensors, no tokens and no requests.
 
-Two books of pages that must agree:
+A PagePool keeps two records, which must agree:
 
-    free ids   a stack: the page freed last is handed out first, while its bytes are still in the caches
+    free ids   a stack: the page freed last is allocated first, while its bytes are still in the processor's caches
     counts     0 free; 1 one owner (a request, or the prefix tree); more: a page that forked requests share
 """
 
@@ -16,7 +16,8 @@ from nanokv.core.errors import CacheError
 class PagePool:
     """The ids 0 .. num_pages - 1, each free or owned.
 
-    num_pages   pages in the pool, at least 1
+    num_pages   pages in the pool
+    Raises      ValueError for fewer than one page
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -28,10 +29,11 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
+        """Pages without an owner."""
         return len(self._free)
 
     def count(self, page: int) -> int:
-        """How many owners the page has; 0 when it is free."""
+        """Owners of the page; 0 for a free page."""
         return self._counts[page]
 
     def allocate(self, num_pages: int) -> list[int]:
@@ -66,7 +68,7 @@ class PagePool:
         """Raises CacheError unless the free list holds exactly the pages without an owner, each once."""
         free = set(self._free)
         if len(free) != len(self._free):
-            raise CacheError("a page stands in the free list twice")
+            raise CacheError("a page is in the free list twice")
         ownerless = {page for page, count in enumerate(self._counts) if count == 0}
         if free != ownerless:
             raise CacheError(f"free list and counts disagree about pages {sorted(free ^ ownerless)[:8]}")
@@ -81,6 +83,7 @@ class StatePool:
 
     @property
     def num_free(self) -> int:
+        """States without an owner."""
         return len(self._free)
 
     def allocate(self) -> int | None:
@@ -88,10 +91,10 @@ class StatePool:
         return self._free.pop() if self._free else None
 
     def release(self, state: int) -> None:
-        """The owner lets go. `check` finds a double release."""
+        """Frees a state. `check` finds a double release."""
         self._free.append(state)
 
     def check(self, owned: list[int]) -> None:
-        """Raises CacheError unless every state is either free or in `owned`, and that once."""
+        """Raises CacheError unless every state is either free or in `owned`, exactly once."""
         if sorted([*self._free, *owned]) != list(range(self.num_states)):
             raise CacheError(f"states free {sorted(self._free)[:8]} and owned {sorted(owned)[:8]}: some twice, or lost")

@@ -1,21 +1,22 @@
-"""RadixTree: runs of tokens -> the pages that hold them. Knows neither requests nor bytes of K and V.
+"""RadixTree: sequences of tokens -> the pages that hold them. Knows neither requests nor bytes of K and V.
 
-A node holds a run of whole pages. Tokens are compared as bytes (int32, `array('i', tokens).tobytes()`), so that a match
-of thousands of tokens runs at the speed of memcmp; a page is the smallest thing that is matched, split or evicted.
+A node holds the tokens of whole pages (node.py). Tokens are compared as bytes (int32, `array('i', tokens).tobytes()`),
+so that a match of thousands of tokens runs at the speed of memcmp. A page is the unit of matching, splitting and
+eviction.
 
     root (one a namespace)
      +-- [system prompt: pages 4 7 1]            a node's children differ in their first page
           +-- [question A: pages 2 9]            a request's handle is the node that ENDS where its published
           +-- [question B: page 5]               pages end; a lock on it counts on every node up to the root
 
-A match that ends inside a run splits it. The lower part keeps its identity: whatever ended there still does.
+A match that ends inside a node splits it. The lower part stays the old node, so handles on it remain valid.
 
     before   parent -- node [p0 p1 p2 p3]          after   parent -- upper [p0 p1] -- node [p2 p3]
 
-A node may carry a state: the checkpoint of recurrent layers at the end of its run (states.py). A split leaves it below.
+A node may carry a state: the checkpoint of recurrent layers at its end (states.py). It stays with the lower part.
 
 Locks: node.ref_count is the number of handles on the node or below it, so an unlocked node has an unlocked subtree, and
-all pages that are not locked can be evicted, leaf by leaf. Each node pays for its own pages in `num_protected`.
+all pages that are not locked can be evicted, leaf by leaf. `num_protected` counts the pages of locked nodes.
 Source: SGLang RadixAttention (Zheng et al. 2024).
 """
 
@@ -26,25 +27,9 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from nanokv.cache.node import Node
 from nanokv.core.errors import CacheError
 from nanokv.core.keys import TOKEN_BYTES, page_keys, root_key
-
-
-class Node:
-    """A run of tokens and its pages, below the run of its parent. `last_access` is a tick of the tree's clock."""
-
-    __slots__ = ("children", "last_access", "pages", "parent", "queued", "ref_count", "salt", "state", "tokens")
-
-    def __init__(self, parent: Node | None, tokens: bytes, pages: array[int], salt: str | None = None) -> None:
-        self.parent = parent
-        self.tokens = bytearray(tokens)  # grows in place while its only reader decodes
-        self.pages = pages
-        self.children: dict[bytes, Node] = {}  # by the bytes of the child's first page
-        self.ref_count = 0
-        self.last_access = 0
-        self.queued = False  # whether the eviction heap has an entry for it
-        self.salt = salt  # a root's namespace
-        self.state: int | None = None  # the state at the end of the run
 
 
 class RadixTree:
@@ -52,7 +37,7 @@ class RadixTree:
 
     page_size    tokens in a page
     identity     of the model, for the keys of pages; b"" where keys never leave the process
-    Attributes: num_pages (in the tree), num_protected (of them, under a lock); both are kept up to date step by step
+    Attributes: num_pages (in the tree), num_protected (of locked nodes)
     """
 
     def __init__(self, page_size: int, identity: bytes = b"") -> None:
@@ -64,12 +49,13 @@ class RadixTree:
         self._keys: dict[int, bytes] = {}  # page -> key; beside the nodes, so that splits need not carry them
         self._roots: dict[str | None, Node] = {}
         self._clock = 0
-        self._heap: list[tuple[int, int, Node]] = []  # (last use when queued, serial, leaf)
+        self._heap: list[tuple[int, int, Node]] = []  # (last_access when queued, serial, leaf)
         self._serial = 0
-        self._cut: list[Node] = []  # nodes with a state that lost their last pages
+        self._cut: list[Node] = []  # nodes with a state whose last pages were evicted
 
     @property
     def num_evictable(self) -> int:
+        """Pages that `evict` could return."""
         return self.num_pages - self.num_protected
 
     # -- finding
@@ -89,10 +75,10 @@ class RadixTree:
         return sum(len(node.pages) for node in nodes[: last + 1])
 
     def match_prefix(self, tokens: bytes, salt: str | None = None) -> tuple[Node, array[int]]:
-        """The longest run of whole pages that stands in the tree, and the node that ends there (split if need be).
+        """The longest prefix of whole pages that is in the tree. Splits the node in which it ends.
 
-        tokens    tokens as bytes; what is left over after the last whole page is ignored
-        Returns the node (a root when nothing matched; not locked yet) and the pages on the way to it
+        tokens    token ids as bytes; a partial page at the end is ignored
+        Returns   the node at the end of the prefix (not locked; the root where nothing matched), and all its pages
         """
         root = self._roots.setdefault(salt, Node(None, b"", array("i"), salt))
         nodes, position, partial = self._walk(tokens, root)
@@ -106,7 +92,7 @@ class RadixTree:
         return nodes[-1], pages
 
     def _walk(self, tokens: bytes, root: Node) -> tuple[list[Node], int, Node | None]:
-        """Nodes from the root down whose runs match whole, the byte they reach, and a child that matches in part."""
+        """The nodes from the root down that match completely, the byte they reach, and a child that matches in part."""
         page_bytes = self._page_bytes
         node, position, nodes = root, 0, [root]
         while (child := node.children.get(tokens[position : position + page_bytes])) is not None:
@@ -118,7 +104,7 @@ class RadixTree:
         return nodes, position, None
 
     def _common_pages(self, node: Node, tokens: bytes, position: int) -> int:
-        """Whole pages that node.tokens shares with tokens[position:], 1 or more: it was found by its first page."""
+        """Whole pages that node.tokens shares with tokens[position:]: at least 1, by which the node was found."""
         size = self._page_bytes
         low, high = 1, len(node.tokens) // size
         while low < high:
@@ -131,6 +117,7 @@ class RadixTree:
 
     def _split(self, node: Node, num_pages: int) -> Node:
         """Puts the first `num_pages` of the node into a new parent; the node keeps its identity and the rest."""
+        assert node.parent is not None  # a root has no pages to split
         at = num_pages * self._page_bytes
         upper = Node(node.parent, node.tokens[:at], node.pages[:num_pages])
         upper.ref_count, upper.last_access = node.ref_count, node.last_access
@@ -144,18 +131,19 @@ class RadixTree:
 
     # -- holding
 
-    def lock(self, node: Node) -> None:
-        """One more handle on the node: nothing on its way to the root is evicted until `unlock`."""
+    def lock(self, end: Node) -> None:
+        """Adds a handle on the node `end`: no page from there up to the root is evicted until `unlock`."""
+        node: Node | None = end
         while node is not None:
             if node.ref_count == 0:
                 self.num_protected += len(node.pages)
             node.ref_count += 1
             node = node.parent
 
-    def unlock(self, node: Node) -> None:
-        """One handle less. Its whole path counts as used just now."""
+    def unlock(self, end: Node) -> None:
+        """Removes a handle. Every node up to the root counts as used now. Raises CacheError for a missing handle."""
         self._clock += 1
-        leaf = node
+        node: Node | None = end
         while node is not None:
             if node.ref_count == 0:
                 raise CacheError("a node of the prefix tree is unlocked twice")
@@ -164,40 +152,41 @@ class RadixTree:
                 self.num_protected -= len(node.pages)
             node.last_access = self._clock
             node = node.parent
-        self._enqueue_leaf(leaf)
+        self._enqueue_leaf(end)
 
     def insert(self, node: Node, tokens: bytes, pages: array[int]) -> tuple[Node, array[int]]:
-        """Continues the tree below `node`, on which the caller has a lock, and moves that lock to the new end.
+        """Inserts pages below `node`, on which the caller has a handle, and moves that handle to their end.
 
-        tokens  of whole pages, as bytes
-        pages   the caller's page for each of them
-        Returns the node that ends there and the pages that now stand in the tree: pages[i] itself where it was
-                adopted, another page where the tree held that page's tokens already (then pages[i] stays the caller's)
+        tokens    of whole pages, as bytes
+        pages     the caller's page for each of them
+        Returns   the node at their end, and the page that the tree holds for each: pages[i] where it took the caller's,
+                  another page where it held these tokens before (pages[i] stays the caller's)
+        Raises    CacheError for a node without a handle
         """
         if node.ref_count == 0:
             raise CacheError("only the holder of a node may extend it")
-        size, position, standing = self._page_bytes, 0, array("i")
+        size, position, in_tree = self._page_bytes, 0, array("i")
         while position < len(tokens):
             child = node.children.get(tokens[position : position + size])
             if child is None:
                 rest = pages[position // size :]
-                return self._append(node, tokens[position:], rest), standing + rest
+                return self._append(node, tokens[position:], rest), in_tree + rest
             if not tokens.startswith(child.tokens, position):
                 child = self._split(child, self._common_pages(child, tokens, position))
             if child.ref_count == 0:
                 self.num_protected += len(child.pages)
             child.ref_count += 1
-            standing.extend(child.pages)
+            in_tree.extend(child.pages)
             position += len(child.tokens)
             node = child
-        return node, standing
+        return node, in_tree
 
     def _append(self, node: Node, tokens: bytes, pages: array[int]) -> Node:
         self._keys.update(zip(pages, page_keys(bytes(tokens), self._page_size, self._last_key(node)), strict=True))
         self.num_pages += len(pages)
         self.num_protected += len(pages)
         if node.parent is not None and not node.children and node.ref_count == 1 and node.state is None:
-            # Only the caller ends here: the leaf grows, and a long answer is one node, not a chain of one-page nodes.
+            # The caller has the only handle: the leaf grows, so a long answer is one node and not a chain of nodes.
             node.tokens += tokens
             node.pages.extend(pages)
             return node
@@ -209,18 +198,18 @@ class RadixTree:
     def _last_key(self, node: Node) -> bytes:
         return self._keys[node.pages[-1]] if node.pages else root_key(self._identity, node.salt)
 
-    # -- letting go
+    # -- evicting
 
     def evict(self, num_pages: int) -> list[int]:
-        """Takes up to `num_pages` unlocked pages out of the tree, least recently used leaf first, each leaf from its
-        tail, so that prefixes survive longest. Returns them; fewer only when everything else is locked."""
+        """Removes up to `num_pages` unlocked pages, least recently used leaf first, each leaf from its end, so that
+        prefixes stay longest. Returns them; fewer only where all others are locked."""
         evicted: list[int] = []
         while self._heap and len(evicted) < num_pages:
             queued_at, serial, node = self._heap[0]
             if node.ref_count or node.children:
                 heapq.heappop(self._heap)
                 node.queued = False
-            elif queued_at != node.last_access:  # used since: it queues again, further back
+            elif queued_at != node.last_access:  # used since: queued again, further back
                 heapq.heapreplace(self._heap, (node.last_access, serial, node))
             else:
                 kept = max(0, len(node.pages) - (num_pages - len(evicted)))
@@ -236,21 +225,22 @@ class RadixTree:
         return evicted
 
     def keys_of(self, pages: Iterable[int]) -> list[bytes]:
-        """The keys of pages that are in the tree, or that the last `evict` returned."""
+        """The keys of pages in the tree, or returned by the last `evict`."""
         return [self._keys[page] for page in pages]
 
     def take_cut(self) -> list[Node]:
-        """The nodes that carry a state and lost pages under it to `evict` since the last call."""
+        """The nodes with a state whose last pages `evict` has removed since the last call."""
         cut, self._cut = self._cut, []
         return cut
 
     def _remove(self, node: Node) -> None:
         parent, node.parent = node.parent, None
+        assert parent is not None  # a root is never evicted
         del parent.children[self._first_page(node)]
         self._enqueue_leaf(parent)
 
     def _enqueue_leaf(self, node: Node) -> None:
-        """Queues a node that may now be evicted; forgets the root of an empty namespace."""
+        """Queues an unlocked leaf for eviction; removes the root of an empty namespace."""
         if node.ref_count or node.children:
             return
         if node.parent is None:
@@ -260,7 +250,7 @@ class RadixTree:
             self._serial += 1
             heapq.heappush(self._heap, (node.last_access, self._serial, node))
 
-    # -- proving
+    # -- checking
 
     def nodes(self) -> Iterator[Node]:
         """Every node, roots included, parents before children."""
@@ -271,12 +261,8 @@ class RadixTree:
             stack.extend(node.children.values())
 
     def check(self, handles: Iterable[Node]) -> None:
-        """Recounts everything from the nodes that are held right now. Raises CacheError where the books disagree."""
-        locks: Counter[Node] = Counter()
-        for node in handles:
-            while node is not None:
-                locks[node] += 1
-                node = node.parent
+        """Recounts everything from the nodes with a handle, one entry a handle. Raises CacheError for a difference."""
+        locks = Counter(node for end in handles for node in end.path())
         queued = {node for _, _, node in self._heap}
         num_pages = num_protected = 0
         for node in self.nodes():

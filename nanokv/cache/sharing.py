@@ -1,4 +1,4 @@
-"""Sharing: the part of CacheManager for pages that are not filled by their own request's steps alone.
+"""Sharing: the part of CacheManager for pages that other requests or a connector have filled.
 
     fork       |== published: both lock the node ==|-- private pages: one more owner --|  empty pages: not shared
 transfer   reserve_checkpoints -> (a connector writes pages and states) -> adopt
@@ -18,7 +18,7 @@ from nanokv.core.request import Holding, Request
 
 
 class Sharing(ABC):
-    """Base of CacheManager, which provides what is declared here."""
+    """Base of CacheManager, which defines the attributes and abstract methods."""
 
     page_size: int
     prefix_cache: bool
@@ -33,7 +33,7 @@ class Sharing(ABC):
 
     @abstractmethod
     def _log(self, event: type[PageEvent], request: Request | None, pages: Iterable[int]) -> None:
-        """Emits an event if anything listens."""
+        """Emits an event where there is a subscriber."""
 
     def _expect_live(self, request: Request) -> None:
         if request not in self._live:
@@ -42,11 +42,11 @@ class Sharing(ABC):
     # -- forks
 
     def fork(self, parent: Request, child: Request) -> None:
-        """Gives `child`, whose tokens begin like the parent's, everything computed for the parent so far.
+        """Shares the pages of the parent's computed tokens with `child`, whose tokens begin like the parent's.
 
-        The parent's full pages are published first, so with a prefix cache only a partial page is ever private and
-        shared; the first request that writes into it copies it. Raises CacheError when the tokens or the namespaces
-        differ.
+        The parent's full pages are published first, so with a prefix cache at most a partial page is private and
+        shared; the first request that writes into it copies it.
+        Raises   CacheError when the tokens or the namespaces differ, or the child has pages already
         """
         self._expect_live(parent)
         length = min(parent.num_computed, child.num_tokens)
@@ -74,16 +74,19 @@ class Sharing(ABC):
     # -- transfers
 
     def reserve_checkpoints(self, request: Request, upto: int) -> list[tuple[int, int]]:
-        """(position, state) of each checkpoint that a connector is to write on its way to position `upto`."""
+        """Reserves states for the checkpoints that a connector writes between num_computed and `upto`.
+
+        Returns   (position, state) of each, in order of position; empty where no layer is recurrent
+        """
         self._expect_live(request)
         if self._states is None or not self.prefix_cache:
             return []
         return sorted(self._states.reserve_checkpoints(request, upto).items())
 
     def adopt(self, request: Request, num_tokens: int) -> None:
-        """The first `num_tokens` of a request are in its pages and states, brought by a connector; it goes on there.
+        """Publishes the first `num_tokens` tokens of a request, which a connector has brought, and sets num_computed.
 
-        Publishes page by page up to each checkpoint, which goes to the node that ends there, and then the rest.
+        Publishes up to each reserved checkpoint first: the checkpoint belongs to the node that ends there.
         """
         self._expect_live(request)
         if self.prefix_cache:
@@ -95,6 +98,6 @@ class Sharing(ABC):
         request.num_computed = num_tokens
 
     def lose_states(self, lost: set[int]) -> None:
-        """Forgets the checkpoints in these states: their copies were listed and never made."""
+        """Drops the checkpoints in these states, whose copies were listed and never made."""
         if lost and self._states is not None:
             self._states.lose(lost, self._live)

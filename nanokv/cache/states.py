@@ -1,23 +1,23 @@
-"""States: what recurrent layers keep, slot by slot: where each running request works, and the checkpoints it leaves.
+"""States: the slots of recurrent states: one for each running request, and checkpoints in the prefix tree.
 
 A recurrent state is updated in place with every token and cannot be rolled back. So a prefix can be reused only from a
 position at which a copy was kept, a checkpoint:
 
-    a running request    one slot that its layers update, and one more: its checkpoint at the last page boundary
-    a node of the tree   at most one: the checkpoint at the end of the node's run
+    a running request    one slot that its layers update, and at most one checkpoint, at the last page boundary
+    a node of the tree   at most one checkpoint, at the end of the node
 
-Checkpoints go into the tree (1) where prompts branch: a request found more pages than state and computes the difference
-again, or another one waits for the prefix it computes; (2) at the last page boundary of the prompt; (3) at that of the
-answer, when the request is released; (4) every `interval` tokens. The first, second and last end a prefill chunk: a
-state can be copied only between steps. States leave the tree least recently used first, or with the pages under them;
-pages stay when a state goes.
+Checkpoints enter the tree (1) where prompts branch: a request found more pages than state and computes the difference
+again, or another request waits for the prefix that it computes; (2) at the last page boundary of the prompt; (3) at
+that of the answer, when the request is released; (4) every `interval` tokens. The first, second and last end a prefill
+chunk: a state can be copied only between steps. States are evicted least recently used first, or with the last pages of
+their node; evicting a state leaves its pages.
 
-A checkpoint is copied when the next step is planned, before the step updates the state, and filed in the tree when the
-pages up to it are published. While a step is in flight that comes later: until then the request keeps the copy.
+A checkpoint is copied when the next step is planned, before the step updates the state. It is filed in the tree when
+the pages up to it are published, which a step in flight delays: until then the request keeps the copy.
 
-Copies are listed and run in order before the next step (contract.Moves). No request ever waits for a slot: each may
-have two, and the engine runs at most half as many requests as there are slots. A codec that writes a page when it is
-full keeps the partial page of each request in a slot, too; it is empty at page boundaries and needs none of the above.
+Copies are listed and run in order before the next step (contract.Moves). No request waits for a slot: each may have
+two, and the engine runs at most half as many requests as there are slots. A codec that writes whole pages only keeps
+the partial page of each request in a slot, too; it is empty at page boundaries and needs no checkpoint.
 Source: the state checkpoints of SGLang's MambaRadixCache and of vLLM's aligned mode.
 """
 
@@ -26,23 +26,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from nanokv.cache.node import Node
 from nanokv.cache.pool import StatePool
-from nanokv.cache.radix import Node, RadixTree
+from nanokv.cache.radix import RadixTree
 from nanokv.core.errors import CacheError
 from nanokv.core.request import Request
 
 MAX_RESERVED = 2
-"""Checkpoints that a connector may write for one request: they cannot be evicted meanwhile, so few."""
+"""Most checkpoints that a connector writes for one request: they cannot be evicted during the transfer."""
 
 
 @dataclass
 class Recurrence:
-    """What a request holds here.
+    """The slots of one request.
 
-    slot            the state that its layers update; it is that of num_computed
+    slot            the state that its layers update, at num_computed
     checkpoint      the slot of its latest private checkpoint, or None
     checkpoint_at   position of that checkpoint
-    wanted          positions at which a checkpoint for the tree is to be taken, page boundaries
+    wanted          page boundaries at which a checkpoint for the tree will be taken
     reserved        position -> slot of the checkpoints that a connector writes; None outside a transfer
     """
 
@@ -54,13 +55,14 @@ class Recurrence:
 
 
 class States:
-    """Slots for requests and for nodes of the tree.
+    """Slots of requests and of nodes of the tree.
 
-    num_states   slots in all
-    page_size    tokens in a page: checkpoints stand at its multiples
+    num_states   slots in the pool
+    page_size    tokens in a page: checkpoints are taken at its multiples
     interval     tokens between further checkpoints, or None
-    recurrent    False: states hold only what belongs to unfinished pages and are empty at every page boundary; then
-                 requests start anywhere, and no checkpoint is taken
+    tree         the RadixTree whose nodes carry checkpoints
+    recurrent    False: states hold partial pages alone and are empty at every page boundary; then requests start
+                 anywhere, and no checkpoint is taken
     """
 
     def __init__(
@@ -78,46 +80,47 @@ class States:
     # -- for the manager
 
     def reachable(self, node: Node) -> Node:
-        """The deepest node on the way up that has a state: where a request may start; a root when there is none."""
+        """The deepest node from `node` up that has a state, where a request may start; the root without one."""
         while self._recurrent and node.parent is not None and node.state is None:
             node = node.parent
         return node
 
     def open(self, request: Request, node: Node, branch: int) -> None:
-        """A slot for a request that starts at `node`, with a copy of the node's state if it has one.
+        """Allocates the slot of a request that starts at `node`, and lists the copy of the node's state.
 
-        branch   tokens whose pages were found, beyond the node perhaps: a checkpoint will be taken there
+        branch   tokens whose pages were found, at the node or beyond: a checkpoint will be taken there
+        Raises   CacheError where all slots belong to requests
         """
         source = node.state
         if source is not None:
-            self._cached[node] = self._cached.pop(node)  # used just now
+            self._cached[node] = self._cached.pop(node)  # most recently used
         slot = self._begin(request, branch)
         if source is not None and source != slot:  # with very few slots the node's own becomes the request's
             self._copies.append((source, slot))
 
     def limit_chunk(self, request: Request, num_tokens: int) -> int:
-        """How many of the next `num_tokens` to compute in one step, so that it ends where a checkpoint is due."""
+        """How many of the next `num_tokens` one step may compute, so that it ends where a checkpoint is due."""
         if not self._recurrent:
             return num_tokens
         start, size = request.num_computed, self._page_size
-        stops = {*request.held.recurrence.wanted, (request.num_tokens - 1) // size * size}
+        stops: set[int] = {*request.held.recurrence.wanted, (request.num_tokens - 1) // size * size}
         if self._interval is not None:
             stops.add((start // self._interval + 1) * self._interval)
         return min([num_tokens, *(stop - start for stop in stops if stop > start)])
 
     def request_checkpoint(self, request: Request, position: int) -> bool:
-        """Asks for a checkpoint at `position` of this request's tokens; False when the state has passed it already."""
+        """Requests a checkpoint at `position` of a running request. False where its state has passed the position."""
         if not self._recurrent:
             return True
         if request.num_computed > position:
             return False
         if request.held.recurrence.reserved is not None:
-            return position in request.held.recurrence.reserved  # too late to ask for more
+            return position in request.held.recurrence.reserved  # a transfer has begun: its checkpoints are fixed
         request.held.recurrence.wanted.add(position)
         return True
 
     def capture(self, request: Request) -> None:
-        """Before a step updates the state: copies it at a page boundary. `file_checkpoint` files the copy."""
+        """Lists a copy of the state at a page boundary, before the next step updates it, and files it if possible."""
         position, held = request.num_computed, request.held.recurrence
         if not self._recurrent or position == 0 or position % self._page_size:
             return
@@ -131,7 +134,7 @@ class States:
             self.file_checkpoint(request)
 
     def file_checkpoint(self, request: Request) -> None:
-        """Hands the checkpoint to the tree if it is meant for it, once the pages up to there are published."""
+        """Moves the request's checkpoint into the tree, if it belongs there and the pages up to it are published."""
         held = request.held.recurrence
         at = held.checkpoint_at
         if held.checkpoint is None or not self._ends_at(request, at) or not self._is_kept(request, at):
@@ -142,10 +145,11 @@ class States:
             held.checkpoint = None
 
     def reserve_checkpoints(self, request: Request, upto: int) -> dict[int, int]:
-        """Slots for the checkpoints, position -> slot, that a connector is to write on its way to position `upto`.
+        """Reserves slots for the checkpoints that a connector writes between num_computed and `upto`.
 
-        The end of the prompt first, which the next turn starts from, then the deepest other one; as many as there are
-        slots for.
+        The end of the prompt comes first, where the next turn starts, then the deepest others; at most MAX_RESERVED,
+        and as many as there are free slots.
+        Returns   position -> slot
         """
         held: Recurrence = request.held.recurrence
         start, size = request.num_computed, self._page_size
@@ -163,31 +167,36 @@ class States:
         return held.reserved
 
     def take_reserved(self, request: Request) -> dict[int, int]:
-        """The same, written by now: the caller brings each to its node with `attach`."""
+        """Ends a reservation. The caller gives each slot to its node with `attach`. Returns position -> slot."""
         held: Recurrence = request.held.recurrence
         reserved, held.reserved = held.reserved or {}, None
         return reserved
 
     def attach(self, node: Node, slot: int) -> None:
-        """Gives `node` the checkpoint at its end; the slot is free again where the node has one already."""
+        """Gives `node` the checkpoint in `slot`; frees the slot where the node has a checkpoint already."""
         if node.state is None and node.parent is not None:
             self._attach(node, slot)
         else:
             self._pool.release(slot)
 
     def fork(self, parent: Request, child: Request) -> None:
-        """A slot for `child` with a copy of the parent's state. Raises CacheError where the child ends before it."""
+        """Allocates a slot for `child` and lists the copy of the parent's state.
+
+        Raises CacheError where the child has fewer computed tokens: a state cannot be rolled back.
+        """
         if child.num_computed != parent.num_computed:
             raise CacheError(f"{child} ends before {parent}, and a state cannot be rolled back")
         self._begin(child, child.num_computed)
         self._copies.append((parent.held.recurrence.slot, child.held.recurrence.slot))
 
     def release(self, request: Request) -> None:
-        """Gives the slots back; a state at the end of the request's published pages stays in the tree.
+        """Frees the request's slots. A state at the end of its published pages stays in the tree.
 
-        The slot that layers update is trusted only between steps: a step that failed halfway may have torn it.
+        The slot that layers update is valid only between steps: a step that failed may have updated some layers alone.
         """
-        held: Recurrence = request.held.recurrence
+        held: Recurrence | None = request.held.recurrence
+        if held is None:  # `open` has failed: it found no slot
+            return
         request.held.recurrence, request.held.state_id = None, None
         is_whole = self._recurrent and request.num_scheduled == 0 and held.reserved is None
         slots = {held.slot: request.num_computed if is_whole else None}
@@ -202,13 +211,13 @@ class States:
             self._pool.release(slot)
 
     def drop(self, nodes: Iterable[Node]) -> None:
-        """Frees the states of nodes whose last pages are gone."""
+        """Frees the states of these nodes."""
         for node in nodes:
             self._pool.release(self._cached.pop(node))
             node.state = None
 
     def lose(self, lost: set[int], requests: Iterable[Request]) -> None:
-        """Forgets the checkpoints in these slots, of nodes and of requests; the slots are free again."""
+        """Frees the slots `lost`, checkpoints of nodes and of requests, whose copies were never made."""
         self.drop([node for node, state in self._cached.items() if state in lost])
         for request in requests:
             held = request.held.recurrence
@@ -217,11 +226,12 @@ class States:
                 held.checkpoint = None
 
     def take_copies(self) -> list[tuple[int, int]]:
-        """The copies (src, dst) listed since the last call: to run in this order, before the step's forward pass."""
+        """The copies (source, destination) listed since the last call, in the order in which they run."""
         copies, self._copies = self._copies, []
         return copies
 
     def stats(self) -> dict[str, int]:
+        """Slots by owner, and evictions (core/stats.py)."""
         return {
             "states_total": self._pool.num_states,
             "states_free": self._pool.num_free,
@@ -231,7 +241,7 @@ class States:
         }
 
     def check(self, requests: Iterable[Request]) -> None:
-        """Recounts every slot. Raises CacheError where the books disagree."""
+        """Recounts every slot from these live requests and the tree. Raises CacheError for a difference."""
         owned: list[int] = []
         for request in requests:
             held: Recurrence = request.held.recurrence
@@ -262,7 +272,7 @@ class States:
         return every or position == prompt_end or position in request.held.recurrence.wanted
 
     def _slot(self) -> int | None:
-        """A free slot, or that of the state of the tree that was used longest ago; None when all are in use."""
+        """A free slot, or that of the tree's least recently used state; None where requests hold all slots."""
         if not self._pool.num_free and self._cached:
             self.drop([next(iter(self._cached))])
             self.num_evictions += 1

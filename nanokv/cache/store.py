@@ -1,4 +1,4 @@
-"""CacheStore: the bytes behind the ids of pages and states. Knows the layout; knows neither owners nor tokens.
+"""CacheStore: the bytes of pages and states. Knows the layout; knows neither owners nor tokens.
 
     pages    Slots of page_bytes
     states   Slots of state_bytes, behind the pages in the same flat allocation
@@ -6,7 +6,7 @@
     page i | layer 0 planes | layer 1 planes | ... | layer n planes |
            ^ i * page_bytes                  ^ first_layer .. last_layer lie side by side: one slice
 
-Because a page is one contiguous block, moving it anywhere (host memory, a file, another process) is one copy.
+A page is one contiguous block, so moving it (to host memory, a file, another process) is one copy.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from nanokv.core.spec import PageLayout
 
 _CACHE_LINE = 64
 WORD = 8
-"""Bytes that torch gathers and scatters at once (int64): byte by byte takes 40 to 80 times as long."""
+"""Bytes of the int64 words in which torch gathers and scatters; single bytes take 40 to 80 times as long."""
 LayerRange = Callable[[int, int | None], tuple[int, int]]
-"""(first layer, last layer + 1 or None for all) -> the bytes [start, end) of a slot that these layers take."""
+"""(first layer, last layer + 1 or None for all) -> the bytes [start, end) of these layers in a slot."""
 
 
 def _words(data: torch.Tensor) -> torch.Tensor:
@@ -31,9 +31,9 @@ def _words(data: torch.Tensor) -> torch.Tensor:
 
 
 def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Zeroed uint8 [num_bytes], because a kernel may multiply a slot nobody wrote yet by weight 0, and 0 * NaN is NaN.
+    """Zeroed uint8 [num_bytes]: a kernel may multiply an unwritten slot by weight 0, and 0 * NaN is NaN.
 
-    On a CPU the system maps zero pages on first touch: a pool of gigabytes costs nothing until it is used.
+    On a CPU the system maps zero pages on first touch: unused memory of a large pool costs nothing.
     """
     if device.type != "cpu":
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
@@ -43,10 +43,10 @@ def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 class Slots:
-    """Blocks of equal size, moved by their ids: whole, or some of their layers.
+    """Blocks of equal size, read, written and copied by their ids: whole, or some of their layers.
 
-    data          uint8 [slots, bytes], a view of the store's allocation
-    layer_range   where layers lie in a slot
+    data          uint8 [slots, bytes], a view of the store's buffer
+    layer_range   the bytes of layers in a slot
     """
 
     def __init__(self, data: torch.Tensor, layer_range: LayerRange) -> None:
@@ -59,7 +59,7 @@ class Slots:
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies slot src over slot dst for each (src, dst), one after the other.
 
-        The order is part of the contract: a slot may be the source of one copy and the destination of a later one.
+        The order matters: a slot may be the source of one copy and the destination of a later one.
         """
         for src, dst in copies:
             self.data[dst].copy_(self.data[src])
@@ -76,9 +76,11 @@ class Slots:
         last_layer: int | None = None,
         buffer: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """A copy of the layers first_layer .. last_layer - 1 of these slots: uint8 [len(ids), bytes], contiguous.
+        """Copies the layers first_layer .. last_layer - 1 of these slots.
 
-        buffer   uint8, large enough: the copy is made at its front, because memory used before costs no page faults
+        buffer    uint8, at least len(ids) * width bytes: receives the copy at its start, because reused memory costs no
+                  page faults; None: new memory
+        Returns   uint8 [len(ids), bytes], contiguous
         """
         source = _words(self._layers(first_layer, last_layer))
         shape = len(ids), source.shape[1]
@@ -92,10 +94,11 @@ class Slots:
     def write(
         self, ids: Sequence[int], data: torch.Tensor, first_layer: int = 0, last_layer: int | None = None
     ) -> None:
-        """Writes what `read` of the same layers returned into these slots, which must be different ones.
+        """Writes the layers first_layer .. last_layer - 1 of these slots.
 
-        data    uint8 [len(ids), bytes], on any device
-        Raises  ValueError for data of another shape or dtype
+        ids      distinct
+        data     uint8 [len(ids), bytes] on any device, as `read` of the same layers returns it
+        Raises   ValueError for data of another shape or dtype
         """
         target = self._layers(first_layer, last_layer)
         if data.dtype != torch.uint8 or tuple(data.shape) != (len(ids), target.shape[1]):
@@ -117,14 +120,13 @@ class Slots:
 class CacheStore:
     """The pages and the states of one engine, in one buffer.
 
-    layout      PageLayout: the bytes of a page and of a state, and where each layer lies
-    num_pages   pages in the pool
-    device      where the buffer is allocated
-    buffer      uint8, contiguous, num_pages * page_bytes + num_states * state_bytes elements: memory handed in from
-                outside (shared memory, CUDA IPC) instead of an allocation; its contents are kept and `device` is the
-                buffer's
-    num_states  states beside the pages
-    Raises      ValueError for a buffer of the wrong dtype, size or strides
+    layout       PageLayout
+    num_pages    pages in the pool
+    device       of the buffer
+    buffer       uint8 [num_pages * page_bytes + num_states * state_bytes], contiguous: memory of the caller (shared
+                 memory, CUDA IPC) instead of an allocation. Its content and its device are kept
+    num_states   states after the pages
+    Raises       ValueError for a buffer of another dtype or size, or one that is not contiguous
     """
 
     def __init__(

@@ -49,8 +49,7 @@ def prefill(model: str | None, listen: str, **options: Any) -> None:
     from nanokv.disagg.server import listen as serve
     from nanokv.disagg.transport import bind
     from nanokv.disagg.worker import PrefillModel
-    from nanokv.engine.device import choose_device
-    from nanokv.llm import resolve_dtype
+    from nanokv.engine.device import choose_device, resolve_dtype
     from nanokv.models.read import read_folder
 
     logging.basicConfig(format="[prefill] %(message)s")

@@ -1,1 +1,1 @@
-"""The words every room uses: configuration, requests, memory specs, batches, events, errors."""
+"""Types that every package uses: configuration, requests, batches, memory specs, events, errors. Imports no package."""

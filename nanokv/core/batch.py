@@ -1,4 +1,4 @@
-"""Batch: one step as flat tensors. Everything a forward pass needs to know about time and place stands here."""
+"""Batch: the input of one step as flat tensors: tokens, their positions, and the pages of each request."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step, request after request; no row knows whether it is prefill or decode.
+    """The rows of one step, request after request. Rows of prefill and of decode are alike.
 
-    token_ids       int64 [rows]            what each row embeds
-    positions       int32 [rows]            place of the row in its request; it sees keys at positions <= its own
+    token_ids       int64 [rows]            the token of each row
+    positions       int32 [rows]            position of the row in its request; it attends to positions <= its own
     write_pages     int32 [rows]            the page that receives the row's K and V
     write_slots     int32 [rows]            the token slot inside that page, 0 <= slot < page_size
     request_starts  int32 [requests + 1]    rows of request r: request_starts[r] .. request_starts[r + 1]
     page_tables     int32 [requests, widest]  pages of request r in order of position; entries past its end are 0 and
                                             are never read, because no position reaches them
-    logit_rows      int64 [wanted]          rows whose logits are asked for, ascending
-    state_ids       int32 [requests]        states of request r (recurrent layers), empty where no layer has a state
+    logit_rows      int64 [wanted]          rows whose logits are wanted, ascending
+    state_ids       int32 [requests]        the state of each request, empty where no layer has a state
     page_size       tokens in a page
-    unwritable      bool [rows]             the one thing that layers write: rows whose keys or values a codec cannot
-                                            hold. What comes of such a row is dropped. All False where not given
+    unwritable      bool [rows]             layers mark the rows whose keys or values a codec cannot hold; the results
+                                            of such rows are dropped. All False where not given. The one field that
+                                            layers write
     """
 
     token_ids: torch.Tensor
@@ -38,8 +39,8 @@ class Batch:
     logit_rows: torch.Tensor
     state_ids: torch.Tensor
     page_size: int
-    unwritable: torch.Tensor | None = None
-    _shared: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    unwritable: torch.Tensor = field(default=None)  # type: ignore[assignment]  # __post_init__ makes it a tensor
+    _memo: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.unwritable is None:
@@ -47,22 +48,28 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
+        """Rows of all requests together."""
         return self.token_ids.shape[0]
 
     @property
     def num_requests(self) -> int:
+        """Requests with a row or more."""
         return self.request_starts.shape[0] - 1
 
     def once(self, make: Callable[..., T], *arguments: Any) -> T:
-        """make(self, *arguments), computed for the first layer that asks and kept for the others: for what all layers
-        work out of a step alike. Nobody may write into it."""
+        """make(self, *arguments), memoised: a value of this step that every layer needs. Treat it as read-only."""
         key = (make, *arguments)
-        if key not in self._shared:
-            self._shared[key] = make(self, *arguments)
-        return self._shared[key]
+        if key not in self._memo:
+            self._memo[key] = make(self, *arguments)
+        value: T = self._memo[key]
+        return value
 
     def select(self, requests: list[int]) -> tuple[torch.Tensor, Batch]:
-        """The rows of some requests (int64, ascending with `requests`), and a Batch of only these; no logits asked."""
+        """The part of the batch that belongs to some requests. The memo of `once` is not shared.
+
+        requests   indices of requests, in the order of the new batch
+        Returns    int64 [rows], the rows of these requests; and their Batch, without logit rows
+        """
         bounds = self.request_starts.tolist()
         spans = [torch.arange(bounds[i], bounds[i + 1], device=self.positions.device) for i in requests]
         rows, picked = torch.cat(spans), torch.tensor(requests, device=self.positions.device)

@@ -1,4 +1,4 @@
-"""Checks of values that users give. The error names the field, its value and what is allowed."""
+"""Checks of values that users give. The error names the field, its value and the allowed values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from nanokv.core.errors import NanokvError
 
 
 def check_integer(error: type[NanokvError], name: str, value: Any, least: int) -> None:
-    """Raises `error` unless `value` is an integer of at least `least`. True and False are no integers here."""
+    """Checks that `value` is an integer of at least `least`; True and False are not integers here.
+
+    error    the class to raise
+    name     of the field, for the error
+    Raises   `error`
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise error(f"{name}={value!r}: expected an integer of at least {least}")

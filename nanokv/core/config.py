@@ -1,7 +1,7 @@
-"""EngineConfig: everything a user chooses about an engine, validated, every field explained.
+"""EngineConfig: every option of an engine, with its meaning and its default.
 
-Syntax is checked here, on construction. Names that other rooms define (a codec, a device) are resolved when the
-engine is built, because this room knows none of them.
+Syntax is checked here, on construction. Names that other packages define (a codec, a device) are resolved when the
+engine is built: this package knows none of them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import InitVar, dataclass
 from inspect import signature
+from typing import Any
 
 from nanokv.core.check import check_integer
 from nanokv.core.errors import ConfigError
@@ -21,7 +22,11 @@ KERNELS = ("auto", "reference")
 
 
 def parse_bytes(value: int | str, field: str = "size") -> int:
-    """Bytes from an int or a text such as "512MiB", "4GB", "1073741824". Raises ConfigError naming `field`."""
+    """Bytes from an integer or a text such as "512MiB", "4GB", "1073741824".
+
+    field    names the value in the error
+    Raises   ConfigError unless it is more than 0 bytes
+    """
     if isinstance(value, bool):
         raise ConfigError(f"{field}={value!r}: expected bytes or a text such as '512MiB'")
     if isinstance(value, int):
@@ -38,56 +43,56 @@ def parse_bytes(value: int | str, field: str = "size") -> int:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What a user chooses. Raises ConfigError naming the field, its value and what is allowed."""
+    """The options of an engine. Raises ConfigError naming the field, its value and the allowed values."""
 
     device: str = "auto"
     """Where the model runs: "auto", "cpu", "cuda" or "cuda:N"."""
     dtype: str = "auto"
     """Weights and activations: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"."""
     codec: str = "raw"
-    """How the numbers of a page are written: a name, or "K/V" for two; "raw" keeps the model's dtype."""
+    """The codec that writes keys and values into pages: a name, or "K/V" for two; "raw" keeps the model's dtype."""
     native_layers: str = ""
     """Layers whose pages stay unquantized, counted among those with attention: "first2,last2"."""
     prefill: str = "exact"
     """"exact": a prompt reads its own keys and values through the codec, so that results do not depend on chunks and
-    prefix hits; "fast": what comes in one step with them is read as it is. No difference for the raw codec."""
+    prefix hits; "fast": a prompt reads the keys and values of its own step unquantized. Equal for the raw codec."""
     center_keys: bool = False
-    """Take the mean of each layer's keys, measured before the first request, off the keys that a codec writes."""
+    """Subtract the mean of each layer's keys, measured before the first request, from the keys that a codec writes."""
     page_size: int = 16
-    """Tokens in a page: what is allocated, shared and evicted at once."""
+    """Tokens in a page, the unit of allocation, sharing and eviction."""
     kv_memory: int | str | None = None
-    """Bytes for pages and states ("512MiB"). Default on a CPU: a quarter of free memory, 4 GiB at most; on a GPU see
-    gpu_memory_fraction."""
+    """Bytes for pages and states ("512MiB"). Default on a CPU: a quarter of free memory, 4 GiB at most; on a GPU:
+    gpu_memory_fraction decides."""
     gpu_memory_fraction: float = 0.9
     """Share of a GPU's memory that this process may fill: weights, the largest step, and the rest for pages."""
     num_pages: int | None = None
     """Pages in the pool, instead of kv_memory."""
     num_states: int | None = None
-    """States of recurrent layers in the pool, two for each request that runs. Default: as many bytes as pages take."""
+    """States of recurrent layers in the pool, two for each running request. Default: as many bytes as pages take."""
     state_interval: int | None = None
-    """Tokens between further checkpoints of recurrent states, a multiple of page_size; None: only where they pay."""
+    """Tokens between further checkpoints of recurrent states, a multiple of page_size; None: no further ones."""
     prefix_cache: bool = True
     """Keep finished pages and reuse them for requests that begin with the same tokens."""
     max_step_tokens: int = 2048
-    """Token budget of one step, prefill chunks and decodes together."""
+    """Token budget of one step, prefill chunks and decodes together (vLLM: max_num_batched_tokens)."""
     max_requests: int = 64
-    """Requests that run at once; more wait."""
+    """Requests that run at once; others wait (vLLM: max_num_seqs)."""
     max_model_len: int | None = None
-    """Tokens a request may reach, prompt and answer together. Default: what the model was trained for."""
+    """Tokens a request may reach, prompt and answer together. Default: the longest context of the model."""
     overlap: bool | None = None
-    """Plan the next step while the device computes this one. Default: yes on a GPU, no on a CPU, which computes as it
-    is told."""
+    """Plan the next step while the device computes this one. Default: on for a GPU, off for a CPU, where execution is
+    synchronous."""
     graphs: bool | None = None
-    """Run decode steps from static buffers, on a GPU as CUDA graphs. Default: yes on a GPU, no on a CPU, where it saves
-    nothing. Codecs that are decoded into pages made for one step cannot be recorded, and run without."""
+    """Run decode steps from static buffers, on a GPU as CUDA graphs. Default: on for a GPU, off for a CPU, where it
+    saves nothing. Codecs that are decoded into pages made for one step cannot be recorded, and run without."""
     schedule: str = "fcfs"
-    """Order of waiting requests: "fcfs", or "longest-prefix" (cached prefixes first, with ageing)."""
+    """Order of waiting requests: "fcfs", or "longest-prefix" (longest cached prefix first, with ageing)."""
     seed: int = 0
-    """Seed of the requests that bring none."""
+    """Seed of the requests without one."""
     event_log: str | None = None
-    """Path of a JSONL file that receives one record for each thing that happens to a page or a request."""
+    """Path of a JSONL file that receives a record of each event of a page or a request (core/events.py)."""
     debug_checks: bool = False
-    """Recount every page whenever the engine is idle."""
+    """Audit the cache whenever the engine is idle (CacheManager.check)."""
     kernels: str = "auto"
     """"auto": compiled kernels for the device (numba, Triton); "reference": the readable torch ones on any device, to
     step through with a debugger. Much slower; float32 tokens are the same, except where two logits almost tie."""
@@ -95,7 +100,7 @@ class EngineConfig:
     """"auto" reads the checkpoint; "dummy" fills the model with seeded random weights (benchmarks)."""
 
     unquantized_layers: InitVar[str] = ""
-    """Another name for native_layers, under which the value is read."""
+    """An alias of native_layers, in which its value is kept."""
 
     def __post_init__(self, unquantized_layers: str) -> None:
         if unquantized_layers:
@@ -144,8 +149,8 @@ class EngineConfig:
                 check_integer(ConfigError, name, value, minimum)
 
     @classmethod
-    def from_fields(cls, **values) -> EngineConfig:
-        """EngineConfig(**values), with unknown names refused as a ConfigError that lists the known ones."""
+    def from_fields(cls, **values: Any) -> EngineConfig:
+        """EngineConfig(**values). Raises ConfigError for an unknown name, with a list of the known ones."""
         known = signature(cls).parameters
         for name in values:
             if name not in known:

@@ -1,20 +1,20 @@
-"""The few error classes. Each message is one line that says what is wrong and what to do."""
+"""The error classes. Each message is one line: the field or file, its value, and the remedy."""
 
 
 class NanokvError(Exception):
-    """Base of every error that nanokv raises on purpose."""
+    """Base of all errors of nanokv."""
 
 
 class ConfigError(NanokvError, ValueError):
-    """A choice in EngineConfig that cannot be honoured."""
+    """An option of EngineConfig that is not valid, or not possible with this model or machine."""
 
 
 class RequestError(NanokvError, ValueError):
-    """A request that cannot be served: the engine and all other requests go on."""
+    """A request that cannot be served. The engine and all other requests go on."""
 
 
 class CheckpointError(NanokvError):
-    """A model folder that is incomplete, misshapen, foreign or of an unknown family."""
+    """A model folder that is incomplete, malformed or of an unsupported family."""
 
 
 class PullError(NanokvError):
@@ -22,19 +22,19 @@ class PullError(NanokvError):
 
 
 class CacheError(NanokvError):
-    """The cache's books do not balance. Always a bug in nanokv, never the user's fault."""
+    """The cache contradicts itself about an owner, a lock or a page. Always a bug in nanokv."""
 
 
 class CodecError(NanokvError, ValueError):
-    """Keys or values that the chosen codec cannot write: they are not finite, or beyond what a scale holds."""
+    """Keys or values that the codec cannot write: they are not finite, or beyond the range of a scale."""
 
 
 class CourseError(NanokvError):
-    """A course, an exercise of it or a student's file that cannot be used as it is."""
+    """A course, an exercise or a student's file that cannot be used."""
 
 
 class ExerciseTODO(NanokvError, NotImplementedError):
-    """Stands where an exercise waits for its solution: ExerciseTODO("02.1")."""
+    """Raised by the empty body of an exercise: ExerciseTODO("02.1")."""
 
     def __init__(self, exercise_id: str) -> None:
         super().__init__(f"exercise {exercise_id} is still to do: nanokv learn start {exercise_id}")

@@ -14,14 +14,15 @@ from nanokv.core.errors import ConfigError
 from nanokv.core.events import Event, StepLaunched
 
 VERSION = 2
-"""1 had "hand_over" where 2 has "transfer"."""
+"""Version of the log. Version 1 named the event "transfer" "hand_over"."""
 
 
 class EventLog:
-    """A subscriber of Events that writes to the file `path`, which it empties first.
+    """A subscriber of Events that writes a file, emptied first.
 
-    Raises ConfigError when the file cannot be opened. A call raises OSError on a full disk: Events then removes the
-    log with one warning, so requests do not suffer from the logging.
+    path     of the file
+    Raises   ConfigError when the file cannot be opened. A call raises OSError on a full disk; `Events` then removes the
+             log with a warning, and requests go on
     """
 
     def __init__(self, path: str) -> None:
@@ -40,6 +41,7 @@ class EventLog:
         self._write(event.name, {name: value for name, value in values.items() if value is not None})
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
     def _write(self, name: str, values: dict[str, object]) -> None:

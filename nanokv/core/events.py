@@ -1,10 +1,10 @@
-"""Events: one record for each thing that happens to a page or a request, and the subscribers that read them.
+"""Events: typed records of changes to pages and requests, and the subscribers that receive them.
 
-Subscribers are functions; the JSONL log (event_log.py) is one of them. Without a subscriber `Events` is false and an
-event is not even made:
+Subscribers are functions; the JSONL log (event_log.py) is one of them. Without a subscriber `Events` is false, and no
+event is created:
 
     if events:
-        events.emit(Preempted(request.request_id, request.index))
+        events.emit(Preempted(request.id, request.index))
 
 The subclasses of Event are the list of all events.
 """
@@ -21,14 +21,14 @@ logger = logging.getLogger("nanokv")
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Base of all events. `name` is what the log calls it."""
+    """Base of all events. `name` is the event's name in the log."""
 
     name: ClassVar[str]
 
 
 @dataclass(frozen=True, slots=True)
 class RequestAdded(Event):
-    """A request was queued."""
+    """A request was queued. n: the number of its samples."""
 
     name = "request"
     request: str
@@ -38,7 +38,7 @@ class RequestAdded(Event):
 
 @dataclass(frozen=True, slots=True)
 class PageEvent(Event):
-    """Something happened to pages. request and index are None where no request is the cause."""
+    """Base of the events of pages. `request` and `index` (of the sample) are None where no request is the cause."""
 
     request: str | None
     index: int | None
@@ -46,13 +46,13 @@ class PageEvent(Event):
 
 
 class Matched(PageEvent):
-    """The prefix cache gave a request these pages."""
+    """A request was admitted and holds these cached pages."""
 
     name = "match"
 
 
 class Allocated(PageEvent):
-    """A request took free pages."""
+    """A request received free pages."""
 
     name = "alloc"
 
@@ -70,13 +70,13 @@ class Copied(PageEvent):
 
 
 class Published(PageEvent):
-    """Full pages of a request stand in the prefix tree."""
+    """Full pages of a request entered the prefix tree, or were found there."""
 
     name = "publish"
 
 
 class Evicted(PageEvent):
-    """Cached pages were dropped for room."""
+    """Cached pages were dropped to make room."""
 
     name = "evict"
 
@@ -88,7 +88,7 @@ class Freed(PageEvent):
 
 
 class TransferStarted(PageEvent):
-    """A connector may write into a request's pages from here on."""
+    """A transfer began: until it ends, a connector may write into the request's pages."""
 
     name = "transfer"
 
@@ -104,7 +104,7 @@ class Preempted(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepLaunched(Event):
-    """A step was dispatched. requests: [id, index, tokens] of each; copies: (source, destination)."""
+    """A step was dispatched. requests: (id, index, tokens) of each; copies, state_copies: (source, destination)."""
 
     name = "step"
     number: int
@@ -125,6 +125,7 @@ class Finished(Event):
 
 
 Subscriber = Callable[[Event], None]
+"""Receives each event, in the thread of the engine and often inside a step: it may not call the engine."""
 
 
 class Events:
@@ -134,24 +135,23 @@ class Events:
         self._subscribers: list[Subscriber] = []
 
     def __bool__(self) -> bool:
-        """Whether anything listens; callers make no event otherwise."""
+        """Whether there is a subscriber; callers create no event otherwise."""
         return bool(self._subscribers)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Calls `subscriber` with each event from now on, in the thread of the engine. Returns what ends that."""
+        """Calls `subscriber` with each event from now on. Returns the function that ends the subscription."""
         self._subscribers.append(subscriber)
-
-        def unsubscribe() -> None:
-            if subscriber in self._subscribers:
-                self._subscribers.remove(subscriber)
-
-        return unsubscribe
+        return lambda: self._unsubscribe(subscriber)
 
     def emit(self, event: Event) -> None:
-        """Hands the event to every subscriber. One that raises is removed with a warning: the engine goes on."""
+        """Calls every subscriber with the event. A subscriber that raises is removed with a warning."""
         for subscriber in tuple(self._subscribers):
             try:
                 subscriber(event)
             except Exception as error:
                 logger.warning("a subscriber of events ends here: %s", error)
-                self._subscribers.remove(subscriber)
+                self._unsubscribe(subscriber)
+
+    def _unsubscribe(self, subscriber: Subscriber) -> None:
+        if subscriber in self._subscribers:
+            self._subscribers.remove(subscriber)

@@ -1,10 +1,10 @@
-"""Page keys: what a page of the cache is called outside its process.
+"""Page keys: names of cached pages that are valid in every process.
 
     root key  = H(identity, salt)                     one for each model and namespace
-    page key  = H(key of the page before, tokens)     the first page of a prompt comes after the root
+    page key  = H(key of the page before, tokens)     before the first page of a prompt: the root key
 
-So two pages have equal keys only where their tokens are equal, after an equal prefix, under an equal model and salt.
-Knows no pages and no tensors; a router uses it without torch.
+Equal keys mean equal tokens after an equal prefix, under an equal model and salt. Knows no pages and no tensors; a
+router uses it without torch.
 Source: the block hashes of vLLM's prefix cache.
 """
 
@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 KEY_BYTES = 16
+"""Bytes of a key."""
 TOKEN_BYTES = array("i").itemsize
+"""Bytes of a token id, an int32."""
 
 
 def root_key(identity: bytes, salt: str | None) -> bytes:
@@ -32,11 +34,11 @@ def root_key(identity: bytes, salt: str | None) -> bytes:
 
 
 def page_keys(tokens: Sequence[int] | bytes, page_size: int, parent: bytes) -> list[bytes]:
-    """The keys of the whole pages of `tokens`, in order; what is left over after the last whole page has none.
+    """The keys of the whole pages of `tokens`, in order. A partial page at the end has no key.
 
-    tokens    token ids, or their bytes as int32 in the machine's order
-    page_size tokens in a page
-    parent    the key of the page before, or a root key: KEY_BYTES bytes
+    tokens      token ids, or their bytes as int32 in the machine's byte order
+    page_size   tokens in a page
+    parent      the key of the page before, or a root key: KEY_BYTES bytes
     """
     data = tokens if isinstance(tokens, bytes) else array("i", tokens).tobytes()
     if sys.byteorder == "big":

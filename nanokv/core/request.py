@@ -1,20 +1,20 @@
-"""Request, SamplingParams, RequestOutput: what is asked, what is known of it, what is answered.
+"""Request, SamplingParams, RequestOutput: the input of the engine, its state while it runs, and its output.
 
-The words of a request, with the intervals they bound (tokens by position):
+The counters of a request bound intervals of token positions:
 
-    |<-------------------- num_tokens: known (prompt, then what was sampled) --------------------->|
+    |<------------------ num_tokens: known (the prompt, then the sampled tokens) ------------------>|
     [0, num_cached)        [num_cached, num_computed)        [num_computed, num_computed + num_scheduled)
-     K and V found in       K and V computed by this           computed in the step that is being planned
-     the prefix cache       request in earlier steps           or run right now
+     K and V found in       K and V computed by this           computed by the step that is being planned
+     the prefix cache       request in earlier steps           or that runs now
 
-The laws:
-- `num_computed <= num_tokens - 1` whenever the request waits to be scheduled: the last known token is always still to
-  be computed, because its logits give the next one.
-- `advance` moves `num_computed` when a step is dispatched; `resolve` appends the sampled token when the step's result
-  is on the host. A token is appended there and nowhere else.
-- Between the two the request has one token in flight: it exists on the device, as number `in_flight` of those that the
-  last step sampled, and the next step may already compute it. Then `num_computed <= num_tokens` is the law.
-- `held` is what the cache knows of the request, and only the cache writes it.
+Invariants:
+- `num_computed <= num_tokens - 1` while the request waits to be scheduled: the last known token is always still to be
+  computed, because its logits give the next one.
+- `advance` moves `num_computed` when a step is dispatched. OutputProcessor.append adds the sampled token when the
+  step's result is on the host; no other code adds tokens.
+- Between the two the request has one token in flight: it exists on the device, as number `in_flight` of the tokens
+  that the last step sampled, and the next step may already compute it. Then `num_computed <= num_tokens` holds.
+- `held` belongs to the cache: only the cache writes it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from nanokv.core.errors import RequestError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop. Checked by `validate`, which the engine calls in `add_request`."""
+    """How tokens are sampled and when a sample ends. `Engine.add_request` calls `validate`."""
 
     max_tokens: int = 256
-    """Tokens to generate at most; cut to what the model's length leaves."""
+    """Most tokens to generate; fewer where the prompt leaves less of the model's length."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token (greedy)."""
     top_k: int = 0
@@ -44,23 +44,23 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less likely than min_p times the most likely one."""
     seed: int | None = None
-    """Makes the samples of this request reproducible; None takes a seed from the engine's."""
+    """Makes the samples of this request reproducible; None derives a seed from the engine's."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are not part of it."""
+    """Texts that end the answer and are cut off it."""
     stop_token_ids: tuple[int, ...] = ()
-    """Further token ids that end the answer, beside the model's own end-of-sequence tokens."""
+    """Token ids that end the answer, beside the model's own end-of-sequence tokens."""
     ignore_eos: bool = False
-    """Go on past the model's end-of-sequence tokens (benchmarks)."""
+    """Continue past the model's end-of-sequence tokens (benchmarks)."""
     min_tokens: int = 0
-    """Tokens to generate before any end-of-sequence or stop token may be chosen, or a stop text may match."""
+    """Tokens to generate before an end-of-sequence token, a stop token or a stop text may end the answer."""
     logprobs: int | None = None
-    """For each token, report its log-probability and those of this many most likely ones."""
+    """Report the log-probability of each token, and those of this many most likely tokens."""
     n: int = 1
     """Samples of the same prompt; they share its pages."""
     repetition_penalty: float = 1.0
-    """Above 1: makes tokens that occurred in prompt or answer less likely (Keskar et al. 2019)."""
+    """Above 1: tokens of the prompt and of the answer become less likely (Keskar et al. 2019)."""
     cache_salt: str | None = None
-    """Namespace of the prefix cache: requests with other salts share nothing with this one."""
+    """Namespace of the prefix cache: requests with different salts share no pages."""
 
     def __post_init__(self) -> None:
         for name, kind in (("stop", str), ("stop_token_ids", int)):
@@ -71,7 +71,7 @@ class SamplingParams:
                 object.__setattr__(self, name, tuple(value))
 
     def validate(self) -> None:
-        """Raises RequestError naming the field, its value and what is allowed."""
+        """Raises RequestError naming the field, its value and the allowed values."""
         self._integer("max_tokens", 1)
         self._integer("min_tokens", 0)
         self._integer("top_k", 0)
@@ -110,7 +110,7 @@ class SamplingParams:
 
 @dataclass
 class RequestMetrics:
-    """Times of one request, seconds on time.perf_counter(); None until it happened."""
+    """Times of one sample, in seconds of time.perf_counter(); None before the event."""
 
     arrival: float
     first_scheduled: float | None = None
@@ -136,7 +136,7 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """What the caller sees of one sample after a step; the last one has a finish_reason."""
+    """The state of one sample after a step, as the caller sees it. The last output has a finish_reason."""
 
     request_id: str
     index: int
@@ -147,32 +147,34 @@ class RequestOutput:
     finish_reason: str | None
     """"stop", "length", "abort", "error", or None while it runs."""
     error: str | None
-    """One line that says why, where finish_reason is "error": a step failed, or logits were not finite."""
+    """The cause in one line, where finish_reason is "error": a step failed, or logits were not finite."""
     cached_tokens: int
-    """Prompt tokens whose computation the prefix cache saved when the request was first admitted."""
+    """Prompt tokens that the prefix cache saved from computation when the request was first admitted."""
     kv_matched_tokens: int
     """Prompt tokens whose K and V were found; above cached_tokens only where a recurrent state was missing."""
     logprobs: list[dict[int, float]] | None
+    """For each token {token id: log-probability}, where SamplingParams.logprobs asks for it."""
     metrics: RequestMetrics
 
     @property
     def finished(self) -> bool:
+        """Whether this is the last output of the sample."""
         return self.finish_reason is not None
 
 
 @dataclass
 class Holding:
-    """What the cache holds for one request. Only an implementation of cache.contract.Cache writes it.
+    """The pages and states of one request. Only an implementation of cache.contract.Cache writes it.
 
     pages           pages[i] holds the tokens [i * page_size, (i + 1) * page_size)
-    num_published   the first of these pages stand in the prefix tree, immutable; the others belong to this request and
-                    to samples forked from it
+    num_published   the first num_published pages are in the prefix tree and immutable; the others belong to this
+                    request and to samples forked from it
     node            the locked node of the tree at the end of the published pages (cache.radix.Node)
     state_id        the state that recurrent layers update, at num_computed; None where no layer has one
     recurrence      the checkpoints of that state (cache.states.Recurrence)
     num_cached      prompt tokens that the prefix cache saved at the first admission
     num_kv_matched  prompt tokens whose pages were found then; more only where a recurrent state was missing
-    admitted        has had pages once, so the last two are final
+    admitted        the request has had pages before, so num_cached and num_kv_matched are final
     """
 
     pages: array[int] = field(default_factory=lambda: array("i"))
@@ -186,11 +188,11 @@ class Holding:
 
 
 class Request:
-    """One sample on its way through the engine. A user fills in the first three; the engine owns the rest.
+    """One sample in the engine. A user gives the three arguments; the engine owns all other attributes.
 
-    prompt_token_ids   list[int], at least one
+    prompt_token_ids   at least one token id
     params             SamplingParams
-    request_id         str, unique among live requests; the engine names it when None
+    request_id         unique among live requests; None: the engine gives one
     """
 
     def __init__(
@@ -202,19 +204,19 @@ class Request:
         self.prompt_token_ids = prompt_token_ids
         self.params = params if params is not None else SamplingParams()
         self.request_id = request_id
-        self.index = 0  # which of the n samples
-        self.seed = 0  # resolved by the engine
+        self.index = 0  # number of this sample, 0 .. n - 1
+        self.seed = 0  # of the request; equal for its samples
         self.logit_blocks: list[Any] | None = None  # score(): float32 [rows, vocab] of each step, instead of sampling
         self.num_scored = 0  # rows of logits delivered so far: a preempted request computes some rows twice
-        self.num_forks = 0  # samples that share this request's prompt and are not running yet
+        self.num_forks = 0  # samples that share this request's prompt and do not run yet
 
-        self.tokens: array[int] = array("i")  # filled by the engine once the ids are checked
+        self.tokens: array[int] = array("i")  # filled by the engine once the ids are validated
         self.num_prompt = 0
         self.num_computed = 0
         self.num_scheduled = 0
-        self.in_flight: int | None = None  # which of the last step's samples is this request's, while it is not here
+        self.in_flight: int | None = None  # the place of its token among the samples of the step in flight
         self.in_transfer = False  # a connector may write into its pages, so they are quarantined
-        self.num_attempts = 0  # transfers since the last one that brought something
+        self.num_attempts = 0  # transfers since the last one that delivered tokens
         self.held = Holding()
 
         self.max_tokens = 0  # params.max_tokens, cut to the model's length
@@ -225,24 +227,32 @@ class Request:
         self.metrics = RequestMetrics(arrival=time.perf_counter())
 
     @property
+    def id(self) -> str:
+        """The request_id of a request that the engine has queued."""
+        assert self.request_id is not None
+        return self.request_id
+
+    @property
     def num_tokens(self) -> int:
-        """Known tokens: the prompt and what was sampled."""
+        """Known tokens: the prompt and the sampled tokens."""
         return len(self.tokens)
 
     @property
     def num_generated(self) -> int:
+        """Sampled tokens."""
         return len(self.tokens) - self.num_prompt
 
     @property
     def wants_all_logits(self) -> bool:
+        """Whether the request is scored: it wants the logits of every row, and no samples."""
         return self.logit_blocks is not None
 
     @property
     def num_to_compute(self) -> int:
-        """Tokens whose K and V are still missing, one in flight included.
+        """Tokens without K and V, a token in flight included.
 
-        A token in flight has to arrive first where the answer ends with it, and where other samples begin after the
-        same prompt: they are forked when it is here.
+        A token in flight is not counted before it arrives where it is the last of the answer, and where other samples
+        of the prompt wait: they are forked when it arrives.
         """
         known = len(self.tokens) - self.num_computed
         if self.in_flight is None or self.num_forks or self.num_generated + 1 >= self.max_tokens:
@@ -251,13 +261,13 @@ class Request:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether more than the last token is still to be computed."""
+        """Whether more than the last known token is still to be computed."""
         return self.num_to_compute > 1
 
     def advance(self, in_flight: int | None = None) -> None:
-        """First half of commit: the step that computes the scheduled tokens has been dispatched.
+        """Counts the scheduled tokens as computed: their step has been dispatched.
 
-        in_flight   the place of this request's token among those that the step samples; None if it samples none
+        in_flight   the place of this request's token among the samples of the step; None where it gets none
         """
         self.num_computed += self.num_scheduled
         self.num_scheduled = 0

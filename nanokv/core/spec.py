@@ -1,4 +1,4 @@
-"""Plane, LayerSpec, PageLayout: what one layer keeps, in bytes. Knows neither tensors' contents nor who owns a page.
+"""Plane, LayerSpec, PageLayout: where each layer's data lies in a page and in a state. Knows no values and no owners.
 
 A page is one contiguous block of bytes that holds every paged plane of every layer for `page_size` tokens; a state is
 one contiguous block that holds every state plane of every layer for one sequence:
@@ -15,15 +15,16 @@ from dataclasses import dataclass
 import torch
 
 ALIGNMENT = 16
+"""Bytes: every plane starts at a multiple."""
 
 
 @dataclass(frozen=True)
 class Plane:
-    """One named array that lives in a page (one slice per token) or beside a sequence.
+    """One named array in a page or in a state.
 
-    shape       without the token axis for a state plane; with the page's tokens at `token_axis` for a paged one
-    token_axis  the axis of `shape` that counts tokens; None for a state plane, and for what a page keeps once for all
-                its tokens
+    shape       of the whole array: with page_size tokens at `token_axis` for a paged plane
+    token_axis  the axis of `shape` that counts tokens; None for a state plane, and for a paged plane that belongs to
+                all tokens of the page
     """
 
     name: str
@@ -33,16 +34,17 @@ class Plane:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the array, without alignment."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer keeps. Bytes are payload, without alignment.
+    """The planes of one layer. Bytes are payload, without alignment.
 
-    paged          per token
-    state          per sequence, updated by every token: a prefix can be reused only where a copy of it was kept
-    partial_page   per sequence, the tokens of its unfinished page: empty at page boundaries, so no copy is needed
+    paged          in pages, per token
+    state          per sequence, updated by every token: a prefix can be reused only where a checkpoint of it exists
+    partial_page   per sequence, the tokens of its unfinished page: empty at page boundaries, so it needs no checkpoint
     """
 
     paged: tuple[Plane, ...] = ()
@@ -51,23 +53,24 @@ class LayerSpec:
 
     @property
     def page_size(self) -> int | None:
-        """Tokens in a page; None where nothing is kept per token."""
+        """Tokens in a page; None for a layer without planes per token."""
         sizes = [plane.shape[plane.token_axis] for plane in self.paged if plane.token_axis is not None]
         return sizes[0] if sizes else None
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token in this layer's paged planes; 0 where it keeps none."""
-        return sum(plane.num_bytes for plane in self.paged) // self.page_size if self.paged else 0
+        return sum(plane.num_bytes for plane in self.paged) // self.page_size if self.page_size else 0
 
     @property
     def bytes_per_sequence(self) -> int:
+        """Bytes of the layer's planes in a state."""
         return sum(plane.num_bytes for plane in (*self.state, *self.partial_page))
 
 
 @dataclass(frozen=True)
 class PlaneSlot:
-    """Where one plane of one layer lies: `offset` bytes after the start of its page (or of its state)."""
+    """The place of one plane: `offset` bytes after the start of its page or state."""
 
     plane: Plane
     offset: int
@@ -76,10 +79,10 @@ class PlaneSlot:
 class PageLayout:
     """The byte offsets of every plane of every layer in a page and in a state, computed from the layers' specs.
 
-    specs       one LayerSpec a layer
+    specs       LayerSpec of each layer
     page_size   tokens in a page
-    Attributes: page_bytes, state_bytes (padded, what is allocated); page_payload, state_payload (without padding);
-    is_recurrent (whether a sequence's state has to be kept to start from)
+    Attributes: page_bytes, state_bytes (allocated, with padding); page_payload, state_payload (without padding);
+    is_recurrent (whether a layer has a state, so that a prefix can be reused only from a checkpoint)
     """
 
     def __init__(self, specs: list[LayerSpec], page_size: int) -> None:
@@ -110,16 +113,17 @@ class PageLayout:
 
     @property
     def states_per_request(self) -> int:
-        """States that a request may hold: its own, and a checkpoint where layers are recurrent."""
+        """States that one request may hold: its own, and a checkpoint where layers are recurrent."""
         return 0 if not self.state_bytes else 2 if self.is_recurrent else 1
 
     @property
     def num_layers(self) -> int:
+        """Layers of the model."""
         return len(self.specs)
 
     @property
     def bytes_per_token(self) -> int:
-        """Payload bytes that one more token costs, all layers together."""
+        """Payload bytes of one more token, all layers together."""
         return sum(spec.bytes_per_token for spec in self.specs)
 
     def paged(self, layer: int, name: str) -> PlaneSlot:
@@ -131,11 +135,11 @@ class PageLayout:
         return self._state[layer][name]
 
     def layer_range(self, first: int = 0, last: int | None = None) -> tuple[int, int]:
-        """The bytes [start, end) of a page that hold the layers first..last-1: they lie side by side."""
+        """The bytes [start, end) of a page that hold the layers first .. last - 1, which are adjacent."""
         return _layer_range(self._paged, self.page_bytes, first, last)
 
     def state_layer_range(self, first: int = 0, last: int | None = None) -> tuple[int, int]:
-        """The same of a state."""
+        """The bytes [start, end) of a state that hold the layers first .. last - 1."""
         return _layer_range(self._state, self.state_bytes, first, last)
 
     def pages_for(self, num_tokens: int) -> int:
@@ -144,7 +148,7 @@ class PageLayout:
 
 
 def _layer_range(table: list[dict[str, PlaneSlot]], size: int, first: int, last: int | None) -> tuple[int, int]:
-    """Where the layers first..last-1 of `table` lie in a block of `size` bytes; layers without planes take none."""
+    """The bytes of the layers first .. last - 1 of `table` in a block of `size`; layers without planes have none."""
     starts = [min((slot.offset for slot in slots.values()), default=None) for slots in table]
     later = [] if last is None else [start for start in starts[last:] if start is not None]
     own = [start for start in starts[first:last] if start is not None]

@@ -1,7 +1,7 @@
-"""The numbers that `LLM.stats` gives: one table of names, kinds, units and meanings. Documentation and metrics read it.
+"""The numbers of `LLM.stats`: a table of names, kinds, units and meanings, for documentation and metrics.
 
-gauge     a value of right now, or of the engine for good
-counter   counted since the engine was made; never falls
+gauge     the present value, or a constant of the engine
+counter   a count since the engine was made; never falls
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stat:
-    """One number. `only` says in which engines it exists; "" in all."""
+    """One number. `only` names the engines that have it; "": all."""
 
     name: str
     kind: str
@@ -23,7 +23,7 @@ class Stat:
 _STATES, _DISAGG = "layers with states", "disagg"
 
 STATS = (
-    Stat("bytes_per_token", "gauge", "bytes", "what one more token costs in the cache, without padding"),
+    Stat("bytes_per_token", "gauge", "bytes", "bytes of one more token in the cache, without padding"),
     Stat("page_size", "gauge", "tokens", "tokens in a page"),
     Stat("page_bytes", "gauge", "bytes", "bytes of a page, padding included"),
     Stat("state_bytes", "gauge", "bytes", "the recurrent state of one sequence; 0 without recurrent layers"),
@@ -31,37 +31,37 @@ STATS = (
     Stat("pages_free", "gauge", "pages", "pages without an owner"),
     Stat("pages_held", "gauge", "pages", "pages private to running requests"),
     Stat("pages_cached", "gauge", "pages", "pages in the prefix tree"),
-    Stat("pages_locked", "gauge", "pages", "those of them that running requests use"),
+    Stat("pages_locked", "gauge", "pages", "pages in the prefix tree that running requests use"),
     Stat("states_total", "gauge", "states", "states in the pool", _STATES),
     Stat("states_free", "gauge", "states", "states without an owner", _STATES),
     Stat("states_held", "gauge", "states", "states of running requests", _STATES),
     Stat("states_cached", "gauge", "states", "checkpoints in the prefix tree", _STATES),
-    Stat("state_evictions", "counter", "states", "checkpoints dropped for room", _STATES),
-    Stat("evictions", "counter", "pages", "cached pages dropped for room"),
+    Stat("state_evictions", "counter", "states", "checkpoints dropped to make room", _STATES),
+    Stat("evictions", "counter", "pages", "cached pages dropped to make room"),
     Stat("hit_tokens", "counter", "tokens", "prompt tokens that the prefix cache saved, at the first admission"),
     Stat(
         "kv_hit_tokens", "counter", "tokens",
         "prompt tokens whose pages were found: more than hit_tokens only where a recurrent state was missing",
     ),
-    Stat("queried_tokens", "counter", "tokens", "prompt tokens that were looked up"),
+    Stat("queried_tokens", "counter", "tokens", "prompt tokens looked up in the prefix cache"),
     Stat("copies", "counter", "pages", "shared pages copied before a write"),
-    Stat("requests_running", "gauge", "requests", "requests that run"),
+    Stat("requests_running", "gauge", "requests", "running requests"),
     Stat("requests_waiting", "gauge", "requests", "requests in the queue"),
-    Stat("preemptions", "counter", "requests", "requests sent back to the queue"),
+    Stat("preemptions", "counter", "requests", "running requests that went back to the queue"),
     Stat("steps", "counter", "steps", "engine steps"),
-    Stat("prefill_workers_ready", "gauge", "processes", "prefill processes that take prompts", _DISAGG),
+    Stat("prefill_workers_ready", "gauge", "processes", "prefill processes that accept prompts", _DISAGG),
     Stat("requests_remote", "gauge", "requests", "requests whose pages another process may write", _DISAGG),
-    Stat("remote_prefills", "counter", "attempts", "attempts given to prefill processes", _DISAGG),
-    Stat("remote_tokens", "counter", "tokens", "uncached tokens of these attempts", _DISAGG),
-    Stat("remote_lost", "counter", "attempts", "attempts that came to nothing", _DISAGG),
+    Stat("remote_prefills", "counter", "attempts", "prefills given to prefill processes", _DISAGG),
+    Stat("remote_tokens", "counter", "tokens", "uncached tokens of these prefills", _DISAGG),
+    Stat("remote_lost", "counter", "attempts", "remote prefills that failed or whose process died", _DISAGG),
     Stat("worker_deaths", "counter", "processes", "prefill processes that died or were killed", _DISAGG),
     Stat("stale_messages", "counter", "messages", "dropped messages of an old attempt or an old pool", _DISAGG),
     Stat(
         "row_invariant", "gauge", "bool",
-        "whether this machine's matrix products give a row the same bits whatever the other rows are; exactness rests "
-        "on it",
+        "whether matrix products on this machine give a row the same bits for any other rows; exactness needs it",
     ),
 )  # fmt: skip
+"""Every number of `LLM.stats`."""
 
 
 def markdown() -> str:

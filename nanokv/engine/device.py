@@ -1,8 +1,8 @@
-"""Which device an engine runs on, and why: one line for people.
+"""The device and the dtype of an engine, from the names that the user gives.
 
-A GPU is supported when torch was built with CUDA and sees it, its compute capability is 8.0 or newer, and triton can
-be imported and can compile and run a kernel there. "auto" takes it then, else the CPU, and never fails; a device that
-is asked for by name and cannot work is a ConfigError that says what is missing.
+A GPU is supported when torch was built with CUDA and finds it, its compute capability is 8.0 or newer, and triton can
+be imported and can compile and run a kernel on it. "auto" chooses a supported GPU, else the CPU, and never fails. A
+device that the user names must work: else a ConfigError says what is missing.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from dataclasses import dataclass
 import torch
 
 from nanokv.core.errors import ConfigError
+from nanokv.models.config import ModelConfig
 
 LEAST_CAPABILITY = (8, 0)
+"""Oldest compute capability that is supported."""
 ALLOWED = "allowed are auto, cpu, cuda, cuda:N"
+"""The end of an error about a device name."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Name -> torch dtype, of all dtypes that weights and activations may have."""
 Obstacle = Callable[[int], str | None]
-"""What keeps the engine from GPU number N, in a few words; None where nothing does."""
+"""Number of a GPU -> in a few words the reason why the engine cannot use it, or None."""
 
 
 def current(device: torch.device) -> AbstractContextManager[None]:
@@ -28,14 +33,14 @@ def current(device: torch.device) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Choice:
-    """A device, and in a few words why it was taken."""
+    """A device and, in a few words, the reason for it."""
 
     device: torch.device
     reason: str
 
 
 def cuda_obstacle(index: int) -> str | None:
-    """What keeps the engine from GPU `index`: an Obstacle that asks torch, triton and the card."""
+    """The Obstacle that asks torch, triton and the card."""
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     if not torch.cuda.is_available():
@@ -61,7 +66,10 @@ def _triton_obstacle(device: torch.device) -> str | None:
 
 
 def choose_device(name: str, obstacle: Obstacle = cuda_obstacle) -> Choice:
-    """The device of a name: "auto", "cpu", "cuda" or "cuda:N". Raises ConfigError; for "auto" never."""
+    """The device of a name: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises   ConfigError for a name that is not allowed, and for a GPU that cannot be used; never for "auto"
+    """
     if name == "auto":
         try:
             hindrance = obstacle(0)
@@ -80,6 +88,14 @@ def choose_device(name: str, obstacle: Obstacle = cuda_obstacle) -> Choice:
     if hindrance is not None:
         raise ConfigError(f"device={name!r}: {hindrance}; use cpu, or auto")
     return _cuda(device.index or 0, "as asked")
+
+
+def resolve_dtype(name: str, model: ModelConfig) -> torch.dtype:
+    """The torch dtype of a name; "auto" is the checkpoint's. Raises ConfigError for a name that is not allowed."""
+    chosen = (model.dtype or "float32") if name == "auto" else name
+    if chosen not in DTYPES:
+        raise ConfigError(f"dtype={chosen!r}: allowed are auto, {', '.join(DTYPES)}")
+    return DTYPES[chosen]
 
 
 def _cuda(index: int, reason: str) -> Choice:

@@ -1,11 +1,11 @@
-"""EngineLoop: the one driver of an engine. Owns the lock, the queue of calls, and, when asked to, a thread.
+"""EngineLoop: the one driver of an engine. Owns the lock, the queue of calls and, once started, a thread.
 
-    submit(request) -> Ticket      its outputs, in order; iterating it steps the engine, or waits for the thread
+    submit(request) -> Ticket      an iterator over the outputs; it steps the engine, or waits for the thread
     call(fn)                       runs fn(engine) between two steps
-    cancel, finalizers             are noted at once and act between two steps
+    cancel                         queues an abort and never blocks, so that a finalizer may cancel at any point
 
-Nothing changes the engine while it computes a step: whatever comes during one, from another thread or from a garbage
-collection in the middle of it, waits in the queue of calls.
+Nothing changes the engine during a step. Calls of other threads, and those of a garbage collection in the middle of a
+step, wait in the queue until the step has ended.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from typing import TypeVar
 
 from nanokv.core.errors import NanokvError
@@ -26,25 +27,36 @@ logger = logging.getLogger("nanokv")
 
 T = TypeVar("T")
 WAIT_S = 0.05
-"""How long `Ticket.advance` waits for the thread before it returns."""
+"""Seconds for which a caller waits for the thread before it asks whether the thread has failed."""
 
 
 class Inbox:
-    """The outputs of one request that its ticket has not taken yet. Does not hold the ticket: dropping that cancels."""
+    """The outputs of one request that its ticket has not returned yet. Holds no ticket: dropping a ticket cancels."""
 
     def __init__(self) -> None:
         self.outputs: deque[RequestOutput] = deque()
         self.num_running = 0  # samples that have not ended
 
     def put(self, output: RequestOutput) -> None:
+        """Takes an output of the engine: the sink of the request."""
         self.outputs.append(output)
         self.num_running -= output.finished
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is an output, or one will come."""
+        return self.num_running > 0 or bool(self.outputs)
+
+    @property
+    def needs_step(self) -> bool:
+        """Whether the next output takes a step."""
+        return self.num_running > 0 and not self.outputs
 
 
 class Ticket:
     """One submitted request: an iterator over its outputs, which ends after the last one.
 
-    Closing it, or dropping it, cancels the request if it still runs.
+    Closing or dropping a ticket cancels its request, if that is still live.
     """
 
     def __init__(self, loop: EngineLoop, request: Request, inbox: Inbox) -> None:
@@ -57,13 +69,14 @@ class Ticket:
         return self
 
     def __next__(self) -> RequestOutput:
-        while not self._inbox.outputs:
-            if not self.advance():
+        inbox = self._inbox
+        while not inbox.outputs:
+            if not self._loop.advance(inbox):
                 raise StopIteration
-        return self._inbox.outputs.popleft()
+        return inbox.outputs.popleft()
 
     def advance(self) -> bool:
-        """One step of the engine if this request still runs, or a short wait for the thread; False when it is over."""
+        """One step of the engine, or a short wait for the thread, if there is no output yet. False after the last."""
         return self._loop.advance(self._inbox)
 
     def take(self) -> list[RequestOutput]:
@@ -72,7 +85,7 @@ class Ticket:
         return [outputs.popleft() for _ in range(len(outputs))]
 
     def cancel(self) -> None:
-        """Aborts the request between two steps, if it still runs. Outputs that are there stay."""
+        """Aborts the request between two steps, if it is still live. The iterator goes on to its last output."""
         self._loop.cancel(self.request_id, self._inbox)
 
     def close(self) -> None:
@@ -85,18 +98,19 @@ class Ticket:
 
 
 class EngineLoop:
-    """Drives one engine, from any number of threads."""
+    """Drives one engine for any number of threads. Without a thread of its own, callers that need an output step it."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._lock = threading.RLock()  # held by the thread that changes the engine
-        self._in_step = self._busy = False
+        self._in_step = False
+        self._has_turn = False  # the holder of the lock is in a turn, whose end runs the queued calls
         self._calls: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
-        self._wake = threading.Event()  # something to do for the thread
-        self._arrived = threading.Condition()  # the thread has stepped
-        self._stopping = self._closed = False
+        self._wake: SimpleQueue[None] = SimpleQueue()  # wakes the thread; `put` is reentrant, so finalizers may wake it
+        self._stepped = threading.Condition()  # notified after each turn of the thread
         self._failure: BaseException | None = None
+        self._closed = False
 
     # -- for callers
 
@@ -105,8 +119,7 @@ class EngineLoop:
         inbox = Inbox()
 
         def add(engine: Engine) -> None:
-            if self._closed:
-                raise NanokvError("this LLM is closed: make a new one")
+            self._check_open()
             engine.add_request(request, inbox.put)
             inbox.num_running = request.params.n
 
@@ -114,57 +127,72 @@ class EngineLoop:
         return Ticket(self, request, inbox)
 
     def call(self, fn: Callable[[Engine], T]) -> T:
-        """Runs fn(engine) between two steps and returns its result, or raises what it raises.
+        """Runs fn(engine) between two steps and returns its result, or raises its exception.
 
-        Raises NanokvError inside a step, where a subscriber of events or a finalizer may find itself.
+        Raises NanokvError inside a step, where subscribers of events run, and after a fault of the thread.
         """
-        if self._thread is None or self._thread is threading.current_thread():
+        if not self._is_driven:
             with self._turn():
                 return fn(self.engine)
         future: Future[T] = Future()
 
         def run() -> None:
-            try:
-                future.set_result(fn(self.engine))
-            except BaseException as error:
-                future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(fn(self.engine))
+                except BaseException as error:
+                    future.set_exception(error)
 
         self._post(run)
-        while not wait([future], WAIT_S).done:
-            self._check_thread()
-            if self._thread is None:  # stopped meanwhile
-                self._settle()
+        try:
+            while not future.done():
+                self._check_thread()
+                with suppress(TimeoutError):
+                    future.exception(WAIT_S)
+        except BaseException:  # a fault of the thread, or Ctrl-C: the call may not run after its caller has left
+            future.cancel()
+            raise
         return future.result()
 
     def step(self) -> list[RequestOutput]:
-        """One step, in this thread. Returns the outputs of requests that the engine was given without a ticket."""
+        """One step, in the calling thread. Returns the outputs of requests that were added without a ticket."""
         with self._turn():
             return self._step(self.engine.step)
 
     def cancel(self, request_id: str, inbox: Inbox) -> None:
-        """Aborts a request between two steps. Never waits, so that a finalizer may call it anywhere."""
+        """Aborts a request between two steps. Never blocks, so a finalizer may call it at any point."""
         if inbox.num_running > 0:
-            self._post(lambda: self.engine.abort(request_id) if request_id in self.engine else None)
+            self._post(lambda: self.engine.abort(request_id) if inbox.num_running > 0 else None)
 
     def start(self) -> None:
-        """Steps in a thread of its own from now on, whenever there is work."""
-        if self._thread is None:
-            self._stopping = False
-            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-            self._thread.start()
+        """Starts a thread that steps whenever there is work; `stop` ends it. Raises NanokvError after `close`."""
+        with self._lock:
+            self._check_open()
+            if self._thread is None:
+                self._failure, self._wake = None, SimpleQueue()
+                thread = threading.Thread(target=self._run, args=(self._wake,), name="engine", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def stop(self) -> None:
-        """Ends the thread after its step; live requests wait for whoever steps next."""
+        """Ends the thread after its step. Live requests stay: callers step them, or the next thread does.
+
+        Raises NanokvError in the thread itself.
+        """
         thread = self._thread
+        if thread is threading.current_thread():
+            raise NanokvError("the thread of the engine cannot stop itself: stop it from another thread")
         if thread is not None:
-            self._stopping = True
-            self._wake.set()
+            self._thread = None  # the thread goes on only while this names it
+            self._wake.put(None)
             thread.join()
-            self._thread = None
             self._settle()
 
     def close(self) -> None:
-        """Stops the thread, aborts what runs and closes the engine. Safe to call twice."""
+        """Stops the thread, aborts live requests and closes the engine. Safe to call twice.
+
+        Raises NanokvError inside a step and in the thread itself.
+        """
         self.stop()
         with self._turn():
             if not self._closed:
@@ -174,19 +202,25 @@ class EngineLoop:
     # -- for tickets
 
     def advance(self, inbox: Inbox) -> bool:
-        """One step for a request, or a wait for the thread; False when the request is over."""
-        if self._thread is not None and self._thread is not threading.current_thread():
-            with self._arrived:
-                if inbox.num_running > 0 and not inbox.outputs:
-                    self._arrived.wait(WAIT_S)
+        """One step for a request without an output, or a short wait for the thread. False after its last output."""
+        if not self._is_driven:
+            with self._turn():
+                if inbox.needs_step:
+                    self._step(self.engine.advance)
+                return inbox.is_open
+        with self._stepped:
+            if inbox.needs_step:
+                self._stepped.wait(WAIT_S)
+        if inbox.needs_step:
             self._check_thread()
-            return inbox.num_running > 0 or bool(inbox.outputs)
-        with self._turn():
-            if inbox.num_running > 0 and not inbox.outputs:  # else another thread has stepped for it meanwhile
-                self._step(self.engine.advance)
-            return inbox.num_running > 0 or bool(inbox.outputs)
+        return inbox.is_open
 
     # -- inside
+
+    @property
+    def _is_driven(self) -> bool:
+        """Whether the engine has a thread, and this is another one."""
+        return self._thread is not None and self._thread is not threading.current_thread()
 
     def _step(self, step: Callable[[], T]) -> T:
         self._in_step = True
@@ -197,59 +231,64 @@ class EngineLoop:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """The right to change the engine, after what was noted before."""
+        """The right to change the engine. Queued calls run before it and after it. Turns of one thread may nest."""
         try:
             with self._lock:
                 if self._in_step:
-                    raise NanokvError("the engine computes a step: nothing can be asked of it from inside")
-                nested, self._busy = self._busy, True
+                    raise NanokvError("the engine computes a step: it cannot be called from inside a step")
+                is_nested, self._has_turn = self._has_turn, True
                 try:
-                    if not nested:
-                        self._drain()
+                    while self._calls and not is_nested:
+                        self._calls.popleft()()
                     yield
                 finally:
-                    self._busy = nested
+                    self._has_turn = is_nested
         finally:
             self._settle()
+            if self._is_driven:  # this turn began before the thread did, and may leave it work
+                self._wake.put(None)
 
     def _post(self, call: Callable[[], None]) -> None:
+        """Queues a call. Never blocks."""
         self._calls.append(call)
-        self._wake.set()
         if self._thread is None:
             self._settle()
+        else:
+            self._wake.put(None)
 
     def _settle(self) -> None:
-        """Does what is noted, unless another thread holds the lock: that one looks again after it lets go."""
+        """Runs queued calls, unless a turn is open: its end looks into the queue again."""
         while self._calls and self._lock.acquire(blocking=False):
             try:
-                if self._busy:  # this very thread is at it, and looks again
+                if self._has_turn:
                     return
-                self._busy = True
-                try:
-                    self._drain()
-                finally:
-                    self._busy = False
+                with self._turn():
+                    pass
             finally:
                 self._lock.release()
 
-    def _drain(self) -> None:
-        while self._calls:
-            self._calls.popleft()()
-
-    def _run(self) -> None:
+    def _run(self, wake: SimpleQueue[None]) -> None:
         try:
-            while not self._stopping:
-                self._wake.clear()
+            with self._lock:  # `start` holds it until `_thread` names this thread
+                pass
+            while self._thread is threading.current_thread():
                 with self._turn():
-                    if len(self.engine.outputs):
+                    has_work = len(self.engine.outputs) > 0
+                    if has_work:
                         self._step(self.engine.advance)
-                        self._wake.set()
-                with self._arrived:
-                    self._arrived.notify_all()
-                self._wake.wait()
+                with self._stepped:
+                    self._stepped.notify_all()
+                if not has_work:
+                    wake.get()
+                    while not wake.empty():
+                        wake.get()
         except BaseException as error:
             self._failure = error
             logger.exception("the thread of the engine ends")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise NanokvError("this LLM is closed: make a new one")
 
     def _check_thread(self) -> None:
         if self._failure is not None:

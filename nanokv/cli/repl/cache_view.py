@@ -17,7 +17,8 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from nanokv.cache.radix import Node, RadixTree
+from nanokv.cache.node import Node
+from nanokv.cache.radix import RadixTree
 from nanokv.cli.common import binary
 
 WIDTH = 79
