@@ -95,7 +95,7 @@ class Requests:
     def truth(self, request: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Results [tokens, heads * value_dim] and the state after the last token; float64."""
         if request not in self.truths:
-            self.truths[request] = self.held.recurrence(request)
+            self.truths[request] = self.recurrence(request)
         return self.truths[request]
 
     def recurrence(self, request: int) -> tuple[torch.Tensor, torch.Tensor]:
