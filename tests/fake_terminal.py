@@ -10,6 +10,7 @@ from nanokv.cli.repl.session import ChatSession
 from nanokv.cli.repl.terminal import Terminal
 from nanokv.core.spec import LayerSpec, Plane
 from nanokv.engine.engine import Engine
+from nanokv.engine.loop import EngineLoop
 from nanokv.text.template import ChatTemplate
 from nanokv.text.tokenizer import Tokenizer, byte_alphabet
 
@@ -76,6 +77,7 @@ class ScriptedLLM:
         self.model_config = self.model.config
         self.tokenizer = byte_tokenizer()
         self.engine = Engine(self.model, self.config, self.tokenizer)
+        self.loop = EngineLoop(self.engine)
         self.folder, self.dtype, self.device = "weights/scripted", torch.float32, torch.device("cpu")
         self.device_reason = "as asked"
 
@@ -83,7 +85,7 @@ class ScriptedLLM:
         return self.engine.stats()
 
     def close(self) -> None:
-        self.engine.close()
+        self.loop.close()
 
     def __enter__(self) -> "ScriptedLLM":
         return self
