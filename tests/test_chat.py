@@ -88,7 +88,9 @@ def test_no_color_and_a_dumb_terminal_turn_colour_off(monkeypatch, name, value):
 
 
 def test_logits_that_are_not_finite_are_one_error_line(terminal):
-    terminal.llm.model.forward = lambda batch, pool: torch.full((len(batch.logit_rows), VOCABULARY), float("nan"))
+    terminal.llm.model.forward = lambda batch, pool, between=None: torch.full(
+        (len(batch.logit_rows), VOCABULARY), float("nan")
+    )
     out, err = terminal.enter("Hi")
     assert out == "" and terminal.said == []
     assert err.startswith("error: ") and "logits are not finite" in err and err.count("\n") == 1
@@ -254,7 +256,10 @@ def command(monkeypatch, tmp_path):
         made[-1].model.will_say("An answer.")
         made[-1].model.before_step = run.before_step
         submit = made[-1].engine.add_request
-        made[-1].engine.add_request = lambda request: (setattr(made[-1], "request", request), submit(request))[1]
+        made[-1].engine.add_request = lambda request, sink=None: (
+            setattr(made[-1], "request", request),
+            submit(request, sink),
+        )[1]
         return made[-1]
 
     monkeypatch.setattr("nanokv.llm.LLM", scripted)
@@ -343,7 +348,7 @@ def test_a_failed_step_shows_its_traceback_only_with_debug(debug):
         from nanokv.cli.main import main
         from nanokv.models.decoder import Decoder
 
-        def fails(self, batch, store):
+        def fails(self, batch, store, between=None):
             raise ValueError("a bug")
 
         Decoder.forward = fails
