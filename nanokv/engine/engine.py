@@ -92,10 +92,10 @@ class Engine:
             raise RequestError(f"stop={request.params.stop!r}: stop texts need a tokenizer, which this model lacks")
         self._num_added += 1
         prepare_request(request, self._num_added, self.config.seed, self.max_length)
-        self.outputs.open(request, sink)
         if self.events:
-            self.events.emit(RequestAdded(str(request.request_id), request.num_prompt, request.params.n))
-        return str(request.request_id)
+            self.events.emit(RequestAdded(request.id, request.num_prompt, request.params.n))
+        self.outputs.open(request, sink)
+        return request.id
 
     def abort(self, request_id: str) -> None:
         """Ends every sample of a request now; unknown or finished ids raise RequestError. Its pages are free at once,
