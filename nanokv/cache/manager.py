@@ -1,6 +1,6 @@
 """CacheManager: the cache as the scheduler sees it (contract.py). Knows requests, pages and states; knows no tensors.
 
-Who owns what, for one request (P = page_size; boundaries of ownership are whole pages):
+Ownership, for one request (P = page_size; the boundaries are whole pages):
 
     [0, num_published * P)      the tree owns these pages; the request locks `node`, the node that ends here
     [num_published * P, ...)    private: the PagePool counts the requests that hold the page (1, or more after a fork)

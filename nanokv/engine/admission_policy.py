@@ -45,8 +45,7 @@ class AdmissionPolicy:
     def waits_for_prefix(self, request: Request, found: int, running: list[Request]) -> bool:
         """Whether a running request computes a prefix that `request` shares beyond the `found` tokens in the cache.
 
-        The prefix in the making is read off the requests that prefill, so after an abort or a preemption the waiting
-        request goes on without any bookkeeping.
+        The running requests are searched each time, so the abort or preemption of one needs no bookkeeping here.
         """
         if not self._config.prefix_cache or request.wants_all_logits or self._is_aged(request):
             return False
@@ -83,7 +82,8 @@ class AdmissionPolicy:
 
 
 def common_prefix(request: Request, other: Request) -> int:
-    """Tokens that both begin with; at least one token of `request` is left to compute. 0 below MIN_SHARED."""
+    """Tokens that both begin with, less one if no token of `request` were left to compute; 0 where their first
+    MIN_SHARED tokens differ."""
     length = min(request.num_tokens - 1, other.num_tokens)
     if request.tokens[:MIN_SHARED] != other.tokens[:MIN_SHARED]:
         return 0

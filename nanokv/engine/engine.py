@@ -97,7 +97,7 @@ class Engine:
         return request.id
 
     def abort(self, request_id: str) -> None:
-        """Ends every sample of a request and frees its pages; those in a transfer once the connector has let go.
+        """Ends every sample of a request and frees its pages; those in a transfer once it is collected.
 
         Raises RequestError for an id that is not live.
         """

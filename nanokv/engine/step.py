@@ -125,7 +125,7 @@ def launch(plan: StepPlan, previous: Step | None, runner: Runner, outputs: Outpu
 
 
 def resolve(step: Step, following: Step | None, cache: Cache, outputs: Outputs) -> None:
-    """Waits for a step, publishes its pages and hands its tokens and logits to their requests.
+    """Waits for a step, publishes its pages and delivers its tokens and logits.
 
     following   the step dispatched since, or None
     """

@@ -51,7 +51,7 @@ class Transfers:
     def start(self, waiting: list[tuple[Request, int]], cache: CacheManager, events: Events, fail: Fail) -> None:
         """Starts the transfers (request, upto) of a plan, whose moves have run, and removes them from the list.
 
-        A request whose connector fails to start ends with an error; its pages are freed once the connector has let go.
+        A request whose connector fails to start ends with an error; pages that it may still write stay quarantined.
         """
         while waiting:
             request, upto = waiting[0]
