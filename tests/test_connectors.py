@@ -169,3 +169,89 @@ def test_an_exception_in_a_connector_ends_only_its_own_request(model):
     assert "as the test wished" in outputs[-1].error
     del tier.start
     assert answers(engine, PROMPTS[1:2]) == alone[1:2]
+
+
+def test_pages_of_a_transfer_that_failed_to_start_stay_until_it_is_collected(model):
+    tier = HostTier()
+    engine = engine_with(model, tier)
+    answers(engine, PROMPTS[:2])
+    start, collect = tier.start, tier.collect
+
+    def failing(*arguments):
+        start(*arguments)  # it writes, and fails after that
+        raise RuntimeError("as the test wished")
+
+    tier.start, tier.collect = failing, lambda wait: deque()
+    engine.add_request(Request(PROMPTS[0], GREEDY, "r"))
+    (output,) = engine.step()
+    assert "as the test wished" in output.error and engine.cache.stats()["pages_held"] > 0
+    tier.start, tier.collect = start, collect
+    engine.step()
+    engine.cache.check()
+    assert engine.cache.stats()["pages_held"] == 0
+
+
+def test_a_connector_that_fails_to_save_changes_no_token(model, caplog):
+    tier = HostTier()
+    engine = engine_with(model, tier)
+
+    def failing(*arguments):
+        raise OSError("no space left")
+
+    tier.save = failing
+    assert answers(engine, PROMPTS) == answers(Engine(*model, None), PROMPTS)
+    assert "failed to save" in caplog.text and not tier.kept
+
+
+def test_ctrl_c_between_a_plan_and_its_transfer_starts_the_request_again(model):
+    tier = HostTier()
+    engine = engine_with(model, tier)
+    alone = answers(engine, PROMPTS[:2])
+    engine.add_request(Request(PROMPTS[0], GREEDY, "r"))
+    drain_moves = engine.cache.drain_moves
+
+    def interrupted():
+        engine.cache.drain_moves = drain_moves
+        raise KeyboardInterrupt
+
+    engine.cache.drain_moves = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    outputs = []
+    for _ in range(20):
+        outputs += engine.step()
+    assert outputs and outputs[-1].token_ids == alone[0] and not engine.has_work
+
+
+def run_interrupted(model, number: int | None) -> tuple[dict, int]:
+    """Tokens of each sample of a few requests with Ctrl-C at event `number`, and the number of events."""
+    tier = HostTier()
+    engine = engine_with(model, tier)
+    sampled = SamplingParams(seed=1, n=2, max_tokens=4, ignore_eos=True)
+    for name, ids in enumerate(PROMPTS):
+        engine.add_request(Request(ids, sampled if name % 2 else GREEDY, str(name)))
+    tokens, num_events, num_steps = {}, 0, 0
+
+    def interrupt(event) -> None:
+        nonlocal num_events
+        num_events += 1
+        if num_events - 1 == number:
+            raise KeyboardInterrupt
+
+    engine.events.subscribe(interrupt)
+    while engine.has_work and (num_steps := num_steps + 1) < 300:
+        try:
+            for output in engine.step():
+                tokens[output.request_id, output.index] = output.token_ids, output.finish_reason
+        except KeyboardInterrupt:
+            pass
+    engine.cache.check()
+    assert not engine.has_work and engine.cache.stats()["pages_held"] == 0
+    return tokens, num_events
+
+
+def test_ctrl_c_in_any_event_of_a_run_loses_no_request_and_no_page(model):
+    alone, num_events = run_interrupted(model, None)
+    assert len(alone) == 6
+    for number in range(num_events):
+        assert run_interrupted(model, number)[0] == alone, number

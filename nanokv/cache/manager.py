@@ -1,6 +1,6 @@
 """CacheManager: the cache as the scheduler sees it (contract.py). Knows requests, pages and states; knows no tensors.
 
-Who owns what, for one request (P = page_size; boundaries of ownership are whole pages):
+Ownership, for one request (P = page_size; the boundaries are whole pages):
 
     [0, num_published * P)      the tree owns these pages; the request locks `node`, the node that ends here
     [num_published * P, ...)    private: the PagePool counts the requests that hold the page (1, or more after a fork)
@@ -284,13 +284,14 @@ class CacheManager(Sharing):
         held.node, in_tree = self._tree.insert(held.node, tokens, own)
         held.pages[first:last] = in_tree
         held.num_published = last
-        self._log(Published, request, in_tree)
         duplicates = [page for page, kept in zip(own, in_tree, strict=True) if page != kept]
+        freed = self._pool.release(duplicates)
+        self._log(Published, request, in_tree)
         adopted = own[len(duplicates) :]  # the tree held a prefix of them, so its new pages are the last
         for observer in self._observers if adopted else ():
             observer.stored(self._tree.keys_of(adopted), adopted)
-        if duplicates:
-            self._log(Freed, request, self._pool.release(duplicates))
+        if freed:
+            self._log(Freed, request, freed)
 
     def _log(self, event: type[PageEvent], request: Request | None, pages: Iterable[int]) -> None:
         if self._events:

@@ -1,4 +1,4 @@
-"""One step: plan, run, sample, commit."""
+"""The engine: plans, runs and resolves steps, and drives them for any number of callers."""
 
 from nanokv.engine.engine import Engine
 

@@ -1,7 +1,8 @@
-"""AdmissionPolicy: which waiting request is admitted next, and which one waits for a prefix that is being computed.
+"""AdmissionPolicy: the order in which waiting requests are admitted. Knows prefix lengths, and no pages.
 
-Three rules: the order of the configuration ("fcfs" or "longest-prefix"); ageing, so that no request is passed over for
-ever; and waiting for a shared prefix in the making (in-batch prefix caching of SGLang's scheduler).
+Three rules: the configured order ("fcfs" or "longest-prefix"); ageing, so that no request waits for ever; and waiting
+for a shared prefix that a running request is computing.
+Source: the in-batch prefix caching of SGLang's scheduler.
 """
 
 from __future__ import annotations
@@ -15,22 +16,26 @@ from nanokv.core.config import EngineConfig
 from nanokv.core.request import Request
 
 MIN_SHARED = 32
-"""Tokens that must be shared with a prefix in the making before a request waits for it."""
+"""Least tokens that a request must share with a prefix in progress before it waits for it."""
 MAX_PASSED_OVER = 100
-"""Plans that may admit a later request instead before a waiting one has its turn (ageing)."""
+"""Plans that may admit a later request before a waiting one is aged: aged requests come first."""
 
 
 class AdmissionPolicy:
-    """Keeps what it knows of waiting requests until `forget`."""
+    """Counts and waits of waiting requests, kept until `forget`.
+
+    config   EngineConfig: schedule, prefix_cache and page_size are used
+    cache    Cache, for prefix lengths and checkpoints
+    """
 
     def __init__(self, config: EngineConfig, cache: Cache) -> None:
         self._config = config
         self._cache = cache
-        self._passed_over: dict[Request, int] = {}
-        self._waits_for: dict[Request, tuple[Request, int]] = {}
+        self._passed_over: dict[Request, int] = {}  # plans that admitted a later request
+        self._waits_for: dict[Request, tuple[Request, int]] = {}  # (running request, tokens shared with it)
 
     def order(self, queue: list[Request]) -> list[Request]:
-        """The requests of `queue`, oldest first, in the order in which they are to be admitted."""
+        """The requests of `queue`, which is in order of arrival, in order of admission."""
         if self._config.schedule == "fcfs":
             return queue
         fresh = [request for request in queue if not self._is_aged(request)]
@@ -40,8 +45,7 @@ class AdmissionPolicy:
     def waits_for_prefix(self, request: Request, found: int, running: list[Request]) -> bool:
         """Whether a running request computes a prefix that `request` shares beyond the `found` tokens in the cache.
 
-        The prefix in the making is read off the requests that prefill, so after an abort or a preemption the waiting
-        request goes on without any bookkeeping.
+        The running requests are searched each time, so the abort or preemption of one needs no bookkeeping here.
         """
         if not self._config.prefix_cache or request.wants_all_logits or self._is_aged(request):
             return False
@@ -62,14 +66,14 @@ class AdmissionPolicy:
         return False
 
     def note(self, queue: list[Request], admitted: Iterable[Request]) -> None:
-        """Ages the requests of `queue` that stood before one of the admitted."""
+        """Ages the requests of `queue` that precede an admitted one."""
         places = [queue.index(request) for request in admitted]
         for request in queue[: max(places, default=0)]:
             if request not in admitted:
                 self._passed_over[request] = self._passed_over.get(request, 0) + 1
 
     def forget(self, request: Request) -> None:
-        """The request waits no longer."""
+        """Drops the counts of a request that does not wait any more."""
         self._passed_over.pop(request, None)
         self._waits_for.pop(request, None)
 
@@ -78,7 +82,8 @@ class AdmissionPolicy:
 
 
 def common_prefix(request: Request, other: Request) -> int:
-    """Tokens that both begin with, leaving `request` at least one to compute."""
+    """Tokens that both begin with, less one if no token of `request` were left to compute; 0 where their first
+    MIN_SHARED tokens differ."""
     length = min(request.num_tokens - 1, other.num_tokens)
     if request.tokens[:MIN_SHARED] != other.tokens[:MIN_SHARED]:
         return 0

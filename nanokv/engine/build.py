@@ -1,4 +1,4 @@
-"""What an engine is built of: how many pages and states fit, and the store, cache and runner over them."""
+"""build: sizes the pool of pages and states, and makes the store, cache and runner of an engine."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Allocate = Callable[[int, torch.device], torch.Tensor]
 
 @dataclass(frozen=True)
 class Parts:
-    """What `build` makes.
+    """The parts of an engine.
 
-    config       with max_requests cut to the states there are
-    log          the event log, or None
-    pool_tokens  tokens that the pool holds
-    max_length   tokens that a request may reach, prompt and answer together
+    config        with max_requests cut to the states of the pool
+    log           the event log, or None
+    pool_tokens   tokens that the pool holds
+    max_length    tokens that a request may reach, prompt and answer together
     """
 
     config: EngineConfig
@@ -55,12 +55,12 @@ def build(
     allocate: Allocate | None = None,
     observers: Sequence[CacheObserver] = (),
 ) -> Parts:
-    """Binds the model to the layout of its pages, and sizes and allocates what serves it.
+    """Binds the model to the layout of its pages; sizes and allocates its pool.
 
-    has_transfers   connectors bring pages: recurrent states are set aside for the checkpoints that they write
-    allocate        gives the memory for pages and states; None: the store allocates
-    observers       are told what enters and leaves the prefix tree
-    Raises          ConfigError when the pool does not fit in memory
+    has_transfers   a connector brings pages, so recurrent states are reserved for the checkpoints that it writes
+    allocate        makes the memory of pages and states; None: the store allocates
+    observers       receive the changes of the prefix tree
+    Raises          ConfigError when the pool does not fit in memory, or max_model_len is beyond the model's
     """
     longest = model.config.max_positions
     if config.max_model_len is not None and config.max_model_len > longest:
@@ -71,11 +71,11 @@ def build(
         memory = memory_for_pages(config, model, layout, device)
     num_pages, num_states = pool_size(config, layout, memory)
     if num_states:
-        # A running request needs a state, where layers are recurrent another one for its checkpoint, and those that a
+        # A running request needs a state; where layers are recurrent, another one for its checkpoint, and those that a
         # connector writes.
         each = layout.states_per_request + (MAX_RESERVED if has_transfers and layout.is_recurrent else 0)
         config = replace(config, max_requests=min(config.max_requests, max(1, num_states // each)))
-    # Decode steps that are padded to a fixed size write their padding to a page and a state of no request.
+    # Decode steps that are padded to a fixed size write their padding to a page and a state without an owner.
     spare = int((device.type != "cpu" if config.graphs is None else config.graphs) and model.is_recordable)
     pages, states = num_pages + spare, num_states and num_states + spare
     buffer = None if allocate is None else allocate(pages * layout.page_bytes + states * layout.state_bytes, device)
@@ -87,7 +87,7 @@ def build(
     cache = CacheManager(layout, num_pages, config.prefix_cache, events, num_states, config.state_interval, observers)
     if config.center_keys:
         measure_key_means(model, store, config, longest)
-    # A request alone must fit in the pool; the last token sampled is never written.
+    # Any request must fit in the pool alone; its last token is sampled and never written.
     pool_tokens = num_pages * config.page_size
     max_length = min(config.max_model_len or longest, pool_tokens + 1)
     runner = Runner(model, store, config.page_size, config.codec)

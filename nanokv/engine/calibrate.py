@@ -1,4 +1,4 @@
-"""measure_key_means: with `center_keys`, the engine measures the means of keys before its first request."""
+"""measure_key_means: the means of keys that the option `center_keys` subtracts, measured before the first request."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from nanokv.core.errors import CodecError, ConfigError
 from nanokv.models.decoder import Decoder
 
 TOKENS = 256
-"""Random tokens whose keys are averaged. Strong biases of keys hardly depend on the token or its position."""
+"""Random tokens whose keys are averaged: strong biases of keys hardly depend on the token or its position."""
 
 
 @torch.inference_mode()
 def measure_key_means(model: Decoder, store: CacheStore, config: EngineConfig, longest: int) -> None:
     """Sets the mean of each layer whose codec can subtract one, in one step over pages that are still free.
 
-    longest   tokens a request may reach
     Each layer subtracts its mean in this step already, so the layers above measure the keys that requests will have.
-    Raises ConfigError where no layer could use a mean, CodecError where the model's keys are not finite.
+
+    store     CacheStore whose first pages and first state the step overwrites
+    longest   tokens a request may reach
+    Raises    ConfigError where no layer can use a mean, CodecError where the model's keys are not finite
     """
     key_means = model.key_means()
     if not key_means:
@@ -37,7 +39,7 @@ def measure_key_means(model: Decoder, store: CacheStore, config: EngineConfig, l
 
 
 def first_pages(tokens: torch.Tensor, page_size: int, store: CacheStore) -> Batch:
-    """One request of these tokens, in the first pages and the first state."""
+    """A Batch of one request of `tokens`, int64 [rows], in the first pages and the first state of the store."""
     device = store.device
     positions = torch.arange(len(tokens), dtype=torch.int32, device=device)
     pages = positions // page_size
@@ -47,7 +49,7 @@ def first_pages(tokens: torch.Tensor, page_size: int, store: CacheStore) -> Batc
         write_pages=pages,
         write_slots=positions % page_size,
         request_starts=torch.tensor([0, len(tokens)], dtype=torch.int32, device=device),
-        page_tables=pages.unique()[None],
+        page_tables=torch.arange(store.layout.pages_for(len(tokens)), dtype=torch.int32, device=device)[None],
         logit_rows=torch.tensor([len(tokens) - 1], device=device),
         state_ids=torch.zeros(min(1, len(store.states)), dtype=torch.int32, device=device),
         page_size=page_size,

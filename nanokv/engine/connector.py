@@ -1,12 +1,11 @@
-"""What an engine needs of a source of computed pages: another process, a tier of memory. Knows no process and no tier.
+"""The contract between an engine and a source of computed pages, such as another process or a tier of memory.
 
     waiting --admit: match, reserve--> running, in_transfer --collect: pages--> running
-       ^                                  |  |
-       |                                  |  +-- collect: nothing came: preempt --+
-       +----------------------------------+---------------------------------------+
+       ^                                      |
+       +-------- preempt: nothing came -------+
 
-While a request is in transfer, its pages are quarantined: they stay its own, aborted or not, until `collect` returns
-it, because until then the connector may write into them.
+While a request is in transfer, its pages are quarantined: the request holds them, aborted or not, until `collect`
+returns it, because until then the connector may write into them. Knows no process and no tier.
 Source: the KV connectors of vLLM (Kwon et al. 2023), whose requests wait as WAITING_FOR_REMOTE_KVS.
 """
 
@@ -23,13 +22,13 @@ from nanokv.core.request import Request
 
 @dataclass(frozen=True)
 class Delivery:
-    """The end of a transfer: the connector writes nothing more for this request.
+    """The end of a transfer: the connector writes no more for this request.
 
-    num_tokens   the first tokens of the request that are in its pages and states now; no more than its num_computed:
-                 nothing came
-    tokens       the next token of each of its samples, where the connector has sampled: all known tokens are there then
-                 (None: logits are not finite)
-    logprobs     of each of these tokens, as the sampler returns them
+    num_tokens   the first num_tokens tokens of the request are in its pages and states; num_computed or fewer: nothing
+                 came
+    tokens       the next token of each sample, where the connector has computed all known tokens and sampled; None for
+                 logits that are not finite
+    logprobs     {token id: log-probability} or None for each of `tokens`, as the sampler returns them
     """
 
     request: Request
@@ -39,17 +38,19 @@ class Delivery:
 
 
 class PageSource(Protocol):
-    """What a scheduler asks of connectors."""
+    """The part of a connector that the scheduler uses."""
 
     def offers(self, request: Request, found: int) -> int:
-        """The number of tokens, from the first on, that can be brought; `found`, which are cached already: none.
+        """How many tokens, from the first on, the connector would bring; `found`, the tokens in the cache: none.
 
-        All known tokens only if the next one is sampled as well. Whether a transfer is worth its cost is decided here.
+        All known tokens only if the connector samples the next one. The connector decides whether a transfer is worth
+        its cost.
         """
         ...
 
     def abort(self, request: Request) -> bool:
-        """Cancels a transfer. True: its pages may still be written, and `collect` returns the request later."""
+        """Cancels a transfer. True: its pages may still be written, and `collect` returns the request later. False also
+        for a request that is not in transfer here."""
         ...
 
 
@@ -57,22 +58,23 @@ class Connector(PageSource, Protocol):
     """Brings computed pages into this engine's pool."""
 
     def start(self, request: Request, upto: int, checkpoints: list[tuple[int, int]]) -> None:
-        """Starts to bring the tokens num_computed .. upto - 1. No step reads or writes these pages and states now.
+        """Starts to bring the tokens num_computed .. upto - 1, or fewer. Until `collect` returns the request, no step
+        reads or writes their pages and states.
 
-        checkpoints   (position, state): where recurrent states are to be left on the way; the request's own state is
-                      to be that of `upto` in the end
+        checkpoints   (position, state): the connector leaves the recurrent state of each position in this state, and
+                      that of the last token in the request's own
         """
         ...
 
     def save(self, moves: Moves, store: CacheStore) -> None:
-        """Takes what it wants of `moves.saves`: the pages that are about to be overwritten."""
+        """Copies the pages that it wants of `moves.saves`: they are about to be overwritten."""
         ...
 
     def collect(self, wait: bool) -> deque[Delivery]:
-        """Transfers that have ended, oldest first. The caller takes out what it has dealt with; the rest is returned
-        again next time.
+        """The transfers that have ended, oldest first. The caller removes each that it has processed; the others are
+        returned again by the next call.
 
-        wait   if nothing has ended but something is on its way, wait for a moment
+        wait   if no transfer has ended and one is open, wait a moment for it
         """
         ...
 
@@ -81,5 +83,5 @@ class Connector(PageSource, Protocol):
         ...
 
     def stats(self) -> dict[str, int | float]:
-        """Its numbers, by names of core/stats.py."""
+        """Its numbers, by the names of core/stats.py."""
         ...

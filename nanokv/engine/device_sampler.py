@@ -1,7 +1,7 @@
 """The sampler for a GPU: the filters and random numbers of sampler.py for all rows at once, without a wait.
 
-It never looks at a number on the host: where sampler.py first sees whether a nucleus fits into the most
-likely tokens, this one sorts. Tokens equal those of sampler.py up to the rounding of a sum.
+The host reads no number: where sampler.py checks whether a nucleus fits into the most likely tokens, this sampler
+sorts. Tokens equal those of sampler.py up to the rounding of a sum.
 """
 
 from __future__ import annotations
@@ -17,18 +17,24 @@ from nanokv.engine.inputs import on_device
 from nanokv.engine.sampler import Logprobs, apply_penalties, is_drawn, uniform_of
 
 MOST_SORTED_BY_TOPK = 1024
-"""Largest top_k that is found by selection; beyond it a sort costs no more."""
+"""Largest top_k for which tokens are selected; above it a sort costs no more."""
 
 
 class DeviceSamplerOutput:
-    """Tokens on the device, and their copies on the way to the host."""
+    """A SamplerOutput of tokens on the device, whose copies to the host have begun.
+
+    token_ids   int64 [rows]
+    parts       tensors [rows, ...] to copy: "tokens", "is_sound", and for logprobs "scores", "best_ids", "best_scores"
+    wanted      SamplingParams.logprobs of each row
+    """
 
     def __init__(self, token_ids: torch.Tensor, parts: dict[str, torch.Tensor], wanted: list[int | None]) -> None:
         self.token_ids = token_ids
-        self._wanted = wanted  # SamplingParams.logprobs of each row
+        self._wanted = wanted
         self._copy = HostCopy(parts)
 
     def fetch(self) -> tuple[list[int | None], Logprobs]:
+        """Waits for the copies. Returns the token of each row, None for non-finite logits, and the logprobs."""
         parts = self._copy.fetch()
         tokens = [token if sound else None for token, sound in zip(parts["tokens"], parts["is_sound"], strict=True)]
         logprobs: Logprobs = [None] * len(tokens)
@@ -43,7 +49,7 @@ class DeviceSamplerOutput:
 def sample_on_device(
     logits: torch.Tensor, requests: list[Request], last_token_ids: torch.Tensor, eos_token_ids: Collection[int]
 ) -> DeviceSamplerOutput:
-    """One token a row; arguments and result as of `sampler.sample`, on any device."""
+    """Samples one token a row, on any device; arguments and result as of `sampler.sample`."""
     wanted = [request.params.logprobs for request in requests]
     raw = logits.log_softmax(dim=-1) if any(count is not None for count in wanted) else None
     apply_penalties(logits, requests, last_token_ids, eos_token_ids)
@@ -60,7 +66,7 @@ def sample_on_device(
 
 
 def _groups(requests: list[Request]) -> list[tuple[list[int], int | None]]:
-    """Rows that need the same work: (rows, tokens to select first); 0 takes all in any order, None sorts all."""
+    """The drawn rows by the work they need: (rows, number of tokens to select; 0: all in any order, None: sort all)."""
     groups: dict[str, list[int]] = {"any order": [], "selected": [], "sorted": []}
     for row, request in enumerate(requests):
         params = request.params
@@ -81,7 +87,14 @@ def _draw(
     rows: list[int],
     select: int | None,
 ) -> None:
-    """Puts one token for each of `rows` into tokens int64 [all rows]; `requests` are those of `rows`."""
+    """Draws a token for each of `rows` and writes it into `tokens`.
+
+    tokens     int64 [all rows]
+    logits     float32 [all rows, vocab]
+    largest    float32 [all rows], the largest logit of each row
+    requests   of `rows`
+    select     number of most likely tokens to select first; 0: all in any order, None: sort all
+    """
     params = [request.params for request in requests]
     on = on_device(
         {

@@ -3,7 +3,7 @@
     add_request -> waiting
     step():  plan -> move -> start transfers -> launch -> resolve -> outputs
 
-On a CPU a step is resolved where it was launched. On a GPU the next one is planned and launched first (depth 1), so
+On a CPU a step is resolved right after its launch. On a GPU the next step is planned and launched first (depth 1), so
 that the device always has work: the same loop, one step later. An exception inside a step ends the requests of that
 step with "error"; their pages are released and the engine goes on.
 """
@@ -42,11 +42,11 @@ class Engine:
 
     model        a Decoder; the engine binds it to the layout of its pages
     config       EngineConfig, names resolved
-    tokenizer    for texts and stop texts; None serves token ids only
-    device       where model and pages live
-    connectors   bring computed pages; none: every prompt is computed here
-    allocate     gives the memory of pages and states, where connectors share it
-    observers    are told what enters and leaves the prefix tree
+    tokenizer    for texts and stop texts; None: token ids only
+    device       of the model and the pages
+    connectors   bring computed pages
+    allocate     makes the memory of pages and states; None: the store allocates
+    observers    receive the changes of the prefix tree
     Raises       ConfigError when the pool does not fit in memory
     """
 
@@ -78,12 +78,11 @@ class Engine:
         self._steps: deque[Step] = deque()  # in flight, oldest first
         self._num_added = 0
 
-    # ---- requests -------------------------------------------------------------------------------------------------
-
     def add_request(self, request: Request, sink: Sink | None = None) -> str:
-        """Queues a request and returns its id. Raises RequestError, naming field, value and what is allowed.
+        """Queues a request and returns its id.
 
-        sink   takes the outputs of the request as they become known; None: `step` returns them
+        sink     receives the outputs of the request; None: `step` returns them
+        Raises   RequestError naming the field, its value and the allowed values
         """
         if request.request_id is not None and request.request_id in self.outputs:
             raise RequestError(f"request_id={request.request_id!r}: a request with this id is still live")
@@ -92,21 +91,23 @@ class Engine:
             raise RequestError(f"stop={request.params.stop!r}: stop texts need a tokenizer, which this model lacks")
         self._num_added += 1
         prepare_request(request, self._num_added, self.config.seed, self.max_length)
-        self.outputs.open(request, sink)
         if self.events:
-            self.events.emit(RequestAdded(str(request.request_id), request.num_prompt, request.params.n))
-        return str(request.request_id)
+            self.events.emit(RequestAdded(request.id, request.num_prompt, request.params.n))
+        self.outputs.open(request, sink)
+        return request.id
 
     def abort(self, request_id: str) -> None:
-        """Ends every sample of a request now; unknown or finished ids raise RequestError. Its pages are free at once,
-        except in a transfer: then when the connector has acknowledged, or is gone."""
+        """Ends every sample of a request and frees its pages; those in a transfer once it is collected.
+
+        Raises RequestError for an id that is not live.
+        """
         if request_id not in self.outputs:
             raise RequestError(f"request_id={request_id!r}: no such live request")
         for request in self.outputs.of_id(request_id):
             self.outputs.finish(request, "abort")
 
     def __contains__(self, request_id: str) -> bool:
-        """Whether a request is live: queued or running."""
+        """Whether a request is live: waiting or running."""
         return request_id in self.outputs
 
     @property
@@ -114,16 +115,16 @@ class Engine:
         """Whether requests are live, or outputs wait for `step` to return them."""
         return len(self.outputs) > 0 or self.outputs.has_outputs
 
-    # ---- one step -------------------------------------------------------------------------------------------------
-
     def step(self) -> list[RequestOutput]:
-        """`advance`, and returns what became known of requests without a sink: an output for each sample with a new
-        token or an end."""
+        """`advance`. Returns the outputs of requests without a sink: one for each sample that got a token or ended."""
         self.advance()
         return self.outputs.take_outputs()
 
     def advance(self) -> None:
-        """Launches one step and resolves those that are due; outputs go to the sinks of their requests."""
+        """Launches one step and resolves those that are due. Outputs go to the sinks of their requests.
+
+        KeyboardInterrupt undoes the step: its requests compute the same tokens again.
+        """
         plan = StepPlan()
         try:
             self._collect(wait=False)
@@ -137,12 +138,12 @@ class Engine:
                 while self._steps and (len(self._steps) > self._depth or not is_launched):
                     self._resolve(self._steps[0])
                     self._steps.popleft()
-        except BaseException:  # Ctrl-C in the middle of a step: nothing of it counts, its requests compute it again
+        except BaseException:
             self._recovery.undo(plan, self._steps)
             self._steps.clear()
             raise
         if not len(self.outputs):
-            self._steps.clear()  # steps in flight compute a token too many for samples that have ended
+            self._steps.clear()  # steps in flight compute tokens of samples that have ended
             if self.config.debug_checks:
                 self.cache.check()
 
@@ -150,22 +151,22 @@ class Engine:
         try:
             return self.scheduler.plan()
         except Exception as error:
-            # It is one of the running, or the one that was about to be admitted.
+            # The cause is a running request, or the one that was about to be admitted.
             self._recovery.fail(self.scheduler.running or list(self.scheduler.waiting)[:1], error)
             return StepPlan()
 
     def _move(self, plan: StepPlan) -> None:
-        """Saves and copies pages before anything overwrites them."""
+        """Saves and copies pages and states before the step overwrites them."""
         try:
             self.transfers.save(plan.moves, self.store)
             self.runner.move(plan.moves)
         except Exception as error:
             self._recovery.fail(plan.all_requests, error)
             self._recovery.lose_states(plan)
-            plan.requests, plan.transfers = [], []  # pages that were to be copied into hold something else
+            plan.requests, plan.transfers = [], []  # the destinations of its copies hold other content
 
     def _launch(self, plan: StepPlan) -> bool:
-        """Whether there was something to do, and it is in flight."""
+        """Launches the step of a plan. False where the plan is empty or the launch fails."""
         if not plan.requests:
             return False
         self.num_steps += 1
@@ -193,21 +194,19 @@ class Engine:
             if request.metrics.first_scheduled is None:
                 request.metrics.first_scheduled = now
         if self.events:
-            rows = [(str(request.request_id), request.index, request.num_scheduled) for request in plan.requests]
+            rows = [(request.id, request.index, request.num_scheduled) for request in plan.requests]
             self.events.emit(StepLaunched(self.num_steps, plan.num_tokens, rows, plan.moves.pages, plan.moves.states))
 
-    # ---- the rest -------------------------------------------------------------------------------------------------
-
     def _longest(self, request: Request) -> int:
-        """Prompt tokens that leave room for an answer; a scored text has none, but every token of it is written."""
+        """Most prompt tokens: a prompt leaves room for a token of the answer, and a scored text has no answer."""
         return min(self.max_length, self._pool_tokens) if request.wants_all_logits else self.max_length - 1
 
     def reset_prefix_cache(self) -> None:
-        """Drops every cached page that no running request holds."""
+        """Drops every cached page that no request holds."""
         self.cache.reset()
 
     def stats(self) -> dict[str, int | float]:
-        """Plain numbers about pages, requests and steps since the engine was made (core/stats.py)."""
+        """Numbers about pages, requests and steps, by the names of core/stats.py."""
         return {
             "bytes_per_token": self.layout.bytes_per_token,
             "page_size": self.layout.page_size,
@@ -222,7 +221,7 @@ class Engine:
         }
 
     def close(self) -> None:
-        """Aborts what is live, closes the connectors and the event log."""
+        """Aborts live requests, closes the connectors and the event log."""
         for request_id in self.outputs:
             self.abort(request_id)
         self.transfers.close()

@@ -1,6 +1,8 @@
-"""HostCopy: results of a step on their way from the device to the host."""
+"""HostCopy: asynchronous copies of a step's results from the device to the host."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -8,17 +10,17 @@ from nanokv.codecs.pages import reason_unwritable
 
 
 class HostCopy:
-    """Asynchronous copies of tensors; `fetch` synchronises. Later writes into the tensors change no copy."""
+    """Copies of named tensors of any shape. `fetch` synchronises; later writes into the tensors change no copy."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self._copies = {name: _to_host(tensor) for name, tensor in tensors.items()}
         self._event = None
         if any(tensor.is_cuda for tensor in tensors.values()):
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
-    def fetch(self) -> dict[str, list]:
-        """Waits for the step: the only place where the host does."""
+    def fetch(self) -> dict[str, list[Any]]:
+        """The tensors as lists. Waits for the device; the host waits nowhere else."""
         if self._event is not None:
             self._event.synchronize()
         return {name: copy.tolist() for name, copy in self._copies.items()}
@@ -34,7 +36,7 @@ class UnwritableRows:
     """The rows of a step that a codec could not write.
 
     rows    bool [rows], as Batch.unwritable
-    codec   its name
+    codec   name of the codec
     """
 
     def __init__(self, rows: torch.Tensor, codec: str) -> None:
@@ -42,5 +44,5 @@ class UnwritableRows:
         self.why = reason_unwritable(codec)
 
     def fetch(self) -> list[bool]:
-        """Waits for the step."""
+        """Whether each row was refused. Waits for the device."""
         return self._copy.fetch()["rows"]

@@ -1,9 +1,9 @@
-"""What a step reads, as flat arrays on the host, and their way to the device in one copy.
+"""The input of a step: flat arrays on the host, and one copy of them to the device.
 
-    arrays      name -> numpy array: the fields of Batch, and where tokens come from that only the device knows
-    Block       the same arrays side by side in one block of bytes, host and device; its views are the tensors
+    arrays      name -> numpy array: the fields of Batch, and the sources of tokens that only the device knows
+    Block       the same arrays side by side in one block of bytes, on host and device; its views are the tensors
 
-A block that is filled again and again is what a CUDA graph reads: the graph knows addresses, not values.
+A CUDA graph reads one block, which is filled again for each step: a graph knows addresses, not values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from nanokv.core.batch import Batch
 from nanokv.core.request import Request
 
 ALIGNMENT = 16
+"""Bytes: every array of a block starts at a multiple."""
 Arrays = dict[str, np.ndarray]
+"""Name -> array, for one step."""
 
 
 def num_logit_rows(request: Request) -> int:
@@ -69,10 +71,10 @@ def arrays_of(requests: list[Request], page_size: int) -> Arrays:
 
 
 def padded(arrays: Arrays, num_rows: int, width: int, page: int, state: int | None) -> Arrays:
-    """A step of one sampled row a request, filled up to `num_rows` requests and page tables `width` pages wide.
+    """A step of one sampled row a request, padded to `num_rows` requests and page tables `width` pages wide.
 
-    page, state   that nobody owns: each row of padding is the first token of a request that lives there, so it reads
-                  what it has just written, and no state; state is None where no layer has one
+    page, state   without an owner: each row of padding is the first token of a request there, so it reads the keys it
+                  has just written, and no state; state is None where no layer has one
     """
     more = num_rows - len(arrays["token_ids"])
 
@@ -97,10 +99,10 @@ def padded(arrays: Arrays, num_rows: int, width: int, page: int, state: int | No
 
 
 class Block:
-    """Arrays of given shapes side by side on a device.
+    """Arrays side by side in one block of bytes on a device.
 
-    like     arrays of these names, shapes and dtypes
-    views    name -> tensor; `fill` writes all of them with one copy, in the order of the device's work
+    like     arrays of the same names, shapes and dtypes
+    Attributes: views, name -> tensor of the same shape and dtype; `fill` writes all of them
     """
 
     def __init__(self, like: Arrays, device: torch.device) -> None:
@@ -117,7 +119,7 @@ class Block:
             self.views[name] = self._bytes[start:stop].view(kind).view(like[name].shape)
 
     def fill(self, arrays: Arrays) -> None:
-        """Takes the values. The host's copy is new each time: the device may not have read the last one yet."""
+        """Writes all views with one asynchronous copy, from a new host buffer: the device may still read the last."""
         staged = torch.empty(len(self._bytes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         numbers = staged.numpy()
         for name, (start, stop) in self._places.items():
@@ -126,7 +128,7 @@ class Block:
 
 
 def on_device(arrays: Arrays, device: torch.device) -> dict[str, torch.Tensor]:
-    """The arrays as tensors on the device, for one step."""
+    """The arrays as tensors on `device`, of the same shapes and dtypes, for one step."""
     if device.type == "cpu":
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
     block = Block(arrays, device)
@@ -135,11 +137,15 @@ def on_device(arrays: Arrays, device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def take_in_flight(views: dict[str, torch.Tensor], in_flight_token_ids: torch.Tensor) -> None:
-    """Puts the tokens that the step before samples where they belong; on the device, whose work is in order."""
+    """Writes tokens of the previous step into views["token_ids"], on the device, which works in order.
+
+    in_flight_token_ids   int64, the samples of the previous step
+    """
     ids = views["token_ids"]
     ids.copy_(torch.where(views["is_in_flight"], in_flight_token_ids[views["in_flight_slots"]], ids))
 
 
 def batch_of(views: dict[str, torch.Tensor], page_size: int) -> Batch:
+    """The Batch of the tensors of a step."""
     fields = {name: view for name, view in views.items() if name not in ("is_in_flight", "in_flight_slots")}
     return Batch(**fields, page_size=page_size)

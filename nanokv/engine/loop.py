@@ -61,7 +61,7 @@ class Ticket:
 
     def __init__(self, loop: EngineLoop, request: Request, inbox: Inbox) -> None:
         self.request = request
-        self.request_id = str(request.request_id)
+        self.request_id = request.id
         self._loop = loop
         self._inbox = inbox
 

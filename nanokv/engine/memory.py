@@ -1,4 +1,4 @@
-"""How many pages and states: from the user's choice, or from the memory that is free."""
+"""The number of pages and states, from the user's options or from free memory."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from nanokv.engine.profile_run import run_largest_step, run_reading_step
 from nanokv.models.decoder import Decoder
 
 CPU_SHARE, CPU_MOST = 0.25, 4 * 2**30
+"""The default on a CPU: this share of free memory, and at most these bytes."""
 PROBED_PAGES = 256
-"""Pages over which a step is run to see what reading a page takes: large enough that scratch per row is negligible."""
+"""Pages over which a profile run measures the scratch of reading: so many that scratch per row is negligible."""
 PROBED_ROWS = 512
-"""Of a prompt over cached pages: enough for latents to be expanded, where that is cheaper (layers/mla.py:expands)."""
+"""Rows of the profile run of a prompt: enough that latents are expanded, where that is cheaper (mla.expands)."""
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes for pages and states: `limit` can be had, `default` is taken where the user does not choose."""
+    """Bytes for pages and states: `limit` is available, `default` is used where the user does not choose."""
 
     limit: int
     default: int
 
 
 def memory_for_pages(config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device) -> MemoryBudget:
-    """What the device can give. On a GPU steps are run, to see what they need beside the pages.
+    """The budget of a device. On a GPU, profile runs measure the memory that steps need beside the pages.
 
-    model    bound to the layout
-    Raises   ConfigError when gpu_memory_fraction leaves nothing
+    model    a Decoder, bound to the layout
+    Raises   ConfigError when gpu_memory_fraction leaves no memory for pages
     """
     if device.type == "cpu":
         free = free_memory()
@@ -51,7 +52,7 @@ def memory_for_pages(config: EngineConfig, model: Decoder, layout: PageLayout, d
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     at_once = None
-    if config.codec == "raw":  # what is expanded is one request after the other
+    if config.codec == "raw":  # latents are expanded for one request at a time
         at_once = layout.page_bytes * layout.pages_for(config.max_model_len or model.config.max_positions)
     return gpu_memory(total, free, step_bytes, config.gpu_memory_fraction, scratch, at_once)
 
@@ -63,21 +64,22 @@ def reading_scratch(
     layout: PageLayout,
     device: torch.device,
 ) -> float:
-    """Bytes that a step needs for each byte of the pages that it reads: the larger one of decodes and of a prompt over
-    cached pages, which the prefill mode "fast" decodes and latents are expanded for.
+    """Bytes that a step needs for each byte of the pages that it reads: the larger value of decode steps and of a
+    prompt over cached pages, which are decoded (prefill="fast") or expanded (latents) for it.
 
-    peak   runs a step and returns the bytes that it had at most
+    peak   runs a step and returns the most bytes that it had allocated
     """
 
     def scratch(few: int, num_rows: int) -> float:
-        less, more = (
-            peak(lambda n=n: run_reading_step(n, num_rows, config, model, layout, device)) for n in (few, PROBED_PAGES)
-        )
-        own = layout.page_bytes * (PROBED_PAGES - few)  # the pages
-        return max(0, more - less - own) / own if own else 0.0
+        def peak_over(num_pages: int) -> int:
+            return peak(lambda: run_reading_step(num_pages, num_rows, config, model, layout, device))
+
+        less, more = peak_over(few), peak_over(PROBED_PAGES)
+        pages = layout.page_bytes * (PROBED_PAGES - few)
+        return max(0, more - less - pages) / pages if pages else 0.0
 
     num_rows = min(PROBED_ROWS, config.max_step_tokens, PROBED_PAGES // 4 * config.page_size)
-    own_pages = 1 << (layout.pages_for(num_rows) - 1).bit_length()  # as many rows in both: what they take cancels
+    own_pages = 1 << (layout.pages_for(num_rows) - 1).bit_length()  # equal rows in both runs: their scratch cancels out
     return max(scratch(1, 1), scratch(own_pages, num_rows))
 
 
@@ -86,13 +88,14 @@ def gpu_memory(
 ) -> MemoryBudget:
     """Bytes for pages on a GPU of `total` bytes, `free` of them free with the weights loaded.
 
-        |-- in use: weights, others --|---- pages ----|- scratch of pages -|- largest step -|--- left alone ---|
+        |-- in use: weights, others --|---- pages ----|- scratch of pages -|- largest step -|----- unused -----|
                                                                                             ^ fraction * total
 
-    scratch   bytes that a step needs for each byte of the pages it reads: codecs without kernels decode them; a step
-              may read all pages
-    at_once   bytes of pages that have scratch at the same time, at most; None: all
-    Raises    ConfigError when nothing is left for pages
+    step_bytes   bytes that the largest step needs beside the pages
+    fraction     of `total` that the process may use
+    scratch      bytes that a step needs for each byte of the pages it reads; a step may read all pages
+    at_once      most bytes of pages that have scratch at the same time; None: all
+    Raises       ConfigError when no memory is left for pages
     """
     room = int(total * fraction) - (total - free) - step_bytes
     left = int(room / (1 + scratch))
@@ -107,12 +110,15 @@ def gpu_memory(
 
 
 def pool_size(config: EngineConfig, layout: PageLayout, free: MemoryBudget) -> tuple[int, int]:
-    """Pages and states of the pools.
+    """The numbers of pages and of states in the pool.
 
-    Where layers are recurrent, memory is divided in two halves: states get as many bytes as pages. For every request
-    that runs there are two states (one that moves, one checkpoint); what is left keeps checkpoints of the prefix cache.
-    Where states are only tails of unfinished pages, there are as many as max_requests, in half of the memory at most.
-    Raises ConfigError when not even one page and the states of one request fit, or more is asked for than there is.
+    Where layers are recurrent, states get half of the memory. Each running request needs two states (its own and a
+    checkpoint); the others hold checkpoints of the prefix cache. Where states hold partial pages alone, there are
+    max_requests of them, in at most half of the memory.
+
+    free      the budget of the device
+    Returns   (pages, states)
+    Raises    ConfigError when one page and the states of one request do not fit, or the options exceed the budget
     """
     page_bytes, state_bytes = max(layout.page_bytes, 1), layout.state_bytes
     halves = 2 if state_bytes and config.num_states is None else 1
@@ -142,7 +148,7 @@ def pool_size(config: EngineConfig, layout: PageLayout, free: MemoryBudget) -> t
 
 
 def free_memory() -> int:
-    """Bytes of main memory that can still be allocated without swapping."""
+    """Bytes of main memory that can be allocated without swapping."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:

@@ -1,4 +1,4 @@
-"""OutputProcessor: every sample that has not ended, and what its caller gets to see. Knows no step and no tensor."""
+"""OutputProcessor: the live samples and their outputs. Appends tokens and ends samples. Knows no step and no tensor."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from nanokv.engine.text_stream import TextStream
 from nanokv.text.tokenizer import Tokenizer
 
 Sink = Callable[[RequestOutput], None]
-"""Takes the outputs of one request."""
+"""Receives the outputs of one request, in the thread that steps."""
 
 
 class OutputProcessor:
-    """The samples of each live request id. A token is appended in `append`, and nowhere else.
+    """The live samples of each request id. `append` alone adds sampled tokens to a request.
 
-    An output goes to the sink of its request, or, where it has none, waits for `take_outputs`.
+    An output goes to the sink of its request; without one it waits for `take_outputs`.
+
+    scheduler       where requests wait and run
+    cache           CacheManager, for forks
+    tokenizer       for texts and stop texts, or None
+    eos_token_ids   the model's end-of-sequence tokens
+    events          Events
     """
 
     def __init__(
@@ -40,41 +46,46 @@ class OutputProcessor:
         self._outputs: list[RequestOutput] = []
 
     def __contains__(self, request_id: str | None) -> bool:
+        """Whether a request is live."""
         return request_id in self._samples
 
     def __len__(self) -> int:
+        """Live requests."""
         return len(self._samples)
 
     def __iter__(self) -> Iterator[str]:
+        """The ids of live requests; requests may end meanwhile."""
         return iter(list(self._samples))
 
     @property
     def has_outputs(self) -> bool:
+        """Whether outputs wait for `take_outputs`."""
         return bool(self._outputs)
 
     def take_outputs(self) -> list[RequestOutput]:
+        """The outputs of requests without a sink since the last call."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def open(self, request: Request, sink: Sink | None = None) -> None:
-        """A request begins: it waits. Its outputs go to `sink`."""
+        """Queues a new request. Its outputs go to `sink`."""
         self._open_text(request)
-        self._samples[request.request_id] = [request]
+        self._samples[request.id] = [request]
         if sink is not None:
-            self._sinks[request.request_id] = sink
+            self._sinks[request.id] = sink
         self._scheduler.add(request)
 
     def of(self, requests: Iterable[Request]) -> list[Request]:
-        """Every live sample of these requests: siblings share the fate of a step, forked in it or not."""
-        ids = dict.fromkeys(request.request_id for request in requests)
+        """Every live sample of these requests, siblings included."""
+        ids = dict.fromkeys(request.id for request in requests)
         return [sample for request_id in ids for sample in self._samples.get(request_id, ())]
 
     def of_id(self, request_id: str) -> list[Request]:
-        """The live samples of one request."""
+        """The live samples of a request id."""
         return list(self._samples.get(request_id, ()))
 
     def siblings(self, request: Request) -> list[Request]:
-        """The other samples of a request whose prompt is being computed, not live yet: `fork` makes them so."""
+        """The other samples of a request whose prompt is computed by this step. `fork` makes them live."""
         children: list[Request] = []
         for index in range(1, request.num_forks + 1):
             child = Request(request.prompt_token_ids, request.params, request.request_id)
@@ -88,15 +99,21 @@ class OutputProcessor:
         return children
 
     def fork(self, request: Request, children: list[Request]) -> None:
-        """The prompt has been computed: from here on its samples share its pages and run beside it."""
+        """Makes siblings live: they share the pages of the computed prompt and run beside the request."""
         request.num_forks -= len(children)
         for child in children:
-            self._cache.fork(request, child)
+            self._samples[request.id].append(child)
             self._scheduler.join(child)
-            self._samples[request.request_id].append(child)
+        for child in children:
+            self._cache.fork(request, child)
 
     def append(self, request: Request, token: int | None, scores: dict[int, float] | None, now: float) -> None:
-        """One more token, sampled at `now`; it may end the sample. None where the model's logits were not finite."""
+        """Appends a sampled token, which may end the sample.
+
+        token    None where the model's logits were not finite: the sample ends with an error
+        scores   {token id: log-probability}, where the request asks for them
+        now      seconds of time.perf_counter()
+        """
         params = request.params
         if token is None:
             why = "the model's logits are not finite: its weights are damaged, or they need a wider dtype"
@@ -104,7 +121,7 @@ class OutputProcessor:
             return
         request.tokens.append(token)
         request.metrics.token_times.append(now)
-        if scores is not None:
+        if scores is not None and request.logprobs is not None:
             request.logprobs.append(scores)
         is_eos = token in params.stop_token_ids or (not params.ignore_eos and token in self._eos_token_ids)
         if request.text_stream is not None and not is_eos:
@@ -117,22 +134,22 @@ class OutputProcessor:
             self._deliver(self._output(request))
 
     def finish(self, request: Request, reason: str, error: str | None = None) -> None:
-        """A sample ends, and with it those that were to be forked from it; its pages are released."""
-        self._scheduler.remove(request)
+        """Ends a sample, and with it the siblings that were not forked from it yet. Releases its pages."""
         request.finish_reason, request.error = reason, error
         if request.text_stream is not None:
             request.text_stream.flush(reason in ("stop", "length"))
-        samples = self._samples[request.request_id]
-        samples.remove(request)
-        if self._events:
-            self._events.emit(Finished(request.request_id, request.index, reason))
         for index in range(request.index, request.index + request.num_forks + 1):
             output = self._output(request)
             output.index = index
             self._deliver(output)
+        samples = self._samples[request.id]
+        samples.remove(request)
         if not samples:
-            del self._samples[request.request_id]
-            self._sinks.pop(request.request_id, None)
+            del self._samples[request.id]
+            self._sinks.pop(request.id, None)
+        self._scheduler.remove(request)
+        if self._events:
+            self._events.emit(Finished(request.id, request.index, reason))
 
     def _deliver(self, output: RequestOutput) -> None:
         self._sinks.get(output.request_id, self._outputs.append)(output)
@@ -144,7 +161,7 @@ class OutputProcessor:
     def _output(self, request: Request) -> RequestOutput:
         text: TextStream | None = request.text_stream
         return RequestOutput(
-            request_id=request.request_id,
+            request_id=request.id,
             index=request.index,
             prompt_token_ids=request.prompt_token_ids,
             token_ids=request.tokens[request.num_prompt :].tolist(),

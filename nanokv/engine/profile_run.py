@@ -1,5 +1,5 @@
-"""Profile runs: steps whose results are dropped, over stores of their own. They show what a step allocates, or compile
-kernels."""
+"""Profile runs: steps over stores of their own, to measure the memory of a step or to compile kernels. Their results
+are dropped."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from nanokv.engine.scheduler import SCORE_ROWS
 from nanokv.models.decoder import Decoder
 
 SMALL = 64
+"""Tokens of a short prompt."""
 
 
 def run_largest_step(config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device) -> None:
-    """A prompt of max_step_tokens and the sampling of max_requests rows, over a store of one page and one state.
+    """Runs a prompt of max_step_tokens and samples max_requests rows, over a store of one page and one state.
 
-    Every token is written to that page: what it computes means nothing, what it allocates is what a real step does.
+    Every token is written to that page: the numbers are meaningless, the allocations are those of a real step.
     """
     num_rows = min(config.max_step_tokens, model.config.max_positions)
     wanted = min(num_rows, max(config.max_requests, SCORE_ROWS))
@@ -35,12 +36,13 @@ def run_largest_step(config: EngineConfig, model: Decoder, layout: PageLayout, d
 def run_reading_step(
     num_pages: int, num_rows: int, config: EngineConfig, model: Decoder, layout: PageLayout, device: torch.device
 ) -> None:
-    """Requests that together read `num_pages` pages, a power of two, over a store of as many.
+    """Runs requests that together read `num_pages` pages, a power of two, over a store of as many.
 
-    num_rows   of all requests together, the last ones of each; at least one each
+    num_rows   rows of all requests together, the last tokens of each; at least one a request
     """
     longest = model.config.max_positions
-    each = min(num_pages, 1 << max(1, longest // config.page_size).bit_length() - 1)  # so that nothing is left over
+    # Pages of one request: a power of two too, so that it divides num_pages.
+    each = min(num_pages, 1 << max(1, longest // config.page_size).bit_length() - 1)
     tables = np.arange(num_pages, dtype=np.int32).reshape(-1, each)
     end = min(each * config.page_size, longest)
     count = min(max(1, num_rows // len(tables)), end)
@@ -49,7 +51,7 @@ def run_reading_step(
 
 
 def run_small_step(model: Decoder, layout: PageLayout, device: torch.device) -> None:
-    """A short prompt: what a prefill needs is compiled, and loaded, before a request waits for one."""
+    """Runs a short prompt, so that the kernels of a prefill are compiled and loaded before the first request."""
     num_rows = min(SMALL, model.config.max_positions)
     tables = np.arange(layout.pages_for(num_rows), dtype=np.int32)[None]
     _run(np.arange(num_rows, dtype=np.int32), tables, 1, model, layout, device)
@@ -59,7 +61,13 @@ def run_small_step(model: Decoder, layout: PageLayout, device: torch.device) -> 
 def _run(
     positions: np.ndarray, tables: np.ndarray, wanted: int, model: Decoder, layout: PageLayout, device: torch.device
 ) -> torch.Tensor:
-    """Logits of the first `wanted` rows of a step over a new store: one request a row of `tables`, of as many rows."""
+    """Runs a step over a new store.
+
+    positions   int32 [rows], of the requests one after the other, each with as many rows
+    tables      int32 [requests, pages], the page table of each request
+    wanted      the first rows, whose logits are computed
+    Returns     float32 [wanted, vocab]
+    """
     rows, requests = len(positions), len(tables)
     owners = np.repeat(np.arange(requests), rows // requests)
     arrays = {

@@ -1,4 +1,4 @@
-"""Runner: from planned requests to logits. Makes one Batch of flat tensors and drives the decoder over the store."""
+"""Runner: from planned requests to logits. Makes one Batch of flat tensors and runs the decoder over the store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nanokv.models.decoder import Between, Decoder
 class Runner:
     """Runs planned steps of one model over one store of pages. Never waits for the device.
 
-    codec     its name; it may refuse rows, unless it is raw
+    codec     name of the codec; any but "raw" may refuse rows
     between   called after each layer (Decoder.forward), or None
     """
 
@@ -31,17 +31,20 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
 
     def pad_decodes(self, max_rows: int, max_pages: int) -> None:
-        """Runs decode steps in sizes from a ladder (graphs.py). No request may own the store's last page and state."""
+        """Runs decode steps in a few fixed sizes from now on (graphs.py), of up to `max_rows` requests of up to
+        `max_pages` pages. The last page and the last state of the store must have no owner."""
         self._graphs = DecodeGraphs(self._model, self._store, self._page_size, max_rows, max_pages)
 
     @torch.inference_mode()
     def run(
         self, requests: list[Request], in_flight_token_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, UnwritableRows | None]:
-        """Logits float32 [wanted, vocab], request after request, as many rows each as `num_logit_rows` says; the token
-        of each of these rows, int64 [wanted]; and, where a codec may refuse some, which rows of the step it did.
+        """Computes the scheduled tokens of these requests.
 
-        in_flight_token_ids   int64, the tokens that the previous step samples, known to the device only
+        in_flight_token_ids   int64, the samples of the previous step, which only the device knows; None: none
+        Returns               logits float32 [wanted, vocab], `num_logit_rows` of each request in turn; the token of
+                              each of these rows, int64 [wanted]; and the rows of the step that the codec has refused,
+                              None for a codec that refuses none
         """
         arrays = arrays_of(requests, self._page_size)
         in_flight = in_flight_token_ids if arrays["is_in_flight"].any() else None
@@ -60,7 +63,7 @@ class Runner:
 
     @torch.inference_mode()
     def move(self, moves: Moves) -> None:
-        """Makes the copies of a plan, before everything else that is done for it."""
+        """Runs the copies of a plan, before its forward pass."""
         self._store.pages.copy(moves.pages)
         self._store.states.copy(moves.states)
         moves.done = True

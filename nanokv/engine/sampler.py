@@ -1,8 +1,9 @@
-"""Sampler: from logits to tokens. The random number of a token depends on (seed, sample, position) and on nothing else.
+"""Sampler: from logits to tokens. The random number of a token depends on (seed, sample, position) alone.
 
-Order of the filters, as in the field: min_tokens, repetition penalty, temperature, top-k, top-p, min-p. One uniform
-number a token is drawn from a counter-based generator (Salmon et al. 2011, Philox) and looked up in the cumulated
-probabilities, so neither batch mates nor preemption nor a transfer to another process can change a seeded sample.
+Order of the filters, as in vLLM and SGLang: min_tokens, repetition penalty, temperature, top-k, top-p, min-p. One
+uniform number a token comes from a counter-based generator and is looked up in the cumulated probabilities, so other
+requests of the batch, preemption and transfers to another process do not change a seeded sample.
+Source: Philox (Salmon et al. 2011), the generator.
 """
 
 from __future__ import annotations
@@ -17,38 +18,42 @@ import torch
 from nanokv.core.request import Request
 
 COLDEST = 1e-6
-"""Temperatures below this are as good as greedy, and in float32 they would divide by zero."""
+"""Temperatures up to this are greedy: smaller ones may be 0 in float32."""
 CANDIDATES = 512
-"""Most likely tokens looked at first: a nucleus rarely needs more, and 512 of 49,152 sort in a tenth of the time."""
+"""Most likely tokens considered first: a nucleus rarely needs more, and 512 of 49,152 sort in a tenth of the time."""
 
 
 Logprobs = list[dict[int, float] | None]
-"""For each row {token id: log-probability} where it was asked for, else None."""
+"""For each row {token id: log-probability}, or None where the request asks for none."""
 
 
 class SamplerOutput(Protocol):
-    """What a step samples: on the device at once, on the host when it is fetched."""
+    """The tokens of a step: on the device at once, on the host after `fetch`."""
 
     @property
     def token_ids(self) -> torch.Tensor:
         """int64 [rows] on the device; undefined for rows with non-finite logits."""
+        ...
 
     def fetch(self) -> tuple[list[int | None], Logprobs]:
-        """Waits for the step. A token a row, None where the row's logits are not finite, and the logprobs."""
+        """Waits for the device. Returns the token of each row, None for non-finite logits, and the logprobs."""
+        ...
 
 
 @dataclass(frozen=True)
 class HostSamplerOutput:
-    """Tokens that were chosen on the host."""
+    """A SamplerOutput of tokens that were sampled on the host."""
 
     tokens: list[int | None]
     logprobs: Logprobs
 
     @property
     def token_ids(self) -> torch.Tensor:
+        """int64 [rows]; 0 for rows with non-finite logits."""
         return torch.tensor([0 if token is None else token for token in self.tokens], dtype=torch.int64)
 
     def fetch(self) -> tuple[list[int | None], Logprobs]:
+        """The tokens and their logprobs."""
         return self.tokens, self.logprobs
 
 
@@ -56,12 +61,13 @@ class HostSamplerOutput:
 def sample(
     logits: torch.Tensor, requests: list[Request], last_token_ids: torch.Tensor, eos_token_ids: Collection[int]
 ) -> HostSamplerOutput:
-    """One token a row, on the host.
+    """Samples one token a row, on the host.
 
-    logits          float32 [rows, vocab]; changed in place where a request asks for a penalty or min_tokens
-    requests        the request of each row, advanced: the token sampled stands at position request.num_computed
-    last_token_ids  int64 [rows], the token of each request at the position before
-    Returns         log-probabilities are the model's own, before penalty, temperature and filters
+    logits           float32 [rows, vocab]; changed in place where a request has a penalty or min_tokens
+    requests         the request of each row, advanced: the sampled token is at position request.num_computed
+    last_token_ids   int64 [rows], the token of each row at the position before
+    eos_token_ids    the model's end-of-sequence tokens
+    Returns          tokens, and log-probabilities of the model's logits before penalty, temperature and filters
     """
     raw = [
         logits[row].log_softmax(dim=-1) if request.params.logprobs is not None else None
@@ -84,7 +90,7 @@ def sample(
 
 
 def is_drawn(request: Request) -> bool:
-    """Whether the next token is drawn at random, rather than the most likely one."""
+    """Whether the next token is drawn at random; else it is the most likely one."""
     return request.params.temperature > COLDEST
 
 
@@ -95,19 +101,22 @@ def uniform(seed: int, index: int, position: int) -> float:
 
 
 def uniform_of(request: Request) -> float:
-    """The number that decides about the next token of a request."""
+    """The random number of the next token of a request."""
     return uniform(request.seed, request.index, request.num_computed)
 
 
 def apply_penalties(
     logits: torch.Tensor, requests: list[Request], last_token_ids: torch.Tensor, eos_token_ids: Collection[int]
 ) -> None:
-    """Penalty and min_tokens, in place. The token before may be known on the device only: `last_token_ids` has it."""
+    """Applies the repetition penalty and min_tokens in place; arguments as of `sample`.
+
+    The last token of a request may be known on the device alone: it is in `last_token_ids`, not in request.tokens.
+    """
     for i, request in enumerate(requests):
         params = request.params
         if params.repetition_penalty != 1.0:
             row, known = logits[i], np.array(request.tokens[: request.num_computed], np.int64)
-            # Some tokens come more than once: each time they get the same new score.
+            # A token may occur more than once in `seen`: every occurrence writes the same score.
             seen = torch.cat((torch.from_numpy(known).to(row.device), last_token_ids[i : i + 1]))
             scores = row[seen]
             row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)

@@ -1,15 +1,14 @@
-"""Scheduler: which tokens of which requests the next step computes. Knows the verbs of a cache, and no tensors.
+"""Scheduler: which tokens of which requests the next step computes. Knows the contract of a cache, and no tensors.
 
 There is no prefill mode and no decode mode. A request has `num_to_compute` tokens left; the step has a budget. Running
 requests come first, those that decode before those that prefill, so that no next token waits for a long prompt. Then
-waiting requests are admitted while budget, slots and pages last (admission_policy.py says in which order).
+waiting requests are admitted while budget, slots and pages last, in the order of admission_policy.py.
 
     waiting --admit: match, reserve--> running --resolve: a stop--> finished
        ^                                  |
        +------- preempt: release ---------+      (newest first; its tokens are kept, its pages recomputed)
 
 A running request may be in transfer: a connector brings its pages (connector.py). It is neither planned nor preempted.
-
 No livelock: the oldest running request is never preempted for another, and any request fits in the pool alone.
 """
 
@@ -26,15 +25,15 @@ from nanokv.engine.admission_policy import AdmissionPolicy
 from nanokv.engine.connector import PageSource
 
 LOOK_AHEAD = 64
-"""Waiting requests that one plan looks at: bounds its work, however long the queue is."""
+"""Most waiting requests that one plan considers: bounds its work for a long queue."""
 SCORE_ROWS = 256
-"""Rows of one step whose full logits are asked for: 256 x 49,152 floats are 48 MiB."""
+"""Most rows of one scored request in a step: the logits of 256 x 49,152 floats are 48 MiB."""
 
 
 @dataclass
 class StepPlan:
-    """What one step does: `moves` first, then `transfers`, (request, tokens it will have), are started, then
-    `requests` are computed, in row order, each with num_scheduled > 0."""
+    """The work of one step: run `moves`, start `transfers`, (request, tokens it will have), and compute `requests`, in
+    row order, each with num_scheduled > 0."""
 
     requests: list[Request] = field(default_factory=list)
     transfers: list[tuple[Request, int]] = field(default_factory=list)
@@ -42,15 +41,17 @@ class StepPlan:
 
     @property
     def all_requests(self) -> list[Request]:
+        """The requests that are computed, and those whose transfers start."""
         return [*self.requests, *(request for request, _ in self.transfers)]
 
     @property
     def num_tokens(self) -> int:
+        """Rows of the step."""
         return sum(request.num_scheduled for request in self.requests)
 
 
 class Scheduler:
-    """Keeps the waiting and the running requests, and plans one step at a time."""
+    """Keeps the waiting and the running requests, and plans one step at a time. A `source` can bring pages."""
 
     def __init__(self, config: EngineConfig, cache: Cache, events: Events, source: PageSource | None = None) -> None:
         self.waiting: deque[Request] = deque()
@@ -63,17 +64,16 @@ class Scheduler:
         self._policy = AdmissionPolicy(config, cache)
 
     def add(self, request: Request) -> None:
+        """Queues a request."""
         self.waiting.append(request)
 
     def join(self, request: Request) -> None:
-        """A sample forked from a running request runs at once: its pages are there."""
+        """Runs a sample that was forked from a running request: it has its pages already."""
         self.running.append(request)
 
     def remove(self, request: Request) -> None:
-        """Takes a finished or aborted request out, wherever it is, and releases its pages.
-
-        A request in transfer stays until it is collected: its pages are not free before.
-        """
+        """Removes a finished or aborted request and releases its pages. A request in transfer stays until the transfer
+        is collected: its pages are quarantined until then."""
         if request.in_transfer and self._source is not None and self._source.abort(request):
             return
         request.in_transfer = False
@@ -87,12 +87,13 @@ class Scheduler:
     def preempt(self, request: Request) -> None:
         """Back to the head of the queue: its tokens are kept, its pages released; published ones may match again."""
         self.running.remove(request)
-        self._cache.release(request)
-        request.num_scheduled, request.in_transfer = 0, False
         self.waiting.appendleft(request)
         self.num_preemptions += 1
+        request.in_transfer = False
+        self._cache.release(request)
+        request.num_scheduled = 0
         if self._events:
-            self._events.emit(Preempted(str(request.request_id), request.index))
+            self._events.emit(Preempted(request.id, request.index))
 
     def plan(self) -> StepPlan:
         """The next step; empty when there is nothing to do. Reserves pages, may preempt, may admit."""
@@ -115,7 +116,7 @@ class Scheduler:
         return plan
 
     def _chunk(self, request: Request, budget: int) -> int:
-        """How many tokens of a request to compute in this step."""
+        """How many tokens of a request this step computes."""
         wanted = min(request.num_to_compute, budget, SCORE_ROWS if request.wants_all_logits else budget)
         return self._cache.limit_chunk(request, wanted)
 
@@ -159,24 +160,25 @@ class Scheduler:
         self._policy.note(queue, admitted)
 
     def _reserve_first(self, request: Request, budget: int, found: int, upto: int) -> int:
-        """Matches, and reserves pages for the first chunk; returns its tokens, or 0 with nothing held for want of room.
+        """Matches a request and reserves the pages of its first chunk.
 
-        budget   tokens of the chunk at most
-        upto     more than `found`: pages for all tokens up to there, which a connector brings
+        budget    most tokens of the chunk
+        upto      more than `found`: a connector brings the tokens up to here, and pages are reserved for all of them
+        Returns   tokens of the chunk; 0 where there are too few pages, and then the request holds none
         """
         if not self._has_room(request, found // self._config.page_size):
             return 0
+        reserved = 0
         try:
             start = self._cache.match(request)
             wanted = upto - start if upto > found else self._chunk(request, budget)
-            # Asked again: what was evictable before the match may be the very pages that the match now holds.
+            # Checked again: the match may hold pages that were evictable before it.
             if self._has_room(request, len(request.held.pages)) and self._cache.reserve(request, wanted):
-                return wanted
-        except BaseException:
-            self._cache.release(request)
-            raise
-        self._cache.release(request)
-        return 0
+                reserved = wanted
+        finally:
+            if not reserved:
+                self._cache.release(request)
+        return reserved
 
     def _has_room(self, request: Request, found_pages: int) -> bool:
         """Whether all its known tokens fit beside what running requests have been promised and one page more for each:

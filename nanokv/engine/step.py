@@ -1,15 +1,15 @@
-"""Step: one step between its dispatch and its return. The two halves of commit, and what may happen in between.
+"""Step: one step from its dispatch to its result.
 
     launch     run -> advance -> sample           dispatched to the device; no result is known yet
     resolve    publish -> append -> stop          its tokens are on the host
 
-Between the two of step n the engine may plan and launch step n + 1, and a caller may abort. So when n comes back, some
-of its requests have ended (their token is dropped), some have been preempted (their token counts, their pages are
-gone), and those that step n + 1 computes further are `num_computed - end` tokens ahead.
+Between launch and resolve of step n, the engine may plan and launch step n + 1, and callers may abort requests. So when
+step n is resolved, some of its requests have ended (their token is dropped), some are preempted (their token is kept,
+their pages are released), and those in step n + 1 have `num_computed - end` more tokens in flight.
 
-A page or a state that is freed while a step still writes it may be handed out at once: a device runs steps in order, so
-its next owner touches it only after that step.
-Source   the overlapped schedulers of SGLang and vLLM, at depth 1
+A page or a state that is freed while a step still writes it may be allocated at once: a device runs steps in order, so
+its next owner writes after that step.
+Source: the overlapped schedulers of SGLang and vLLM, at depth 1.
 """
 
 from __future__ import annotations
@@ -30,26 +30,30 @@ from nanokv.engine.sampler import SamplerOutput
 from nanokv.engine.scheduler import StepPlan
 
 Sample = Callable[[torch.Tensor, list[Request], torch.Tensor], SamplerOutput]
-"""Logits [rows, vocab], the request of each row, the token before each: int64 [rows]."""
+"""(logits float32 [rows, vocab], the request of each row, the token before each, int64 [rows]) -> SamplerOutput."""
 
 
 class Outputs(Protocol):
-    """Where the results of a step go: OutputProcessor, and in a prefill process its PrefillLoop."""
+    """Receives the results of a step: the OutputProcessor, and in a prefill process the PrefillLoop."""
 
     def siblings(self, request: Request) -> list[Request]:
-        """The other samples of a request whose prompt is computed, not running yet."""
+        """The other samples of a request whose prompt is computed by this step; they do not run yet."""
         ...
 
     def fork(self, request: Request, children: list[Request]) -> None:
-        """These siblings run from here on, on the pages of the prompt."""
+        """Runs these siblings from now on, on the pages of the prompt."""
         ...
 
     def append(self, request: Request, token: int | None, logprobs: dict[int, float] | None, now: float) -> None:
-        """One more token of a sample; None: the model's logits are not finite."""
+        """Appends a sampled token; None: the model's logits are not finite.
+
+        logprobs   {token id: log-probability}, where the request asks for them
+        now        seconds of time.perf_counter()
+        """
         ...
 
     def finish(self, request: Request, reason: str, error: str | None = None) -> None:
-        """A sample ends."""
+        """Ends a sample."""
         ...
 
 
@@ -57,10 +61,10 @@ class Outputs(Protocol):
 class RequestSlice:
     """The part of one request in a step.
 
-    end      num_computed after the step
-    rows     its rows of the step
-    samples  the samples that get a token: the request, and siblings that begin after its prompt; empty in mid-prompt
-    logits   float32 [rows, vocab] of its last rows, where it wants them instead of samples
+    end       num_computed after the step
+    rows      its rows of the step
+    samples   the samples that get a token: the request, and siblings that begin after its prompt; empty in mid-prompt
+    logits    float32 [rows, vocab] of its last rows, where it is scored
     """
 
     request: Request
@@ -72,7 +76,11 @@ class RequestSlice:
 
 @dataclass
 class Step:
-    """A step in flight. `sampled` is None where no sample gets a token, `unwritable` where pages hold any number."""
+    """A step in flight.
+
+    sampled      the tokens; None where no sample gets one
+    unwritable   the rows that the codec refused; None for a codec that refuses none
+    """
 
     slices: list[RequestSlice]
     sampled: SamplerOutput | None
@@ -80,11 +88,15 @@ class Step:
 
     @property
     def requests(self) -> list[Request]:
+        """The requests of the step, in row order."""
         return [part.request for part in self.slices]
 
 
 def launch(plan: StepPlan, previous: Step | None, runner: Runner, outputs: Outputs, sample: Sample) -> Step:
-    """Dispatches a planned step; `previous` is the step in flight, from whose tokens this one may go on."""
+    """Dispatches a planned step.
+
+    previous   the step in flight, whose tokens this step may compute; None: there is none
+    """
     counts = [num_logit_rows(request) for request in plan.requests]
     in_flight = previous.sampled.token_ids if previous is not None and previous.sampled is not None else None
     logits, last, unwritable = runner.run(plan.requests, in_flight)
@@ -102,7 +114,7 @@ def launch(plan: StepPlan, previous: Step | None, runner: Runner, outputs: Outpu
             sampled += part.samples
             rows += [first] * len(part.samples)
         elif request.wants_all_logits:
-            part.logits = logits[first : first + count].clone()  # a graph writes its own again; this is a plain tensor
+            part.logits = logits[first : first + count].clone()  # the next replay of a graph overwrites them
         slices.append(part)
         first, row = first + count, row + num_rows
     if not sampled:
@@ -113,27 +125,30 @@ def launch(plan: StepPlan, previous: Step | None, runner: Runner, outputs: Outpu
 
 
 def resolve(step: Step, following: Step | None, cache: Cache, outputs: Outputs) -> None:
-    """Takes note of a step that has come back; `following` is the one dispatched since."""
+    """Waits for a step, publishes its pages and delivers its tokens and logits.
+
+    following   the step dispatched since, or None
+    """
     tokens, logprobs = step.sampled.fetch() if step.sampled is not None else ([], [])
     refused = step.unwritable.fetch() if step.unwritable is not None else []
     now = time.perf_counter()
     results = iter(zip(tokens, logprobs, strict=True))
-    computed_further = set(following.requests) if following is not None else set()
+    in_following = set(following.requests) if following is not None else set()
     for part in step.slices:
-        if part.request not in computed_further:
+        if part.request not in in_following:
             part.request.in_flight = None
-    arrived = []
+    arrived: list[tuple[Request, tuple[int | None, dict[int, float] | None]]] = []
     for part in step.slices:
         own = [next(results) for _ in part.samples]
         request = part.request
         if request.finish_reason is not None:
             continue
-        if step.unwritable is not None and any(refused[part.rows]):  # before its pages could be seen by others
+        if step.unwritable is not None and any(refused[part.rows]):  # before its pages are published
             outputs.finish(request, "error", step.unwritable.why)
             continue
         is_preempted = request.num_computed < part.end
         gets_tokens = bool(part.samples) and request.num_tokens == part.end and not (is_preempted and request.num_forks)
-        if gets_tokens and any(token is None for token, _ in own):  # as above: no request is to find such pages
+        if gets_tokens and any(token is None for token, _ in own):  # such pages are never published
             outputs.append(request, None, None, now)
             continue
         if not is_preempted:
@@ -153,7 +168,7 @@ def resolve(step: Step, following: Step | None, cache: Cache, outputs: Outputs) 
 
 
 def _deliver(request: Request, logits: torch.Tensor, end: int) -> None:
-    """The logits of rows that were not delivered before: a preempted request computes some twice."""
+    """Appends the logits of rows that were not delivered before: a preempted request computes some rows twice."""
     assert request.logit_blocks is not None
     again = max(0, request.num_scored - (end - len(logits)))
     request.logit_blocks.append(logits[again:])

@@ -1,4 +1,4 @@
-"""TextStream: the text of one sample. Turns tokens into text as they come, and finds stop texts across tokens."""
+"""TextStream: the text of one sample. Decodes tokens one by one, and finds stop texts across tokens."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from nanokv.text.tokenizer import Tokenizer
 
 
 class TextStream:
-    """The text that may be shown, and the text that is held back because it may be the beginning of a stop text.
+    """Text that has been shown, and text that is held back because a stop text may begin in it.
 
     |<------------------ text of the tokens so far ------------------>|
-    [0, shown): handed out as deltas   [shown, end): held back, at most len(longest stop) - 1 characters
+    [0, shown): returned as deltas     [shown, end): held back, at most len(longest stop) - 1 characters
+
+    tokenizer   decodes the tokens
+    stop        stop texts
+    Attributes: stopped (a stop text is complete)
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
@@ -22,11 +26,11 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int, may_stop: bool) -> None:
-        """Take one more token; `stopped` is true once a stop text is complete (it is cut off, with all after it)."""
+        """Appends the text of a token. `may_stop`: a stop text that is complete is cut off, and sets `stopped`."""
         self._take(self._detokenizer.push(token_id), may_stop)
 
     def flush(self, may_stop: bool) -> None:
-        """No more tokens: a character that stayed incomplete becomes U+FFFD, and nothing is held back any longer."""
+        """Ends the text: an incomplete character becomes U+FFFD, and no text is held back any more."""
         if not self.stopped:
             self._take(self._detokenizer.flush(), may_stop)
         self._hold = 0
@@ -46,11 +50,11 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """The text that may be shown by now."""
+        """The text that may be shown."""
         return self._text[: max(self._shown, len(self._text) - self._hold)]
 
     def take_delta(self) -> str:
-        """What became showable since the last call."""
+        """The text that may be shown since the last call."""
         text = self.text
         delta = text[self._shown :]
         self._shown = len(text)

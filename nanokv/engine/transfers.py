@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from nanokv.cache.contract import Moves
@@ -15,21 +15,24 @@ from nanokv.engine.connector import Connector, Delivery
 from nanokv.engine.output_processor import OutputProcessor
 from nanokv.engine.scheduler import Scheduler
 
+logger = logging.getLogger("nanokv")
+
 MAX_ATTEMPTS = 2
-"""Transfers of a request that may come to nothing before it is computed here."""
+"""Transfers of a request that may deliver nothing before the engine computes its prompt."""
 Fail = Callable[[Iterable[Request], Exception], None]
 """Ends requests with an error."""
 
 
 class Transfers:
-    """Several connectors as one. Of several offers the largest is taken, of equal ones the first connector's."""
+    """Several connectors as one PageSource. The largest offer wins, and of equal offers the first connector's."""
 
     def __init__(self, connectors: Sequence[Connector]) -> None:
         self.connectors = tuple(connectors)
         self._owners: dict[Request, Connector] = {}  # the connector of each request in transfer
 
-    def __bool__(self) -> bool:
-        return bool(self.connectors)
+    def __contains__(self, request: Request) -> bool:
+        """Whether a connector has the request."""
+        return request in self._owners
 
     def offers(self, request: Request, found: int) -> int:
         """Tokens that the best connector can bring; `found`: none."""
@@ -46,7 +49,10 @@ class Transfers:
         return False
 
     def start(self, waiting: list[tuple[Request, int]], cache: CacheManager, events: Events, fail: Fail) -> None:
-        """Starts the transfers (request, upto) of a plan, whose moves have run; takes them out of the list."""
+        """Starts the transfers (request, upto) of a plan, whose moves have run, and removes them from the list.
+
+        A request whose connector fails to start ends with an error; pages that it may still write stay quarantined.
+        """
         while waiting:
             request, upto = waiting[0]
             request.metrics.first_scheduled = request.metrics.first_scheduled or time.perf_counter()
@@ -57,56 +63,52 @@ class Transfers:
                 self._owners[request] = owner
                 owner.start(request, upto, cache.reserve_checkpoints(request, upto))
             except Exception as error:
-                self._owners.pop(request, None)
                 fail([request], error)
             waiting.pop(0)
             if events and request.finish_reason is None:
-                events.emit(TransferStarted(request.request_id, request.index, list(request.held.pages)))
+                events.emit(TransferStarted(request.id, request.index, list(request.held.pages)))
 
     def save(self, moves: Moves, store: CacheStore) -> None:
-        """Lets every connector take the pages that are about to be overwritten."""
+        """Lets every connector copy the pages that are about to be overwritten. One that fails keeps none of them."""
         for connector in self.connectors if moves.saves else ():
-            connector.save(moves, store)
+            try:
+                connector.save(moves, store)
+            except Exception:
+                logger.exception("a connector failed to save %d pages and does not keep them", len(moves.saves))
 
     def collect(
         self, wait: bool, scheduler: Scheduler, cache: CacheManager, outputs: OutputProcessor, fail: Fail
     ) -> None:
-        """What connectors have brought joins the batch; what they have lost is computed here."""
-        for connector in self.connectors:
-            self._take(connector.collect(wait), scheduler, cache, outputs, fail)
+        """Takes the transfers that have ended: their requests run on from the tokens that came.
 
-    def _take(
-        self,
-        arrived: deque[Delivery],
-        scheduler: Scheduler,
-        cache: CacheManager,
-        outputs: OutputProcessor,
-        fail: Fail,
-    ) -> None:
-        # One after the other leaves `arrived`, so that an error or Ctrl-C loses none behind it.
-        while arrived:
-            request = arrived[0].request
-            try:
-                self._join(arrived[0], scheduler, cache, outputs)
-            except Exception as error:
-                fail([request], error)
-            except BaseException:  # Ctrl-C in the middle of it: computed again, or released where it has finished
-                if request.finish_reason is not None:
-                    if request in scheduler.running:
-                        scheduler.remove(request)
-                    cache.release(request)
-                for sample in reversed(outputs.of([request])):
-                    if sample in scheduler.running:
-                        scheduler.preempt(sample)
-                raise
-            finally:
-                arrived.popleft()
+        wait   if none has ended, wait a moment for one
+        """
+        for connector in self.connectors:
+            arrived = connector.collect(wait)
+            wait = wait and not arrived
+            while arrived:  # each leaves the connector alone, so that an error or Ctrl-C loses none behind it
+                request = arrived[0].request
+                try:
+                    self._join(arrived[0], scheduler, cache, outputs)
+                except Exception as error:
+                    fail([request], error)
+                except BaseException:  # Ctrl-C: released where it has finished, else computed again
+                    if request.finish_reason is not None:
+                        if request in scheduler.running:
+                            scheduler.remove(request)
+                        cache.release(request)
+                    for sample in reversed(outputs.of([request])):
+                        if sample in scheduler.running:
+                            scheduler.preempt(sample)
+                    raise
+                finally:
+                    arrived.popleft()
 
     def _join(self, delivery: Delivery, scheduler: Scheduler, cache: CacheManager, outputs: OutputProcessor) -> None:
         request = delivery.request
         self._owners.pop(request, None)
         request.in_transfer = False
-        if request.finish_reason is not None:  # aborted meanwhile: now its pages are free
+        if request.finish_reason is not None:  # aborted meanwhile: its pages are free from here on
             scheduler.remove(request)
         elif delivery.num_tokens <= request.num_computed:
             scheduler.preempt(request)
@@ -124,8 +126,10 @@ class Transfers:
                 outputs.append(sample, token, scores, now)
 
     def close(self) -> None:
+        """Closes every connector; the next `collect` returns all requests in transfer."""
         for connector in self.connectors:
             connector.close()
 
     def stats(self) -> dict[str, int | float]:
+        """The numbers of all connectors (core/stats.py)."""
         return {name: value for connector in self.connectors for name, value in connector.stats().items()}

@@ -1,4 +1,4 @@
-"""The checks of a request before it is queued. Raises RequestError naming field, value and what is allowed."""
+"""The checks of a request before it is queued. A RequestError names the field, its value and the allowed values."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from nanokv.models.config import ModelConfig
 
 
 def validate_request(request: Request, model: ModelConfig, config: EngineConfig, longest: int) -> list[int]:
-    """The prompt's token ids as plain ints, once everything about the request has been checked.
+    """Checks every field of a new request.
 
-    longest   prompt tokens that this engine can serve
+    longest   most prompt tokens that this engine can serve
+    Returns   the prompt's token ids as plain ints
+    Raises    RequestError
     """
     params = request.params
     if not isinstance(params, SamplingParams):
@@ -58,8 +60,10 @@ def validate_request(request: Request, model: ModelConfig, config: EngineConfig,
 
 
 def prepare_request(request: Request, number: int, seed: int, max_length: int) -> None:
-    """Fills in what the engine owns of a validated request, the `number`-th of an engine with this seed.
+    """Sets the attributes that the engine owns of a validated request.
 
+    number       of the request, counted since the engine was made
+    seed         of the engine
     max_length   tokens that a request may reach, prompt and answer together
     """
     params = request.params
