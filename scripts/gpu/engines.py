@@ -24,24 +24,24 @@ def engine(run: Run, model: str) -> Iterator[Row]:
     with dummy(model, run) as llm:
         warm_up(llm, prompt)
         yield {"name": f"{model} prefill", "shape": f"{prompt:,} tokens", "tokens_per_s": prefill_speed(llm, prompt)}
-        for batch, context in product(batches, contexts):  # one by one: what has been measured stands, whatever comes
+        for batch, context in product(batches, contexts):  # one by one: a later failure loses no row
             for row in measure_decode(llm, [batch], [context], steps=4 if run.quick else 30):
                 shape = f"{row['batch']} x {row['context_tokens']:,}"
                 yield {"name": f"{model} decode", "shape": shape, "tokens_per_s": row["output_tokens_per_s"], **row}
 
 
 def host(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
-    """What Python does beside the device in a decode step: the time of a step in which it does not wait for tokens."""
+    """Python beside the device in a decode step: the time of a step in which it does not wait for tokens."""
     steps, context = (4, 32) if run.quick else (60, 1024)
     waited, beside = 0.0, []
 
     with dummy(model, run) as llm:
         fetch, step = HostCopy.fetch, llm.engine.step
 
-        def timed_fetch(arrival: HostCopy) -> dict[str, list]:
+        def timed_fetch(copy: HostCopy) -> dict[str, list]:
             nonlocal waited
             begin = time.perf_counter()
-            fetched = fetch(arrival)
+            fetched = fetch(copy)
             waited += time.perf_counter() - begin
             return fetched
 
@@ -56,7 +56,7 @@ def host(run: Run, model: str = "qwen3-0.6b") -> Iterator[Row]:
         with patch.object(HostCopy, "fetch", timed_fetch), patch.object(llm.engine, "step", timed_step):
             for batch in (1, 2) if run.quick else (1, 16, 64):
                 speed = decode_speed(llm, batch, context, steps)
-                taken = median(beside[-steps - 1 : -1])  # the last step only hands out what was aborted
+                taken = median(beside[-steps - 1 : -1])  # the last step only returns aborted outputs
                 yield {"name": f"{model} Python beside the device", "shape": f"{batch} x {context:,}", "seconds": taken,
                        "decode_step_s": batch / speed}  # fmt: skip
 
@@ -95,7 +95,7 @@ def prefix(run: Run) -> Iterator[Row]:
     """`bench prefix` at long prompts, as the field's articles run it."""
     prompt, output, clients = (64, 4, [1, 2]) if run.quick else (10_000, 64, [1, 4, 16, 32])
     with dummy("qwen3-1.7b", run, max_requests=max(clients)) as llm:
-        for count in clients:  # one after the other: what has been measured stands, whatever comes
+        for count in clients:  # one by one: a later failure loses no row
             for row in measure_prefix(llm, prompt, output, [0.0, 0.5, 0.9], [count], count if run.quick else None):
                 shape = f"{count} clients, {row['shared_tokens']:,} of {prompt:,} shared"
                 yield {"name": "bench prefix qwen3-1.7b", "shape": shape, **row}
