@@ -1,7 +1,7 @@
 """A prefill process that fails on command: the entry module of the fault tests in place of nanokv.disagg.worker.
 
-After every message and every layer it looks for the file $NANOKV_FAULT, which holds "POINT ACTION", and does what it
-says when it stands at that point; the file goes first, so that each fault happens once.
+After every message and every layer it reads the file $NANOKV_FAULT, which holds "POINT ACTION", and performs the action
+if it is at that point. The file is removed before, so each fault happens once.
 
     points    "PREFILL received", "layer", "DONE before", "DONE sent", ... for each kind of message
     actions   kill, stop: this process; raise: an exception; half: half a frame, then kill; twice: the message again;
@@ -36,7 +36,7 @@ def die(action: str | None) -> None:
     if action in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
     elif action == "raise":
-        raise RuntimeError("as the test wished")
+        raise RuntimeError("injected fault")
 
 
 class FaultySession(worker.Session):

@@ -79,7 +79,7 @@ def test_a_decode_step_reads_the_weights_once_and_every_context():
     assert bytes_per_step(weights=1000, batch=4, context=10, bytes_per_token=6) == 1240
 
 
-def test_weight_bytes_are_those_of_the_checkpoint_less_the_table_that_is_only_looked_up(llm):
+def test_weight_bytes_are_the_checkpoint_without_the_embedding_table(llm):
     stored = sum(path.stat().st_size for path in llm.folder.glob("*.safetensors"))
     table = llm.model_config.vocab_size * llm.model_config.hidden_size * 4
     assert 0 < stored - table - weight_bytes(llm, 1) < 10_000  # what is left is the file's header
@@ -88,7 +88,7 @@ def test_weight_bytes_are_those_of_the_checkpoint_less_the_table_that_is_only_lo
 # ---- workloads ----------------------------------------------------------------------------------------------------
 
 
-def test_prompts_share_exactly_what_they_are_told_to():
+def test_prompts_share_exactly_the_requested_tokens():
     prompts = shared_prefix_prompts(50, 20, 12, vocab_size=100, seed=3)
     assert all(prompt[:12] == prompts[0][:12] and len(prompt) == 20 for prompt in prompts)
     assert len({prompt[12] for prompt in prompts}) == 50
@@ -166,7 +166,7 @@ def test_decoding_is_measured_where_it_fits(llm):
     assert llm.stats()["pages_cached"] == llm.stats()["requests_running"] == 0
 
 
-def test_what_a_step_costs_beside_the_model_is_a_part_of_it(llm):
+def test_the_overhead_of_a_step_is_a_part_of_it(llm):
     found = step_overhead(llm, running=4, context=32, tree_pages=128, steps=3)
     assert 0 < found["overhead_s"] < found["step_s"]
     assert found["tree_pages"] >= 128

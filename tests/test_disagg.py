@@ -1,4 +1,4 @@
-"""Prefill there, decode here: the colocated engine's tokens for every family; the protocol, and who is refused."""
+"""Prefill in one process and decode in another: the tokens of one process; the protocol, and refusals."""
 
 import contextlib
 import fcntl
@@ -144,8 +144,8 @@ def test_two_prefill_workers_share_the_work(tiny_llama, monkeypatch):
         for prompt in batch:
             llm.engine.add_request(Request(prompt, greedy))
         llm.engine.step()
-        shares = [len(place.grants) for place in llm.cluster.dispatcher.workers.slots]
-        assert shares == [3, 3] or sum(shares) < 6  # some are back already
+        shares = [len(slot.grants) for slot in llm.cluster.dispatcher.workers.slots]
+        assert shares == [3, 3] or sum(shares) < 6  # some have ended already
         llm.reset_prefix_cache()
         assert [output.token_ids for output in llm.generate(batch, greedy)] == alone
 
@@ -166,8 +166,8 @@ def test_short_suffixes_are_computed_here(tiny_llama, monkeypatch):
 
 
 @pytest.fixture
-def with_three_back(tiny_llama, monkeypatch):
-    """An engine, three greedy prompts that have come back to it and were not looked at, and the right answers."""
+def three_deliveries(tiny_llama, monkeypatch):
+    """An engine with three deliveries that it has not collected, and the right answers by request id."""
     monkeypatch.setattr(cluster, "LocalWorker", Thread)
     greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     texts = [oracles.prompt(100, seed=30 + i) for i in range(3)]
@@ -184,8 +184,8 @@ def with_three_back(tiny_llama, monkeypatch):
         yield llm.engine, dict(zip(ids, alone, strict=True))
 
 
-def test_pages_behind_logits_that_are_not_finite_are_published_to_nobody(with_three_back):
-    engine, alone = with_three_back
+def test_pages_behind_logits_that_are_not_finite_are_not_published(three_deliveries):
+    engine, alone = three_deliveries
     results = engine.transfers.connectors[0]._results
     results[0] = replace(results[0], tokens=(None,))
     first = results[0].request.request_id
@@ -205,14 +205,14 @@ def finished(engine: Engine) -> dict[str, RequestOutput]:
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
-def test_what_came_back_beside_a_result_that_fails_is_not_lost(with_three_back, monkeypatch, failure):
-    engine, alone = with_three_back
+def test_a_delivery_that_fails_loses_no_other_one(three_deliveries, monkeypatch, failure):
+    engine, alone = three_deliveries
     adopt, first = engine.cache.adopt, next(iter(alone))
 
     def failing(request, num_tokens):
         monkeypatch.setattr(engine.cache, "adopt", adopt)
         adopt(request, num_tokens)
-        raise failure("as the test wished")
+        raise failure("injected fault")
 
     monkeypatch.setattr(engine.cache, "adopt", failing)
     if failure is KeyboardInterrupt:
@@ -220,7 +220,7 @@ def test_what_came_back_beside_a_result_that_fails_is_not_lost(with_three_back, 
             engine.step()
     ends = finished(engine)
     if failure is RuntimeError:
-        assert "as the test wished" in ends.pop(first).error
+        assert "injected fault" in ends.pop(first).error
         del alone[first]
     assert {request_id: output.token_ids for request_id, output in ends.items()} == alone
     engine.cache.check()
@@ -228,8 +228,8 @@ def test_what_came_back_beside_a_result_that_fails_is_not_lost(with_three_back, 
 
 
 @pytest.mark.parametrize("where", ["before the scheduler", "behind the scheduler"])
-def test_pages_of_an_aborted_request_come_back_though_ctrl_c_comes_with_them(with_three_back, monkeypatch, where):
-    engine, alone = with_three_back
+def test_pages_of_an_aborted_request_are_freed_despite_ctrl_c(three_deliveries, monkeypatch, where):
+    engine, alone = three_deliveries
     first = engine.transfers.connectors[0]._results[0].request.request_id
     engine.abort(first)
     owner, name = (engine.scheduler, "remove") if where == "before the scheduler" else (engine.cache, "release")
@@ -257,21 +257,20 @@ class Interrupted(dict):
     __delitem__ = pop
 
 
-def test_a_result_that_ctrl_c_parts_from_its_grant_comes_back_once(played):
+def test_a_result_whose_grant_stays_by_ctrl_c_is_delivered_once(played):
     dispatcher, stranger = played
-    (place,) = dispatcher.workers.slots
-    place.grants = Interrupted()
+    (slot,) = dispatcher.workers.slots
+    slot.grants = Interrupted()
     answered(dispatcher, stranger, (5,))
     with pytest.raises(KeyboardInterrupt):
         dispatcher.collect(wait=True)
-    back = dispatcher.collect(wait=False)
-    assert [one.tokens for one in back] == [(5,)]
+    assert [delivery.tokens for delivery in dispatcher.collect(wait=False)] == [(5,)]
     assert dispatcher.stats()["requests_remote"] == 0
 
 
-def test_a_start_that_ctrl_c_interrupts_is_made_up_for(played, monkeypatch):
+def test_a_start_that_ctrl_c_interrupts_is_repeated(played, monkeypatch):
     dispatcher, stranger = played
-    (place,) = dispatcher.workers.slots
+    (slot,) = dispatcher.workers.slots
     starts = iter([KeyboardInterrupt(), None])
 
     def start() -> Stranger:
@@ -279,11 +278,11 @@ def test_a_start_that_ctrl_c_interrupts_is_made_up_for(played, monkeypatch):
             raise KeyboardInterrupt
         return Stranger()
 
-    place.start, stranger.gone = start, True
+    slot.start, stranger.gone = start, True
     with pytest.raises(KeyboardInterrupt):
         dispatcher.collect(wait=False)
     dispatcher.collect(wait=False)
-    assert place.peer is not None and place.peer is not stranger and place.state == "starting"
+    assert slot.peer is not None and slot.peer is not stranger and slot.state == "starting"
 
 
 @pytest.mark.parametrize("is_sent", [False, True])
@@ -334,8 +333,8 @@ def interrupted(call, is_done: bool):
 
 
 @pytest.mark.parametrize("what", ["move", "start"])
-def test_a_transfer_that_fails_ends_what_it_was_for_and_nothing_else(tiny_llama, monkeypatch, what):
-    """A step whose copies were not made is not run: its pages would hold other tokens than their request."""
+def test_a_transfer_that_fails_ends_its_own_requests_only(tiny_llama, monkeypatch, what):
+    """A step whose copies were not made is not run: its pages would hold tokens of another request."""
     monkeypatch.setattr(cluster, "LocalWorker", Thread)
     greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     long, short = oracles.prompt(100, seed=1), oracles.prompt(9, seed=2)
@@ -346,18 +345,18 @@ def test_a_transfer_that_fails_ends_what_it_was_for_and_nothing_else(tiny_llama,
 
         def failing(*arguments):
             monkeypatch.delattr(owner, what)
-            raise RuntimeError("as the test wished")
+            raise RuntimeError("injected fault")
 
         monkeypatch.setattr(owner, what, failing, raising=False)
         monkeypatch.setattr(
-            engine.runner, "run", lambda requests, late: launched.append(requests) or run(requests, late)
+            engine.runner, "run", lambda requests, in_flight: launched.append(requests) or run(requests, in_flight)
         )
         ids = [engine.add_request(Request(text, greedy)) for text in (long, short)]
         outputs = engine.step()
         ends = {output.request_id: output for output in outputs if output.finish_reason is not None} | finished(engine)
-        assert "as the test wished" in ends[ids[0]].error
+        assert "injected fault" in ends[ids[0]].error
         if what == "move":
-            assert not launched and "as the test wished" in ends[ids[1]].error
+            assert not launched and "injected fault" in ends[ids[1]].error
         else:
             assert ends[ids[1]].token_ids == alone
         engine.cache.check()
@@ -396,7 +395,7 @@ def test_messages_survive_any_cut_of_the_stream(messages, size):
 
 
 @given(st.binary(max_size=60))
-def test_no_bytes_do_more_harm_than_a_protocol_error(body):
+def test_malformed_bytes_raise_nothing_but_a_protocol_error(body):
     for attempt in (lambda: decode(body), lambda: take_frames(bytearray(body)), lambda: unpack_ints(body)):
         try:
             attempt()
@@ -405,14 +404,14 @@ def test_no_bytes_do_more_harm_than_a_protocol_error(body):
 
 
 @given(st.integers(0, len(encode(PREFILL)) - 5), st.integers(0, 255))
-def test_a_bit_of_damage_in_a_prefill_is_found_or_harmless(place, byte):
+def test_a_damaged_prefill_is_refused_or_harmless(place, byte):
     body = bytearray(encode(PREFILL)[4:])
     body[place] = byte
     with contextlib.suppress(ProtocolError):
         decode(body)
 
 
-# ---- who is refused ----------------------------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -443,25 +442,25 @@ def loop(tiny_llama):
         ("sampling", msgspec.structs.replace(SAMPLING, temperature=-1.0)),
     ],
 )
-def test_a_prefill_that_cannot_be_is_answered_with_failed(loop, field, value):
+def test_an_invalid_prefill_is_answered_with_failed(loop, field, value):
     answer = loop.accept(msgspec.structs.replace(PREFILL, **{field: value}))
     assert isinstance(answer, Failed) and answer.request == "r" and not loop.has_work
 
 
-def test_a_prefill_is_computed_once_however_often_it_comes(loop):
+def test_a_repeated_prefill_is_computed_once(loop):
     assert loop.accept(PREFILL) is None and loop.accept(PREFILL) is None
     (done,) = loop.step()
     assert (done.request, done.attempt, len(done.tokens)) == ("r", 1, 1)
     assert not loop.has_work and loop.step() == []
     assert loop.accept(PREFILL) is None
-    assert not loop.has_work  # its pages are somebody else's
+    assert not loop.has_work  # its pages have other owners
     assert loop.abort(Abort(generation=7, request="r", attempt=3)) == AbortAck(generation=7, request="r", attempt=3)
     for attempt in (2, 3):
         assert loop.accept(msgspec.structs.replace(PREFILL, attempt=attempt)) is None
     assert not loop.has_work
 
 
-def test_numbers_that_no_codec_holds_fail_their_attempt_and_no_other(tiny_llama, monkeypatch):
+def test_numbers_that_a_codec_cannot_hold_fail_only_their_attempt(tiny_llama, monkeypatch):
     with LLM(tiny_llama, num_pages=8, page_size=8, codec="tq4") as llm:
         loop = PrefillLoop(llm.engine.model, llm.engine.store, llm.config, generation=7)
         mixer = llm.engine.model.layers[0].mixer
@@ -482,14 +481,14 @@ def test_numbers_that_no_codec_holds_fail_their_attempt_and_no_other(tiny_llama,
         assert not loop.has_work
 
 
-def test_what_a_step_has_done_before_it_fails_is_told_and_the_rest_fails(tiny_llama, monkeypatch):
+def test_prompts_that_end_before_a_step_fails_are_done_and_the_rest_fail(tiny_llama, monkeypatch):
     with LLM(tiny_llama, num_pages=12, page_size=8) as llm:
         loop = PrefillLoop(llm.engine.model, llm.engine.store, llm.config, generation=7)
         append = loop.append
 
         def failing(request, *arguments):
             if loop.prompt(request).attempt == 2:
-                raise RuntimeError("as the test wished")
+                raise RuntimeError("injected fault")
             append(request, *arguments)
 
         monkeypatch.setattr(loop, "append", failing)
@@ -498,7 +497,7 @@ def test_what_a_step_has_done_before_it_fails_is_told_and_the_rest_fails(tiny_ll
             loop.accept(msgspec.structs.replace(PREFILL, request=str(number), attempt=number, pages=pages))
         answers = {answer.request: answer for answer in loop.step()}
         assert {request: type(answer) for request, answer in answers.items()} == {"1": Done, "2": Failed, "3": Failed}
-        assert "as the test wished" in answers["2"].reason and not loop.has_work
+        assert "injected fault" in answers["2"].reason and not loop.has_work
 
 
 @pytest.fixture(scope="module")
@@ -533,7 +532,7 @@ def test_a_copy_that_fails_fails_every_open_attempt(hybrid_loop, monkeypatch):
     loop = make()
     assert loop.accept(first) is loop.accept(second) is None
     assert loop.step() == []
-    monkeypatch.setattr(loop._runner, "move", raising(RuntimeError("as the test wished")))
+    monkeypatch.setattr(loop._runner, "move", raising(RuntimeError("injected fault")))
     assert [(type(message), message.attempt) for message in loop.step()] == [(Failed, 1), (Failed, 2)]
     assert not loop.has_work
 
@@ -617,7 +616,7 @@ def test_a_worker_that_does_not_fit_gets_no_prompts(answer, caplog):
 
 
 def hello_of(dispatcher: Dispatcher) -> Hello:
-    """What a worker that fits answers."""
+    """The answer of a worker that fits."""
     return Hello(
         generation=dispatcher.generation, version=VERSION, digest="d", num_pages=4, num_states=0, heartbeat_s=10.0
     )
@@ -646,7 +645,7 @@ def answered(dispatcher: Dispatcher, stranger: Stranger, tokens: tuple[int | Non
 
 @pytest.fixture
 def played():
-    """A dispatcher, and the one worker of it that the test plays."""
+    """A dispatcher, and its only worker, which the test plays."""
     dispatcher, stranger = Dispatcher(DisaggConfig()), Stranger()
     dispatcher.allocate(4096, torch.device("cpu"))
     stranger.mouth.sendall(encode(hello_of(dispatcher)))
@@ -657,7 +656,7 @@ def played():
     dispatcher.close()
 
 
-def test_attempts_that_came_to_something_are_not_counted_against_a_request(played):
+def test_successful_attempts_do_not_count_against_a_request(played):
     dispatcher, stranger = played
     answered(dispatcher, stranger, (5,))
     while not dispatcher.collect(wait=True):
@@ -667,13 +666,13 @@ def test_attempts_that_came_to_something_are_not_counted_against_a_request(playe
 
 
 @pytest.mark.parametrize("token", [256, -1])
-def test_a_token_beyond_the_vocabulary_joins_nothing(played, token):
+def test_a_token_beyond_the_vocabulary_is_not_delivered(played, token):
     dispatcher, stranger = played
     dispatcher.workers._closed = True  # no other one is started
     answered(dispatcher, stranger, (token,))
     while dispatcher.stats()["requests_remote"]:
         dispatcher._listen()
-    assert [back.tokens for back in dispatcher.collect(wait=False)] == [()]
+    assert [delivery.tokens for delivery in dispatcher.collect(wait=False)] == [()]
     assert dispatcher.stats()["worker_deaths"] == 1
 
 
@@ -722,7 +721,7 @@ def test_a_pool_of_another_size_is_refused():
         ({"worker_cores": (True,)}, "worker_cores=(True,)"),
     ],
 )
-def test_choices_that_cannot_be_are_named(fields, message):
+def test_invalid_choices_are_named(fields, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         DisaggConfig(**fields)
 
@@ -730,7 +729,7 @@ def test_choices_that_cannot_be_are_named(fields, message):
 @pytest.mark.parametrize(
     ("fields", "workers"), [({}, 1), ({"connect": "a:1"}, 0), ({"connect": "a:1", "prefill_workers": 1}, 1)]
 )
-def test_workers_of_this_host_are_as_many_as_were_said(fields, workers):
+def test_the_config_decides_the_number_of_workers(fields, workers):
     assert DisaggConfig(**fields).prefill_workers == workers
 
 
@@ -740,8 +739,8 @@ def test_another_system_is_refused_in_one_line(tiny_llama, monkeypatch):
         cluster.DisaggCluster(DisaggConfig(), tiny_llama, EngineConfig(), torch.device("cpu"), torch.float32)
 
 
-def test_a_request_that_is_aborted_leaves_no_copy_behind():
-    """Its checkpoint's slot is somebody else's from then on."""
+def test_an_aborted_request_leaves_no_copy_behind():
+    """The slot of its checkpoint has another owner after that."""
     pages, request = GrantedCache(4), Request(list(range(9)))
     pages.give(request, GrantedPages(array("i", [0, 1, 2]), 0, state=1, checkpoints={4: 2}))
     pages.match(request)
@@ -751,8 +750,8 @@ def test_a_request_that_is_aborted_leaves_no_copy_behind():
     assert pages.drain_moves().states == []
 
 
-def test_descriptors_may_be_as_high_as_they_like():
-    """In a server of many files: select.select refuses those from 1,024 on."""
+def test_descriptors_beyond_1024_are_polled():
+    """As in a server of many files. select.select refuses those from 1,024 on."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
     ours, theirs = socket.socketpair()

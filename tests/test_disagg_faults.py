@@ -1,6 +1,6 @@
-"""Whatever dies, hangs or lies: every request ends with the right tokens, no page leaks, the engine goes on.
+"""Processes that die, hang or send garbage: every request has the right tokens, no page leaks, the engine goes on.
 
-Real processes. They fail at hooks behind every message and every layer (faulty_worker.py), never after a sleep.
+The processes are real. They fail at hooks after every message and every layer (faulty_worker.py), never after a sleep.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ SLOW = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def right(tiny_llama) -> list[list[int]]:
-    """What one engine alone answers."""
+    """The answers of one process."""
     with LLM(tiny_llama, **ROOM) as llm:
         return [output.token_ids for output in llm.generate(PROMPTS, GREEDY)]
 
@@ -51,7 +51,7 @@ def shared(tiny_llama, tmp_path_factory):
 
 @pytest.fixture
 def llm(shared, right):
-    """Before and after each test: the worker is there, nothing is out, every page is back, remote answers are right."""
+    """Before and after each test: the worker is ready, no attempt is open, no page is held, answers are right."""
     llm, fault = shared
     fault.unlink(missing_ok=True)
     wait_until_ready(llm)
@@ -72,7 +72,7 @@ def wait_until_ready(llm: LLM) -> None:
 
 
 def settle(llm: LLM) -> None:
-    """Until nobody else may write into a page any more."""
+    """Until no other process may write into a page."""
     step_until(llm, lambda: llm.stats()["requests_remote"] == 0 and not llm.engine.has_work)
 
 
@@ -106,7 +106,7 @@ def worker_pid(llm: LLM) -> int:
         pytest.param("DONE sent stop", None, marks=SLOW),
     ],
 )
-def test_a_worker_that_dies_hangs_or_babbles_costs_no_token(llm, shared, right, caplog, fault, lost):
+def test_a_worker_that_dies_hangs_or_sends_garbage_costs_no_token(llm, shared, right, caplog, fault, lost):
     before = llm.stats()
     plan(shared, fault)
     with caplog.at_level(logging.WARNING, "nanokv"):
@@ -122,7 +122,7 @@ def test_a_worker_that_dies_hangs_or_babbles_costs_no_token(llm, shared, right, 
 
 
 @pytest.mark.parametrize("fault", ["DONE before twice", "DONE before stale"])
-def test_doubled_and_stale_messages_are_dropped(llm, shared, right, fault):
+def test_repeated_and_stale_messages_are_dropped(llm, shared, right, fault):
     before = llm.stats()
     plan(shared, fault)
     assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == right
@@ -131,7 +131,7 @@ def test_doubled_and_stale_messages_are_dropped(llm, shared, right, fault):
     assert after["worker_deaths"] == before["worker_deaths"]
 
 
-def test_a_step_that_fails_there_is_computed_again(llm, shared, right):
+def test_a_step_that_fails_in_the_worker_is_computed_again(llm, shared, right):
     before = llm.stats()
     plan(shared, "layer raise")
     assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == right
@@ -139,7 +139,7 @@ def test_a_step_that_fails_there_is_computed_again(llm, shared, right):
     assert after["remote_lost"] > before["remote_lost"] and after["worker_deaths"] == before["worker_deaths"]
 
 
-def test_pages_of_a_stopped_worker_are_not_given_away_before_it_is_dead(llm, shared, right):
+def test_pages_of_a_stopped_worker_are_not_reused_before_its_death(llm, shared, right):
     """Aborted or not, they stay quarantined; and the worker never wakes up to write into them."""
     plan(shared, "layer stop")
     pid = worker_pid(llm)
@@ -159,7 +159,7 @@ def test_pages_of_a_stopped_worker_are_not_given_away_before_it_is_dead(llm, sha
     "fault",
     [None, "ABORT received kill", *(pytest.param(f"ABORT_ACK before {how}", marks=SLOW) for how in ("kill", "twice"))],
 )
-def test_an_abort_in_flight_gives_the_pages_back_when_nobody_writes_any_more(llm, shared, right, fault):
+def test_pages_of_an_abort_in_flight_are_free_once_nothing_writes_to_them(llm, shared, right, fault):
     if fault is not None:
         plan(shared, fault)
     ids = [llm.engine.add_request(Request(prompt, GREEDY)) for prompt in PROMPTS]
@@ -179,7 +179,7 @@ def test_more_prompts_than_the_pool_holds_wait_for_each_other(llm, right):
     assert all(output.finish_reason == "length" for output in outputs)
 
 
-def test_a_pool_full_of_running_requests_preempts_none_that_is_out(llm):
+def test_a_full_pool_preempts_no_request_in_transfer(llm):
     """Answers outgrow the pool while prompts are computed elsewhere."""
     long = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
     prompts = [oracles.prompt(100, seed=70 + i) for i in range(6)]
@@ -187,8 +187,8 @@ def test_a_pool_full_of_running_requests_preempts_none_that_is_out(llm):
     assert together == [llm.generate(prompt, long)[0].token_ids for prompt in prompts]
 
 
-def test_workers_that_keep_dying_leave_the_engine_to_itself(tiny_llama, right, monkeypatch, tmp_path, caplog):
-    """From some day on the entry does not exist: every process dies at once."""
+def test_prompts_are_computed_here_when_workers_keep_dying(tiny_llama, right, monkeypatch, tmp_path, caplog):
+    """The entry module does not exist any more: every new process dies at once."""
     with caplog.at_level(logging.WARNING, "nanokv"), LLM(tiny_llama, disagg=DisaggConfig(), **ROOM) as llm:
         monkeypatch.setattr(process, "ENTRY", "no_such_worker")
         os.kill(worker_pid(llm), signal.SIGKILL)
@@ -198,7 +198,7 @@ def test_workers_that_keep_dying_leave_the_engine_to_itself(tiny_llama, right, m
     assert sum("no new one is started" in record.message for record in caplog.records) == 1
 
 
-def test_workers_that_cannot_start_are_an_error_and_not_silence(tiny_llama, monkeypatch):
+def test_workers_that_cannot_start_are_an_error(tiny_llama, monkeypatch):
     monkeypatch.setattr(process, "ENTRY", "no_such_worker")
     with pytest.raises(
         ConfigError,
@@ -208,8 +208,8 @@ def test_workers_that_cannot_start_are_an_error_and_not_silence(tiny_llama, monk
 
 
 @pytest.mark.parametrize("is_main", [True, pytest.param(False, marks=SLOW)])
-def test_an_llm_that_is_forgotten_takes_its_worker_and_its_pool_with_it(tiny_llama, is_main):
-    """Whichever thread the garbage collection runs in."""
+def test_a_garbage_collected_llm_ends_its_worker_and_frees_its_pool(tiny_llama, is_main):
+    """In any thread in which the garbage collection runs."""
     gc.collect()  # what other tests left behind goes now, not in between
     before = Counter(pools_and_processes())
     llm = LLM(tiny_llama, disagg=DisaggConfig(), **ROOM)
@@ -229,7 +229,7 @@ def test_an_llm_that_is_forgotten_takes_its_worker_and_its_pool_with_it(tiny_lla
 
 
 def pools_and_processes() -> list[str]:
-    """Of this process: its descriptors of pools and of other processes, and its children, zombies too."""
+    """The descriptors of pools and of other processes in this one, and its children, zombies too."""
     descriptors = []
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # that of listdir itself
@@ -240,7 +240,7 @@ def pools_and_processes() -> list[str]:
 
 SCRIPT = """
 import os, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
 from nanokv import LLM, DisaggConfig, SamplingParams
 from nanokv.core.request import Request
 llm = LLM(sys.argv[1], disagg=DisaggConfig(min_tokens=8), num_pages=64, page_size=8)
@@ -262,7 +262,7 @@ while True:
     ],
 )
 def test_a_worker_does_not_outlive_the_decode_process(tiny_llama, how, stopped):
-    """Not even one that is stopped and cannot notice."""
+    """Not even a stopped one, which cannot notice the end."""
     here = Path(__file__).parent.parent
     decode = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tiny_llama)],
@@ -327,7 +327,7 @@ def test_a_forked_child_ends_no_worker_and_keeps_none(tiny_llama):
 
 
 def is_running(pid: int) -> bool:
-    """Neither gone nor a zombie that nobody has buried."""
+    """Whether it exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

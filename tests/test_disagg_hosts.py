@@ -61,7 +61,7 @@ def answers(llm: LLM) -> list[list[int]]:
 @pytest.mark.parametrize(
     "family", [pytest.param("llama", marks=SLOW), pytest.param("deepseek_v3", marks=SLOW), "qwen3_next"]
 )
-def test_pages_and_states_that_travel_are_those_that_one_process_computes(family, tmp_path):
+def test_pages_and_states_from_another_host_equal_those_of_one_process(family, tmp_path):
     folder, address = oracles.checkpoint(family, tmp_path), free_address()
     with LLM(folder, **ROOM) as llm:
         alone = answers(llm)
@@ -72,7 +72,7 @@ def test_pages_and_states_that_travel_are_those_that_one_process_computes(family
             assert llm.stats()["remote_prefills"] >= 3 and llm.stats()["remote_lost"] == 0
         with LLM(folder, disagg=DisaggConfig(connect=address, min_tokens=8, heartbeat_s=3.0), **ROOM) as llm:
             assert answers(llm) == alone  # the next decode process
-            server.process.send_signal(signal.SIGSTOP)  # it hangs: found by its silence, not by its end
+            server.process.send_signal(signal.SIGSTOP)  # it is silent, and does not end
             llm.reset_prefix_cache()
             assert answers(llm) == alone
             server.process.kill()
@@ -95,8 +95,8 @@ with t.LLM(sys.argv[1], disagg=there, **t.ROOM) as llm:
 
 
 @pytest.mark.slow
-def test_both_die_and_both_are_started_again(tiny_llama):
-    """In the middle of their work: nothing of the first two is in the way of the next two."""
+def test_both_processes_die_and_two_new_ones_work(tiny_llama):
+    """In the middle of their work. Nothing that is left of the first two disturbs the next two."""
     address = free_address()
     with LLM(tiny_llama, **ROOM) as llm:
         alone = answers(llm)
@@ -116,8 +116,8 @@ def test_both_die_and_both_are_started_again(tiny_llama):
         llm.engine.cache.check()
 
 
-def test_a_server_at_an_ipv6_address_is_reached_and_found_taken_by_the_next(tiny_llama):
-    """Before the next one loads a model."""
+def test_an_ipv6_address_is_reached_and_in_use_for_a_second_server(tiny_llama):
+    """The error comes before the second server loads a model."""
     try:
         with bind(("::1", 0)) as free:
             address = f"[::1]:{free.getsockname()[1]}"
@@ -141,7 +141,7 @@ def test_a_wrong_address_and_a_wrong_model_are_refused(tiny_llama, tmp_path):
         LLM(oracles.llama(tmp_path, seed=1), disagg=DisaggConfig(connect=address), **ROOM)
 
 
-def test_codes_travel_where_both_hosts_name_the_same_codec_layers_and_prefill(tmp_path):
+def test_codes_are_sent_between_hosts_with_the_same_codec_options(tmp_path):
     folder, address = oracles.llama(tmp_path, head_dim=32), free_address()
     chosen = {"codec": "tq4", "native_layers": "first1", "prefill": "fast"}
     with LLM(folder, **ROOM, **chosen) as llm:
@@ -153,8 +153,8 @@ def test_codes_travel_where_both_hosts_name_the_same_codec_layers_and_prefill(tm
         assert llm.stats()["remote_prefills"] == 3 and llm.stats()["remote_lost"] == 0
 
 
-def test_the_memory_for_pages_is_taken_once_and_not_for_each_that_comes(tiny_llama, monkeypatch):
-    """A shortage of memory later ends no server and refuses no decode process."""
+def test_a_server_allocates_its_pages_once_for_all_decode_processes(tiny_llama, monkeypatch):
+    """A later shortage of memory ends no server and refuses no decode process."""
     address, taken = free_address(), server.memory_for_pages
 
     def once(*arguments):

@@ -1,4 +1,4 @@
-"""Both ends of a connection between hosts, as threads of one process: what each does about the other's faults."""
+"""Both ends of a connection between hosts, as threads of one process: how each handles the faults of the other."""
 
 import contextlib
 import gc
@@ -37,7 +37,7 @@ GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 
 @pytest.fixture
 def address(tiny_llama) -> str:
-    """Of a prefill process that is a thread."""
+    """The address of a prefill process that runs as a thread."""
     address = free_address()
     model = PrefillModel(tiny_llama, EngineConfig(page_size=8, kv_memory="8MiB"), "cpu", "float32")
     threading.Thread(target=server.listen, args=(model, bind(split_address(address))), daemon=True).start()
@@ -47,7 +47,7 @@ def address(tiny_llama) -> str:
         time.sleep(0.01)
 
 
-def test_a_prompt_whose_layers_flow_for_longer_than_the_heartbeat_kills_nobody(address, tiny_llama, monkeypatch):
+def test_layers_that_arrive_for_longer_than_the_heartbeat_kill_no_worker(address, tiny_llama, monkeypatch):
     between, prompt = server.SendingSession.between, oracles.prompt(150, seed=1)
 
     def slow(session, *stream):
@@ -67,7 +67,7 @@ def test_a_prompt_whose_layers_flow_for_longer_than_the_heartbeat_kills_nobody(a
 
 @pytest.fixture
 def session(tiny_llama):
-    """Of a server with pages for two prompts of PREFILL's length, and the other end of its connection."""
+    """The session of a server with pages for two prompts like PREFILL, and the other end of its connection."""
     near, far = socket.socketpair()
     with LLM(tiny_llama, num_pages=6, page_size=8) as llm:
         loop = PrefillLoop(llm.engine.model, llm.engine.store, llm.config, generation=7)
@@ -92,7 +92,7 @@ def step(session: server.SendingSession) -> None:
         session.send(message)
 
 
-def test_a_late_or_doubled_prompt_is_not_computed_by_a_server(session):
+def test_a_server_computes_no_late_or_repeated_prompt(session):
     session, heard = session
     for attempt in (1, 1):
         session.hear(prefill(attempt))
@@ -105,7 +105,7 @@ def test_a_late_or_doubled_prompt_is_not_computed_by_a_server(session):
     assert [type(message) for message in heard.receive()] == [Done, AbortAck]
 
 
-def test_an_abort_of_the_last_that_waits_leaves_those_before_it_waiting(session):
+def test_an_abort_of_a_waiting_prompt_leaves_earlier_ones_waiting(session):
     session, heard = session
     for attempt in (1, 2, 3, 4):
         session.hear(prefill(attempt))
@@ -127,7 +127,7 @@ def test_a_prompt_with_checkpoints_and_no_state_fails_alone(session):
 
 @pytest.mark.parametrize("attempt", [1, 3])
 def test_an_abort_of_another_request_leaves_an_attempt_alone(session, attempt):
-    """1 is at work, 3 waits for pages."""
+    """Attempt 1 is computed, 3 waits for pages."""
     session, heard = session
     for one in (1, 2, 3):
         session.hear(prefill(one))
@@ -138,9 +138,7 @@ def test_an_abort_of_another_request_leaves_an_attempt_alone(session, attempt):
     assert done == [1, 2, 3] and session._pages.num_free == 6
 
 
-def test_whatever_a_peer_brings_about_ends_its_session_in_one_line_and_never_the_server(
-    address, tiny_llama, monkeypatch, caplog
-):
+def test_an_error_of_one_session_is_one_line_and_the_server_goes_on(address, tiny_llama, monkeypatch, caplog):
     serve = server.serve_one
     first = iter([raising(ValueError("zip() arguments\nof any kind"))])
     monkeypatch.setattr(server, "serve_one", lambda *arguments: next(first, serve)(*arguments))
@@ -151,7 +149,7 @@ def test_whatever_a_peer_brings_about_ends_its_session_in_one_line_and_never_the
     assert line.endswith(": ValueError: zip() arguments of any kind")
 
 
-def test_nothing_of_a_decode_process_stays_in_a_server_when_it_has_left(address, tiny_llama, monkeypatch, caplog):
+def test_a_server_keeps_nothing_of_a_decode_process_that_has_disconnected(address, tiny_llama, monkeypatch, caplog):
     """Nor does it wait for a garbage collection."""
     senders, sessions = [], []
     for made, name in ((senders, "PageSender"), (sessions, "SendingSession")):
@@ -182,7 +180,7 @@ def wait_until(holds, seconds: float = 10.0) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_the_rendezvous_listens_where_the_server_does_and_nowhere_else(host):
+def test_the_rendezvous_listens_at_the_address_of_the_server_only(host):
     needs(host)
     rendezvous = transport.open_store(host, 1.0)
     transport.join_store(host, rendezvous.port, 1.0).set("a", "b")
@@ -198,9 +196,7 @@ def needs(host: str) -> None:
         pytest.skip(f"{host} is no address of this machine")
 
 
-def test_a_decode_process_that_leaves_during_a_prompt_is_one_line_on_the_server(
-    address, tiny_llama, monkeypatch, caplog
-):
+def test_a_decode_process_that_ends_during_a_prompt_is_one_line_on_the_server(address, tiny_llama, monkeypatch, caplog):
     between, left = server.SendingSession.between, threading.Event()
 
     def slow(session, *stream):
@@ -223,7 +219,7 @@ def split_of(folder, **fields) -> DisaggCluster:
     return DisaggCluster(DisaggConfig(**fields), folder, EngineConfig(page_size=8), torch.device("cpu"), torch.float32)
 
 
-def test_a_wrong_address_beside_a_right_one_lets_the_right_one_go_and_starts_nothing(tiny_llama, monkeypatch):
+def test_a_wrong_address_closes_the_other_connections_and_starts_nothing(tiny_llama, monkeypatch):
     started = []
     monkeypatch.setattr(cluster, "LocalWorker", started.append)
     with socket.create_server(("127.0.0.1", 0)) as right:
@@ -254,7 +250,7 @@ def test_a_port_of_another_service_is_named(tiny_llama):
             sock.close()
 
 
-def test_a_worker_that_cannot_be_started_ends_those_before_it(tiny_llama, monkeypatch):
+def test_a_worker_that_cannot_start_ends_the_workers_before_it(tiny_llama, monkeypatch):
     strangers = [Stranger()]
     monkeypatch.setattr(cluster, "LocalWorker", lambda spec: strangers[int(spec.name[-1])])
     with pytest.raises(IndexError):
@@ -262,7 +258,7 @@ def test_a_worker_that_cannot_be_started_ends_those_before_it(tiny_llama, monkey
     assert strangers[0].gone
 
 
-def test_a_connection_that_says_nothing_does_not_keep_others_out(address, tiny_llama, monkeypatch):
+def test_a_silent_connection_does_not_block_the_next_one(address, tiny_llama, monkeypatch):
     monkeypatch.setattr(server, "HELLO_S", 0.5)
     with socket.create_connection(split_address(address)) as silent:
         silent.sendall(b"\0")  # no message yet
@@ -270,7 +266,7 @@ def test_a_connection_that_says_nothing_does_not_keep_others_out(address, tiny_l
             assert llm.stats()["prefill_workers_ready"] == 1
 
 
-def test_a_decode_process_that_loads_for_long_is_waited_for(address, tiny_llama, monkeypatch):
+def test_a_server_waits_for_a_decode_process_that_loads_its_model(address, tiny_llama, monkeypatch):
     monkeypatch.setattr(server, "HELLO_S", 0.6)
     monkeypatch.setattr(link, "PING_S", 0.1)
     load = llm_module.load_model
@@ -279,7 +275,7 @@ def test_a_decode_process_that_loads_for_long_is_waited_for(address, tiny_llama,
         assert llm.stats()["prefill_workers_ready"] == 1 and llm.stats()["worker_deaths"] == 0
 
 
-def test_who_is_waited_for_is_told_once(address, tiny_llama, monkeypatch, caplog):
+def test_a_wait_for_a_worker_is_logged_once(address, tiny_llama, monkeypatch, caplog):
     monkeypatch.setattr(supervisor, "TELL_S", 0.1)
     monkeypatch.setattr(server, "HELLO_S", 1.0)
     with socket.create_connection(split_address(address)):
@@ -288,7 +284,7 @@ def test_who_is_waited_for_is_told_once(address, tiny_llama, monkeypatch, caplog
     assert waits == [f"waiting for prefill {address}: it loads its model, or serves another decode process"]
 
 
-def test_a_worker_that_is_started_again_and_never_ready_is_killed(monkeypatch):
+def test_a_restarted_worker_that_is_never_ready_is_killed(monkeypatch):
     monkeypatch.setattr(supervisor, "START_S", 0.05)
     strangers, ours = [], dispatcher.Dispatcher(DisaggConfig())
     ours.allocate(4096, torch.device("cpu"))
@@ -310,7 +306,7 @@ def test_a_worker_that_is_started_again_and_never_ready_is_killed(monkeypatch):
     ours.close()
 
 
-def test_a_server_keeps_to_the_heartbeat_of_the_decode_process(address, tiny_llama, monkeypatch):
+def test_a_server_uses_the_heartbeat_of_the_decode_process(address, tiny_llama, monkeypatch):
     told, begin = [], server.SendingSession.__init__
 
     def recorded(session, channel, loop, heartbeat_s):
@@ -322,7 +318,7 @@ def test_a_server_keeps_to_the_heartbeat_of_the_decode_process(address, tiny_lla
     assert told == [2.0]
 
 
-def test_a_host_that_is_lost_is_told_once(address, tiny_llama, monkeypatch, caplog):
+def test_a_lost_host_is_logged_once(address, tiny_llama, monkeypatch, caplog):
     with LLM(tiny_llama, disagg=DisaggConfig(connect=address, min_tokens=8), **ROOM) as llm:
         monkeypatch.setattr(link.PageReceiver, "post", raising(RuntimeError("Connection reset by peer")))
         llm.generate([oracles.prompt(40, seed=1)], GREEDY)
@@ -333,7 +329,7 @@ def test_a_host_that_is_lost_is_told_once(address, tiny_llama, monkeypatch, capl
 
 
 @pytest.mark.parametrize(("memory", "lived_s", "starts"), [(SENT, 60.0, 7), (None, 60.0, 3), (None, -1.0, 7)])
-def test_deaths_in_a_row_end_where_a_host_is_back_or_a_worker_has_lived(memory, lived_s, starts, monkeypatch, caplog):
+def test_hello_of_a_host_and_a_long_life_reset_the_count_of_deaths(memory, lived_s, starts, monkeypatch, caplog):
     """Six disconnects without a prompt between."""
     monkeypatch.setattr(supervisor, "LIVED_S", lived_s)
     strangers, ours = [], dispatcher.Dispatcher(DisaggConfig())
@@ -365,8 +361,8 @@ def raising(error: Exception):
 
 
 @pytest.mark.parametrize("level", ["WARNING", pytest.param("DEBUG", marks=pytest.mark.slow)])
-def test_a_worker_that_cannot_load_says_why_in_one_line(tmp_path, level):
-    """With its traceback where somebody debugs."""
+def test_a_worker_that_cannot_load_logs_the_cause_in_one_line(tmp_path, level):
+    """With its traceback at the level DEBUG."""
     spec = msgspec.json.encode({"name": "prefill 0", "folder": str(tmp_path), "device": "cpu", "dtype": "float32",
                                "config": {"nothing": 1}}).decode()  # fmt: skip
     ours, theirs = socket.socketpair()
@@ -384,7 +380,7 @@ def test_a_worker_that_cannot_load_says_why_in_one_line(tmp_path, level):
     assert bool(more) == (level == "DEBUG")
 
 
-def test_layers_before_hello_end_the_connection_as_any_broken_message_does(caplog):
+def test_layers_before_hello_end_the_connection(caplog):
     caplog.set_level("INFO", "nanokv")
     layers = Layers(generation=7, request="r", attempt=1, places=b"", first=0, last=1)
     with socket.create_server(("127.0.0.1", 0)) as host:

@@ -105,7 +105,6 @@ def test_a_request_with_the_reference_kernels_enters_files_of_the_spine_only():
 
 READ_NOT_RUN = {
     "nanokv/cache/contract.py",
-    "nanokv/core/errors.py",
     "nanokv/kernels/planes.py",
     "nanokv/models/llama.py",
 }

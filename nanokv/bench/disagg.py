@@ -51,7 +51,8 @@ class Trace:
     """One run. Seconds since its start.
 
     gaps       (time, gap) of each token of a running answer after its first
-    arrivals   of the long prompts; ttfts: theirs
+    arrivals   of the long prompts
+    ttfts      of the long prompts
     """
 
     wall_s: float

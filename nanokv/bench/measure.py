@@ -176,7 +176,7 @@ def decode_speed(llm: LLM, batch: int, context: int, steps: int, shared: int = 0
 
     The first `shared` tokens are common to all: the same pages, which a CPU may find in its own cache. Only steps in
     which every request decodes are timed; the median of `steps` of them counts. The contexts are not computed but
-    declared (`declare_cached`): what pages hold does not change how long it takes to read them.
+    declared (`declare_cached`): the contents of pages do not change the time of reading them.
     """
     prompts = shared_prefix_prompts(batch, context, min(shared, context - 1), llm.model_config.vocab_size, seed=-3)
     declare_cached(llm, prompts)

@@ -63,7 +63,7 @@ class Dispatcher:
         """Sends HELLO to every worker and waits for the answers.
 
         vocab_size   of the model: no token of a DONE may lie beyond it
-        digest       of what both processes must share
+        digest       of the model and the layout, which both processes must share
         Raises       ConfigError where a worker refuses, is not started again, or takes too long
         """
         assert self._pool is not None
@@ -137,7 +137,7 @@ class Dispatcher:
         self.workers.listen()
 
     def _close_grants(self) -> None:
-        """Drops grants whose results are there: Ctrl-C may have come between the two."""
+        """Drops grants of attempts that have results: Ctrl-C may have come between the two."""
         ended = {one.request for one in self._results}
         for slot in self.workers.slots if ended else ():
             slot.grants = {number: grant for number, grant in slot.grants.items() if grant.request not in ended}
@@ -163,7 +163,7 @@ class Dispatcher:
             if not grant.aborted:
                 delivery = Delivery(request, request.num_tokens, message.tokens, message.logprobs)
         elif isinstance(message, Failed):
-            logger.warning("%s: %s failed there: %s", slot.name, message.request, message.reason)
+            logger.warning("%s: request %s failed: %s", slot.name, message.request, message.reason)
             self._counters["remote_lost"] += 1
         elif not grant.aborted:
             raise ProtocolError("ABORT_ACK of an attempt that was not aborted")

@@ -1,4 +1,4 @@
-"""What a decode process knows of its prefill processes, and which pages each of them may write."""
+"""The prefill processes of one decode process, and the pages that each of them may write."""
 
 from __future__ import annotations
 

@@ -65,12 +65,12 @@ class HostLink:
     def __init__(
         self, address: str, store: Callable[[], CacheStore], seconds: float, sock: socket.socket | None = None
     ) -> None:
-        ours, theirs = socket.socketpair()
+        near, far = socket.socketpair()
         self.name = f"prefill {address}"
         self.why: str | None = None
-        self.channel = Channel(ours)
+        self.channel = Channel(near)
         self._address, self._store, self._seconds = address, store, seconds
-        self._engine = Channel(theirs)
+        self._engine = Channel(far)
         self._ended, self._end = os.pipe()
         self._closing = threading.Event()
         self._granted: dict[int, tuple[set[int], set[int]]] = {}
@@ -117,7 +117,7 @@ class HostLink:
                 far = Channel(self._sock)
                 self._relay(far)
                 self.why = f"connect={self._address!r}: closed the connection before it was ready"
-        except (ProtocolError, RuntimeError, OSError) as error:  # RuntimeError: what torch.distributed raises
+        except (ProtocolError, RuntimeError, OSError) as error:  # RuntimeError: from torch.distributed
             # The supervisor warns that the worker is gone; this line has the cause.
             what = " ".join(str(error).split())[:200]
             logger.info("%s: %s", self.name, what)

@@ -32,17 +32,17 @@ class LocalWorker:
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with far:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", ENTRY, str(theirs.fileno()), msgspec.json.encode(spec).decode()],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-m", ENTRY, str(far.fileno()), msgspec.json.encode(spec).decode()],
+                pass_fds=[far.fileno()],
                 stdin=subprocess.DEVNULL,
                 process_group=0,
             )
         self.name = spec.name
         self.why: str | None = None
-        self.channel = Channel(ours)
+        self.channel = Channel(near)
         self._pidfd = os.pidfd_open(self._process.pid)
         self._gone = False
 

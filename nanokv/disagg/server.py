@@ -104,13 +104,13 @@ class SendingSession(Session):
                 self._send(attempt, attempt.message.states, attempt.states, 0, self._last + 1, states=True)
             assert self.sender is not None
             self.sender.drain()
-        self.say(message)
+        self.send_at_once(message)
         if isinstance(message, (Done, Failed)):
             self._free(message.attempt)
             self._admit()
 
-    def say(self, message: Message) -> None:
-        """Sends a message as it is."""
+    def send_at_once(self, message: Message) -> None:
+        """Sends a message, whatever it reports."""
         super().send(message)
 
     def between(self, layer: int, x: Tensor, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Batch]:
@@ -165,7 +165,7 @@ class SendingSession(Session):
                 self._attempts[message.attempt] = attempt
                 refused = self.loop.accept(self._translated(attempt))
             if refused is not None:
-                self.say(refused)
+                self.send_at_once(refused)
                 self._free(message.attempt)
 
     def _refusal(self, message: Prefill, num_pages: int) -> Failed | None:
@@ -215,7 +215,7 @@ def serve_one(model: PrefillModel, store: CacheStore, sock: socket.socket) -> No
             memory = PoolMemory(kind="sent", num_bytes=0, port=rendezvous.port)
             session.send(msgspec.structs.replace(hello, memory=memory))
             group = join_group(rendezvous, 0, model.device, here, hello.heartbeat_s)
-            session.sender = PageSender(group, store, session.say)
+            session.sender = PageSender(group, store, session.send_at_once)
             session.serve()
         finally:  # both refer to the session: sockets and threads of the group must not wait for a garbage collection
             session.sender = None
@@ -235,10 +235,10 @@ def listen(model: PrefillModel, server: socket.socket) -> None:
     while True:
         sock, (host, port, *_) = server.accept()
         peer = join_address(host, port)
-        logger.warning("%s is here", peer)
+        logger.warning("%s connected", peer)
         try:
             serve_one(model, store, sock)
-            logger.warning("%s has left", peer)
+            logger.warning("%s disconnected", peer)
         except Exception as error:  # ends this session; the next decode process is served
             known = isinstance(error, (NanokvError, EOFError, OSError))
             what = str(error) if known else f"{type(error).__name__}: {error}"

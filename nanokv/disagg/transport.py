@@ -114,11 +114,12 @@ class PageSender:
         """Sends layers of pages or states `ids` of this pool to `layers.places` of the other. Raises EOFError where the
         other side is gone."""
         slots = _slots(self._store, layers)
-        self.drain(MAX_PENDING - 1)
-        buffer = _buffer(self._free, len(ids) * slots.width(layers.first, layers.last), self._store.device)
-        data = slots.read(ids, layers.first, layers.last, buffer)
-        if not data.numel():
+        size = len(ids) * slots.width(layers.first, layers.last)
+        if not size:
             return
+        self.drain(MAX_PENDING - 1)
+        buffer = _buffer(self._free, size, self._store.device)
+        data = slots.read(ids, layers.first, layers.last, buffer)
         self._announce(layers)
         with _peer_may_be_gone():
             self._pending.append((self._group.send([data], 1, 0), buffer))

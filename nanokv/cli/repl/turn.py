@@ -68,11 +68,10 @@ class Turn:
 def answer(
     llm: LLM, token_ids: list[int], params: SamplingParams, show: Callable[[str], None], stop: StopKey, entered: float
 ) -> Turn:
-    """Stream one answer through `show`. Raises RequestError where the prompt cannot be served.
+    """Streams one answer through `show`. Raises RequestError where the prompt cannot be served.
 
-    Advances the engine step by step: between two steps, prefill included, an answer can be stopped at once. A stopped
-    one is aborted, so its pages are free or cached when this returns; where a connector brings the pages, when it has
-    acknowledged.
+    The engine advances step by step, and an answer can be stopped between any two steps. A stopped answer is aborted:
+    its pages are free or cached when this returns, or, in a transfer, when the connector has acknowledged.
     """
     request = Request(token_ids, params)
     ticket = llm.loop.submit(request)
@@ -89,7 +88,7 @@ def answer(
             computed = request.num_computed
             if stop.pressed:
                 ticket.cancel()
-    finally:  # also where the reader of the answer went away; a SystemExit leaves everything behind anyway
+    finally:  # also where `show` raises
         ticket.close()
     raise NanokvError("the answer ended without a last output")
 
