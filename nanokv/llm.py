@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -196,4 +196,4 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
         raise RequestError(f"prompts={prompts!r:.60}: expected a text, a list of token ids, or a list of either")
     is_one = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], Sequence))
-    return [prompts] if is_one else list(prompts)
+    return cast("list[Prompt]", [prompts] if is_one else list(prompts))
