@@ -201,4 +201,4 @@ def test_two_turns_are_prefilled_in_another_process(smollm2, tmp_path):
     assert int(second["cached"]) >= int(first["prompt"]) // 16 * 16 > 0
     chat.process.sendline("/bye")
     assert chat.ended() == 0
-    assert log.read_text().count('"hand_over"') == 2
+    assert log.read_text().count('"transfer"') == 2
