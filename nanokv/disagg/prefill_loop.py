@@ -19,18 +19,7 @@ from nanokv.core.config import EngineConfig
 from nanokv.core.events import Events
 from nanokv.core.request import Request, SamplingParams
 from nanokv.disagg.granted_cache import GrantedCache, GrantedPages
-from nanokv.disagg.messages import (
-    Abort,
-    AbortAck,
-    Attempt,
-    Done,
-    Failed,
-    Message,
-    Prefill,
-    ProtocolError,
-    failed,
-    unpack_ints,
-)
+from nanokv.disagg.messages import Abort, AbortAck, Done, Failed, Message, Prefill, ProtocolError, failed, unpack_ints
 from nanokv.engine.runner import Runner
 from nanokv.engine.sampler import SamplerOutput, sample
 from nanokv.engine.scheduler import Scheduler, StepPlan
@@ -216,7 +205,7 @@ class PrefillLoop:
         return request, GrantedPages(pages, message.cached_length, message.state, checkpoints)
 
 
-def _id_of(message: Attempt) -> str:
+def _id_of(message: Prefill | Abort) -> str:
     """The request id in this process: preempted samples of one request are attempts of their own, with one id."""
     return f"{message.request}/{message.attempt}"
 
