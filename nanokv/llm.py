@@ -155,7 +155,7 @@ class LLM:
                 raise NanokvError(f"scoring ended early: {request.error or request.finish_reason}")
 
     def stats(self) -> dict[str, int | float | bool]:
-        """Numbers about pages, requests and steps, by the names of core/stats.py."""
+        """Plain numbers since the LLM was made, by the names of core/stats.py."""
         invariant = ops.row_invariant(self.dtype, self.device)
         return {**self.loop.call(lambda engine: engine.stats()), "row_invariant": invariant}
 

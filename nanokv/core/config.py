@@ -91,7 +91,7 @@ class EngineConfig:
     event_log: str | None = None
     """Path of a JSONL file that receives a record of each event of a page or a request (core/events.py)."""
     debug_checks: bool = False
-    """Audit the cache whenever the engine is idle (CacheManager.check)."""
+    """Recount every page whenever the engine is idle."""
     load: str = "auto"
     """"auto" reads the checkpoint; "dummy" fills the model with seeded random weights (benchmarks)."""
 
