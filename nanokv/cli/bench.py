@@ -33,11 +33,11 @@ def request(prompt_tokens: list[int], output_tokens: int, **options: Any) -> Non
     The measured saving comes from the same prompt a second time.
     """
     from nanokv.bench import report
-    from nanokv.bench.request import measure_request, runs
+    from nanokv.bench.request import measure_request
 
     settings = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
     with Bench("request", settings, options) as at:
-        tick = at.ticker(len(prompt_tokens) * runs(at.repeat))
+        tick = at.ticker(2 * len(prompt_tokens) * at.repeat)
         at.rows = [measure_request(at.llm, length, output_tokens, at.repeat, tick) for length in prompt_tokens]
     at.show([(report.REQUEST, at.rows, None)], report.draw_request, (7, 1.5 + 0.6 * len(at.rows)))
 
