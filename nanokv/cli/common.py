@@ -155,3 +155,8 @@ def binary(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as 1 page or 1,200 pages."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
