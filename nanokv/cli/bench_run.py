@@ -41,9 +41,8 @@ class Numbers(click.ParamType):
             if not self.least <= number <= (number if self.most is None else self.most):
                 bounds = f"at least {self.least}" + ("" if self.most is None else f", at most {self.most}")
                 self.fail(f"{text!r}: expected {bounds}", param, ctx)
-            if number not in numbers:
-                numbers.append(number)
-        return numbers
+            numbers.append(number)
+        return list(dict.fromkeys(numbers))
 
 
 WIDTH = 110

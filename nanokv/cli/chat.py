@@ -53,7 +53,6 @@ def chat(
     prompt: str | None,
     system: str | None,
     stats: bool,
-    seed: int | None,
     disagg: str | None,
     mine: bool,
     **options: Any,
@@ -65,8 +64,7 @@ def chat(
     """
     if mine and disagg is not None:
         raise click.UsageError("--mine and --disagg: prefill processes run the engine's own functions; give one")
-    chosen = {name: options.pop(name) for name in SAMPLING if name in options} | {"seed": seed}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    chosen = {name: value for name in SAMPLING if (value := options.pop(name)) is not None}
     try:
         SamplingParams(**chosen).validate()
         # Without --seed each chat draws differently: requests without a seed use the engine's.
@@ -74,12 +72,9 @@ def chat(
         config = EngineConfig(seed=int.from_bytes(os.urandom(4), "little"), **options)
     except (RequestError, ConfigError) as error:
         name, _, rest = str(error).partition("=")
-        raise click.UsageError(
-            f"--{name.replace('_', '-')} {rest}" if name in {*chosen, *options} else str(error)
-        ) from None
-    question = None
-    if prompt is not None or not _is_terminal(sys.stdin):
-        question = _question(prompt)
+        option = f"--{name.replace('_', '-')} {rest}"
+        raise click.UsageError(option if name in {*chosen, *options} else str(error)) from None
+    question = None if prompt is None and _is_terminal(sys.stdin) else _question(prompt)
     if mine:
         _patch_mine()
     name = DEFAULT_MODEL if model is None else Path(model).resolve().name if Path(model).is_dir() else model
