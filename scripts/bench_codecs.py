@@ -21,20 +21,21 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from matplotlib import rc_context
 
 from nanokv import LLM, SamplingParams
-from nanokv.bench.codec_speed import prefill_in_turns
 from nanokv.bench.codecs import ALL, FULL, QUICK, CodecBench, Plan, page_size_of, swept
 from nanokv.bench.codecs import key as key_of
-from nanokv.bench.measure import check_length
+from nanokv.bench.measure import check_length, greedy
 from nanokv.bench.report import draw_codecs
+from nanokv.bench.workloads import random_prompts
 from nanokv.cli.common import hardware, new_figure
 from nanokv.core.errors import ConfigError
 
@@ -149,6 +150,21 @@ def prefill(open_llm: Callable[..., LLM], raw: LLM, codec: str, turns: int) -> I
     with open_llm(prefill="exact", **fields) as exact, open_llm(prefill="fast", **fields) as fast:
         found = prefill_in_turns({"raw": raw, "exact": exact, "fast": fast}, PREFILL_TOKENS, turns)
     yield {"part": "prefill", "codec": codec, **found}
+
+
+def prefill_in_turns(llms: Mapping[str, LLM], tokens: int, turns: int) -> dict[str, Any]:
+    """Seconds to the first token of a prompt of `tokens` tokens, through each of these engines in turns. Medians."""
+    seconds: dict[str, list[float]] = {name: [] for name in llms}
+    for turn in range(turns + 1):  # the first turn warms up
+        for name, llm in llms.items():
+            (prompt,) = random_prompts(1, tokens, llm.model_config.vocab_size, seed=turn)
+            llm.reset_prefix_cache()
+            seconds[name].append(llm.generate([prompt], greedy(1))[0].metrics.ttft or 0.0)
+    return {
+        "prompt_tokens": tokens,
+        "turns": turns,
+        **{f"{name}_s": median(found[1:]) for name, found in seconds.items()},
+    }
 
 
 def on_tiny(result: Result, name: str, plan: Plan, share: float) -> None:

@@ -21,7 +21,6 @@ from nanokv.bench.measure import (
     spread,
     weight_bytes,
 )
-from nanokv.bench.overhead import match_time, step_overhead
 from nanokv.bench.prefix import ceiling_requests_per_s, matchable, measure_prefix, requests_for
 from nanokv.bench.request import measure_request, prefill_share
 from nanokv.bench.workloads import random_prompts, shared_prefix_prompts
@@ -166,15 +165,15 @@ def test_decoding_is_measured_where_it_fits(llm):
     assert llm.stats()["pages_cached"] == llm.stats()["requests_running"] == 0
 
 
-def test_the_overhead_of_a_step_is_a_part_of_it(llm):
-    found = step_overhead(llm, running=4, context=32, tree_pages=128, steps=3)
+def test_the_overhead_of_a_step_is_a_part_of_it(llm, scripts):
+    found = scripts["overhead"].step_overhead(llm, running=4, context=32, tree_pages=128, steps=3)
     assert 0 < found["overhead_s"] < found["step_s"]
     assert found["tree_pages"] >= 128
     assert llm.stats()["pages_cached"] == 0
 
 
-def test_a_match_is_timed_in_a_tree_that_branches():
-    found = match_time(pages=300, prompt_tokens=500)
+def test_a_match_is_timed_in_a_tree_that_branches(scripts):
+    found = scripts["overhead"].match_time(pages=300, prompt_tokens=500)
     assert found["matched_tokens"] == 496
     assert found["tree_pages"] >= 300
     assert found["branches"] > 30
@@ -279,9 +278,9 @@ def test_numbers_in_tables_keep_three_digits():
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import bench_report
-    from peers import client, figure, rows
+    from peers import client, figure, overhead, rows
 
-    return {"report": bench_report, "client": client, "figure": figure, "rows": rows}
+    return {"report": bench_report, "client": client, "figure": figure, "overhead": overhead, "rows": rows}
 
 
 def runs(*values):

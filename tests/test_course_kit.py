@@ -12,7 +12,7 @@ import pytest
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import load_course, read_course
 from nanokv.learn.progress import Progress
-from nanokv.learn.source import find, remove_bodies, solution, solution_file, student_file
+from nanokv.learn.source import find, solution, solution_file, student_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
@@ -61,13 +61,13 @@ def test_a_gap_changes_no_other_byte():
         '        """Doc.\n\n        More.\n        """\n        # inside\n        x = 1  # one\n        return x\n\n'
         "    # between\n    def g(self): return 2  # kept\n"
     )
-    cut = remove_bodies(source, {"A.f": "09.1"})
+    cut = export.remove_bodies(source, {"A.f": "09.1"})
     gap = '        from nanokv.core.errors import ExerciseTODO\n\n        raise ExerciseTODO("09.1")\n'
     assert cut == source.replace("        # inside\n        x = 1  # one\n        return x\n", gap)
 
 
 def test_a_comment_before_the_first_statement_belongs_to_the_body():
-    cut = remove_bodies("def f(\n    a,\n):\n    # the trick\n    return a\n", {"f": "09.1"})
+    cut = export.remove_bodies("def f(\n    a,\n):\n    # the trick\n    return a\n", {"f": "09.1"})
     assert "trick" not in cut and cut.startswith("def f(\n    a,\n):\n    from nanokv")
 
 

@@ -20,9 +20,12 @@ from nanokv.learn import checking
 from nanokv.learn.cards import load_cards
 from nanokv.learn.course import PACKAGE, load_course
 from nanokv.learn.mine import patch_passed
-from nanokv.learn.patching import function_at, patch, patch_gaps, reference
+from nanokv.learn.patching import patch, patch_gaps, reference
 from nanokv.learn.progress import Progress
 from nanokv.learn.source import solution, solution_file, split_name, student_file
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from course.dev_check import function_at
 
 ALLOCATE = "02.3"
 

@@ -1,9 +1,8 @@
-"""How fast a codec decodes and prefills beside the raw one, and how many requests it lets run in a fixed memory."""
+"""How fast a codec decodes beside the raw one, and how many requests it lets run in a fixed memory."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -37,21 +36,6 @@ def in_turns(llm: LLM, raw: LLM, batch: int, context: int, steps: int, turns: in
         "speed_ratio": median(ratios),
         "speed_ratio_min": min(ratios),
         "speed_ratio_max": max(ratios),
-    }
-
-
-def prefill_in_turns(llms: Mapping[str, LLM], tokens: int, turns: int) -> dict[str, Any]:
-    """Seconds to the first token of a prompt of `tokens` tokens, through each of these engines in turns. Medians."""
-    seconds: dict[str, list[float]] = {name: [] for name in llms}
-    for turn in range(turns + 1):  # the first turn warms up
-        for name, llm in llms.items():
-            (prompt,) = random_prompts(1, tokens, llm.model_config.vocab_size, seed=turn)
-            llm.reset_prefix_cache()
-            seconds[name].append(llm.generate([prompt], greedy(1))[0].metrics.ttft or 0.0)
-    return {
-        "prompt_tokens": tokens,
-        "turns": turns,
-        **{f"{name}_s": median(found[1:]) for name, found in seconds.items()},
     }
 
 

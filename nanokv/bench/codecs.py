@@ -98,7 +98,9 @@ class CodecBench:
         with open_llm(codec="raw", dtype="float32") as llm:
             self._reference = Reference(llm, self.texts)
             self._judged_raw = [self._reference.judge(llm, name) for name in self.texts]
-            self._recorded = record(llm, self._recorded_tokens())
+            # Tokens that fill pages of every size: partial pages may not be in codes.
+            ids = next(iter(self.texts.values()))[:512]
+            self._recorded = record(llm, ids[: len(ids) // 64 * 64 or len(ids)])
         self._points = [
             (batch, context)
             for batch, context in plan.points
@@ -106,11 +108,6 @@ class CodecBench:
         ]
         if self._points:
             warm_up(raw, 64)
-
-    def _recorded_tokens(self) -> list[int]:
-        """Tokens of the first text that fill pages of every size, 512 at most: partial pages may not be in codes."""
-        ids = list(next(iter(self.texts.values())))[:512]
-        return ids[: len(ids) // 64 * 64 or len(ids)]
 
     def num_ticks(self, names: Sequence[str], sweep: Sequence[str]) -> int:
         """How often `rows` of all of these call tick."""
@@ -125,20 +122,13 @@ class CodecBench:
         tick         called once for each text and each row of speed
         Raises       ConfigError for a codec that cannot serve this model
         """
-        if key({"part": "codec", "codec": codec}) not in known:
-            row = {"part": "codec", "codec": codec, **sizes(self._raw, codec)}
-            row |= self._errors_and_quality(codec, tick)
+        if ("codec", codec, None, None) not in known:
+            row = {"part": "codec", "codec": codec, **sizes(self._raw, codec), **self._errors_and_quality(codec, tick)}
             if with_speed:
                 row |= self._requests_at_once(codec)
             yield row
-        if not with_speed:
-            return
-        missing = [
-            point
-            for point in self._points
-            if key({"part": "speed", "codec": codec, "batch": point[0], "context_tokens": point[1]}) not in known
-        ]
-        if not missing:
+        missing = [point for point in self._points if ("speed", codec, *point) not in known]
+        if not with_speed or not missing:
             return
         with self._open(codec=codec, page_size=page_size_of(codec)) as llm:
             warm_up(llm, 64)

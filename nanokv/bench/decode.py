@@ -26,12 +26,7 @@ def bytes_per_step(weights: int, batch: int, context: int, bytes_per_token: int,
 
 
 def measure_decode(
-    llm: LLM,
-    batches: Sequence[int],
-    contexts: Sequence[int],
-    steps: int = 20,
-    repeat: int = 1,
-    tick: Ticker = no_tick,
+    llm: LLM, batches: Sequence[int], contexts: Sequence[int], steps: int = 20, repeat: int = 1, tick: Ticker = no_tick
 ) -> list[dict[str, Any]]:
     """A row for each batch and context that fits in the pool and the model; medians of `repeat`.
 

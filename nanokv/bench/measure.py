@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from statistics import mean, median
+from statistics import median
 
 import torch
 
@@ -70,28 +70,9 @@ class Loop:
         return sum(one.output_tokens for one in self.requests) / self.wall_s
 
     @property
-    def mean_latency_s(self) -> float:
-        """Mean seconds from arrival to last token."""
-        return mean(one.latency_s for one in self.requests)
-
-    @property
     def hit_ratio(self) -> float:
         """Share of the prompt tokens that the prefix cache saved."""
         return sum(one.cached_tokens for one in self.requests) / sum(one.prompt_tokens for one in self.requests)
-
-    @property
-    def kv_hit_ratio(self) -> float:
-        """Share of the prompt tokens whose pages were found. Above hit_ratio only where recurrent states were lost."""
-        return sum(one.kv_matched_tokens for one in self.requests) / sum(one.prompt_tokens for one in self.requests)
-
-    @property
-    def computed_tokens(self) -> int:
-        """Prompt tokens that the prefix cache did not save."""
-        return sum(one.prompt_tokens - one.cached_tokens for one in self.requests)
-
-    def ttft_s(self, share: float) -> float:
-        """The TTFT in seconds that `share` of the requests did not exceed."""
-        return percentile([one.ttft_s for one in self.requests], share)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

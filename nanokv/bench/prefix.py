@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 from nanokv.bench.measure import (
@@ -29,6 +30,7 @@ from nanokv.bench.measure import (
     closed_loop,
     decode_speed,
     no_tick,
+    percentile,
     prefill_speed,
     spread,
     warm_up,
@@ -121,19 +123,13 @@ def run_point(
 
 
 def _row(
-    llm: LLM,
-    loops: list[Loop],
-    prompt_tokens: int,
-    output_tokens: int,
-    shared: int,
-    concurrency: int,
-    speeds: Speeds,
+    llm: LLM, loops: list[Loop], prompt_tokens: int, output_tokens: int, shared: int, concurrency: int, speeds: Speeds
 ) -> dict[str, Any]:
-    rates = [loop.requests_per_s for loop in loops]
     loop = sorted(loops, key=lambda one: one.requests_per_s)[len(loops) // 2]
     uncached = prompt_tokens - matchable(prompt_tokens, shared, llm.config.page_size)
     decode = speeds.decode[concurrency, shared]
     ceiling = ceiling_requests_per_s(uncached, output_tokens, speeds.prefill, decode)
+    prompts, ttfts = len(loop.requests) * prompt_tokens, [one.ttft_s for one in loop.requests]
     return {
         "concurrency": concurrency,
         "shared_tokens": shared,
@@ -142,14 +138,14 @@ def _row(
         "requests": len(loop.requests),
         "repeats": len(loops),
         "hit_ratio": loop.hit_ratio,
-        "kv_hit_ratio": loop.kv_hit_ratio,
+        "kv_hit_ratio": sum(one.kv_matched_tokens for one in loop.requests) / prompts,
         "requests_per_s": loop.requests_per_s,
-        "requests_per_s_spread": spread(rates),
-        "mean_latency_s": loop.mean_latency_s,
-        "ttft_p50_s": loop.ttft_s(0.5),
-        "ttft_p95_s": loop.ttft_s(0.95),
+        "requests_per_s_spread": spread([one.requests_per_s for one in loops]),
+        "mean_latency_s": mean(one.latency_s for one in loop.requests),
+        "ttft_p50_s": percentile(ttfts, 0.5),
+        "ttft_p95_s": percentile(ttfts, 0.95),
         "output_tokens_per_s": loop.output_tokens_per_s,
-        "computed_tokens": loop.computed_tokens,
+        "computed_tokens": prompts - sum(one.cached_tokens for one in loop.requests),
         "computed_tokens_perfect": uncached * len(loop.requests),
         "prefill_tokens_per_s": speeds.prefill,
         "decode_tokens_per_s": decode,

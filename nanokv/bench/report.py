@@ -18,102 +18,89 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share < 0.0995 else f"{100 * share:.0f} %"
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.2f} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
 
 
 def _rate(rate: float) -> str:
     return f"{rate:.0f}" if rate >= 99.5 else f"{rate:.3g}"
 
 
-REQUEST: Columns = (
-    ("prompt", lambda row: f"{row['prompt_tokens']:,}"),
-    ("output", lambda row: f"{row['output_tokens']:,}"),
-    ("TTFT", lambda row: _seconds(row["ttft_s"])),
-    ("TPOT", lambda row: _seconds(row["tpot_s"])),
-    ("total", lambda row: _seconds(row["total_s"])),
-    ("a hit can save", lambda row: _percent(row["prefill_share"])),
-    ("a hit saved", lambda row: _percent(row["hit_saved_share"])),
-    ("TTFT, hit", lambda row: _seconds(row["hit_ttft_s"])),
-    ("total, hit", lambda row: _seconds(row["hit_total_s"])),
-)
-PREFIX: Columns = (
-    ("clients", lambda row: str(row["concurrency"])),
-    ("shared", lambda row: f"{row['shared_tokens']:,}"),
-    ("hit ratio", lambda row: f"{row['hit_ratio']:.3f}"),
-    ("requests/s", lambda row: _rate(row["requests_per_s"])),
-    ("ceiling", lambda row: _rate(row["ceiling_requests_per_s"])),
-    ("reached", lambda row: _percent(row["ceiling_share"])),
-    ("latency", lambda row: _seconds(row["mean_latency_s"])),
-    ("TTFT p50", lambda row: _seconds(row["ttft_p50_s"])),
-    ("TTFT p95", lambda row: _seconds(row["ttft_p95_s"])),
-    ("computed", lambda row: f"{row['computed_tokens']:,}"),
-)
-DECODE: Columns = (
-    ("batch", lambda row: str(row["batch"])),
-    ("context", lambda row: f"{row['context_tokens']:,}"),
-    ("tokens/s", lambda row: _rate(row["output_tokens_per_s"])),
-    ("step", lambda row: _seconds(row["step_s"])),
-    ("MB a step", lambda row: f"{row['bytes_per_step'] / 1e6:,.0f}"),
-    ("GB/s", lambda row: f"{row['bytes_per_s'] / 1e9:.1f}"),
-    ("of the limit", lambda row: _percent(row["bandwidth_share"])),
-)
-DISAGG: Columns = (
-    ("mode", lambda row: row["mode"]),
-    ("gap p50", lambda row: _seconds(row["tpot_p50_s"])),
-    ("gap p99", lambda row: _seconds(row["tpot_p99_s"])),
-    ("longest", lambda row: _seconds(row["longest_stall_s"])),
-    ("TTFT p50", lambda row: _seconds(row["ttft_p50_s"])),
-    ("prompts/s", lambda row: _rate(row["requests_per_s"])),
-    ("tokens/s", lambda row: _rate(row["output_tokens_per_s"])),
-    ("transfer", lambda row: "" if row["hand_over_s"] is None else _seconds(row["hand_over_s"])),
-    ("moved", lambda row: f"{row['bytes_moved']:,} B"),
-)
-
-
 def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 
 
-def _spread(row: Row, name: str, digits: str) -> str:
-    return f"{row[name]:{digits}} ± {row[f'{name}_std']:{digits}}"
+_UNITS: dict[str, Callable[[Any], str]] = {
+    "_per_s": _rate, "_s": _seconds, "_share": _percent, "_mse": _error, "_error": _error, "_tokens": "{:,}".format,
+    "_ratio": "{:.3f}".format, "": str,
+}  # fmt: skip
+"""Last words of a field's name, which tell its unit -> its value as text; the first that fits counts."""
 
 
-CODEC_BYTES: Columns = (
-    ("codec", lambda row: row["codec"]),
-    ("bits", lambda row: f"{row['true_bits']:.3g}"),
+def _columns(*columns: tuple[str, str | Callable[[Row], str]]) -> Columns:
+    """Each column from its title and either a field, shown in its unit, or a function of the row."""
+
+    def of_field(field: str) -> Callable[[Row], str]:
+        show = next(show for words, show in _UNITS.items() if field.endswith(words))
+        return lambda row: show(row[field])
+
+    return [(title, of_field(what) if isinstance(what, str) else what) for title, what in columns]
+
+
+def _spread(name: str, digits: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[name]:{digits}} ± {row[f'{name}_std']:{digits}}"
+
+
+REQUEST = _columns(
+    ("prompt", "prompt_tokens"), ("output", "output_tokens"), ("TTFT", "ttft_s"), ("TPOT", "tpot_s"),
+    ("total", "total_s"), ("a hit can save", "prefill_share"), ("a hit saved", "hit_saved_share"),
+    ("TTFT, hit", "hit_ttft_s"), ("total, hit", "hit_total_s"),
+)  # fmt: skip
+PREFIX = _columns(
+    ("clients", "concurrency"), ("shared", "shared_tokens"), ("hit ratio", "hit_ratio"),
+    ("requests/s", "requests_per_s"), ("ceiling", "ceiling_requests_per_s"), ("reached", "ceiling_share"),
+    ("latency", "mean_latency_s"), ("TTFT p50", "ttft_p50_s"), ("TTFT p95", "ttft_p95_s"),
+    ("computed", "computed_tokens"),
+)  # fmt: skip
+DECODE = _columns(
+    ("batch", "batch"), ("context", "context_tokens"), ("tokens/s", "output_tokens_per_s"), ("step", "step_s"),
+    ("MB a step", lambda row: f"{row['bytes_per_step'] / 1e6:,.0f}"),
+    ("GB/s", lambda row: f"{row['bytes_per_s'] / 1e9:.1f}"),
+    ("of the limit", "bandwidth_share"),
+)  # fmt: skip
+DISAGG = _columns(
+    ("mode", "mode"), ("gap p50", "tpot_p50_s"), ("gap p99", "tpot_p99_s"), ("longest", "longest_stall_s"),
+    ("TTFT p50", "ttft_p50_s"), ("prompts/s", "requests_per_s"), ("tokens/s", "output_tokens_per_s"),
+    ("transfer", "hand_over_s"), ("moved", lambda row: f"{row['bytes_moved']:,} B"),
+)  # fmt: skip
+CODEC_BYTES = _columns(
+    ("codec", "codec"), ("bits", lambda row: f"{row['true_bits']:.3g}"),
     ("bytes/token", lambda row: f"{row['bytes_per_token']:,.0f}"),
     ("smaller", lambda row: f"{row['smaller_than_bfloat16']:.2f} x"),
     ("tokens/GiB", lambda row: f"{row['tokens_in_1gib']:,}"),
     ("at once", lambda row: str(row.get("requests_at_once", ""))),
-    ("MSE of K", lambda row: _error(row["random_k_mse"])),
-    ("theory", lambda row: _error(row["theory_k_mse"])),
-    ("MSE of V", lambda row: _error(row["random_v_mse"])),
-    ("theory", lambda row: _error(row["theory_v_mse"])),
-)
-CODEC_QUALITY: Columns = (
-    ("codec", lambda row: row["codec"]),
-    ("bits", lambda row: f"{row['true_bits']:.3g}"),
-    ("KL", lambda row: _spread(row, "kl", ".2g")),
+    ("MSE of K", "random_k_mse"), ("theory", "theory_k_mse"), ("MSE of V", "random_v_mse"), ("theory", "theory_v_mse"),
+)  # fmt: skip
+CODEC_QUALITY = _columns(
+    ("codec", "codec"), ("bits", lambda row: f"{row['true_bits']:.3g}"),
+    ("KL", _spread("kl", ".2g")),
     ("top-1", lambda row: f"{_percent(row['top1_agreement'])} ± {100 * row['top1_agreement_std']:.1f}"),
     ("ppl", lambda row: f"{row['perplexity']:.4g}"),
-    ("to raw", lambda row: _spread(row, "perplexity_ratio", ".3f")),
-    ("attention", lambda row: _error(row["attention_error"])),
-    ("model's K", lambda row: _error(row["model_k_mse"])),
-    ("its V", lambda row: _error(row["model_v_mse"])),
-)
+    ("to raw", _spread("perplexity_ratio", ".3f")),
+    ("attention", "attention_error"), ("model's K", "model_k_mse"), ("its V", "model_v_mse"),
+)  # fmt: skip
 
 
 def codec_speed(rows: Sequence[Row]) -> tuple[Columns, list[Row]]:
     """The columns and lines of the speed table: a line per codec, a column per batch and context."""
-    speed = [row for row in rows if row["part"] == "speed"]
     lines: dict[str, Row] = {}
-    points = []
-    for row in speed:
-        points.append(f"{row['batch']} x {row['context_tokens']:,}")
+    points: dict[str, None] = {}
+    for row in (row for row in rows if row["part"] == "speed"):
+        point = f"{row['batch']} x {row['context_tokens']:,}"
+        points[point] = None
         line = lines.setdefault(row["codec"], {"codec": row["codec"]})
-        line[points[-1]] = f"{_rate(row['output_tokens_per_s'])} ({row['speed_ratio']:.2f} x)"
-    columns = [(point, lambda line, at=point: line.get(at, "")) for point in dict.fromkeys(points)]
+        line[point] = f"{_rate(row['output_tokens_per_s'])} ({row['speed_ratio']:.2f} x)"
+    columns = [(point, lambda line, at=point: line.get(at, "")) for point in points]
     return (("tokens/s (to raw)", lambda line: line["codec"]), *columns), list(lines.values())
 
 
@@ -167,10 +154,8 @@ def draw_prefix(figure: Figure, rows: Sequence[Row]) -> None:
     )
     for axes, (name, ceiling, title) in zip(figure.subplots(1, 3), panels, strict=True):
         for clients, points in _groups(rows, "concurrency").items():
-            shared = [row["shared_tokens"] for row in points]
-            (line,) = axes.plot(
-                shared, [row[name] for row in points], marker="o", label=f"{clients} client{'s' * (clients > 1)}"
-            )
+            shared, label = [row["shared_tokens"] for row in points], f"{clients} client{'s' * (clients > 1)}"
+            (line,) = axes.plot(shared, [row[name] for row in points], marker="o", label=label)
             if ceiling is not None:
                 axes.plot(shared, [row[ceiling] for row in points], "--", color=line.get_color(), linewidth=1)
         axes.set(title=title, xlabel=f"shared tokens of {rows[0]['prompt_tokens']:,}")
@@ -219,10 +204,8 @@ def draw_codecs(figure: Figure, rows: Sequence[Row]) -> None:
             quality.annotate(f" {row['codec']}", (row["true_bits"], row["kl"]), fontsize=8)
     quality.set(yscale="log", xlabel="true bits a number", ylabel="nats a token", title="KL divergence to raw float32")
     quality.grid(alpha=0.3)
-    names = list(dict.fromkeys(row["codec"] for row in rows))
     alone = [row for row in rows if row["part"] == "speed" and row["batch"] == 1 and row["codec"] != "raw"]
-    for name in [name for name in names if any(row["codec"] == name for row in alone)]:
-        points = [row for row in alone if row["codec"] == name]
+    for name, points in _groups(alone, "codec").items():
         contexts, ratios = ([row[field] for row in points] for field in ("context_tokens", "speed_ratio"))
         speed.plot(contexts, ratios, marker="o", label=name, color=_colour(points[0], whole))
     speed.axhline(1, color="grey", linewidth=1, linestyle="--")
@@ -243,11 +226,8 @@ def _colour(row: Row, rows: Sequence[Row]) -> tuple[float, float, float, float]:
     return colormaps["tab20"](names.index(row["codec"]) % 20 if row["codec"] in names else 0)
 
 
-def _groups(rows: Sequence[Row], name: str) -> dict[int, list[Row]]:
-    groups: dict[int, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row[name], []).append(row)
-    return groups
+def _groups(rows: Sequence[Row], name: str) -> dict[Any, list[Row]]:
+    return {value: [row for row in rows if row[name] == value] for value in dict.fromkeys(row[name] for row in rows)}
 
 
 def _from_zero(axes: Axes) -> None:

@@ -54,8 +54,3 @@ def measure_request(
         "hit_cached_tokens": hit[0].cached_tokens,
         "hit_saved_share": 1 - hit_total / total,
     }
-
-
-def runs(repeat: int) -> int:
-    """Requests per row, for progress bars."""
-    return 2 * repeat

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
 
-from nanokv.cli.bench_codecs import codecs
-from nanokv.cli.bench_run import COUNT, COUNTS, Bench, Numbers, engine_options
+from nanokv.cli.bench_run import COUNT, COUNTS, Bench, Numbers, bench_options, speed_options
 from nanokv.cli.common import binary
+from nanokv.core.errors import ConfigError, NanokvError
 
 
 @click.group(
@@ -19,26 +20,23 @@ def bench() -> None:
     """Measure this engine on this machine."""
 
 
-bench.add_command(codecs)
-
-
 @bench.command(epilog="Example: nanokv bench request --prompt-tokens 1024,4096 --output-tokens 512")
 @click.option("--prompt-tokens", type=COUNTS, default="1024", show_default=True, help="Prompt lengths, one row each.")
 @click.option("--output-tokens", type=COUNT, default=128, show_default=True, help="Tokens of the answer.")
-@engine_options
-def request(prompt_tokens: list[int], output_tokens: int, **options: Any) -> None:
+@speed_options
+def request(**options: Any) -> None:
     """Measure one request alone, without and with a cache hit.
 
     Prints TTFT, TPOT and total time, and the share that a perfect hit can save: the prefill, (TTFT - TPOT) / total.
     The measured saving comes from the same prompt a second time.
     """
     from nanokv.bench import report
-    from nanokv.bench.request import measure_request, runs
+    from nanokv.bench.request import measure_request
 
-    settings = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
-    with Bench("request", settings, options) as at:
-        tick = at.ticker(len(prompt_tokens) * runs(at.repeat))
-        at.rows = [measure_request(at.llm, length, output_tokens, at.repeat, tick) for length in prompt_tokens]
+    lengths, output_tokens = options["prompt_tokens"], options["output_tokens"]
+    with Bench("request", options) as at:
+        tick = at.ticker(2 * len(lengths) * at.repeat)
+        at.rows = [measure_request(at.llm, length, output_tokens, at.repeat, tick) for length in lengths]
     at.show([(report.REQUEST, at.rows, None)], report.draw_request, (7, 1.5 + 0.6 * len(at.rows)))
 
 
@@ -52,15 +50,8 @@ def request(prompt_tokens: list[int], output_tokens: int, **options: Any) -> Non
 @click.option(
     "--requests", type=COUNT, help="Requests per point, at least one per client.  [default: 2 per client, at least 4]"
 )
-@engine_options
-def prefix(
-    prompt_tokens: int,
-    output_tokens: int,
-    shared: list[float],
-    concurrency: list[int],
-    requests: int | None,
-    **options: Any,
-) -> None:
+@speed_options
+def prefix(**options: Any) -> None:
     """Measure prefix caching under load.
 
     Prompts of fixed length share none, some or all of their tokens. The ceiling of each point is the throughput of a
@@ -70,13 +61,9 @@ def prefix(
     from nanokv.bench import report
     from nanokv.bench.prefix import measure_prefix, runs
 
-    settings = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "shared": shared,
-                "concurrency": concurrency, "requests": requests}  # fmt: skip
-    with Bench("prefix", settings, options, max_requests=max(concurrency)) as at:
-        tick = at.ticker(runs(shared, concurrency, requests, at.repeat))
-        at.rows = measure_prefix(
-            at.llm, prompt_tokens, output_tokens, shared, concurrency, requests, at.repeat, tick
-        )  # fmt: skip
+    with Bench("prefix", options, max_requests=max(options["concurrency"])) as at:
+        tick = at.ticker(runs(options["shared"], options["concurrency"], options["requests"], at.repeat))
+        at.rows = measure_prefix(at.llm, **at.settings, repeat=at.repeat, tick=tick)
     at.show([(report.PREFIX, at.rows, "concurrency")], report.draw_prefix, (13, 4))
 
 
@@ -84,8 +71,8 @@ def prefix(
 @click.option("--batch", type=COUNTS, default="1,4,16", show_default=True, help="Requests that decode together.")
 @click.option("--context", type=COUNTS, default="256,1024,4096", show_default=True, help="Tokens before the answer.")
 @click.option("--steps", type=COUNT, default=20, show_default=True, help="Timed steps per point; rows show the median.")
-@engine_options
-def decode(batch: list[int], context: list[int], steps: int, **options: Any) -> None:
+@speed_options
+def decode(**options: Any) -> None:
     """Measure decoding over batch size and context.
 
     A step must read all weights and the keys and values of every request. The table has the share of the memory
@@ -94,12 +81,12 @@ def decode(batch: list[int], context: list[int], steps: int, **options: Any) -> 
     from nanokv.bench import report
     from nanokv.bench.decode import fits, measure_decode
 
-    settings: dict[str, Any] = {"batch": batch, "context": context, "steps": steps}
-    with Bench("decode", settings, options, max_requests=max(batch)) as at:
+    batch, context, steps = options["batch"], options["context"], options["steps"]
+    with Bench("decode", options, max_requests=max(batch)) as at:
         at.rows = measure_decode(at.llm, batch, context, steps, at.repeat, at.ticker(len(batch) * len(context)))
         pool, longest = len(at.llm.engine.store.pages) * at.llm.engine.layout.page_bytes, at.llm.engine.max_length
         left_out = [(b, c) for b in batch for c in context if not fits(at.llm, b, c, steps)]
-    settings["left_out"] = [{"batch": b, "context_tokens": c} for b, c in left_out]
+    at.settings["left_out"] = [{"batch": b, "context_tokens": c} for b, c in left_out]
     at.show([(report.DECODE, at.rows, "batch")], report.draw_decode, (9, 4))
     if left_out:
         points = ", ".join(f"{b} x {c:,}" for b, c in left_out)
@@ -113,8 +100,8 @@ def decode(batch: list[int], context: list[int], steps: int, **options: Any) -> 
 @click.option("--running", type=COUNT, default=4, show_default=True, help="Requests that decode meanwhile.")
 @click.option("--context", type=COUNT, default=256, show_default=True, help="Tokens of context of those requests.")
 @click.option("--chunk", type=COUNT, default=128, show_default=True, help="Tokens per step with chunked prefill.")
-@engine_options
-def disagg(prompt_tokens: int, prompts: int, running: int, context: int, chunk: int, **options: Any) -> None:
+@speed_options
+def disagg(**options: Any) -> None:
     """Measure stalls of running answers while long prompts arrive.
 
     Compares one process, with whole and with chunked prefill, with two processes on the same cores. On a CPU each of
@@ -123,11 +110,66 @@ def disagg(prompt_tokens: int, prompts: int, running: int, context: int, chunk: 
     from nanokv.bench import report
     from nanokv.bench.disagg import MODES, measure_disagg
 
-    settings = {"prompt_tokens": prompt_tokens, "prompts": prompts, "running": running, "context": context,
-                "chunk": chunk}  # fmt: skip
-    with Bench("disagg", settings, options) as at:
-        tick = at.ticker(len(MODES) * prompts * at.repeat)
-        at.rows = measure_disagg(
-            at.open, prompt_tokens, prompts, running, context, chunk, at.repeat, tick
-        )  # fmt: skip
+    with Bench("disagg", options) as at:
+        tick = at.ticker(len(MODES) * options["prompts"] * at.repeat)
+        at.rows = measure_disagg(at.open, **at.settings, repeat=at.repeat, tick=tick)
     at.show([(report.DISAGG, at.rows, None)], report.draw_disagg, (9, 7))
+
+
+def _codec_names(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+    """The codecs of a list such as fp8,tq4,fp8/tq4; of None, all."""
+    import torch
+
+    from nanokv.bench.codecs import ALL
+    from nanokv.codecs import resolve_codec
+
+    names = list(ALL) if value is None else list(dict.fromkeys(value.split(",")))
+    for name in names:
+        try:
+            resolve_codec(name, torch.float32)
+        except ConfigError as error:
+            raise click.BadParameter(str(error), ctx, parameter) from None
+    return names
+
+
+@bench.command(epilog="Example: nanokv bench codecs smollm2-135m-instruct --codecs raw,fp8,tq4 --plot codecs.png")
+@click.option("--codecs", metavar="LIST", callback=_codec_names,
+              help="Names, or pairs K/V such as fp8/tq4.  [default: all codecs]")  # fmt: skip
+@click.option("--sweep", is_flag=True, help="Measure each codec on keys alone and on values alone too.")
+@click.option("--quick", is_flag=True, help="Use fewer and shorter texts and fewer points of speed.")
+@bench_options
+def codecs(**options: Any) -> None:
+    """Measure the codecs of the cache.
+
+    Prints true bits, errors, the quality of the model's output, decode speed, and how many requests fit at once.
+    Quality is relative to a raw float32 cache, on texts of Python's own help. Speed is measured in turns with the raw
+    codec.
+    """
+    from nanokv.bench import codecs as measured
+    from nanokv.bench import report
+
+    plan, names = measured.QUICK if options["quick"] else measured.FULL, options["codecs"]
+    left_out: list[dict[str, str]] = []
+    failures: list[dict[str, str]] = []
+    with Bench("codecs", options, max_requests=max(batch for batch, _ in plan.points)) as at:
+        at.settings |= asdict(plan) | {"prefill": at.llm.config.prefill}
+        bench = measured.CodecBench(at.open, at.llm, plan)
+        at.settings["text_names"] = list(bench.texts)
+        pairs = measured.swept(names) if options["sweep"] else []
+        tick = at.ticker(bench.num_ticks(names, pairs))
+        for name in [*names, *pairs]:
+            try:
+                for row in bench.rows(name, with_speed=name not in pairs, tick=tick):
+                    at.rows.append(row)
+            except ConfigError as error:
+                left_out.append({"codec": name, "reason": str(error)})
+                click.echo(f"left out: {name}: {error}", err=True)
+            except Exception as error:  # a run may take hours: the other codecs are still measured and shown
+                failures.append({"codec": name, "error": f"{type(error).__name__}: {error}"})
+                click.echo(f"failed: {name}: {failures[-1]['error']}", err=True)
+    at.settings |= {"left_out": left_out, "failures": failures}
+    if not at.rows:
+        raise NanokvError("no codec could be measured")
+    at.show(report.codec_tables(at.rows), report.draw_codecs, (13, 5.5))
+    if failures:
+        raise NanokvError(f"failed: {', '.join(one['codec'] for one in failures)}")

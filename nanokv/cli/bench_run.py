@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nanokv.cli.common import (
-    emit_json,
-    json_option,
-    kernels_option,
-    model_folder,
-    new_figure,
-    plot_option,
-    progress_bars,
-    save_figure,
-)
+from nanokv.cli import common
 from nanokv.hub.catalog import CATALOG, DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -50,65 +41,56 @@ class Numbers(click.ParamType):
             if not self.least <= number <= (number if self.most is None else self.most):
                 bounds = f"at least {self.least}" + ("" if self.most is None else f", at most {self.most}")
                 self.fail(f"{text!r}: expected {bounds}", param, ctx)
-            if number not in numbers:
-                numbers.append(number)
-        return numbers
+            numbers.append(number)
+        return list(dict.fromkeys(numbers))
 
 
 WIDTH = 110
 COUNT = click.IntRange(min=1)
 COUNTS = Numbers(int, 1)
+_ENGINE = ("device", "dtype", "kernels", "kv_memory")
 
 
-def model_options(command: Callable) -> Callable:
+def bench_options(command: Callable) -> Callable:
     """Adds the options of every bench: the model and how it runs, --json, --plot."""
-    options = [
-        click.argument("model", required=False),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-        click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
-                     show_default=True, help="auto: the checkpoint's own."),
-        kernels_option,
-        click.option("--kv-memory", metavar="SIZE", help="Memory for pages, such as 2GiB."),
-        click.option("--dummy", is_flag=True, help="Use random weights of the model's shape; fetch and read none."),
-        json_option,
-        plot_option,
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+    command = common.json_option(common.plot_option(command))
+    dummy = "Use random weights of the model's shape; fetch and read none."
+    command = click.option("--dummy", is_flag=True, help=dummy)(command)
+    command = click.option("--kv-memory", metavar="SIZE", help="Memory for pages, such as 2GiB.")(command)
+    return common.model_options(command)
 
 
-def engine_options(command: Callable) -> Callable:
-    """Adds the options of every bench of speed: model_options and --repeat."""
+def speed_options(command: Callable) -> Callable:
+    """Adds the options of every bench of speed: bench_options and --repeat."""
     repeat = click.option("--repeat", type=COUNT, default=1, show_default=True, help="Repeats; rows show medians.")
-    return model_options(repeat(command))
+    return bench_options(repeat(command))
 
 
 class Bench:
     """One run: loads the model, shows progress, prints rows. A context manager: the model lives inside.
 
     what      name of the subcommand
-    settings  the subcommand's own settings, for --json
-    options   the values of `engine_options` or `model_options`
+    options   the values of all of its options: its own, and those of `speed_options` or `bench_options`
     fields    further fields of EngineConfig
+
+    settings  the values of the subcommand's own options; at the end of the run, all settings of --json
     """
 
-    def __init__(self, what: str, settings: dict, options: dict[str, Any], **fields: Any) -> None:
-        self.what = what
-        self.settings = settings
-        self.repeat: int = options.get("repeat", 1)
+    def __init__(self, what: str, options: dict[str, Any], **fields: Any) -> None:
+        self.what, self.settings = what, dict(options)
+        self.repeat: int = self.settings.pop("repeat", 1)
         self.rows: list[Row] = []
-        self._as_json, self._plot = options["as_json"], options["plot"]
-        self._name = options["model"] or DEFAULT_MODEL
-        self._asked, self._dummy = options["model"], options["dummy"]
-        self._fields = {name: options[name] for name in ("device", "dtype", "kernels", "kv_memory")} | fields
+        self._asked, self._dummy = self.settings.pop("model"), self.settings.pop("dummy")
+        self._as_json, self._plot = self.settings.pop("as_json"), self.settings.pop("plot")
+        self._name = self._asked or DEFAULT_MODEL
+        self._fields = {name: self.settings.pop(name) for name in _ENGINE} | fields
         if self._plot is not None:
-            new_figure(1, 1)  # reports a missing matplotlib before the measurements
+            common.new_figure(1, 1)  # reports a missing matplotlib before the measurements
 
     def __enter__(self) -> Bench:
         with ExitStack() as stack:
             self._at = stack.enter_context(self._folder())
-            self._report = stack.enter_context(progress_bars())
+            self._report = stack.enter_context(common.progress_bars())
             self._report("load", 0, None)
             self.llm: LLM = self.open()
             self._report("load", 1, 1)
@@ -139,7 +121,7 @@ class Bench:
     def _folder(self) -> Iterator[Path]:
         """The model's folder. Dummy weights need only a config.json, which the catalog has."""
         if not (self._dummy and self._name in CATALOG):
-            yield model_folder(self._asked)
+            yield common.model_folder(self._asked)
             return
         with TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(CATALOG[self._name].config), encoding="utf-8")
@@ -174,15 +156,15 @@ class Bench:
         from nanokv.bench import report
 
         if self._plot is not None and self.rows:
-            figure = new_figure(*size)
+            figure = common.new_figure(*size)
             draw(figure, self.rows)
-            save_figure(figure, self._plot)
+            common.save_figure(figure, self._plot)
         if self._as_json:
-            emit_json(f"bench {self.what}", self._name, self.settings, self.rows)
+            common.emit_json(f"bench {self.what}", self._name, self.settings, self.rows)
             return
         weights = "random weights" if self._dummy else "its weights"
-        where = f"{self.settings['device']}, {self.settings['dtype']}, {weights}"
-        click.echo(f"{self._name}: {where}; median of {self.repeat}" if self.repeat > 1 else f"{self._name}: {where}")
+        median = f"; median of {self.repeat}" if self.repeat > 1 else ""
+        click.echo(f"{self._name}: {self.settings['device']}, {self.settings['dtype']}, {weights}{median}")
         console = Console(width=max(Console().width, WIDTH))  # a narrower terminal wraps; numbers are never cut
         for columns, rows, group in tables:
             console.print(report.table(columns, rows, group))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nanokv.cli.common import kernels_option, model_folder
+from nanokv.cli.common import model_folder, model_options
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError, RequestError
 from nanokv.core.request import SamplingParams
@@ -29,7 +29,6 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     epilog="\b\nExamples:\n  nanokv chat\n  nanokv chat -p 'Name three rivers.' --temperature 0\n"
     "  nanokv chat -p 'Summarise this:' < notes.txt"
 )
-@click.argument("model", required=False)
 @click.option("-p", "--prompt", metavar="TEXT", help="Answer this prompt and leave; text from a pipe follows it.")
 @click.option("--system", metavar="TEXT", help="System message. Default: that of the chat template.")
 @click.option("--max-tokens", type=int, help="Maximum tokens of an answer. Default: 1024.")
@@ -38,10 +37,8 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 @click.option("--top-p", type=float, help="Sample from the most likely tokens up to this total probability.")
 @click.option("--min-p", type=float, help="Drop tokens below this share of the highest probability.")
 @click.option("--seed", type=int, help="Seed for reproducible answers. Default: a new one each time.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@model_options
 @click.option("--codec", default="raw", show_default=True, help="Codec of K and V: raw, fp8, tq4, ..., or a pair K/V.")
-@kernels_option
 @click.option("--kv-memory", metavar="SIZE", help="Memory for the pages of K and V, such as 512MiB.")
 @click.option("--page-size", type=int, default=16, show_default=True, help="Tokens in a page.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse K and V of earlier turns. Default: yes.")
@@ -56,7 +53,6 @@ def chat(
     prompt: str | None,
     system: str | None,
     stats: bool,
-    seed: int | None,
     disagg: str | None,
     mine: bool,
     **options: Any,
@@ -68,8 +64,7 @@ def chat(
     """
     if mine and disagg is not None:
         raise click.UsageError("--mine and --disagg: prefill processes run the engine's own functions; give one")
-    chosen = {name: options.pop(name) for name in SAMPLING if name in options} | {"seed": seed}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    chosen = {name: value for name in SAMPLING if (value := options.pop(name)) is not None}
     try:
         SamplingParams(**chosen).validate()
         # Without --seed each chat draws differently: requests without a seed use the engine's.
@@ -77,12 +72,9 @@ def chat(
         config = EngineConfig(seed=int.from_bytes(os.urandom(4), "little"), **options)
     except (RequestError, ConfigError) as error:
         name, _, rest = str(error).partition("=")
-        raise click.UsageError(
-            f"--{name.replace('_', '-')} {rest}" if name in {*chosen, *options} else str(error)
-        ) from None
-    question = None
-    if prompt is not None or not _is_terminal(sys.stdin):
-        question = _question(prompt)
+        option = f"--{name.replace('_', '-')} {rest}"
+        raise click.UsageError(option if name in {*chosen, *options} else str(error)) from None
+    question = None if prompt is None and _is_terminal(sys.stdin) else _question(prompt)
     if mine:
         _patch_mine()
     name = DEFAULT_MODEL if model is None else Path(model).resolve().name if Path(model).is_dir() else model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +23,16 @@ from nanokv.hub.home import find_damage, folder_for, resolve_model
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-kernels_option = click.option(
-    "--kernels", type=click.Choice(KERNELS), default="auto", show_default=True,
-    help="auto: compiled for the device; reference: readable torch, on any device.",
+dtype_option = click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
+    help="auto: the checkpoint's own.",
+)  # fmt: skip
+_MODEL_OPTIONS = (
+    click.argument("model", required=False),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    dtype_option,
+    click.option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True,
+                 help="auto: compiled for the device; reference: readable torch, on any device."),
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
@@ -38,6 +46,13 @@ def _figure_path(ctx: click.Context, parameter: click.Parameter, value: str | No
 plot_option = click.option(
     "--plot", metavar="FILE", callback=_figure_path, help="Draw a figure: FILE ends in .png or .svg."
 )
+
+
+def model_options(command: Callable) -> Callable:
+    """Adds MODEL, which may be absent, and how it runs: --device, --dtype, --kernels."""
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command
 
 
 def model_folder(name: str | None) -> Path:
@@ -90,12 +105,11 @@ def hardware() -> dict[str, Any]:
     """The machine of the measurements: names and counts of its processors, bytes of its memory, versions."""
     import torch
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -105,28 +119,15 @@ def hardware() -> dict[str, Any]:
 
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def envelope(command: str, model: str | list[str], settings: dict, rows: list[dict]) -> dict[str, Any]:
-    """The object that every --json prints. Keys of `rows` name their units."""
-    return {
-        "command": command,
-        "version": nanokv.__version__,
-        "hardware": hardware(),
-        "model": model,
-        "settings": settings,
-        "rows": rows,
-    }
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    named = re.search(r"^model name.*?:(.*)", text, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def emit_json(command: str, model: str | list[str], settings: dict, rows: list[dict]) -> None:
-    """Prints the envelope as one object on stdout."""
-    click.echo(json.dumps(envelope(command, model, settings, rows), indent=2, allow_nan=False))
+    """Prints the envelope, the object of every --json, on stdout. Keys of `rows` name their units."""
+    head = {"command": command, "version": nanokv.__version__, "hardware": hardware(), "model": model}
+    click.echo(json.dumps(head | {"settings": settings, "rows": rows}, indent=2, allow_nan=False))
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -154,3 +155,8 @@ def binary(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as 1 page or 1,200 pages."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

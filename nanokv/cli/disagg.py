@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nanokv.cli.common import kernels_option, model_folder
+from nanokv.cli.common import model_folder, model_options
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError
 from nanokv.disagg.config import split_address
@@ -22,12 +22,9 @@ def disagg() -> None:
     epilog="\b\nExample:\n  nanokv disagg prefill --listen 10.0.0.2:7000     on one host\n"
     "  nanokv chat --disagg 10.0.0.2:7000                on the other"
 )
-@click.argument("model", required=False)
 @click.option("--listen", required=True, metavar="HOST:PORT", help="Address of this host, for the other one.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@model_options
 @click.option("--codec", default="raw", show_default=True, help="As on the other host.")
-@kernels_option
 @click.option(
     "--native-layers", "--unquantized-layers", default="", metavar="LAYERS",
     help="As on the other host, such as first2,last2.",

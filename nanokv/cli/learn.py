@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import random
+
 import click
 
 from nanokv.cli.learn_report import check_and_report, print_next, print_totals, write_fresh
 from nanokv.core.errors import CourseError
 from nanokv.learn.checking import student_path
-from nanokv.learn.course import load_course
+from nanokv.learn.course import Exercise, load_course
 from nanokv.learn.progress import MY, Progress
 from nanokv.learn.source import solution
 
 MARKS = {"passed": "x", "changed": "~", "started": ".", "new": " "}
 
 
-def exercise_argument(required: bool = True):
-    """The argument ID of a command; without `required` it may be absent, and is None then."""
-    return click.argument("exercise_id", metavar="ID", required=required)
+def _exercise(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Exercise | None:
+    return None if value is None else load_course().exercise(value)
+
+
+exercise_argument = click.argument("exercise", metavar="ID", callback=_exercise)
 
 
 @click.group(
@@ -47,10 +51,9 @@ def list_() -> None:
 
 
 @learn.command(epilog="Example: nanokv learn start 02.1")
-@exercise_argument()
-def start(exercise_id: str) -> None:
+@exercise_argument
+def start(exercise: Exercise) -> None:
     """Write my/ID.py: signature, docstring and a TODO."""
-    exercise = load_course().exercise(exercise_id)
     path = MY / exercise.file
     if path.exists():
         raise CourseError(f"{path}: exists already; nanokv learn check {exercise.id} runs it")
@@ -60,38 +63,36 @@ def start(exercise_id: str) -> None:
 
 
 @learn.command("check", epilog="Example: nanokv learn check 02.1")
-@exercise_argument()
+@exercise_argument
 @click.pass_context
-def check_(context: click.Context, exercise_id: str) -> None:
+def check_(context: click.Context, exercise: Exercise) -> None:
     """Run the public checks of an exercise against my/ID.py. Exit code 1 when one fails."""
-    course = load_course()
-    if not check_and_report(course, course.exercise(exercise_id)):
+    if not check_and_report(load_course(), exercise):
         context.exit(1)
 
 
 @learn.command(epilog="Example: nanokv learn watch 02.1")
-@exercise_argument(required=False)
-def watch(exercise_id: str | None) -> None:
+@click.argument("exercise", metavar="ID", required=False, callback=_exercise)
+def watch(exercise: Exercise | None) -> None:
     """Check again whenever the file is saved. Keys: n next, h hint, l list, r run, q quit."""
     from nanokv.cli.learn_watch import watch as watch_exercises
 
     course = load_course()
-    watch_exercises(course, course.exercise(exercise_id) if exercise_id else Progress(MY).current(course))
+    watch_exercises(course, exercise or Progress(MY).current(course))
 
 
 @learn.command(epilog="Example: nanokv learn hint 02.1")
-@exercise_argument()
-def hint(exercise_id: str) -> None:
+@exercise_argument
+def hint(exercise: Exercise) -> None:
     """Print the hint of an exercise."""
-    click.echo(load_course().exercise(exercise_id).hint)
+    click.echo(exercise.hint)
 
 
 @learn.command("solution", epilog="Example: nanokv learn solution 02.1 --give-up")
-@exercise_argument()
+@exercise_argument
 @click.option("--give-up", is_flag=True, help="Print it although yours has not passed.")
-def solution_(exercise_id: str, give_up: bool) -> None:
+def solution_(exercise: Exercise, give_up: bool) -> None:
     """Print the engine's function once yours has passed."""
-    exercise = load_course().exercise(exercise_id)
     if not give_up and Progress(MY).status(exercise) != "passed":
         raise CourseError(f"exercise {exercise.id}: not passed yet; --give-up prints the solution all the same")
     click.echo(f"# {exercise.target}\n{solution(exercise)}", nl=False)
@@ -111,10 +112,9 @@ def progress_() -> None:
 
 
 @learn.command(epilog="Example: nanokv learn reset 02.1")
-@exercise_argument()
-def reset(exercise_id: str) -> None:
+@exercise_argument
+def reset(exercise: Exercise) -> None:
     """Begin an exercise again. Your file stays, under another name."""
-    exercise = load_course().exercise(exercise_id)
     path = student_path(exercise, MY)
     number = 1
     while (kept := path.with_suffix(f".py.{number}")).exists():
@@ -131,9 +131,9 @@ def reset(exercise_id: str) -> None:
 def quiz_(topic: str | None, count: int) -> None:
     """Ask interview questions. You answer; then come an answer, the next questions, a file and a command to show."""
     from nanokv.cli.learn_quiz import quiz
-    from nanokv.learn.cards import draw, load_cards, topics
+    from nanokv.learn.cards import load_cards, topics
 
     cards = load_cards(topic)
     if topic is None:
         click.echo(f"{len(cards)} cards; topics: {', '.join(topics())}")
-    quiz(draw(cards, count))
+    quiz(random.sample(cards, min(count, len(cards))))

@@ -39,11 +39,11 @@ def watch(course: Course, exercise: Exercise | None) -> None:
             if key == "q":
                 return
             if key == "n":
-                following = _following(course, exercise)
-                if following is None:
+                later = course.exercises[course.exercises.index(exercise) + 1 :]
+                if not later:
                     click.echo("this is the last exercise")
                     continue
-                exercise = following
+                exercise = later[0]
                 seen = _open(exercise)
             elif key == "h":
                 click.echo(f"hint: {exercise.hint}")
@@ -78,11 +78,6 @@ def _check(course: Course, exercise: Exercise) -> None:
 def _saved_at(exercise: Exercise) -> int | None:
     path = MY / exercise.file
     return path.stat().st_mtime_ns if path.exists() else None
-
-
-def _following(course: Course, exercise: Exercise) -> Exercise | None:
-    later = course.exercises[course.exercises.index(exercise) + 1 :]
-    return later[0] if later else None
 
 
 def _key(seconds: float) -> str | None:

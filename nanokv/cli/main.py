@@ -97,52 +97,30 @@ def _is_wanted(record: logging.LogRecord) -> bool:
 
 
 def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if value:
-        main.debug = True
+    main.debug |= value
 
 
-def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if value:
-        click.echo(f"nanokv {nanokv.__version__}")
-        ctx.exit()
-
-
-def _debug_option() -> click.Option:
-    return click.Option(
-        ["--debug"],
-        is_flag=True,
-        expose_value=False,
-        is_eager=True,
-        callback=_set_debug,
-        help="Show the traceback of an error.",
-    )
+_debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_set_debug,
+    help="Show the traceback of an error.",
+)  # fmt: skip
 
 
 def _add_debug(command: click.Command) -> None:
     """Accepts --debug after the command's name too."""
     if not any(parameter.name == "debug" for parameter in command.params):
-        command.params.append(_debug_option())
+        _debug_option(command)
     if isinstance(command, click.Group):
         for sub in command.commands.values():
             _add_debug(sub)
 
 
-main = Nanokv(
-    name="nanokv",
-    help="An LLM inference engine small enough to read, whose subject is the KV cache.",
-    epilog="Example: nanokv chat -p 'What is the capital of France?'",
-    params=[
-        click.Option(
-            ["--version"],
-            is_flag=True,
-            expose_value=False,
-            is_eager=True,
-            callback=_show_version,
-            help="Show the version and exit.",
-        ),
-        _debug_option(),
-    ],
-)
+@click.group("nanokv", cls=Nanokv, epilog="Example: nanokv chat -p 'What is the capital of France?'")
+@click.version_option(nanokv.__version__, message="nanokv %(version)s")
+@_debug_option
+def main() -> None:
+    """An LLM inference engine small enough to read, whose subject is the KV cache."""
+
 
 if __name__ == "__main__":
     main()

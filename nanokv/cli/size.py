@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nanokv.cli.common import binary, emit_json, json_option, new_figure, plot_option, save_figure
+from nanokv.cli.common import binary, dtype_option, emit_json, json_option, new_figure, plot_option, save_figure
 from nanokv.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def _memory(ctx: click.Context, parameter: click.Parameter, value: str) -> int:
 @click.option("--memory", default="4GiB", show_default=True, callback=_memory, help="Memory for the cache.")
 @click.option("--context", "contexts", default="1K,16K,256K", show_default=True, callback=_contexts,
               help="Context lengths in tokens (1K = 1,024).")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
-              show_default=True, help="auto: the checkpoint's own.")  # fmt: skip
+@dtype_option
 @click.option("--codec", default="raw", show_default=True, help="Codec of K and V: raw, fp8, tq4, ..., or a pair K/V.")
 @click.option("--page-size", type=click.Choice(["1", "2", "4", "8", "16", "32", "64"]), default="16",
               show_default=True, help="Tokens in a page.")  # fmt: skip

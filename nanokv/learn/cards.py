@@ -11,7 +11,6 @@ The function imports what its numbers need, so that a quiz does not wait for tor
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,12 +69,8 @@ def load_cards(topic: str | None = None) -> list[Card]:
     known = topics()
     if topic is not None and topic not in known:
         raise CourseError(f"topic {topic!r}: expected one of {', '.join(known)}")
-    return [one for name in ([topic] if topic else known) for one in _read(name)]
-
-
-def draw(cards: Sequence[Card], count: int) -> list[Card]:
-    """`count` of the cards in random order; all of them where there are fewer."""
-    return random.sample(cards, min(count, len(cards)))
+    modules = [load_file(_folder() / f"{name}.py", f"interview.{name}") for name in ([topic] if topic else known)]
+    return [one for module in modules for one in vars(module).values() if isinstance(one, Card)]
 
 
 def wrong_numbers(one: Card) -> list[str]:
@@ -96,8 +91,3 @@ def wrong_numbers(one: Card) -> list[str]:
 
 def _folder() -> Path:
     return load_course().folder / "interview"
-
-
-def _read(topic: str) -> list[Card]:
-    module = load_file(_folder() / f"{topic}.py", f"interview.{topic}")
-    return [one for one in vars(module).values() if isinstance(one, Card)]

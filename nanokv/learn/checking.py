@@ -73,15 +73,15 @@ def check(
     failure = look_at(exercise, path)
     if failure is not None:
         return Outcome((), failure, "", time.monotonic() - start)
-    files = {"public": course.public_tests(exercise), "hidden": course.hidden_tests(exercise)}
-    for kind in kinds:
-        if not files[kind].is_file():
-            raise CourseError(f"{files[kind]}: no such file: this tree has no {kind} tests of exercise {exercise.id}")
+    files = {kind: course.tests(kind, exercise) for kind in kinds}
+    for kind, file in files.items():
+        if not file.is_file():
+            raise CourseError(f"{file}: no such file: this tree has no {kind} tests of exercise {exercise.id}")
     seeds = {"public": course.variant, "hidden": hidden_seed}
     with tempfile.TemporaryDirectory() as scratch:
         result, printed = Path(scratch, "result.json"), Path(scratch, "printed")
         job = CheckJob(
-            exercise.id, str(folder.resolve()), [[kind, str(files[kind])] for kind in kinds],
+            exercise.id, str(folder.resolve()), [[kind, str(file)] for kind, file in files.items()],
             [seeds[kind] for kind in kinds], offline, cpu_limit, str(result),
         )  # fmt: skip
         ended = _run(job, printed)

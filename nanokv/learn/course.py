@@ -98,17 +98,13 @@ class Course:
         """The exercises of a lesson, in order."""
         return [exercise for exercise in self.exercises if exercise.lesson == number]
 
-    def public_tests(self, exercise: Exercise) -> Path:
-        """The path of the public tests of the exercise's lesson."""
-        return self._tests("tests_public", exercise)
+    def tests(self, kind: str, exercise: Exercise) -> Path:
+        """The path of the tests of the exercise's lesson.
 
-    def hidden_tests(self, exercise: Exercise) -> Path:
-        """The path of the hidden tests in a full checkout; a wheel and an exported tree have no file there."""
-        return self._tests("tests_hidden", exercise)
-
-    def _tests(self, kind: str, exercise: Exercise) -> Path:
+        kind   "public", or "hidden": a wheel and an exported tree have no file there
+        """
         (lesson,) = (lesson for lesson in self.lessons if lesson.number == exercise.lesson)
-        return self.folder / kind / f"test_{lesson.name}.py"
+        return self.folder / f"tests_{kind}" / f"test_{lesson.name}.py"
 
 
 @cache
@@ -129,10 +125,8 @@ def read_course(folder: Path) -> Course:
         raise CourseError(f"{path}: not a readable course ({error})") from None
     for name in data.keys() - {"variant", "lesson", "exercise"}:
         raise CourseError(f"{path}: {name}: expected variant, [[lesson]] and [[exercise]]")
-    lessons = tuple(_entry(Lesson, one, path, "lesson", place) for place, one in enumerate(data.get("lesson", [])))
-    exercises = tuple(
-        _entry(Exercise, one, path, "exercise", place) for place, one in enumerate(data.get("exercise", []))
-    )
+    lessons = tuple(_entry(Lesson, one, path, place) for place, one in enumerate(data.get("lesson", []), 1))
+    exercises = tuple(_entry(Exercise, one, path, place) for place, one in enumerate(data.get("exercise", []), 1))
     _check_order(path, lessons, exercises)
     variant = data.get("variant", 0)
     check_integer(CourseError, f"{path}: variant", variant, 0)
@@ -142,8 +136,8 @@ def read_course(folder: Path) -> Course:
 _KINDS = {"int": int, "str": str, "bool": bool, "tuple[str, ...]": list}
 
 
-def _entry(kind: type, data: dict[str, Any], path: Path, word: str, place: int) -> Any:
-    where = f"{path}: {word} {data.get('id', data.get('name', place + 1))}"
+def _entry(kind: type, data: dict[str, Any], path: Path, place: int) -> Any:
+    where = f"{path}: {kind.__name__.lower()} {data.get('id', data.get('name', place))}"
     known = {field.name: field for field in fields(kind)}
     for name, value in data.items():
         if name not in known:
@@ -179,10 +173,9 @@ def _check_order(path: Path, lessons: tuple[Lesson, ...], exercises: tuple[Exerc
     if keys != sorted(set(keys)):
         wrong = next(one.id for one, before, key in zip(exercises[1:], keys, keys[1:], strict=False) if key <= before)
         raise CourseError(f"{path}: exercise {wrong}: exercises must be in order, each id once")
+    targets = [exercise.target for exercise in exercises]
     for exercise in exercises:
         if exercise.lesson not in numbers:
             raise CourseError(f"{path}: exercise {exercise.id}: there is no lesson {exercise.lesson}")
-    targets = [exercise.target for exercise in exercises]
-    for target in targets:
-        if targets.count(target) > 1:
-            raise CourseError(f"{path}: target={target!r}: two exercises have it")
+        if targets.count(exercise.target) > 1:
+            raise CourseError(f"{path}: target={exercise.target!r}: two exercises have it")

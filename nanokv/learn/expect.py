@@ -53,16 +53,15 @@ def equal(got: Any, expected: Any, what: str) -> None:
     if _is_sequence(expected) and _is_sequence(got):
         _equal_sequences(list(got), list(expected), what)
         return
-    if isinstance(expected, bool) and not isinstance(got, bool):
-        raise AssertionError(f"{what}: expected {expected}, got {_show(got)}{_none_note(got)}")
-    if _is_sequence(got) != _is_sequence(expected) or got != expected:
-        raise AssertionError(f"{what}: expected {_show(expected)}, got {_show(got)}{_none_note(got)}")
+    is_other_kind = isinstance(expected, bool) and not isinstance(got, bool)
+    if is_other_kind or _is_sequence(got) != _is_sequence(expected) or got != expected:
+        raise AssertionError(f"{what}: expected {_show(expected)}, {_got(got)}")
 
 
 def near(got: Any, expected: float, what: str, tolerance: float = 1e-9) -> None:
     """Raises AssertionError unless a plain number is within `tolerance`, relative to the expected one."""
     if isinstance(got, bool) or not isinstance(got, (int, float)):
-        raise AssertionError(f"{what}: expected the number {expected:g}, got {_show(got)}{_none_note(got)}")
+        raise AssertionError(f"{what}: expected the number {expected:g}, {_got(got)}")
     if not abs(got - expected) <= tolerance * max(1.0, abs(expected)):
         raise AssertionError(f"{what}: expected {expected:.6g}, got {got:.6g}")
 
@@ -75,7 +74,7 @@ def close(got: Any, expected: torch.Tensor, what: str, axes: Sequence[str] = (),
     import torch
 
     if not isinstance(got, torch.Tensor):
-        raise AssertionError(f"{what}: expected a tensor {list(expected.shape)}, got {_show(got)}{_none_note(got)}")
+        raise AssertionError(f"{what}: expected a tensor {list(expected.shape)}, {_got(got)}")
     if got.shape != expected.shape:
         names = f" ({', '.join(axes)})" if axes else ""
         raise AssertionError(f"{what}: expected the shape {list(expected.shape)}{names}, got {list(got.shape)}")
@@ -88,7 +87,7 @@ def close(got: Any, expected: torch.Tensor, what: str, axes: Sequence[str] = (),
         labels = [*axes[: len(place)], *(f"axis {i}" for i in range(len(axes), len(place)))]
         where = ", ".join(f"{name} {i}" for name, i in zip(labels, place, strict=True)) or "the number"
         raise AssertionError(
-            f"{what}: at {where}: expected {_float(b[tuple(place)])}, got {_float(a[tuple(place)])} "
+            f"{what}: at {where}: expected {b[tuple(place)].item():.6g}, got {a[tuple(place)].item():.6g} "
             f"({int(wrong.sum())} of {wrong.numel()} numbers are off)"
         )
 
@@ -115,10 +114,6 @@ def _is_sequence(value: Any) -> bool:
     return (isinstance(value, Sequence) and not isinstance(value, (str, bytes))) or type(value).__name__ == "array"
 
 
-def _float(value: Any) -> str:
-    return f"{float(value):.6g}"
-
-
 def _show(value: Any) -> str:
     if type(value).__name__ == "array":
         value = list(value)
@@ -126,5 +121,5 @@ def _show(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
 
 
-def _none_note(got: Any) -> str:
-    return " (is a return missing?)" if got is None else ""
+def _got(got: Any) -> str:
+    return f"got {_show(got)}" + (" (is a return missing?)" if got is None else "")

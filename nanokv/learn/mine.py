@@ -24,11 +24,7 @@ def patch_passed(folder: Path, twins: bool = True) -> tuple[list[Exercise], list
     """
     course, progress = load_course(), Progress(folder)
     begun = [exercise for exercise in course.exercises if progress.status(exercise) != "new"]
-    passed = [
-        exercise
-        for exercise in begun
-        if progress.status(exercise) == "passed" and look_at(exercise, folder / exercise.file) is None
-    ]
+    passed = [one for one in begun if progress.status(one) == "passed" and look_at(one, folder / one.file) is None]
     if not passed:
         raise CourseError(f"{folder}: no exercise has passed its checks yet; nanokv learn shows where to start")
     functions = [_load(exercise, folder) for exercise in passed]

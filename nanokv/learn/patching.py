@@ -74,20 +74,6 @@ def _patch_function(before: Callable, function: Callable) -> Callable[[], None]:
     return undo
 
 
-def function_at(target: str) -> Callable:
-    """The function that the target, a dotted name, has now, taken out of its property, static or class method."""
-    module_name, _, qualname = split_name(target)
-    value: Any = import_module(module_name)
-    owner_name, _, name = qualname.rpartition(".")
-    value = getattr(value, owner_name).__dict__[name] if owner_name else getattr(value, name)
-    if isinstance(value, property):
-        assert value.fget is not None
-        return value.fget
-    if isinstance(value, cached_property):
-        return value.func
-    return value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-
-
 def patch_gaps(exercise: Exercise) -> Callable[[], None]:
     """Replaces the exercise's solution and its faster twins by gaps. Returns a function that undoes it."""
     undo = [patch(target, _gap(exercise)) for target in (exercise.target, *exercise.also)]

@@ -1,20 +1,9 @@
-"""The source of exercises: found by name, cut out, put into a file for the student. Works on text; imports no engine.
-
-The syntax tree finds a body, and whole lines replace it, so everything else in a file stays the same byte for byte,
-comments included:
-
-    def allocate(self, num_pages):          def allocate(self, num_pages):
-        \"\"\"What it does.\"\"\"                     \"\"\"What it does.\"\"\"
-        pages = [...]                  ->       from nanokv.core.errors import ExerciseTODO
-        return pages
-                                                raise ExerciseTODO("02.1")
-"""
+"""The source of exercises: found by name, and put into a file for the student. Works on text; imports no engine."""
 
 from __future__ import annotations
 
 import ast
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,11 +43,6 @@ class Found:
         return names[0] if names else None
 
     @property
-    def parameters(self) -> list[str]:
-        """The names of its parameters, as the function `parameters` gives them."""
-        return parameters(self.node)
-
-    @property
     def text(self) -> str:
         """Its source without decorators, dedented."""
         lines = self.source.splitlines(keepends=True)[self.node.lineno - 1 : self.node.end_lineno]
@@ -72,28 +56,29 @@ class Found:
         return isinstance(called, ast.Call) and getattr(called.func, "id", "") == "ExerciseTODO"
 
 
-def split_name(target: str, package: Path = PACKAGE) -> tuple[str, Path, str]:
+def split_name(target: str) -> tuple[str, Path, str]:
     """The module of a dotted name, its file, and the rest. Raises CourseError where no such module exists."""
     parts = target.split(".")
     for end in range(len(parts) - 1, 1, -1):
-        stem = package.joinpath(*parts[1:end])
+        stem = PACKAGE.joinpath(*parts[1:end])
         for path in (stem.with_suffix(".py"), stem / "__init__.py"):
             if path.is_file():
                 return ".".join(parts[:end]), path, ".".join(parts[end:])
-    raise CourseError(f"target={target!r}: there is no such module in {package}")
+    raise CourseError(f"target={target!r}: there is no such module in {PACKAGE}")
 
 
-def find(target: str, package: Path = PACKAGE) -> Found:
+def find(target: str) -> Found:
     """The function of a dotted name. Raises CourseError where there is none."""
-    module, path, qualname = split_name(target, package)
+    module, path, qualname = split_name(target)
     source = path.read_text("utf-8")
-    node = _function(ast.parse(source), qualname)
+    node = function_in(ast.parse(source), qualname)
     if node is None:
         raise CourseError(f"target={target!r}: {path} has no function {qualname}")
     return Found(module, path, qualname, source, node)
 
 
-def _function(tree: ast.Module, qualname: str) -> ast.FunctionDef | None:
+def function_in(tree: ast.Module, qualname: str) -> ast.FunctionDef | None:
+    """The function of this name in a module's syntax tree, or None."""
     body = tree.body
     *classes, name = qualname.split(".")
     for owner in classes:
@@ -125,7 +110,7 @@ def look_at(exercise: Exercise, path: Path) -> Failure | None:
     if node is None:
         others = f"; it has {', '.join(functions)}" if functions else ""
         return Failure("file", f"there is no function {exercise.function}{others}")
-    got, expected = parameters(node), find(exercise.target).parameters
+    got, expected = parameters(node), parameters(find(exercise.target).node)
     if got != expected:
         return Failure(
             "file",
@@ -135,30 +120,7 @@ def look_at(exercise: Exercise, path: Path) -> Failure | None:
     return None
 
 
-def remove_bodies(source: str, gaps: Mapping[str, str]) -> str:
-    """The source with the body of each function in `gaps` (qualname -> exercise id) replaced by a gap.
-
-    Raises CourseError where there is no such function.
-    """
-    tree, lines = ast.parse(source), source.splitlines(keepends=True)
-    found = []
-    for qualname, exercise_id in gaps.items():
-        node = _function(tree, qualname)
-        if node is None:
-            raise CourseError(f"{qualname}: there is no such function")
-        found.append((node, exercise_id))
-    for node, exercise_id in sorted(found, key=lambda one: -one[0].lineno):
-        first = _body_start(node, lines)
-        indent = " " * (node.col_offset + 4)
-        lines[first - 1 : node.end_lineno] = [
-            f"{indent}from nanokv.core.errors import ExerciseTODO\n",
-            "\n",
-            f'{indent}raise ExerciseTODO("{exercise_id}")\n',
-        ]
-    return "".join(lines)
-
-
-def _body_start(node: ast.FunctionDef, lines: list[str]) -> int:
+def body_start(node: ast.FunctionDef, lines: list[str]) -> int:
     """The first line of the body, counted from 1: after the docstring, with comments before the first statement."""
     if ast.get_docstring(node, clean=False) is not None:
         end = node.body[0].end_lineno
@@ -180,7 +142,7 @@ def student_file(exercise: Exercise, body: str | None = None) -> str:
     found = find(exercise.target)
     kind = {"property": "a property", "cached_property": "a cached property", "staticmethod": "a static method"}
     what = kind.get(found.wrapper or "", "a method" if found.owner else "a function")
-    me = f"; self is a {found.owner}" if found.owner and found.parameters[:1] == ["self"] else ""
+    me = f"; self is a {found.owner}" if found.owner and parameters(found.node)[:1] == ["self"] else ""
     points = "1 point" if exercise.points == 1 else f"{exercise.points} points"
     header = (
         f'"""Exercise {exercise.id}: {exercise.title} ({points}, about {exercise.minutes} minutes).\n\n'
@@ -189,9 +151,9 @@ def student_file(exercise: Exercise, body: str | None = None) -> str:
         '"""\n'
     )
     if body is None:
-        node, lines = _function(ast.parse(found.text), found.node.name), found.text.splitlines(keepends=True)
+        node, lines = function_in(ast.parse(found.text), found.node.name), found.text.splitlines(keepends=True)
         assert node is not None
-        kept = "".join(lines[: _body_start(node, lines) - 1])
+        kept = "".join(lines[: body_start(node, lines) - 1])
         body = f'{kept}    # TODO: replace the next line by yours.\n    raise ExerciseTODO("{exercise.id}")\n'
     return f"{header}\nfrom __future__ import annotations\n\n{_imports(found)}\n\n{body}"
 

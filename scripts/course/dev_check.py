@@ -14,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,9 @@ from course.mutants import mutants
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import Course, Exercise, load_course
 from nanokv.learn.job import Failure
-from nanokv.learn.patching import function_at, patch, patch_gaps
+from nanokv.learn.patching import patch, patch_gaps
 from nanokv.learn.running import load_file, load_function, run_tests, tests_of
-from nanokv.learn.source import find, look_at, solution_file, student_file
+from nanokv.learn.source import find, look_at, solution_file, split_name, student_file
 
 SEEDS = (0, 2026)
 """Hidden tests must hold for any seed; these are tried."""
@@ -63,7 +65,7 @@ def resolved(course: Course) -> Iterator[str]:
     """Every target exists, has a docstring, is named by its lesson, and has tests of both kinds."""
     for exercise in course.exercises:
         yield from target_faults(exercise)
-        for path in (course.public_tests(exercise), course.hidden_tests(exercise)):
+        for path in (course.tests("public", exercise), course.tests("hidden", exercise)):
             if not path.is_file() or not tests_of(exercise, load_file(path, "course_tests")):
                 yield f"{exercise.id}: {path} has no test that begins with {exercise.test_prefix}"
     for lesson in course.lessons:
@@ -97,6 +99,20 @@ def target_faults(exercise: Exercise) -> Iterator[str]:
             yield f"{exercise.id}: also={target!r} takes ({', '.join(got)}), not ({', '.join(expected)})"
 
 
+def function_at(target: str) -> Callable:
+    """The function that the target, a dotted name, has now, taken out of its property, static or class method."""
+    module_name, _, qualname = split_name(target)
+    value: Any = import_module(module_name)
+    owner_name, _, name = qualname.rpartition(".")
+    value = getattr(value, owner_name).__dict__[name] if owner_name else getattr(value, name)
+    if isinstance(value, property):
+        assert value.fget is not None
+        return value.fget
+    if isinstance(value, cached_property):
+        return value.func
+    return value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+
+
 def engine_passes(course: Course) -> Iterator[str]:
     """The engine as it is passes all tests, for several seeds."""
     for exercise in course.exercises:
@@ -116,7 +132,7 @@ def fresh_files_are_to_do(course: Course) -> Iterator[str]:
     """A file as `start` writes it fails the public and hidden tests as a gap, not as an error."""
     for exercise in course.exercises:
         with _patched(exercise, student_file(exercise)) as failed:
-            for path in (course.public_tests(exercise), course.hidden_tests(exercise)):
+            for path in (course.tests("public", exercise), course.tests("hidden", exercise)):
                 failure = failed or _timed(lambda p=path, e=exercise: run_tests(e, p, 0))
                 if failure is None or failure.kind != "todo":
                     yield f"{exercise.id}: {path.parent.name}: a fresh file gives {failure}"
@@ -132,7 +148,7 @@ def gaps_leave_others_green(course: Course) -> Iterator[str]:
     try:
         for place, exercise in enumerate(course.exercises):
             called.clear()
-            failure = _timed(lambda one=exercise: run_tests(one, course.public_tests(one), 0))
+            failure = _timed(lambda one=exercise: run_tests(one, course.tests("public", one), 0))
             if failure is not None:
                 yield f"{exercise.id}: {failure.test}: {failure.message}"
             for later, other in enumerate(course.exercises):
@@ -170,7 +186,7 @@ def mutants_are_rejected(course: Course) -> Iterator[str]:
             with _patched(exercise, mutant.text) as failed:
                 if failed:
                     yield f"{exercise.id}: the mutant that {mutant.why!r} does not load: {failed.message}"
-                elif _timed(lambda one=exercise: run_tests(one, course.public_tests(one), course.variant)):
+                elif _timed(lambda one=exercise: run_tests(one, course.tests("public", one), course.variant)):
                     by_public += 1
                 elif not any(_runs(course, exercise, hidden_only=True)):
                     yield f"{exercise.id}: a mutant passes: {mutant.why}"
@@ -200,8 +216,8 @@ PARTS: list[tuple[str, Callable[[Course], Iterator[str]]]] = [
 
 def _runs(course: Course, exercise: Exercise, hidden_only: bool = False) -> Iterator[Failure]:
     """The failures of the engine as it is patched now, over all seeds."""
-    runs = [] if hidden_only else [(course.public_tests(exercise), seed) for seed in (0, 7)]
-    runs += [(course.hidden_tests(exercise), seed) for seed in SEEDS]
+    runs = [] if hidden_only else [(course.tests("public", exercise), seed) for seed in (0, 7)]
+    runs += [(course.tests("hidden", exercise), seed) for seed in SEEDS]
     for path, seed in runs:
         failure = _timed(lambda p=path, s=seed: run_tests(exercise, p, s))
         if failure is not None:

@@ -12,14 +12,14 @@ import subprocess
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from course.choice import choose
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import Course, Exercise, load_course, read_course
-from nanokv.learn.source import find, remove_bodies
+from nanokv.learn.source import body_start, find, function_in
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = (
@@ -59,6 +59,38 @@ def export(out: Path, variant: int = 0, numbers: str | None = None) -> str:
     _fresh_history(out)
     points = sum(one.points for one in chosen)
     return f"{out}: {len(chosen)} exercises, {points} points, variant {variant}"
+
+
+def remove_bodies(source: str, gaps: Mapping[str, str]) -> str:
+    """The source with the body of each function in `gaps` (qualname -> exercise id) replaced by a gap.
+
+    The syntax tree finds a body, and whole lines replace it, so everything else stays the same byte for byte, comments
+    included:
+
+        def allocate(self, num_pages):          def allocate(self, num_pages):
+            \"\"\"What it does.\"\"\"                     \"\"\"What it does.\"\"\"
+            pages = [...]                  ->       from nanokv.core.errors import ExerciseTODO
+            return pages
+                                                    raise ExerciseTODO("02.1")
+
+    Raises CourseError where there is no such function.
+    """
+    tree, lines = ast.parse(source), source.splitlines(keepends=True)
+    found = []
+    for qualname, exercise_id in gaps.items():
+        node = function_in(tree, qualname)
+        if node is None:
+            raise CourseError(f"{qualname}: there is no such function")
+        found.append((node, exercise_id))
+    for node, exercise_id in sorted(found, key=lambda one: -one[0].lineno):
+        first = body_start(node, lines)
+        indent = " " * (node.col_offset + 4)
+        lines[first - 1 : node.end_lineno] = [
+            f"{indent}from nanokv.core.errors import ExerciseTODO\n",
+            "\n",
+            f'{indent}raise ExerciseTODO("{exercise_id}")\n',
+        ]
+    return "".join(lines)
 
 
 def _tracked() -> list[str]:
@@ -159,7 +191,7 @@ import json
 from nanokv.learn.course import load_course
 from nanokv.learn.running import run_tests
 course = load_course()
-found = {one.id: run_tests(one, course.public_tests(one), course.variant) for one in course.exercises}
+found = {one.id: run_tests(one, course.tests("public", one), course.variant) for one in course.exercises}
 print(json.dumps({key: failure and [failure.kind, failure.message] for key, failure in found.items()}))
 """
 

@@ -81,7 +81,7 @@ def grade_one(course: Course, exercise: Exercise, folder: Path, seed: int) -> Gr
     """Grades one exercise. Failures and exceptions of the student's file are in the row."""
     if not (folder / exercise.file).is_file():
         return Graded(exercise.id, exercise.title, "missing", 0, exercise.points, "", 0.0)
-    hidden = course.hidden_tests(exercise).is_file()
+    hidden = course.tests("hidden", exercise).is_file()
     outcome = check(
         course, exercise, folder, ("public", "hidden") if hidden else ("public",), hidden_seed=seed, offline=True
     )
@@ -94,7 +94,7 @@ def grade_one(course: Course, exercise: Exercise, folder: Path, seed: int) -> Gr
 
 
 def _has_hidden(course: Course) -> bool:
-    return all(course.hidden_tests(exercise).is_file() for exercise in course.exercises)
+    return all(course.tests("hidden", exercise).is_file() for exercise in course.exercises)
 
 
 def _gradescope(rows: list[Graded]) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from overhead import match_time, step_overhead
 from protocol import serve
 
 import nanokv
 from nanokv import LLM
 from nanokv.bench.measure import closed_loop
-from nanokv.bench.overhead import match_time, step_overhead
 from nanokv.bench.prefix import ceiling_requests_per_s, matchable, measure_speeds
 
 TINY = {

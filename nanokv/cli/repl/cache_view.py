@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from nanokv.cache.node import Node
 from nanokv.cache.radix import RadixTree
-from nanokv.cli.common import binary
+from nanokv.cli.common import binary, counted
 
 WIDTH = 79
 PAGES_WIDTH = 22  # columns of the page ids of one node
@@ -70,8 +70,8 @@ def conversation_lines(held: list[Held], num_tokens: int, page_size: int) -> Ite
     """The lines that draw the pages of a conversation of `num_tokens` tokens."""
     in_pages = len(held) * page_size
     rest = num_tokens - in_pages
-    yield f"this conversation: {_count(num_tokens, 'token')} = {_count(len(held), 'cached page')} of {page_size}" + (
-        f" + {_count(rest, 'token')}" if rest else ""
+    yield f"this conversation: {counted(num_tokens, 'token')} = {counted(len(held), 'cached page')} of {page_size}" + (
+        f" + {counted(rest, 'token')}" if rest else ""
     )
     if held:
         cell = max(len(str(item.page)) for item in held) + 2
@@ -81,11 +81,10 @@ def conversation_lines(held: list[Held], num_tokens: int, page_size: int) -> Ite
             if len(rows) > MOST_ROWS and MOST_ROWS // 2 <= number < len(rows) - MOST_ROWS // 2:
                 if number == MOST_ROWS // 2:
                     left_out = (len(rows) - 2 * (MOST_ROWS // 2)) * per_row
-                    yield f"{'':10}... {_count(left_out, 'more page')}"
+                    yield f"{'':10}... {counted(left_out, 'more page')}"
                 continue
-            label = "pages" if number == 0 else ""
             cells = (f"{item.page}{'*' if item.shared else ''}".ljust(cell) for item in row)
-            yield f"  {label:8}{''.join(cells)}".rstrip()
+            yield f"  {'' if number else 'pages':8}{''.join(cells)}".rstrip()
         if any(item.shared for item in held):
             yield f"{'':10}* shared with another branch of the tree"
     if rest >= page_size:
@@ -98,13 +97,13 @@ def tree_lines(tree: RadixTree, decode: Callable[[list[int]], str], here: Node |
     """The lines that draw the prefix tree, one per node: pages, their ids, their text. The node `here` is marked."""
     roots = [node for node in tree.nodes() if node.parent is None]
     num_nodes = sum(1 for node in tree.nodes()) - len(roots)
-    yield f"prefix tree: {_count(tree.num_pages, 'page')} in {_count(num_nodes, 'node')}"
+    yield f"prefix tree: {counted(tree.num_pages, 'page')} in {counted(num_nodes, 'node')}"
     drawn = 0
     stack = [(child, "  ", is_last) for root in reversed(roots) for child, is_last in _children(root)]
     while stack:
         node, indent, is_last = stack.pop()
         if drawn == MOST_NODES:
-            yield f"  ... {_count(num_nodes - drawn, 'more node')}"
+            yield f"  ... {counted(num_nodes - drawn, 'more node')}"
             return
         drawn += 1
         yield _node_line(node, indent + ("└─ " if is_last else "├─ "), decode, node is here)
@@ -122,7 +121,7 @@ def _children(node: Node) -> list[tuple[Node, bool]]:
 def _node_line(node: Node, branch: str, decode: Callable[[list[int]], str], is_here: bool) -> str:
     tokens = array("i")
     tokens.frombytes(bytes(node.tokens[: 4 * WIDTH]))  # the first WIDTH tokens: at least a line of text
-    head = f"{branch}{_count(len(node.pages), 'page')} [{_ranges(node.pages, PAGES_WIDTH)}]"
+    head = f"{branch}{counted(len(node.pages), 'page')} [{_ranges(node.pages, PAGES_WIDTH)}]"
     if node.state is not None:
         head += f" state {node.state}"
     if node.ref_count:
@@ -130,28 +129,23 @@ def _node_line(node: Node, branch: str, decode: Callable[[list[int]], str], is_h
     mark = "  <- here" if is_here else ""
     room = WIDTH - len(head) - len(mark) - 4
     text = _shortened(decode(tokens.tolist()), room) if room >= 8 else ""
-    return f"{head}{f'  {chr(34)}{text}{chr(34)}' if text else ''}{mark}"
+    return head + (f'  "{text}"' if text else "") + mark
 
 
 def pool_line(stats: dict) -> str:
     """The numbers of the pool, and of the states where layers are recurrent. `stats` is LLM.stats()."""
     total, page_bytes = stats["pages_total"], stats["page_bytes"]
-    states = ""
-    if "states_total" in stats:
-        states = (
-            f"\nstates: {stats['states_total']:,} of {binary(stats['state_bytes'])}: "
-            f"{stats['states_cached']:,} cached, {stats['states_held']:,} held, {stats['states_free']:,} free; "
-            f"{_count(stats['state_evictions'], 'eviction')}"
-        )
-    return (
-        f"pool: {_count(total, 'page')} of {binary(page_bytes)} = {binary(total * page_bytes)}: "
-        f"{stats['pages_cached']:,} cached, {stats['pages_held']:,} held, {stats['pages_free']:,} free; "
-        f"{_count(stats['evictions'], 'eviction')}{states}"
-    )
 
+    def used(what: str, evictions: int) -> str:
+        cached, held, free = (stats[f"{what}_{state}"] for state in ("cached", "held", "free"))
+        return f"{cached:,} cached, {held:,} held, {free:,} free; {counted(evictions, 'eviction')}"
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    pool = f"pool: {counted(total, 'page')} of {binary(page_bytes)} = {binary(total * page_bytes)}: "
+    pool += used("pages", stats["evictions"])
+    if "states_total" not in stats:
+        return pool
+    states = f"states: {stats['states_total']:,} of {binary(stats['state_bytes'])}: "
+    return f"{pool}\n{states}{used('states', stats['state_evictions'])}"
 
 
 def _ranges(pages: array, room: int) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from nanokv.cli.common import binary
+from nanokv.cli.common import binary, counted
 from nanokv.cli.repl import cache_view, settings
 from nanokv.cli.repl.saving import SavedChat, load_chat, read_text, save_chat
 from nanokv.core.errors import RequestError
@@ -36,11 +36,14 @@ class Chat(Protocol):
     def answer_again(self) -> None: ...
 
 
+Run = Callable[[Chat, str], None]
+
+
 @dataclass(frozen=True)
 class Command:
     """One command. `run` takes the chat and the text after the name; a RequestError becomes one error line."""
 
-    run: Callable[[Chat, str], None]
+    run: Run
     usage: str
     summary: str
 
@@ -55,7 +58,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def _command(usage: str, summary: str, *aliases: str):
-    def register(function: Callable[[Chat, str], None]) -> Callable[[Chat, str], None]:
+    def register(function: Run) -> Run:
         command = Command(function, usage, summary)
         COMMANDS.update(dict.fromkeys((usage.split()[0], *aliases), command))
         return function
@@ -65,10 +68,8 @@ def _command(usage: str, summary: str, *aliases: str):
 
 def run_command(chat: Chat, line: str) -> None:
     """Runs one line that begins with a slash. Raises RequestError for an unknown command or an invalid argument."""
-    name, argument = _split(line)
-    if name not in COMMANDS:
-        raise RequestError(_unknown(name))
-    COMMANDS[name].run(chat, argument)
+    name, *argument = line.split(maxsplit=1)
+    _known(name).run(chat, argument[0].rstrip() if argument else "")
 
 
 def completions(line: str) -> list[str]:
@@ -83,17 +84,14 @@ def completions(line: str) -> list[str]:
     return [f"{name} {word}" for word in words if word.startswith(argument)]
 
 
-def _split(line: str) -> tuple[str, str]:
-    words = line.strip().split(maxsplit=1)
-    return words[0], words[1] if len(words) > 1 else ""
-
-
-def _unknown(name: str) -> str:
+def _known(name: str) -> Command:
     from difflib import get_close_matches
 
+    if name in COMMANDS:
+        return COMMANDS[name]
     near = get_close_matches(name, COMMANDS, n=1, cutoff=0.5) if len(name) > 2 else []
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"unknown command {name}{hint} (/? lists them, /{name} sends it as text)"
+    raise RequestError(f"unknown command {name}{hint} (/? lists them, /{name} sends it as text)")
 
 
 def _path(argument: str, usage: str) -> Path:
@@ -102,13 +100,17 @@ def _path(argument: str, usage: str) -> Path:
     return Path(argument.strip("'\"")).expanduser()
 
 
+_KEYS = '''\
+  """               begins and ends a message of several lines
+  //TEXT            sends text that begins with a slash
+  Ctrl-C            stops an answer and keeps its text; twice: leaves
+  Ctrl-D            leaves'''
+
+
 @_command("/? [COMMAND]", "list the commands, or explain one", "/help")
 def _help(chat: Chat, argument: str) -> None:
     if argument:
-        name = argument if argument.startswith("/") else f"/{argument}"
-        if name not in COMMANDS:
-            raise RequestError(_unknown(name))
-        command = COMMANDS[name]
+        command = _known(argument if argument.startswith("/") else f"/{argument}")
         chat.terminal.line(f"{command.usage}    {command.summary}")
         if command.details:
             chat.terminal.line(command.details)
@@ -117,10 +119,7 @@ def _help(chat: Chat, argument: str) -> None:
         names = [name for name, known in COMMANDS.items() if known is command]
         others = f" (also {', '.join(names[1:])})" if len(names) > 1 else ""
         chat.terminal.line(f"  {command.usage:18}{command.summary}{others}")
-    chat.terminal.line('  """               begins and ends a message of several lines')
-    chat.terminal.line("  //TEXT            sends text that begins with a slash")
-    chat.terminal.line("  Ctrl-C            stops an answer and keeps its text; twice: leaves")
-    chat.terminal.line("  Ctrl-D            leaves")
+    chat.terminal.line(_KEYS)
 
 
 @_command("/set NAME VALUE", "set a sampling parameter, or the system message")
@@ -196,8 +195,7 @@ def _undo(chat: Chat, _argument: str) -> None:
     """The earlier turns stay in the cache, so the next answer begins as fast."""
     if not chat.conversation.undo():
         raise RequestError("nothing to undo: the conversation is empty")
-    turns = chat.conversation.num_turns
-    chat.terminal.note(f"last turn removed; {turns} {'turn' if turns == 1 else 'turns'} left")
+    chat.terminal.note(f"last turn removed; {counted(chat.conversation.num_turns, 'turn')} left")
 
 
 @_command("/regen", "answer your last message again")
@@ -206,24 +204,18 @@ def _regen(chat: Chat, _argument: str) -> None:
     chat.answer_again()
 
 
-@_command("/save FILE", "write the chat to a JSON file", "/save!")
-def _save(chat: Chat, argument: str) -> None:
+@_command("/save FILE", "write the chat to a JSON file")
+def _save(chat: Chat, argument: str, overwrite: bool = False) -> None:
     """Saves messages, model and settings. /save refuses a file that exists; /save!
     overwrites it."""
-    _write_chat(chat, argument, overwrite=False)
-
-
-def _save_over(chat: Chat, argument: str) -> None:
-    _write_chat(chat, argument, overwrite=True)
-
-
-COMMANDS["/save!"] = Command(_save_over, "/save! FILE", "write the chat to a JSON file, over an existing one")
-
-
-def _write_chat(chat: Chat, argument: str, overwrite: bool) -> None:
     path = _path(argument, "/save FILE")
     save_chat(path, SavedChat(chat.model, chat.conversation.messages, chat.params), overwrite)
     chat.terminal.note(f"saved to {path}")
+
+
+@_command("/save! FILE", "write the chat to a JSON file, over an existing one")
+def _save_over(chat: Chat, argument: str) -> None:
+    _save(chat, argument, overwrite=True)
 
 
 @_command("/load FILE", "continue a saved chat")
@@ -235,9 +227,8 @@ def _load(chat: Chat, argument: str) -> None:
     chat.conversation.load(saved.messages)
     chat.params = saved.params
     chat.attached = []
-    turns = chat.conversation.num_turns
     other = f", saved with {saved.model}" if saved.model != chat.model else ""
-    chat.terminal.note(f"loaded {turns} {'turn' if turns == 1 else 'turns'} from {path}{other}")
+    chat.terminal.note(f"loaded {counted(chat.conversation.num_turns, 'turn')} from {path}{other}")
 
 
 @_command("/read FILE", "put a text file before your next message")

@@ -1,6 +1,6 @@
 """The cost of the engine beside the model: scheduler, tree and batch building in a step, and a match in a large tree.
 
-scripts/bench_peers.py uses it; a reader may call it as well:
+nanokv_worker.py uses it; a reader may call it as well:
 
     step_overhead(llm, running=64, context=256)         -> seconds of a step, and of those not in the forward pass
     match_time(pages=100_000, prompt_tokens=10_000)     -> seconds of one match, list conversion included
