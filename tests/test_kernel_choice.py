@@ -85,7 +85,7 @@ def test_an_op_has_the_signature_and_the_docstring_of_its_reference(name):
 
 
 def test_every_compiled_kernel_is_an_op():
-    assert sorted(OPS) == sorted(cpu.__all__)
+    assert sorted(OPS) == sorted(name for name, value in vars(cpu).items() if inspect.isfunction(value))
 
 
 def test_the_device_selects_kernels_unless_the_reference_is_chosen():

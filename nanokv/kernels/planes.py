@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
 
 import numpy as np
 import torch
+
+
+def _sizes(planes: KVPlanes | StatePlanes) -> np.ndarray:
+    """All fields but the last, which is a dtype."""
+    return np.array([getattr(planes, field.name) for field in fields(planes)[:-1]], np.int64)
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,16 @@ class KVPlanes:
     rope_dim: int
     dtype: torch.dtype
 
+    @classmethod
+    @cache
+    def without_pages(cls, kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVPlanes:
+        """Planes of heads that are rotated but not written: a page has no bytes."""
+        return cls(0, 0, 0, 0, 1, 0, 0, 0, kv_heads, head_dim, head_dim, 0, dtype)
+
     @cached_property
     def geometry(self) -> np.ndarray:
         """The twelve sizes above as an int64 array, the form that compiled kernels take."""
-        return np.array(
-            [
-                self.k_offset, self.v_offset, self.rope_offset, self.page_bytes, self.page_size, self.token_stride,
-                self.head_stride, self.rope_stride, self.kv_heads, self.head_dim, self.value_dim, self.rope_dim,
-            ],
-            np.int64,
-        )  # fmt: skip
+        return _sizes(self)
 
 
 LARGEST_SCALE = 65504.0
@@ -168,8 +173,7 @@ class StatePlanes:
     @cached_property
     def geometry(self) -> np.ndarray:
         """The eight sizes above as an int64 array, the form that compiled kernels take."""
-        sizes = [self.conv_offset, self.state_offset, self.state_bytes, self.key_heads, self.value_heads]
-        return np.array([*sizes, self.key_dim, self.value_dim, self.kernel], np.int64)
+        return _sizes(self)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The numba twins: the ops of reference/, compiled for this CPU."""
 
+# ruff: noqa: F401  the ops are imported for others
+
 from nanokv.kernels.cpu.attention import paged_attention
 from nanokv.kernels.cpu.code_attention import code_attention
 from nanokv.kernels.cpu.code_store import store_codes
@@ -7,20 +9,3 @@ from nanokv.kernels.cpu.delta_rule import delta_rule_chunk, delta_rule_step
 from nanokv.kernels.cpu.elementwise import add_rms_norm, gated_rms_norm, rms_norm, sigmoid_mul, silu_mul
 from nanokv.kernels.cpu.short_conv import short_conv
 from nanokv.kernels.cpu.store import rope, rope_and_store, store_latent
-
-__all__ = [
-    "add_rms_norm",
-    "code_attention",
-    "delta_rule_chunk",
-    "delta_rule_step",
-    "gated_rms_norm",
-    "paged_attention",
-    "rms_norm",
-    "rope",
-    "rope_and_store",
-    "short_conv",
-    "sigmoid_mul",
-    "silu_mul",
-    "store_codes",
-    "store_latent",
-]

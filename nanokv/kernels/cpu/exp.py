@@ -7,9 +7,9 @@ import math
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from nanokv.kernels.cpu.intrinsics import INT, constant, emit_fma, like
+from nanokv.kernels.cpu import emit
+from nanokv.kernels.cpu.emit import INT, constant, like
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 LOG2E = np.float32(1 / math.log(2))
@@ -28,7 +28,7 @@ def emit_exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     r = builder.fsub(x, builder.fsub(shifted, number(_SHIFT)))
     p = number(_COEFFICIENTS[0])
     for coefficient in _COEFFICIENTS[1:]:
-        p = emit_fma(builder, p, r, number(coefficient))
+        p = emit.fma(builder, p, r, number(coefficient))
     bits = like(x, INT)  # the integer in the lowest bits of `shifted`, moved to the exponent: a multiplication by 2**it
     power = builder.shl(builder.bitcast(shifted, bits), constant(bits, 23))
     p = builder.bitcast(builder.add(builder.bitcast(p, bits), power), x.type)
@@ -48,31 +48,5 @@ def emit_silu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.fmul(x, emit_sigmoid(builder, x))
 
 
-@intrinsic
-def exp2(typingctx, x):
-    """2**x for a float32 x <= 0; 0 below 2**-126."""
-
-    def codegen(context, builder, signature, args):
-        return emit_exp2(builder, args[0])
-
-    return types.float32(types.float32), codegen
-
-
-@intrinsic
-def sigmoid(typingctx, x):
-    """1 / (1 + exp(-x)) in float32."""
-
-    def codegen(context, builder, signature, args):
-        return emit_sigmoid(builder, args[0])
-
-    return types.float32(types.float32), codegen
-
-
-@intrinsic
-def silu(typingctx, x):
-    """x * sigmoid(x) in float32."""
-
-    def codegen(context, builder, signature, args):
-        return emit_silu(builder, args[0])
-
-    return types.float32(types.float32), codegen
+exp2, sigmoid, silu = map(emit.function(types.float32, result=types.float32), (emit_exp2, emit_sigmoid, emit_silu))
+"""The same for a float32 of compiled code."""

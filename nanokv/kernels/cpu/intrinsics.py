@@ -5,9 +5,6 @@ tensor costs 1 us to make. The format of numbers is the element type of an (empt
 nothing in a call inside compiled code:
 
     float32   float32        uint16   the bits of a bfloat16        int16   the bits of a float16
-
-Every multiply-add is an explicit `fma`, so a result does not depend on how a compiler groups the loop around it.
-The `emit` functions write LLVM instructions for a scalar or a vector; an intrinsic makes them callable.
 """
 
 from __future__ import annotations
@@ -16,10 +13,9 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-FLOAT, INT, SHORT, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.HalfType()
+from nanokv.kernels.cpu import emit
 
 # torch dtype -> an empty array of its element type: the argument that gives a kernel its number format.
 FORMAT = {
@@ -29,53 +25,7 @@ FORMAT = {
 }
 
 
-def like(value: ir.Value, element: ir.Type) -> ir.Type:
-    """`element`, or the vector of as many of them as `value` has lanes."""
-    return ir.VectorType(element, value.type.count) if isinstance(value.type, ir.VectorType) else element
-
-
-def constant(kind: ir.Type, number: float) -> ir.Constant:
-    return ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number)
-
-
-def emit_fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """a * b + c, rounded once."""
-    name = f"llvm.fma.v{a.type.count}f32" if isinstance(a.type, ir.VectorType) else "llvm.fma.f32"
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
-    return builder.call(function, [a, b, c])
-
-
-def emit_widen(builder: ir.IRBuilder, x: ir.Value, element: types.Type) -> ir.Value:
-    """Numbers of a format as float32; exact."""
-    if element == types.float32:
-        return x
-    if element == types.int16:
-        return builder.fpext(builder.bitcast(x, like(x, HALF)), like(x, FLOAT))
-    bits = builder.zext(x, like(x, INT))
-    return builder.bitcast(builder.shl(bits, constant(bits.type, 16)), like(x, FLOAT))
-
-
-def emit_narrow(builder: ir.IRBuilder, x: ir.Value, element: types.Type) -> ir.Value:
-    """float32 rounded to a format, ties to even."""
-    if element == types.float32:
-        return x
-    if element == types.int16:
-        return builder.bitcast(builder.fptrunc(x, like(x, HALF)), like(x, SHORT))
-    bits = builder.bitcast(x, like(x, INT))
-    odd = builder.and_(builder.lshr(bits, constant(bits.type, 16)), constant(bits.type, 1))
-    bits = builder.lshr(builder.add(bits, builder.add(odd, constant(bits.type, 0x7FFF))), constant(bits.type, 16))
-    bits = builder.select(builder.fcmp_unordered("uno", x, x), constant(bits.type, 0x7FC0), bits)
-    return builder.trunc(bits, like(x, SHORT))
-
-
-@intrinsic
-def fma(typingctx, a, b, c):
-    """a * b + c in float32, rounded once."""
-
-    def codegen(context, builder, signature, args):
-        return emit_fma(builder, *args)
-
-    return types.float32(types.float32, types.float32, types.float32), codegen
+fma = emit.function(*[types.float32] * 3, result=types.float32)(emit.fma)
 
 
 @intrinsic
@@ -83,7 +33,7 @@ def widen(typingctx, x):
     """A number of any format as float32."""
 
     def codegen(context, builder, signature, args):
-        return emit_widen(builder, args[0], x)
+        return emit.widen(builder, args[0], x)
 
     return types.float32(x), codegen
 
@@ -93,19 +43,15 @@ def narrow(typingctx, x, format):
     """A float32 rounded to the format that the array `format` stands for."""
 
     def codegen(context, builder, signature, args):
-        return emit_narrow(builder, args[0], format.dtype)
+        return emit.narrow(builder, args[0], format.dtype)
 
     return format.dtype(types.float32, format), codegen
 
 
-@intrinsic
-def size_of(typingctx, format):
+@emit.function(None, result=types.int64)
+def size_of(builder, element):
     """Bytes of a number of a format, known when a kernel is compiled."""
-
-    def codegen(context, builder, signature, args):
-        return context.get_constant(types.int64, format.dtype.bitwidth // 8)
-
-    return types.int64(format), codegen
+    return ir.IntType(64)(element.bitwidth // 8)
 
 
 @intrinsic
@@ -131,29 +77,13 @@ def sizes(geometry):
     )  # fmt: skip
 
 
-@intrinsic
-def fetch_add(typingctx, address, amount):
+@emit.function(types.int64, types.int64, result=types.int64)
+def fetch_add(builder, address, amount):
     """Adds to the int64 at an address, atomically. Returns the value before."""
-
-    def codegen(context, builder, signature, args):
-        return builder.atomic_rmw("add", builder.inttoptr(args[0], args[1].type.as_pointer()), args[1], "acq_rel")
-
-    return types.int64(types.int64, types.int64), codegen
+    return builder.atomic_rmw("add", builder.inttoptr(address, amount.type.as_pointer()), amount, "acq_rel")
 
 
-def emit_prefetch(builder: ir.IRBuilder, pointer: ir.Value, locality: int) -> None:
-    """Prefetches the cache line of a pointer to bytes, to be read. locality: 2 the second-level cache, 3 the first."""
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer, INT(0), INT(locality), INT(1)])
-
-
-@intrinsic
-def prefetch_line(typingctx, address):
+@emit.function(types.int64)
+def prefetch_line(builder, address):
     """Prefetches the cache line at an address, into the second-level cache."""
-
-    def codegen(context, builder, signature, args):
-        emit_prefetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), 2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    emit.prefetch(builder, builder.inttoptr(address, ir.IntType(8).as_pointer()), 2)

@@ -21,12 +21,12 @@ import torch
 from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
+from nanokv.kernels.cpu import emit
 from nanokv.kernels.cpu.compiled import compiled
-from nanokv.kernels.cpu.intrinsics import FLOAT, FORMAT, constant, emit_fma, emit_prefetch, emit_widen, fetch_add, view
+from nanokv.kernels.cpu.emit import FLOAT
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, view
 from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
-from nanokv.kernels.cpu.simd import emit_broadcast, emit_load, emit_store
 
 LANES = 16
 # Rows of a tile: as many sums as registers hold beside the weights. AVX2 has 16 registers of half a block.
@@ -53,47 +53,37 @@ def _emit_tile(builder, rows, x, x_stride, w, y, y_stride, depth, element):
     thirds = [
         cgutils.alloca_once_value(builder, builder.gep(x, [stride], source_etype=FLOAT)) for stride in strides[::3]
     ]
-    sums = [cgutils.alloca_once_value(builder, constant(ir.VectorType(FLOAT, LANES), 0.0)) for _ in range(rows)]
+    sums = [cgutils.alloca_once_value(builder, emit.constant(ir.VectorType(FLOAT, LANES), 0.0)) for _ in range(rows)]
     with cgutils.for_range(builder, depth) as loop:
         place = builder.gep(w, [builder.mul(loop.index, index(LANES))], source_etype=weight)
-        weights = emit_widen(builder, emit_load(builder, place, index(0), weight, LANES), element)
+        weights = emit.widen(builder, emit.load(builder, place, index(0), weight, LANES), element)
         ahead = builder.gep(place, [index(PREFETCH_BYTES // size)], source_etype=weight)
-        emit_prefetch(builder, builder.bitcast(ahead, ir.IntType(8).as_pointer()), 3)
+        emit.prefetch(builder, builder.bitcast(ahead, ir.IntType(8).as_pointer()), 3)
         for r, total in enumerate(sums):
             row = builder.gep(builder.load(thirds[r // 3]), [strides[r % 3]], source_etype=FLOAT)
-            number = emit_broadcast(builder, builder.load(row, typ=FLOAT), LANES)
-            builder.store(emit_fma(builder, number, weights, builder.load(total)), total)
+            number = emit.broadcast(builder, builder.load(row, typ=FLOAT), LANES)
+            builder.store(emit.fma(builder, number, weights, builder.load(total)), total)
         for third in thirds:
             builder.store(builder.gep(builder.load(third), [index(1)], source_etype=FLOAT), third)
     for r, total in enumerate(sums):
-        emit_store(builder, builder.load(total), y, builder.mul(y_stride, index(r)))
+        emit.store(builder, builder.load(total), y, builder.mul(y_stride, index(r)))
 
 
-@intrinsic
-def _tile(typingctx, rows, x, x_stride, w, y, y_stride, depth, format):
+@emit.function(*[types.int64] * 7, None)
+def _tile(builder, rows, x, x_stride, w, y, y_stride, depth, element):
     """y[r, 0..15] = sum over k of x[r, k] * w[k, 0..15], for the rows r < `rows` <= MAX_ROWS.
 
     x, y   addresses of float32; their strides count floats from row to row
     w      address of [depth, 16] weights in a format
     Vector instructions, in one loop for each number of rows, keep every sum in a register.
     """
+    x, y = (builder.inttoptr(address, FLOAT.as_pointer()) for address in (x, y))
+    w = builder.inttoptr(w, emit.word_of(element).as_pointer())
 
-    def codegen(context, builder, signature, args):
-        rows, x, x_stride, w, y, y_stride, depth, _ = args
-        x, y = (builder.inttoptr(address, FLOAT.as_pointer()) for address in (x, y))
-        w = builder.inttoptr(w, context.get_data_type(format.dtype).as_pointer())
-        end = builder.append_basic_block()
-        choice = builder.switch(rows, end)
-        for count in range(1, MAX_ROWS + 1):
-            case = builder.append_basic_block()
-            choice.add_case(rows.type(count), case)
-            builder.position_at_end(case)
-            _emit_tile(builder, count, x, x_stride, w, y, y_stride, depth, format.dtype)
-            builder.branch(end)
-        builder.position_at_end(end)
-        return context.get_dummy_value()
+    def body(count):
+        _emit_tile(builder, count, x, x_stride, w, y, y_stride, depth, element)
 
-    return types.void(*[types.int64] * 7, format), codegen
+    emit.switch(builder, rows, range(1, MAX_ROWS + 1), body)
 
 
 @njit
@@ -218,14 +208,12 @@ def multiply(x: torch.Tensor, blocks: torch.Tensor, out: int) -> torch.Tensor:
     (rows, width), (num_blocks, depth, _) = x.shape, blocks.shape
     if x.dtype is not torch.float32 or width != depth:
         raise TypeError(f"linear: x is {x.dtype} [{rows}, {width}], expected float32 [rows, {depth}]")
-    x_stride, step = x.stride()
-    if step != 1:
+    if x.stride(1) != 1:
         x = x.contiguous()
-        x_stride = depth
     y = x.new_empty(rows, num_blocks * LANES)
     threads = threads_for(rows * num_blocks * depth * LANES / 30e3)
     _multiply(
-        GOMP, threads, x.data_ptr(), x_stride, 0, blocks.data_ptr(), y.data_ptr(), rows, depth, 1, num_blocks,
+        GOMP, threads, x.data_ptr(), x.stride(0), 0, blocks.data_ptr(), y.data_ptr(), rows, depth, 1, num_blocks,
         FORMAT[blocks.dtype],
     )  # fmt: skip
     return y if num_blocks * LANES == out else y[:, :out].contiguous()
@@ -247,11 +235,10 @@ def multiply_heads(x: torch.Tensor, blocks: torch.Tensor, out: int) -> torch.Ten
         raise TypeError(f"head_linear: x is {x.dtype} {list(x.shape)}, expected float32 [rows, {own_heads}, {depth}]")
     if x.stride(2) != 1:
         x = x.contiguous()
-    x_stride, head_stride, _ = x.stride()
     y = x.new_empty(rows, heads, num_blocks * LANES)
     threads = threads_for(rows * blocks.numel() / 30e3)
     _multiply(
-        GOMP, threads, x.data_ptr(), x_stride, head_stride, blocks.data_ptr(), y.data_ptr(), rows, depth, heads,
+        GOMP, threads, x.data_ptr(), x.stride(0), x.stride(1), blocks.data_ptr(), y.data_ptr(), rows, depth, heads,
         num_blocks, FORMAT[blocks.dtype],
     )  # fmt: skip
     return y if num_blocks * LANES == out else y[..., :out].contiguous()

@@ -15,14 +15,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from nanokv.kernels.cpu import emit
 from nanokv.kernels.cpu.compiled import inner
-from nanokv.kernels.cpu.intrinsics import FLOAT, INT, constant, emit_fma, view
-from nanokv.kernels.cpu.simd import emit_broadcast, emit_load, emit_store
+from nanokv.kernels.cpu.emit import FLOAT, INT
+from nanokv.kernels.cpu.intrinsics import view
 from nanokv.kernels.planes import FLOAT8, LOOKUP, UNIFORM
 
 U8 = np.dtype(np.uint8)
 BYTE, WORD = ir.IntType(8), ir.IntType(16)
 BYTES = ir.VectorType(BYTE, 32)
+KINDS = (LOOKUP, UNIFORM, FLOAT8)  # of tables: decoding is compiled for each
 _HAS_BYTE_SHUFFLE = binding.get_host_cpu_features().get("avx2", False)
 
 
@@ -73,7 +75,7 @@ def _decoder(builder, kind, table):
     if kind == LOOKUP:
         planes = []
         for n in range(4):
-            half = emit_load(builder, table, table.type(16 * n), BYTE, 16)
+            half = emit.load(builder, table, table.type(16 * n), BYTE, 16)
             planes.append(_shuffle(builder, half, half, [*range(16)] * 2))
 
         def decode(codes):
@@ -84,15 +86,15 @@ def _decoder(builder, kind, table):
         first, second = (
             builder.load(builder.bitcast(_pointer(builder, table, n), FLOAT.as_pointer()), typ=FLOAT) for n in (0, 4)
         )
-        step, first = emit_broadcast(builder, builder.fsub(second, first), 8), emit_broadcast(builder, first, 8)
+        step, first = emit.broadcast(builder, builder.fsub(second, first), 8), emit.broadcast(builder, first, 8)
         nothing = _splat(0)
 
         def decode(codes):
             lines = _join_bytes(builder, [codes, nothing, nothing, nothing])
-            return [emit_fma(builder, builder.sitofp(line, ir.VectorType(FLOAT, 8)), step, first) for line in lines]
+            return [emit.fma(builder, builder.sitofp(line, ir.VectorType(FLOAT, 8)), step, first) for line in lines]
 
     else:
-        nothing, power = _splat(0), constant(ir.VectorType(FLOAT, 8), 2.0**120)
+        nothing, power = _splat(0), emit.constant(ir.VectorType(FLOAT, 8), 2.0**120)
 
         def decode(codes):
             # Codes ascend with the values: the first half is negative, and e4m3 has a NaN at each end.
@@ -113,146 +115,105 @@ def _decoder(builder, kind, table):
 def _byte_mask(builder, mask):
     """A mask below 256 in each of 32 bytes."""
     word = builder.mul(builder.trunc(mask, INT), INT(0x01010101))
-    return builder.bitcast(emit_broadcast(builder, word, 8), BYTES)
+    return builder.bitcast(emit.broadcast(builder, word, 8), BYTES)
 
 
 def _pointer(builder, address, offset):
     return builder.inttoptr(builder.add(address, address.type(offset)), BYTE.as_pointer())
 
 
-def _each_kind(builder, kind, body):
-    """body(kind), compiled for every kind of table; a switch picks the one to run."""
-    end = builder.append_basic_block()
-    choice = builder.switch(kind, end)
-    for number in (LOOKUP, UNIFORM, FLOAT8):
-        case = builder.append_basic_block()
-        choice.add_case(kind.type(number), case)
-        builder.position_at_end(case)
-        body(number)
-        builder.branch(end)
-    builder.position_at_end(end)
-
-
-@intrinsic
-def transpose_bytes(typingctx, keys, first, out):
+@emit.function(*[types.int64] * 3)
+def transpose_bytes(builder, keys, first, out):
     """Bytes first .. first + 15 of 32 rows, transposed: 16 rows of 32 bytes, 64 bytes apart.
 
     keys   address of 32 addresses
     Columns are in the order in which `decode_keys` finds neighbours side by side: 0-3, 8-11, 16-19, 24-27, then the
     others.
     """
+    keys = builder.inttoptr(keys, first.type.as_pointer())
+    halves = ir.VectorType(BYTE, 16)
 
-    def codegen(context, builder, signature, args):
-        keys, first, out = args
-        keys = builder.inttoptr(keys, first.type.as_pointer())
-        halves = ir.VectorType(BYTE, 16)
+    def row(n):
+        address = builder.load(builder.gep(keys, [INT(n)], source_etype=first.type), typ=first.type)
+        numbers = builder.load(builder.inttoptr(builder.add(address, first), halves.as_pointer()), typ=halves)
+        numbers.align = 1
+        return numbers
 
-        def row(n):
-            address = builder.load(builder.gep(keys, [INT(n)], source_etype=first.type), typ=first.type)
-            numbers = builder.load(builder.inttoptr(builder.add(address, first), halves.as_pointer()), typ=halves)
-            numbers.align = 1
-            return numbers
-
-        lines = [
-            _shuffle(builder, row(n), row(n + 4), range(32))
-            for n in (*range(4), *range(8, 12), *range(16, 20), *range(24, 28))
-        ]
-        for _ in range(4):
-            lines = [_interleave(builder, lines[n // 2], lines[n // 2 + 8], n % 2) for n in range(16)]
-        for n, line in enumerate(lines):
-            target = builder.inttoptr(builder.add(out, out.type(64 * n)), BYTES.as_pointer())
-            builder.store(line, target, align=32)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
+    lines = [
+        _shuffle(builder, row(n), row(n + 4), range(32))
+        for n in (*range(4), *range(8, 12), *range(16, 20), *range(24, 28))
+    ]
+    for _ in range(4):
+        lines = [_interleave(builder, lines[n // 2], lines[n // 2 + 8], n % 2) for n in range(16)]
+    for n, line in enumerate(lines):
+        target = builder.inttoptr(builder.add(out, out.type(64 * n)), BYTES.as_pointer())
+        builder.store(line, target, align=32)
 
 
-@intrinsic
-def decode_keys(typingctx, count, source, shift, mask, kind, table, out):
+@emit.function(*[types.int64] * 7)
+def decode_keys(builder, count, source, shift, mask, kind, table, out):
     """`count` rows of 64 bytes from `transpose_bytes` become rows of 64 float32: table[(byte >> shift) & mask].
 
     table   address of a table's bytes (LOOKUP) or of its float32
     """
+    words = ir.VectorType(WORD, 16)
+    mask = _byte_mask(builder, mask)
+    shift = emit.broadcast(builder, builder.trunc(shift, WORD), 16)
 
-    def codegen(context, builder, signature, args):
-        count, source, shift, mask, kind, table, out = args
-        words = ir.VectorType(WORD, 16)
-        mask = _byte_mask(builder, mask)
-        shift = emit_broadcast(builder, builder.trunc(shift, WORD), 16)
+    def body(number):
+        decode = _decoder(builder, number, table)
+        with cgutils.for_range(builder, count) as loop:
+            for half in (0, 1):
+                at = builder.add(builder.mul(loop.index, count.type(64)), count.type(32 * half))
+                codes = builder.bitcast(emit.load(builder, source, at, BYTE, 32), words)
+                codes = builder.and_(builder.bitcast(builder.lshr(codes, shift), BYTES), mask)
+                for n, line in enumerate(decode(codes)):
+                    emit.store(builder, line, out, builder.add(at, at.type(8 * n)))
 
-        def body(number):
-            decode = _decoder(builder, number, table)
-            with cgutils.for_range(builder, count) as loop:
-                for half in (0, 1):
-                    at = builder.add(builder.mul(loop.index, count.type(64)), count.type(32 * half))
-                    codes = builder.bitcast(emit_load(builder, source, at, BYTE, 32), words)
-                    codes = builder.and_(builder.bitcast(builder.lshr(codes, shift), BYTES), mask)
-                    for n, line in enumerate(decode(codes)):
-                        emit_store(
-                            builder, line, builder.inttoptr(out, FLOAT.as_pointer()), builder.add(at, at.type(8 * n))
-                        )
-
-        _each_kind(builder, kind, body)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 7), codegen
+    emit.switch(builder, kind, KINDS, body)
 
 
-@intrinsic
-def decode_values(typingctx, count, rows, first, first_shift, second, second_shift, mask, kind, table, out):
+@emit.function(*[types.int64] * 10)
+def decode_values(builder, count, rows, first, first_shift, second, second_shift, mask, kind, table, out):
     """32 float32 of each of `count` rows: 16 from the bytes at `first`, 16 from those at `second`.
 
     rows   address of `count` addresses
     out    rows of 64 float32
     """
+    rows = builder.inttoptr(rows, count.type.as_pointer())
+    quads, halves = ir.VectorType(INT, 8), ir.VectorType(BYTE, 16)
+    mask = _byte_mask(builder, mask)
+    shifts = ir.Constant(quads, ir.Undefined)
+    for n, amount in enumerate((first_shift, first_shift, second_shift, second_shift) * 2):
+        shifts = builder.insert_element(shifts, builder.trunc(amount, INT), INT(n))
 
-    def codegen(context, builder, signature, args):
-        count, rows, first, first_shift, second, second_shift, mask, kind, table, out = args
-        rows = builder.inttoptr(rows, count.type.as_pointer())
-        quads, halves = ir.VectorType(INT, 8), ir.VectorType(BYTE, 16)
-        mask = _byte_mask(builder, mask)
-        shifts = ir.Constant(quads, ir.Undefined)
-        for n, amount in enumerate((first_shift, first_shift, second_shift, second_shift) * 2):
-            shifts = builder.insert_element(shifts, builder.trunc(amount, INT), INT(n))
-
-        def body(number):
-            decode = _decoder(builder, number, table)
-            with cgutils.for_range(builder, count) as loop:
-                row = builder.load(builder.gep(rows, [loop.index], source_etype=count.type), typ=count.type)
-                a, b = (
-                    builder.load(builder.inttoptr(builder.add(row, at), halves.as_pointer()), typ=halves)
-                    for at in (first, second)
-                )
-                a.align = b.align = 1
-                both = builder.bitcast(_shuffle(builder, a, b, range(32)), quads)
-                # The first 4 of 8 neighbours go to the low lane, the others to the high one: `_join_bytes` joins them.
-                both = _shuffle(builder, both, both, (0, 2, 4, 6, 1, 3, 5, 7))
-                codes = builder.and_(builder.bitcast(builder.lshr(both, shifts), BYTES), mask)
-                for n, line in enumerate(decode(codes)):
-                    at = builder.add(builder.mul(loop.index, count.type(64)), count.type(8 * n))
-                    emit_store(builder, line, builder.inttoptr(out, FLOAT.as_pointer()), at)
-
-        _each_kind(builder, kind, body)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 10), codegen
-
-
-@intrinsic
-def multiply_64(typingctx, numbers, factors):
-    """numbers *= factors, for the 64 float32 at two addresses."""
-
-    def codegen(context, builder, signature, args):
-        numbers, factors = args
-        for n in range(0, 64, 16):
-            at = numbers.type(n)
-            product = builder.fmul(
-                emit_load(builder, numbers, at, FLOAT, 16), emit_load(builder, factors, at, FLOAT, 16)
+    def body(number):
+        decode = _decoder(builder, number, table)
+        with cgutils.for_range(builder, count) as loop:
+            row = builder.load(builder.gep(rows, [loop.index], source_etype=count.type), typ=count.type)
+            a, b = (
+                builder.load(builder.inttoptr(builder.add(row, at), halves.as_pointer()), typ=halves)
+                for at in (first, second)
             )
-            emit_store(builder, product, builder.inttoptr(numbers, FLOAT.as_pointer()), at)
-        return context.get_dummy_value()
+            a.align = b.align = 1
+            both = builder.bitcast(_shuffle(builder, a, b, range(32)), quads)
+            # The first 4 of 8 neighbours go to the low lane, the others to the high one: `_join_bytes` joins them.
+            both = _shuffle(builder, both, both, (0, 2, 4, 6, 1, 3, 5, 7))
+            codes = builder.and_(builder.bitcast(builder.lshr(both, shifts), BYTES), mask)
+            for n, line in enumerate(decode(codes)):
+                at = builder.add(builder.mul(loop.index, count.type(64)), count.type(8 * n))
+                emit.store(builder, line, out, at)
 
-    return types.void(types.int64, types.int64), codegen
+    emit.switch(builder, kind, KINDS, body)
+
+
+@emit.function(types.int64, types.int64)
+def multiply_64(builder, numbers, factors):
+    """numbers *= factors, for the 64 float32 at two addresses."""
+    for n in range(0, 64, 16):
+        at = numbers.type(n)
+        a, b = (emit.load(builder, place, at, FLOAT, 16) for place in (numbers, factors))
+        emit.store(builder, builder.fmul(a, b), numbers, at)
 
 
 @inner

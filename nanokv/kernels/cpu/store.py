@@ -13,6 +13,7 @@ from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 from nanokv.kernels.planes import HeadNorms, KVPlanes
 
 F32, INT32 = np.dtype(np.float32), np.dtype(np.int32)
+NOWHERE = torch.empty(0, dtype=torch.uint8)  # a pool at address 0: nothing is written
 
 
 @inner
@@ -98,19 +99,6 @@ def rope_and_store(
     norms: HeadNorms | None = None,
 ) -> None:
     """As reference.rope_and_store."""
-    _rotate_rows(qkv, cos_sin, pool.data_ptr(), planes, batch, num_heads, norms)
-
-
-def _rotate_rows(
-    qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
-    pool: int,
-    planes: KVPlanes,
-    batch: Batch,
-    num_heads: int,
-    norms: HeadNorms | None,
-) -> None:
-    """pool: its address, or 0 where nothing is written."""
     (rows, width), (stride, step) = qkv.shape, qkv.stride()
     if width != (num_heads + 2 * planes.kv_heads) * planes.head_dim or step != 1:
         raise ValueError(f"rope_and_store: qkv {tuple(qkv.shape)} with strides {qkv.stride()} does not fit {planes}")
@@ -119,7 +107,7 @@ def _rotate_rows(
         q_norm, k_norm, eps, weight_dtype = norms.q.data_ptr(), norms.k.data_ptr(), norms.eps, norms.q.dtype
     _rope(
         GOMP, threads_for(rows * width / 1e3), qkv.data_ptr(), stride, rows, q_norm, k_norm, eps, cos_sin.data_ptr(),
-        cos_sin.shape[1], pool, planes.geometry, batch.positions.data_ptr(), batch.write_pages.data_ptr(),
+        cos_sin.shape[1], pool.data_ptr(), planes.geometry, batch.positions.data_ptr(), batch.write_pages.data_ptr(),
         batch.write_slots.data_ptr(), num_heads, FORMAT[qkv.dtype], FORMAT[weight_dtype], FORMAT[planes.dtype],
     )  # fmt: skip
 
@@ -134,8 +122,8 @@ def rope(
     norms: HeadNorms | None = None,
 ) -> None:
     """As reference.rope."""
-    nowhere = KVPlanes(0, 0, 0, 0, 1, 0, 0, 0, kv_heads, head_dim, head_dim, 0, qkv.dtype)
-    _rotate_rows(qkv, cos_sin, 0, nowhere, batch, num_heads, norms)
+    nowhere = KVPlanes.without_pages(kv_heads, head_dim, qkv.dtype)
+    rope_and_store(qkv, cos_sin, NOWHERE, nowhere, batch, num_heads, norms)
 
 
 @inner

@@ -1,5 +1,7 @@
 """The Triton twins: the ops of reference/, tiled for the GPU. Importing them needs triton, running them a GPU."""
 
+# ruff: noqa: F401  the ops are imported for others
+
 from nanokv.kernels.cuda.attention import paged_attention
 from nanokv.kernels.cuda.code_attention import code_attention
 from nanokv.kernels.cuda.codes import store_codes
@@ -8,21 +10,3 @@ from nanokv.kernels.cuda.elementwise import add_rms_norm, gated_rms_norm, rms_no
 from nanokv.kernels.cuda.moe import add_experts
 from nanokv.kernels.cuda.short_conv import short_conv
 from nanokv.kernels.cuda.store import rope, rope_and_store, store_latent
-
-__all__ = [
-    "add_experts",
-    "add_rms_norm",
-    "code_attention",
-    "delta_rule_chunk",
-    "delta_rule_step",
-    "gated_rms_norm",
-    "paged_attention",
-    "rms_norm",
-    "rope",
-    "rope_and_store",
-    "short_conv",
-    "sigmoid_mul",
-    "silu_mul",
-    "store_codes",
-    "store_latent",
-]

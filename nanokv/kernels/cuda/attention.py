@@ -7,15 +7,15 @@ requests. The device never waits for the host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-from nanokv.kernels.cuda.launch import DTYPES, dot, launch, num_tiles, power_of_two
-from nanokv.kernels.cuda.split_kv import allocate_parts, merge_parts, num_splits, part_size, tile_rows
+from nanokv.kernels.cuda.launch import DTYPES, dot, power_of_two
+from nanokv.kernels.cuda.split_kv import Tiling, launch_attention, part_size, tile_rows
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
@@ -29,32 +29,12 @@ MAX_HEADS = 32
 
 @triton.jit
 def attend(
-    q,
-    q_rope,
-    positions,
-    first,
-    last,
-    pool,
-    table,
-    k_offset,
-    v_offset,
-    rope_offset,
-    page_bytes,
-    page_size,
-    token_stride,
-    rope_stride,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    ROPE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_ROPE: tl.constexpr,
-    V_IN_K: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    q, q_rope, positions, first, last, pool, table, k_offset, v_offset, rope_offset, page_bytes, page_size,
+    token_stride, rope_stride, scale,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_ROPE: tl.constexpr, V_IN_K: tl.constexpr, FORMAT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """Softmax attention of BLOCK_M queries over tokens [first, last) of one request and KV head.
 
     Returns the weighted sums of values, not yet divided, the sums of weights, and the largest score, to the base 2.
@@ -98,45 +78,13 @@ def attend(
 
 @triton.jit(do_not_specialize=["requests", "splits", "tables_row", "page_size"])
 def attention_kernel(
-    q,
-    q_row,
-    q_head,
-    pool,
-    positions,
-    starts,
-    tables,
-    tables_row,
-    requests,
-    out,
-    parts,
-    part_scores,
-    splits,
-    k_offset,
-    v_offset,
-    rope_offset,
-    page_bytes,
-    page_size,
-    token_stride,
-    head_stride,
-    rope_stride,
-    scale,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    ROPE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_ROPE: tl.constexpr,
-    V_IN_K: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    IS_DECODE: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
-):
+    q, q_row, q_head, pool, positions, starts, tables, tables_row, requests, out, parts, part_scores, splits, k_offset,
+    v_offset, rope_offset, page_bytes, page_size, token_stride, head_stride, rope_stride, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    ROPE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROPE: tl.constexpr,
+    V_IN_K: tl.constexpr, FORMAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
+    IS_DECODE: tl.constexpr, IS_SPLIT: tl.constexpr,
+):  # fmt: skip
     """Program (tile of rows, KV head and block of its query heads, part of the context).
 
     In a tile, query m is row m // BLOCK_H and head m % BLOCK_H. The decode launch takes requests of one row,
@@ -186,15 +134,6 @@ def attention_kernel(
         tl.store(out + result[:, None] * VALUE_DIM + value_dims[None, :], acc.to(out.dtype.element_ty), mask=is_result)
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How one launch is tiled: compile-time arguments of the kernel, and its options."""
-
-    blocks: dict[str, int]
-    num_warps: int
-    num_stages: int
-
-
 def tiling(planes: KVPlanes, group: int, itemsize: int, is_decode: bool) -> Tiling:
     """Blocks for one KV head's group of query heads; itemsize is that of a query's numbers, in bytes."""
     block_d, block_v = power_of_two(planes.head_dim, 16), power_of_two(planes.value_dim, 16)
@@ -214,34 +153,16 @@ def tiling(planes: KVPlanes, group: int, itemsize: int, is_decode: bool) -> Tili
 
 
 def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch: Batch, scale: float) -> torch.Tensor:
-    """As reference.paged_attention. A batch of as many rows as requests is one row of each.
+    """As reference.paged_attention.
 
     Source   Dao 2023 (flash-decoding: a decode's context split over programs, parts merged by log-sum-exp)
     """
-    rows, heads, dim = q.shape
+    _, heads, dim = q.shape
     if q.stride(2) != 1 or heads % planes.kv_heads or dim != planes.head_dim + planes.rope_dim:
         raise ValueError(f"paged_attention: q {tuple(q.shape)} with strides {q.stride()} does not fit {planes}")
-    out = q.new_empty(rows, heads * planes.value_dim)
-    if rows == 0:
-        return out
-    group, requests = heads // planes.kv_heads, batch.num_requests
-    for is_decode in (True, False) if rows != requests else (True,):
-        tile = tiling(planes, group, q.element_size(), is_decode)
-        programs = planes.kv_heads * -(-group // tile.blocks["BLOCK_H"])
-        splits = num_splits(requests * programs, batch.page_tables.shape[1] * planes.page_size) if is_decode else 1
-        parts, part_scores = allocate_parts(out, requests * heads * splits, planes.value_dim, splits)
-        tiles = requests if is_decode else num_tiles(rows, requests, tile.blocks["BLOCK_Q"])
-        launch(
-            attention_kernel, (tiles, programs, splits), num_warps=tile.num_warps, num_stages=tile.num_stages,
-            q=q, q_row=q.stride(0), q_head=q.stride(1), pool=pool, positions=batch.positions,
-            starts=batch.request_starts, tables=batch.page_tables, tables_row=batch.page_tables.stride(0),
-            requests=requests, out=out, parts=parts, part_scores=part_scores, splits=splits, k_offset=planes.k_offset,
-            v_offset=planes.v_offset, rope_offset=planes.rope_offset, page_bytes=planes.page_bytes,
-            page_size=planes.page_size, token_stride=planes.token_stride, head_stride=planes.head_stride,
-            rope_stride=planes.rope_stride, scale=scale, KV_HEADS=planes.kv_heads, GROUP=group,
-            HEAD_DIM=planes.head_dim, VALUE_DIM=planes.value_dim, ROPE_DIM=planes.rope_dim,
-            FORMAT=DTYPES[planes.dtype], IS_DECODE=is_decode, IS_SPLIT=splits > 1, **tile.blocks,
-        )  # fmt: skip
-        if splits > 1:
-            merge_parts(parts, part_scores, out, batch, splits, heads, planes.value_dim, tile.blocks["BLOCK_N"])
-    return out
+    return launch_attention(
+        attention_kernel, partial(tiling, planes, heads // planes.kv_heads, q.element_size()), q, pool, planes,
+        planes.value_dim, batch, k_offset=planes.k_offset, v_offset=planes.v_offset, rope_offset=planes.rope_offset,
+        token_stride=planes.token_stride, head_stride=planes.head_stride, rope_stride=planes.rope_stride, scale=scale,
+        HEAD_DIM=planes.head_dim, VALUE_DIM=planes.value_dim, ROPE_DIM=planes.rope_dim, FORMAT=DTYPES[planes.dtype],
+    )  # fmt: skip

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from nanokv.kernels.cuda.attention import MAX_HEADS
 from nanokv.kernels.cuda.codes import load_codes, plane_args
-from nanokv.kernels.cuda.launch import dot, launch, num_tiles, power_of_two
-from nanokv.kernels.cuda.split_kv import allocate_parts, merge_parts, num_splits, part_size, tile_rows
+from nanokv.kernels.cuda.launch import dot, power_of_two
+from nanokv.kernels.cuda.split_kv import Tiling, launch_attention, part_size, tile_rows
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
@@ -102,31 +102,19 @@ def code_attention_kernel(
 
 def code_attention(q: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batch: Batch, scale: float) -> torch.Tensor:
     """As reference.code_attention."""
-    (rows, heads, dim), requests, value_dim = q.shape, batch.num_requests, planes.v.dim
+    _, heads, dim = q.shape
     if q.stride(2) != 1 or heads % planes.kv_heads or dim != planes.k.dim:
         raise ValueError(f"code_attention: q {tuple(q.shape)} with strides {q.stride()} does not fit {planes}")
-    out = q.new_empty(rows, heads * value_dim)
-    if rows == 0:
-        return out
-    group = heads // planes.kv_heads
-    block_h, block_v = min(group, MAX_HEADS), power_of_two(value_dim, 16)
-    programs = planes.kv_heads * -(-group // block_h)
-    block_n = 64 if block_v <= 64 else 32
-    for is_decode in (True, False) if rows != requests else (True,):
-        splits = num_splits(requests * programs, batch.page_tables.shape[1] * planes.page_size) if is_decode else 1
-        parts, part_scores = allocate_parts(out, requests * heads * splits, value_dim, splits)
+    block_h, block_v = min(heads // planes.kv_heads, MAX_HEADS), power_of_two(planes.v.dim, 16)
+
+    def tiling(is_decode: bool) -> Tiling:
         block_m = power_of_two(block_h, 16 if is_decode else 64)
-        block_q = 1 if is_decode else block_m // block_h
-        tiles = requests if is_decode else num_tiles(rows, requests, block_q)
-        launch(
-            code_attention_kernel, (tiles, programs, splits), num_stages=2, q=q, q_row=q.stride(0), q_head=q.stride(1),
-            pool=pool, positions=batch.positions, starts=batch.request_starts, tables=batch.page_tables,
-            tables_row=batch.page_tables.stride(0), requests=requests, out=out, parts=parts, part_scores=part_scores,
-            splits=splits, page_bytes=planes.page_bytes, page_size=planes.page_size, scale=scale,
-            KV_HEADS=planes.kv_heads, GROUP=group, BLOCK_H=block_h, BLOCK_D=power_of_two(dim, 16), BLOCK_V=block_v,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_Q=block_q, IS_DECODE=is_decode, IS_SPLIT=splits > 1,
-            **plane_args(planes.k, "k_"), **plane_args(planes.v, "v_"),
-        )  # fmt: skip
-        if splits > 1:
-            merge_parts(parts, part_scores, out, batch, splits, heads, value_dim, block_n)
-    return out
+        return Tiling({
+            "BLOCK_H": block_h, "BLOCK_D": power_of_two(dim, 16), "BLOCK_V": block_v, "BLOCK_M": block_m,
+            "BLOCK_N": 64 if block_v <= 64 else 32, "BLOCK_Q": 1 if is_decode else block_m // block_h,
+        })  # fmt: skip
+
+    return launch_attention(
+        code_attention_kernel, tiling, q, pool, planes, planes.v.dim, batch, scale=scale,
+        **plane_args(planes.k, "k_"), **plane_args(planes.v, "v_"),
+    )  # fmt: skip

@@ -32,22 +32,10 @@ def inputs(x, x_row, state, rows, start, end, dims, is_valid, is_kept, KERNEL: t
 
 @triton.jit
 def short_conv_kernel(
-    x,
-    x_row,
-    weight,
-    states,
-    state_bytes,
-    conv_offset,
-    state_ids,
-    starts,
-    positions,
-    CHANNELS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    x, x_row, weight, states, state_bytes, conv_offset, state_ids, starts, positions,
+    CHANNELS: tl.constexpr, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     FORMAT: tl.constexpr,
-):
+):  # fmt: skip
     """Program (request, block of channels).
 
     Results overwrite inputs, so the tiles of rows run from the last to the first: the inputs before a tile are still

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -10,10 +10,11 @@ import triton.language as tl
 
 from nanokv.kernels.cuda.launch import DTYPES, launch, power_of_two
 from nanokv.kernels.cuda.rounding import weighted
+from nanokv.kernels.planes import KVPlanes
 
 if TYPE_CHECKING:
     from nanokv.core.batch import Batch
-    from nanokv.kernels.planes import HeadNorms, KVPlanes
+    from nanokv.kernels.planes import HeadNorms
 
 
 @triton.jit
@@ -34,31 +35,11 @@ def rotated(low, high, cos_sin, position, half_dims, HALF: tl.constexpr):
 
 @triton.jit
 def rope_and_store_kernel(
-    qkv,
-    qkv_row,
-    cos_sin,
-    positions,
-    write_pages,
-    write_slots,
-    pool,
-    q_norm,
-    k_norm,
-    eps,
-    k_offset,
-    v_offset,
-    page_bytes,
-    token_stride,
-    head_stride,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-    STORES: tl.constexpr,
-    FORMAT: tl.constexpr,
-):
+    qkv, qkv_row, cos_sin, positions, write_pages, write_slots, pool, q_norm, k_norm, eps, k_offset, v_offset,
+    page_bytes, token_stride, head_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr, HAS_NORMS: tl.constexpr, STORES: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
     """Program (row, head of q | k | v), or of q | k where nothing is stored.
 
     A head is held in three parts: the two halves that are rotated, and the rest.
@@ -102,25 +83,28 @@ def rope_and_store_kernel(
         tl.store(place + rest_dims, rest.to(FORMAT), mask=is_rest)
 
 
-def _launch(
+def rope_and_store(
     qkv: torch.Tensor,
     cos_sin: torch.Tensor,
+    pool: torch.Tensor,
+    planes: KVPlanes,
     batch: Batch,
-    heads: tuple[int, int, int],
-    norms: HeadNorms | None,
-    **place: Any,
+    num_heads: int,
+    norms: HeadNorms | None = None,
 ) -> None:
-    """heads: those of q, those of k, dims of each. place: the arguments that say where k and v are written."""
-    (num_heads, kv_heads, head_dim), half = heads, cos_sin.shape[1] // 2
+    """As reference.rope_and_store; nothing is written where a page has no bytes."""
+    kv_heads, head_dim, half, stores = planes.kv_heads, planes.head_dim, cos_sin.shape[1] // 2, planes.page_bytes > 0
     if qkv.shape[1] != (num_heads + 2 * kv_heads) * head_dim or qkv.stride(1) != 1:
-        raise ValueError(f"rope: qkv {tuple(qkv.shape)} with strides {qkv.stride()} does not fit heads {heads}")
+        raise ValueError(f"rope_and_store: qkv {tuple(qkv.shape)} with strides {qkv.stride()} does not fit {planes}")
     launch(
-        rope_and_store_kernel, (qkv.shape[0], num_heads + (2 if place["STORES"] else 1) * kv_heads), num_warps=1,
+        rope_and_store_kernel, (qkv.shape[0], num_heads + (2 if stores else 1) * kv_heads), num_warps=1,
         qkv=qkv, qkv_row=qkv.stride(0), cos_sin=cos_sin, positions=batch.positions, write_pages=batch.write_pages,
-        write_slots=batch.write_slots, q_norm=qkv if norms is None else norms.q,
-        k_norm=qkv if norms is None else norms.k, eps=0.0 if norms is None else norms.eps, HEADS=num_heads,
-        KV_HEADS=kv_heads, HEAD_DIM=head_dim, HALF=half, BLOCK_HALF=power_of_two(half),
-        BLOCK_REST=power_of_two(head_dim - 2 * half), HAS_NORMS=norms is not None, **place,
+        write_slots=batch.write_slots, pool=pool, q_norm=qkv if norms is None else norms.q,
+        k_norm=qkv if norms is None else norms.k, eps=0.0 if norms is None else norms.eps, k_offset=planes.k_offset,
+        v_offset=planes.v_offset, page_bytes=planes.page_bytes, token_stride=planes.token_stride,
+        head_stride=planes.head_stride, HEADS=num_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HALF=half,
+        BLOCK_HALF=power_of_two(half), BLOCK_REST=power_of_two(head_dim - 2 * half), HAS_NORMS=norms is not None,
+        STORES=stores, FORMAT=DTYPES[planes.dtype],
     )  # fmt: skip
 
 
@@ -134,55 +118,16 @@ def rope(
     norms: HeadNorms | None = None,
 ) -> None:
     """As reference.rope."""
-    _launch(
-        qkv, cos_sin, batch, (num_heads, kv_heads, head_dim), norms, pool=qkv, k_offset=0, v_offset=0, page_bytes=0,
-        token_stride=0, head_stride=0, STORES=False, FORMAT=DTYPES[qkv.dtype],
-    )  # fmt: skip
-
-
-def rope_and_store(
-    qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
-    pool: torch.Tensor,
-    planes: KVPlanes,
-    batch: Batch,
-    num_heads: int,
-    norms: HeadNorms | None = None,
-) -> None:
-    """As reference.rope_and_store."""
-    _launch(
-        qkv, cos_sin, batch, (num_heads, planes.kv_heads, planes.head_dim), norms, pool=pool, k_offset=planes.k_offset,
-        v_offset=planes.v_offset, page_bytes=planes.page_bytes, token_stride=planes.token_stride,
-        head_stride=planes.head_stride, STORES=True, FORMAT=DTYPES[planes.dtype],
-    )  # fmt: skip
+    rope_and_store(qkv, cos_sin, qkv, KVPlanes.without_pages(kv_heads, head_dim, qkv.dtype), batch, num_heads, norms)
 
 
 @triton.jit
 def store_latent_kernel(
-    q_rope,
-    q_row,
-    q_head,
-    kv,
-    kv_row,
-    norm_weight,
-    eps,
-    cos_sin,
-    positions,
-    write_pages,
-    write_slots,
-    pool,
-    k_offset,
-    rope_offset,
-    page_bytes,
-    token_stride,
-    rope_stride,
-    HEADS: tl.constexpr,
-    RANK: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    q_rope, q_row, q_head, kv, kv_row, norm_weight, eps, cos_sin, positions, write_pages, write_slots, pool, k_offset,
+    rope_offset, page_bytes, token_stride, rope_stride,
+    HEADS: tl.constexpr, RANK: tl.constexpr, HALF: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_HALF: tl.constexpr,
     FORMAT: tl.constexpr,
-):
+):  # fmt: skip
     """Program (row, head of q_rope), and one more for each row: its latent and its rope key."""
     row, head = tl.program_id(0), tl.program_id(1)
     number: tl.constexpr = kv.dtype.element_ty

@@ -1,5 +1,7 @@
 """The reference kernels in torch, for any device: the specification of every op, and the oracle of other kernels."""
 
+# ruff: noqa: F401  the ops are imported for others
+
 from nanokv.kernels.reference.attention import paged_attention, plane_view, read_latents, rope_view
 from nanokv.kernels.reference.codes import (
     code_attention,
@@ -18,33 +20,3 @@ from nanokv.kernels.reference.codes import (
 from nanokv.kernels.reference.delta_rule import delta_rule_chunk, delta_rule_step, short_conv
 from nanokv.kernels.reference.elementwise import add_rms_norm, gated_rms_norm, rms_norm, sigmoid_mul, silu_mul
 from nanokv.kernels.reference.store import rope, rope_and_store, store_latent
-
-__all__ = [
-    "add_rms_norm",
-    "code_attention",
-    "decode",
-    "decode_batch",
-    "decode_pages",
-    "decoded_batch",
-    "delta_rule_chunk",
-    "delta_rule_step",
-    "encode",
-    "gated_rms_norm",
-    "join_codes",
-    "pack_codes",
-    "paged_attention",
-    "plane_view",
-    "read_latents",
-    "rms_norm",
-    "rope",
-    "rope_and_store",
-    "rope_view",
-    "row_sum",
-    "short_conv",
-    "sigmoid_mul",
-    "silu_mul",
-    "split_codes",
-    "store_codes",
-    "store_latent",
-    "unpack_codes",
-]
