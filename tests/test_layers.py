@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import RawCodec
+from nanokv.codecs.pages import Heads
 from nanokv.core.spec import PageLayout
 from nanokv.kernels.ops import AUTO
 from nanokv.layers.attention import Attention
@@ -97,10 +98,8 @@ def test_a_token_attends_to_its_own_request_up_to_itself():
     width = (heads + 2 * kv_heads) * dim
     projection, out = normal(width, 32, seed=1), normal(32, heads * dim, seed=2)
     no_turn = torch.cat((torch.ones(64, dim // 2), torch.zeros(64, dim // 2)), dim=1)
-    attention = Attention(
-        Linear(projection, torch.float32, AUTO), Linear(out, torch.float32, AUTO), no_turn, codec, heads, kv_heads, dim,
-        dim**-0.5, AUTO,
-    )  # fmt: skip
+    qkv, back = Linear(projection, torch.float32, AUTO), Linear(out, torch.float32, AUTO)
+    attention = Attention(qkv, back, codec, Heads(heads, kv_heads, dim, dim**-0.5, no_turn))
     layout = PageLayout([Attention.spec(codec, kv_heads, dim, page_size)] * 2, page_size)
     attention.bind(layout, 1)
     store = CacheStore(layout, 8)

@@ -24,8 +24,6 @@ from nanokv.kernels.reference import decoded_batch
 
 Decoded = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """k, v and the rotated key of decoded pages, as decoded_batch takes them."""
-LARGEST = LARGEST_SCALE
-"""The largest number that is written: that of float16, the dtype of scales."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,11 @@ class Heads:
     cos_sin: torch.Tensor
     norms: HeadNorms | None = None
     ops: Ops = AUTO
+
+    @property
+    def qkv_width(self) -> int:
+        """Numbers of q, k and v of one row."""
+        return (self.num_heads + 2 * self.kv_heads) * self.head_dim
 
 
 def rotated(
@@ -72,7 +75,7 @@ def refuse_unwritable(x: torch.Tensor, batch: Batch) -> None:
     So every page holds finite numbers, other requests of the step are not affected, and the host need not wait: it
     reads the marks with the tokens.
     """
-    is_bad = ~(x.abs().amax((1, 2)) <= LARGEST)  # NaN is not smaller either
+    is_bad = ~(x.abs().amax((1, 2)) <= LARGEST_SCALE)  # NaN is not smaller either
     assert batch.unwritable is not None
     batch.unwritable.logical_or_(is_bad)
     x.masked_fill_(is_bad[:, None, None], 0.0)
@@ -81,8 +84,8 @@ def refuse_unwritable(x: torch.Tensor, batch: Batch) -> None:
 def reason_unwritable(codec: str) -> str:
     """The error of a request whose row was refused."""
     return (
-        f"codec={codec!r}: keys or values are not finite (damaged weights), or beyond the {LARGEST:g} that a scale can "
-        "hold (codec raw has no such limit)"
+        f"codec={codec!r}: keys or values are not finite (damaged weights), or beyond the {LARGEST_SCALE:g} that a "
+        "scale can hold (codec raw has no such limit)"
     )
 
 

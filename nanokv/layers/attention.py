@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from nanokv.cache.store import CacheStore
@@ -9,45 +11,26 @@ from nanokv.codecs import LayerCodec
 from nanokv.codecs.pages import Heads
 from nanokv.core.batch import Batch
 from nanokv.core.spec import LayerSpec, PageLayout
-from nanokv.kernels.ops import Ops
-from nanokv.kernels.planes import HeadNorms
 from nanokv.layers.linear import Linear
 
 
+@dataclass(eq=False)
 class Attention:
     """Causal softmax attention with rotary positions (Vaswani et al. 2017; Su et al. 2021; Ainslie et al. 2023).
 
     qkv        Linear to (num_heads + 2 * kv_heads) * head_dim: q, k and v in one product, in this order; followed by
                num_heads * head_dim rows of an output gate in models that have one
     out        Linear from num_heads * head_dim back to the width of x
-    cos_sin    float32 [positions, rotary dims], shared by the layers
     codec      LayerCodec: writes k and v into pages and reads them
-    scale      factor of the scores
-    ops        Ops
-    norms      HeadNorms of q and k, or None
+    heads      Heads: their number and width, positions and norms
     Call       x [rows, width], store, batch -> [rows, width]. The k and v of all rows are written first, so a row
                attends to itself and to the earlier rows of its request in the same step
     """
 
-    def __init__(
-        self,
-        qkv: Linear,
-        out: Linear,
-        cos_sin: torch.Tensor,
-        codec: LayerCodec,
-        num_heads: int,
-        kv_heads: int,
-        head_dim: int,
-        scale: float,
-        ops: Ops,
-        norms: HeadNorms | None = None,
-    ) -> None:
-        self.qkv = qkv
-        self.out = out
-        self.codec = codec
-        self.ops = ops
-        self.heads = Heads(num_heads, kv_heads, head_dim, scale, cos_sin, norms, ops)
-        self.qkv_width = (num_heads + 2 * kv_heads) * head_dim
+    qkv: Linear
+    out: Linear
+    codec: LayerCodec
+    heads: Heads
 
     @staticmethod
     def spec(codec: LayerCodec, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
@@ -64,7 +47,7 @@ class Attention:
         return self.pages.is_recordable
 
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
-        qkv = self.qkv(x)
-        qkv, gate = qkv[:, : self.qkv_width], qkv[:, self.qkv_width :]
+        qkv, width = self.qkv(x), self.heads.qkv_width
+        qkv, gate = qkv[:, :width], qkv[:, width:]
         attended = self.pages.attend(qkv, store.pages.data, store.states.data, batch)
-        return self.out(self.ops.sigmoid_mul(attended, gate) if gate.shape[1] else attended)
+        return self.out(self.heads.ops.sigmoid_mul(attended, gate) if gate.shape[1] else attended)

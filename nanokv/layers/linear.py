@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -35,6 +37,7 @@ class Linear:
         return linear(x, self.packed, self.bias)
 
 
+@dataclass(eq=False)
 class Embedding:
     """Looks up rows of a table.
 
@@ -43,22 +46,21 @@ class Embedding:
     Call         int64 [rows] -> [rows, width], a new tensor
     """
 
-    def __init__(self, table: torch.Tensor, activation: torch.dtype) -> None:
-        self.table = table
-        self.activation = activation
+    table: torch.Tensor
+    activation: torch.dtype
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(token_ids, self.table).to(self.activation)
 
 
+@dataclass(eq=False)
 class TiedEmbedding:
     """The rows of the head's weight, for a model that ties the two.
 
     Call   as Embedding
     """
 
-    def __init__(self, head: Linear) -> None:
-        self.head = head
+    head: Linear
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         return embed(self.head.packed, token_ids)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 
 from nanokv.codecs import Codec, LayerCodec
+from nanokv.codecs.pages import Heads
+from nanokv.kernels.experts import Experts
 from nanokv.kernels.planes import HeadNorms
 from nanokv.layers.attention import Attention
 from nanokv.layers.linear import Embedding, Linear, TiedEmbedding
@@ -71,10 +73,9 @@ def attention(
         q_norm, k_norm = (norm_weight(weights, f"{at}.{name}_norm", config, config.head_dim) for name in "qk")
         norms = HeadNorms(q_norm, k_norm, config.norm_eps)
     out = linear(weights, at, {"o_proj": width}, q_width, bias)
-    return Attention(
-        qkv, out, cos_sin, codec, config.num_heads, config.num_kv_heads, config.head_dim, config.softmax_scale,
-        weights.ops, norms,
-    )  # fmt: skip
+    scale, ops = config.softmax_scale, weights.ops
+    heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, scale, cos_sin, norms, ops)
+    return Attention(qkv, out, codec, heads)
 
 
 def mlp(weights: Weights, at: str, width: int, inner: int, bias: bool = False) -> MLP:
@@ -101,7 +102,8 @@ def feed_forward(weights: Weights, at: str, config: ModelConfig, layer: int) -> 
         shared = mlp(weights, f"{at}.{name}", width, moe.shared_width)
     if moe.shared_gate:
         shared_gate = linear(weights, at, {"shared_expert_gate": 1}, width)
-    return MoE(router, experts, shared, shared_gate, weights.ops)
+    packed = Experts([one.gate_up.packed for one in experts], [one.down.packed for one in experts])
+    return MoE(router, packed, shared, shared_gate, weights.ops)
 
 
 def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int, mixer: BuildMixer) -> Decoder:
