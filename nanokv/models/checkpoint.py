@@ -81,9 +81,8 @@ class Checkpoint:
             try:
                 file = safe_open(path, framework="pt")
             except FileNotFoundError:
-                raise CheckpointError(
-                    f"{path}: no such file, but the index names it: a part of the model is missing"
-                ) from None
+                missing = "no such file, but the index names it: a part of the model is missing"
+                raise CheckpointError(f"{path}: {missing}") from None
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); the file is damaged") from None
             for name in file.keys():  # noqa: SIM118 (not a dict)
@@ -108,9 +107,8 @@ class Checkpoint:
         if self._config.tie_embeddings and head in tensors and table in tensors:
             alike = tensors[head].dtype == tensors[table].dtype
             if not alike or not torch.equal(tensors[head].read(), tensors[table].read()):
-                raise CheckpointError(
-                    f"{self.folder}: {head} differs from {table}, but config.json ties them (tie_word_embeddings)"
-                )
+                differ = f"{head} differs from {table}, but config.json ties them (tie_word_embeddings)"
+                raise CheckpointError(f"{self.folder}: {differ}")
             del tensors[head]
         common = [name for name in shapes if name in tensors]
         complaints = {
@@ -171,17 +169,13 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def _folded(names: Iterable[str]) -> str:
     """All names; those that differ only in layer or expert become one: model.layers.{3-5,7}.mlp.up_proj.weight"""
     for axis in ("layers", "experts"):
-        names = _folded_along(axis, names)
+        numbers: dict[str, list[int]] = {}
+        for name in names:
+            number = re.search(rf"\.{axis}\.(\d+)\.", name)
+            pattern = name if number is None else f"{name[: number.start(1)]}{{}}{name[number.end(1) :]}"
+            numbers.setdefault(pattern, []).extend([int(number[1])] if number else [])
+        names = [one.replace("{}", _ranges(found), 1) if found else one for one, found in numbers.items()]
     return ", ".join(names)
-
-
-def _folded_along(axis: str, names: Iterable[str]) -> list[str]:
-    numbers: dict[str, list[int]] = {}
-    for name in names:
-        number = re.search(rf"\.{axis}\.(\d+)\.", name)
-        pattern = name if number is None else f"{name[: number.start(1)]}{{}}{name[number.end(1) :]}"
-        numbers.setdefault(pattern, []).extend([int(number[1])] if number else [])
-    return [pattern if not found else pattern.replace("{}", _ranges(found), 1) for pattern, found in numbers.items()]
 
 
 def _ranges(numbers: list[int]) -> str:
