@@ -99,10 +99,11 @@ class AttentionPages:
     def __init__(self, k: Quantizer, v: Quantizer, layout: PageLayout, layer: int, heads: Heads, exact: bool) -> None:
         self._heads = heads
         self._exact = exact
-        where = layout, layer, heads.kv_heads, heads.head_dim, heads.cos_sin.device, heads.ops
-        self._k, self._v = QuantizerPages(k, "k", *where), QuantizerPages(v, "v", *where)
+        dim, device, sizes = heads.head_dim, heads.cos_sin.device, (heads.kv_heads, heads.head_dim, layout.page_size)
+        k_codes, v_codes = (one.encoder(dim, device, heads.ops) for one in (k, v))
+        self._k = QuantizerPages(k_codes, k.planes("k", *sizes), layout, layer)
+        self._v = QuantizerPages(v_codes, v.planes("v", *sizes), layout, layer)
         self._planes: CodePlanes | None = None
-        k_codes, v_codes = self._k.encoder, self._v.encoder
         if isinstance(k_codes, TableEncoder) and isinstance(v_codes, TableEncoder):
             k_plane, v_plane = k_codes.code_plane(self._k.slots), v_codes.code_plane(self._v.slots)
             self._planes = CodePlanes(k_plane, v_plane, layout.page_bytes, layout.page_size, heads.kv_heads)

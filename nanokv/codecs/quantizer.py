@@ -72,22 +72,11 @@ def array_of(memory: torch.Tensor, slot: PlaneSlot) -> torch.Tensor:
 class QuantizerPages:
     """The keys, or the values, of one layer, where they lie in pages.
 
-    heads, dim   of the vectors
+    planes   of the quantizer, in their order
     """
 
-    def __init__(
-        self,
-        recipe: Quantizer,
-        prefix: str,
-        layout: PageLayout,
-        layer: int,
-        heads: int,
-        dim: int,
-        device: torch.device,
-        ops: Ops,
-    ) -> None:
-        self.encoder = recipe.encoder(dim, device, ops)
-        planes = recipe.planes(prefix, heads, dim, layout.page_size)
+    def __init__(self, encoder: Encoder, planes: tuple[Plane, ...], layout: PageLayout, layer: int) -> None:
+        self.encoder = encoder
         self.slots = [layout.paged(layer, plane.name) for plane in planes]
 
     def write(self, x: torch.Tensor, pool: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> None:

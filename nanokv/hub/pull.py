@@ -27,11 +27,7 @@ def _silent(stage: str, done: int, total: int | None) -> None:
 
 
 def pull(
-    what: str,
-    name: str | None = None,
-    revision: str | None = None,
-    force: bool = False,
-    progress: Progress = _silent,
+    what: str, name: str | None = None, revision: str | None = None, force: bool = False, progress: Progress = _silent
 ) -> Path:
     """Fetches a model and returns its folder. A folder that is already whole is not touched.
 

@@ -1,4 +1,4 @@
-"""Linear, Embedding, and TiedEmbedding: the three uses of a weight matrix."""
+"""Linear and Embedding: the two uses of a weight matrix. A model that ties them reads the rows of a packed Linear."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nanokv.kernels.linear import embed, linear
+from nanokv.kernels.linear import linear
 from nanokv.kernels.ops import Ops
 
 
@@ -18,7 +18,7 @@ class Linear:
     activation   dtype of x and of the result
     ops          Ops
     bias         [out] in the activation dtype, or None
-    keep         whether a TiedEmbedding reads the weight's rows too
+    keep         whether `embed` reads the weight's rows too
     Call         [rows, in] -> [rows, out]
     """
 
@@ -51,16 +51,3 @@ class Embedding:
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(token_ids, self.table).to(self.activation)
-
-
-@dataclass(eq=False)
-class TiedEmbedding:
-    """The rows of the head's weight, for a model that ties the two.
-
-    Call   as Embedding
-    """
-
-    head: Linear
-
-    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return embed(self.head.packed, token_ids)

@@ -20,7 +20,7 @@ from nanokv.core.errors import CacheError
 from nanokv.core.spec import LayerSpec, PageLayout
 from nanokv.layers.attention import Attention
 from nanokv.layers.deltanet import GatedDeltaNet
-from nanokv.layers.linear import Embedding, Linear, TiedEmbedding
+from nanokv.layers.linear import Linear
 from nanokv.layers.mla import MLA
 from nanokv.layers.norm import RMSNorm
 from nanokv.models.config import GATED_DELTA, ModelConfig
@@ -93,7 +93,7 @@ class Decoder:
 
     config: ModelConfig
     specs: list[LayerSpec]
-    embedding: Embedding | TiedEmbedding
+    embedding: Callable[[torch.Tensor], torch.Tensor]
     layers: list[Block]
     norm: RMSNorm
     head: Linear

@@ -6,25 +6,26 @@ Each function takes its tensors by their names in checkpoints, below a prefix `a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 
 import torch
 
 from nanokv.codecs import Codec, LayerCodec
 from nanokv.codecs.pages import Heads
 from nanokv.kernels.experts import Experts
+from nanokv.kernels.linear import embed
 from nanokv.kernels.planes import HeadNorms
 from nanokv.layers.attention import Attention
-from nanokv.layers.linear import Embedding, Linear, TiedEmbedding
+from nanokv.layers.linear import Embedding, Linear
 from nanokv.layers.mlp import MLP
 from nanokv.layers.moe import MoE, Router
 from nanokv.layers.norm import RMSNorm
 from nanokv.layers.rotary import cos_sin_table
+from nanokv.models import FAMILIES
 from nanokv.models.config import ModelConfig
-from nanokv.models.decoder import Block, Decoder, Mixer, layer_specs
+from nanokv.models.decoder import Block, Decoder, layer_specs
 from nanokv.models.weights import Weights, join
-
-BuildMixer = Callable[[int, torch.Tensor], Mixer]
-"""Layer index, table of cosines and sines -> the Mixer of that layer."""
 
 
 def linear(weights: Weights, at: str, outs: dict[str, int], width: int, bias: bool = False) -> Linear:
@@ -54,7 +55,7 @@ def attention(
     config: ModelConfig,
     codec: LayerCodec,
     cos_sin: torch.Tensor,
-    query: torch.Tensor | None,
+    query: torch.Tensor | None = None,
 ) -> Attention:
     """Grouped-query attention.
 
@@ -106,16 +107,16 @@ def feed_forward(weights: Weights, at: str, config: ModelConfig, layer: int) -> 
     return MoE(router, packed, shared, shared_gate, weights.ops)
 
 
-def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int, mixer: BuildMixer) -> Decoder:
-    """The stack that every family shares. `mixer` builds the half of a block in which families differ."""
-    width = config.hidden_size
+def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
+    """The stack that every family shares. `mixer` of the family builds the half of a block in which families differ."""
+    width, mixer = config.hidden_size, import_module(FAMILIES[config.family][1]).mixer
     cos_sin = cos_sin_table(config.rope, config.max_positions, weights.device)
 
     def block(layer: int) -> Block:
         at = f"model.layers.{layer}"
         return Block(
             norm(weights, f"{at}.input_layernorm", config, width),
-            mixer(layer, cos_sin),
+            mixer(weights, config, codec, layer, cos_sin),
             norm(weights, f"{at}.post_attention_layernorm", config, width),
             feed_forward(weights, f"{at}.mlp", config, layer),
         )
@@ -123,16 +124,11 @@ def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int,
     table = weights.matrix("model.embed_tokens.weight", config.vocab_size, width)
     if config.tie_embeddings:
         head = Linear(table, weights.activation, weights.ops, keep=True)
-        embedding: Embedding | TiedEmbedding = TiedEmbedding(head)
+        embedding: Callable[[torch.Tensor], torch.Tensor] = partial(embed, head.packed)
     else:
         head = Linear(weights.matrix("lm_head.weight", config.vocab_size, width), weights.activation, weights.ops)
         embedding = Embedding(table, weights.activation)
     del table
-    return Decoder(
-        config,
-        layer_specs(config, codec, page_size),
-        embedding,
-        [block(i) for i in range(config.num_layers)],
-        norm(weights, "model.norm", config, width),
-        head,
-    )
+    layers = [block(i) for i in range(config.num_layers)]
+    last = norm(weights, "model.norm", config, width)
+    return Decoder(config, layer_specs(config, codec, page_size), embedding, layers, last, head)
