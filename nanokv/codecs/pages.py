@@ -45,11 +45,6 @@ class Heads:
     norms: HeadNorms | None = None
     ops: Ops = AUTO
 
-    @property
-    def qkv_width(self) -> int:
-        """Numbers of q, k and v of one row."""
-        return (self.num_heads + 2 * self.kv_heads) * self.head_dim
-
 
 def rotated(
     qkv: torch.Tensor, heads: Heads, key_mean: KeyMean, batch: Batch

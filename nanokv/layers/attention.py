@@ -47,7 +47,8 @@ class Attention:
         return self.pages.is_recordable
 
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
-        qkv, width = self.qkv(x), self.heads.qkv_width
+        heads, qkv = self.heads, self.qkv(x)
+        width = (heads.num_heads + 2 * heads.kv_heads) * heads.head_dim
         qkv, gate = qkv[:, :width], qkv[:, width:]
         attended = self.pages.attend(qkv, store.pages.data, store.states.data, batch)
-        return self.out(self.heads.ops.sigmoid_mul(attended, gate) if gate.shape[1] else attended)
+        return self.out(heads.ops.sigmoid_mul(attended, gate) if gate.shape[1] else attended)
