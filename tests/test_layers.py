@@ -87,7 +87,7 @@ def test_mlp_is_swiglu_with_gate_before_up():
 
 
 def test_attention_caches_k_and_v_and_no_state_per_sequence():
-    spec = Attention.spec(RawCodec(torch.bfloat16), kv_heads=3, head_dim=64, page_size=16)
+    spec = RawCodec(torch.bfloat16).spec(kv_heads=3, head_dim=64, page_size=16)
     assert [(plane.name, plane.shape) for plane in spec.paged] == [("k", (3, 16, 64)), ("v", (3, 16, 64))]
     assert spec.bytes_per_token == 2 * 3 * 64 * 2 and spec.bytes_per_sequence == 0
 
@@ -100,7 +100,7 @@ def test_a_token_attends_to_its_own_request_up_to_itself():
     no_turn = torch.cat((torch.ones(64, dim // 2), torch.zeros(64, dim // 2)), dim=1)
     qkv, back = Linear(projection, torch.float32, AUTO), Linear(out, torch.float32, AUTO)
     attention = Attention(qkv, back, codec, Heads(heads, kv_heads, dim, dim**-0.5, no_turn))
-    layout = PageLayout([Attention.spec(codec, kv_heads, dim, page_size)] * 2, page_size)
+    layout = PageLayout([codec.spec(kv_heads, dim, page_size)] * 2, page_size)
     attention.bind(layout, 1)
     store = CacheStore(layout, 8)
     pool = store.pages.data

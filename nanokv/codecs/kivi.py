@@ -72,25 +72,20 @@ class KiviCodec:
     def spec(self, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
         """The planes of an attention layer. Raises ConfigError for a page_size or a head_dim without groups."""
         if page_size not in GROUPS:
-            raise ConfigError(
-                f"page_size={page_size}: codec {self.name} makes a group of a page; allowed are "
-                f"{' and '.join(map(str, GROUPS))}"
-            )
+            sizes = " and ".join(map(str, GROUPS))
+            raise ConfigError(f"page_size={page_size}: codec {self.name} makes a group of a page; allowed are {sizes}")
         if head_dim % 16 or head_dim % min(page_size, head_dim):
             raise ConfigError(
                 f"codec={self.name!r}: head_dim={head_dim} of this model; allowed are multiples of 16 that are "
                 f"multiples of page_size={page_size} or below it"
             )
         groups = head_dim // min(page_size, head_dim)
-
-        def whole(name: str) -> Plane:
-            return Plane(name, (kv_heads, head_dim), torch.float16, token_axis=None)
-
+        whole = [Plane(f"k_{name}", (kv_heads, head_dim), torch.float16, token_axis=None) for name in ("step", "low")]
         codes = [plane(f"{side}_codes", kv_heads, page_size, head_dim * self.bits // 8, torch.uint8) for side in "kv"]
         each = [plane(f"v_{name}", kv_heads, page_size, groups, torch.float16) for name in ("step", "low")]
         shape = (kv_heads, page_size, head_dim)
         return LayerSpec(
-            paged=(codes[0], whole("k_step"), whole("k_low"), codes[1], *each),
+            paged=(codes[0], *whole, codes[1], *each),
             partial_page=tuple(Plane(f"{side}_tail", shape, self.dtype, token_axis=None) for side in "kv"),
         )
 

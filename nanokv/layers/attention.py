@@ -10,7 +10,7 @@ from nanokv.cache.store import CacheStore
 from nanokv.codecs import LayerCodec
 from nanokv.codecs.pages import Heads
 from nanokv.core.batch import Batch
-from nanokv.core.spec import LayerSpec, PageLayout
+from nanokv.core.spec import PageLayout
 from nanokv.layers.linear import Linear
 
 
@@ -32,19 +32,10 @@ class Attention:
     codec: LayerCodec
     heads: Heads
 
-    @staticmethod
-    def spec(codec: LayerCodec, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
-        """The planes of such a layer, as the codec lays them out."""
-        return codec.spec(kv_heads, head_dim, page_size)
-
     def bind(self, layout: PageLayout, layer: int) -> None:
         """Gives the layer the place of its planes in a page; needed once before the first call."""
         self.pages = self.codec.pages(layout, layer, self.heads)
-
-    @property
-    def is_recordable(self) -> bool:
-        """Whether a CUDA graph can record a decode step of this layer."""
-        return self.pages.is_recordable
+        self.is_recordable = self.pages.is_recordable
 
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         heads, qkv = self.heads, self.qkv(x)

@@ -92,11 +92,7 @@ class MLA:
             self.w_uv, self.expand, lambda cached, rows: expands(shape, cached, rows),
         )  # fmt: skip
         self.pages = self.codec.latent_pages(layout, layer, latent)
-
-    @property
-    def is_recordable(self) -> bool:
-        """Whether a decode step of this layer may be recorded in a CUDA graph."""
-        return self.pages.is_recordable
+        self.is_recordable = self.pages.is_recordable
 
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         heads, shape = self.num_heads, self.shape

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ class Checkpoint:
         self.folder = folder
         self._config = config
         self._tensors: dict[str, Stored] = {}
-        extra = range(config.num_layers, config.num_layers + config.num_extra_layers)
-        ignored = tuple(f"model.layers.{layer}." for layer in extra)
+        ignored = tuple(f"model.layers.{config.num_layers + extra}." for extra in range(config.num_extra_layers))
         for path in checkpoint_files(folder):
             try:
                 file = safe_open(path, framework="pt")
@@ -85,12 +85,9 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: {missing}") from None
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); the file is damaged") from None
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if IGNORED.search(name):
-                    continue
-                for canonical, stored in _named(file, name):
-                    if not canonical.startswith(ignored):
-                        self._tensors[canonical] = stored
+            names = [name for name in file.keys() if not IGNORED.search(name)]  # noqa: SIM118 (not a dict)
+            named = (pair for name in names for pair in _named(file, name))
+            self._tensors.update((name, stored) for name, stored in named if not name.startswith(ignored))
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The stored tensor. Call `check` first: it compares the shapes."""
@@ -180,11 +177,8 @@ def _folded(names: Iterable[str]) -> str:
 
 def _ranges(numbers: list[int]) -> str:
     """Numbers as text: 3, or {3-5,7}."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    text = ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+    # Numbers that follow each other differ from their places by the same amount.
+    grouped = groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in run] for _, run in grouped]
+    text = ",".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return text if text.isdigit() else f"{{{text}}}"

@@ -36,7 +36,7 @@ def layer_specs(config: ModelConfig, codec: Codec, page_size: int) -> list[Layer
         own = codec.at(layer)
         if config.mla is not None:
             return MLA.spec(own, config.mla.kv_rank, config.mla.rope_dim, page_size)
-        return Attention.spec(own, config.num_kv_heads, config.head_dim, page_size)
+        return own.spec(config.num_kv_heads, config.head_dim, page_size)
 
     return [spec(layer, kind) for layer, kind in enumerate(config.layer_types)]
 

@@ -98,7 +98,7 @@ def _score_factor(fields: Fields) -> float:
 def mixer(weights: Weights, config: ModelConfig, codec: Codec, layer: int, cos_sin: torch.Tensor) -> MLA:
     """The latent attention of a layer. Takes its tensors from `weights`."""
     at, own = f"model.layers.{layer}.self_attn", codec.at(layer)
-    mla, heads, width = config.mla, config.num_heads, config.hidden_size
+    mla, heads, width, scale = config.mla, config.num_heads, config.hidden_size, config.softmax_scale
     assert mla is not None and not isinstance(own, KiviCodec)  # layer_specs refuses KIVI
     q_width, rank = heads * (mla.nope_dim + mla.rope_dim), mla.kv_rank
     activation, ops = weights.activation, weights.ops
@@ -118,9 +118,7 @@ def mixer(weights: Weights, config: ModelConfig, codec: Codec, layer: int, cos_s
     w_uk, w_uv = (ops.pack_head_linear(rows, activation) for rows in (k_rows.transpose(1, 2), v_rows))
     expand = Linear(kv_b, activation, ops) if own.expands_latents else None
     out = parts.linear(weights, at, {"o_proj": width}, heads * mla.value_dim)
-    return MLA(
-        down, q_norm, q_up, kv_norm, w_uk, w_uv, expand, out, cos_sin, own, heads, mla, config.softmax_scale, ops
-    )
+    return MLA(down, q_norm, q_up, kv_norm, w_uk, w_uv, expand, out, cos_sin, own, heads, mla, scale, ops)
 
 
 def _by_part(q: torch.Tensor, heads: int, mla: MLAConfig) -> torch.Tensor:

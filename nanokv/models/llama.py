@@ -41,4 +41,4 @@ def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
 
 def mixer(weights: Weights, config: ModelConfig, codec: Codec, layer: int, cos_sin: torch.Tensor) -> Attention:
     """The attention of a layer. Takes its tensors from `weights`."""
-    return parts.attention(weights, f"model.layers.{layer}.self_attn", config, codec.at(layer), cos_sin)
+    return parts.attention(weights, f"model.layers.{layer}.self_attn", config, codec.at(layer), cos_sin, None)

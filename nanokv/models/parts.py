@@ -50,20 +50,14 @@ def norm_weight(weights: Weights, name: str, config: ModelConfig, size: int) -> 
 
 
 def attention(
-    weights: Weights,
-    at: str,
-    config: ModelConfig,
-    codec: LayerCodec,
-    cos_sin: torch.Tensor,
-    query: torch.Tensor | None = None,
+    weights: Weights, at: str, config: ModelConfig, codec: LayerCodec, cos_sin: torch.Tensor, query: torch.Tensor | None
 ) -> Attention:
     """Grouped-query attention.
 
     query   the rows of q, then those of the output gate; None: q_proj holds the rows of q and there is no gate
     """
-    width, q_width, kv_width = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads
-    kv_width *= config.head_dim
-    bias = config.attention_bias
+    width, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+    q_width, kv_width = config.num_heads * dim, config.num_kv_heads * dim
     if query is None:
         qkv = linear(weights, at, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}, width, bias)
     else:
@@ -71,11 +65,11 @@ def attention(
         qkv = Linear(join([query[:q_width], k, v, query[q_width:]]), weights.activation, weights.ops)
     norms = None
     if config.qk_norm:
-        q_norm, k_norm = (norm_weight(weights, f"{at}.{name}_norm", config, config.head_dim) for name in "qk")
+        q_norm, k_norm = (norm_weight(weights, f"{at}.{name}_norm", config, dim) for name in "qk")
         norms = HeadNorms(q_norm, k_norm, config.norm_eps)
     out = linear(weights, at, {"o_proj": width}, q_width, bias)
     scale, ops = config.softmax_scale, weights.ops
-    heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, scale, cos_sin, norms, ops)
+    heads = Heads(config.num_heads, config.num_kv_heads, dim, scale, cos_sin, norms, ops)
     return Attention(qkv, out, codec, heads)
 
 
@@ -111,16 +105,6 @@ def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int)
     """The stack that every family shares. `mixer` of the family builds the half of a block in which families differ."""
     width, mixer = config.hidden_size, import_module(FAMILIES[config.family][1]).mixer
     cos_sin = cos_sin_table(config.rope, config.max_positions, weights.device)
-
-    def block(layer: int) -> Block:
-        at = f"model.layers.{layer}"
-        return Block(
-            norm(weights, f"{at}.input_layernorm", config, width),
-            mixer(weights, config, codec, layer, cos_sin),
-            norm(weights, f"{at}.post_attention_layernorm", config, width),
-            feed_forward(weights, f"{at}.mlp", config, layer),
-        )
-
     table = weights.matrix("model.embed_tokens.weight", config.vocab_size, width)
     if config.tie_embeddings:
         head = Linear(table, weights.activation, weights.ops, keep=True)
@@ -129,6 +113,14 @@ def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int)
         head = Linear(weights.matrix("lm_head.weight", config.vocab_size, width), weights.activation, weights.ops)
         embedding = Embedding(table, weights.activation)
     del table
-    layers = [block(i) for i in range(config.num_layers)]
+    layers = [
+        Block(
+            norm(weights, f"model.layers.{layer}.input_layernorm", config, width),
+            mixer(weights, config, codec, layer, cos_sin),
+            norm(weights, f"model.layers.{layer}.post_attention_layernorm", config, width),
+            feed_forward(weights, f"model.layers.{layer}.mlp", config, layer),
+        )
+        for layer in range(config.num_layers)
+    ]
     last = norm(weights, "model.norm", config, width)
     return Decoder(config, layer_specs(config, codec, page_size), embedding, layers, last, head)

@@ -91,9 +91,8 @@ def dummy(dtype: torch.dtype, seed: int) -> Read:
         tensor = torch.empty(shape, dtype=dtype)
         if name.endswith("norm.weight"):
             return tensor.fill_(1)
-        flat = tensor.view(-1)
         start = int(torch.randint(BANK, (), generator=generator))
-        for piece in flat.split(BANK):
+        for piece in tensor.view(-1).split(BANK):
             first = min(len(piece), BANK - start)
             piece[:first] = bank[start : start + first]
             piece[first:] = bank[: len(piece) - first]

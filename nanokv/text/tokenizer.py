@@ -76,13 +76,11 @@ class Tokenizer:
 
         A token with a letter outside the byte alphabet (an added one, with a space in it) means its own text.
         """
-        found = self._bytes.get(token_id)
-        if found is None:
+        if token_id not in self._bytes:
             token, alphabet = self.id_to_token(token_id) or "", byte_alphabet()
             known = all(letter in alphabet for letter in token)
-            found = bytes(alphabet[letter] for letter in token) if known else token.encode()
-            self._bytes[token_id] = found
-        return found
+            self._bytes[token_id] = bytes(alphabet[letter] for letter in token) if known else token.encode()
+        return self._bytes[token_id]
 
     @cached_property
     def is_byte_level(self) -> bool:
