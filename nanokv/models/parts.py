@@ -104,6 +104,7 @@ def feed_forward(weights: Weights, at: str, config: ModelConfig, layer: int) -> 
 def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
     """The stack that every family shares. `mixer` of the family builds the half of a block in which families differ."""
     width, mixer = config.hidden_size, import_module(FAMILIES[config.family][1]).mixer
+    specs = layer_specs(config, codec, page_size)  # refuses a codec that does not fit, before a tensor is read
     cos_sin = cos_sin_table(config.rope, config.max_positions, weights.device)
     table = weights.matrix("model.embed_tokens.weight", config.vocab_size, width)
     if config.tie_embeddings:
@@ -123,4 +124,4 @@ def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int)
         for layer in range(config.num_layers)
     ]
     last = norm(weights, "model.norm", config, width)
-    return Decoder(config, layer_specs(config, codec, page_size), embedding, layers, last, head)
+    return Decoder(config, specs, embedding, layers, last, head)
