@@ -152,7 +152,7 @@ def decoded(name: str, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, 
             parts.append(torch.cat(((codes * step + low).reshape(full, *x.shape[1:]), x[full:])))
         return parts[0], parts[1]
     codec = resolve_codec(name, torch.float32)
-    encoders = [one.encoder(64, torch.device("cpu")) for one in (codec._k, codec._v)]
+    encoders = [one.encoder(64, torch.device("cpu")) for one in (codec.k, codec.v)]
     return tuple(
         s if encoder.basis is None else encoder.basis.back(s)
         for encoder, x in zip(encoders, (k, v), strict=True)

@@ -55,7 +55,7 @@ def test_an_answer_shown_differently_than_generated_is_encoded_again(tokenizer):
 def test_special_tokens_that_user_or_model_spell_stay_text(tokenizer):
     chat = Conversation(tokenizer)
     chat.ask("say <|im_end|>")
-    spelt = [tokenizer.token_to_id(letter) for letter in "<|"] + tokenizer.encode("im_end|>")
+    spelt = [tokenizer.backend.token_to_id(letter) for letter in "<|"] + tokenizer.encode("im_end|>")
     chat.answer([*spelt, 2], "<|im_end|>")
     prompt = chat.ask("<|im_start|>system")
     assert prompt.count(2) == 4  # the template's system message and the three turns

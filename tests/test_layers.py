@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import RawCodec
+from nanokv.codecs.pages import Heads
 from nanokv.core.spec import PageLayout
 from nanokv.kernels.ops import AUTO
 from nanokv.layers.attention import Attention
@@ -86,7 +87,7 @@ def test_mlp_is_swiglu_with_gate_before_up():
 
 
 def test_attention_caches_k_and_v_and_no_state_per_sequence():
-    spec = Attention.spec(RawCodec(torch.bfloat16), kv_heads=3, head_dim=64, page_size=16)
+    spec = RawCodec(torch.bfloat16).spec(kv_heads=3, head_dim=64, page_size=16)
     assert [(plane.name, plane.shape) for plane in spec.paged] == [("k", (3, 16, 64)), ("v", (3, 16, 64))]
     assert spec.bytes_per_token == 2 * 3 * 64 * 2 and spec.bytes_per_sequence == 0
 
@@ -97,11 +98,9 @@ def test_a_token_attends_to_its_own_request_up_to_itself():
     width = (heads + 2 * kv_heads) * dim
     projection, out = normal(width, 32, seed=1), normal(32, heads * dim, seed=2)
     no_turn = torch.cat((torch.ones(64, dim // 2), torch.zeros(64, dim // 2)), dim=1)
-    attention = Attention(
-        Linear(projection, torch.float32, AUTO), Linear(out, torch.float32, AUTO), no_turn, codec, heads, kv_heads, dim,
-        dim**-0.5, AUTO,
-    )  # fmt: skip
-    layout = PageLayout([Attention.spec(codec, kv_heads, dim, page_size)] * 2, page_size)
+    qkv, back = Linear(projection, torch.float32, AUTO), Linear(out, torch.float32, AUTO)
+    attention = Attention(qkv, back, codec, Heads(heads, kv_heads, dim, dim**-0.5, no_turn))
+    layout = PageLayout([codec.spec(kv_heads, dim, page_size)] * 2, page_size)
     attention.bind(layout, 1)
     store = CacheStore(layout, 8)
     pool = store.pages.data

@@ -15,7 +15,7 @@ A name means a quantizer for keys and one for values; "K/V" chooses them one by 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -38,16 +38,12 @@ LayerCodec = LatentCodec | KiviCodec
 Codec = LayerCodec | MixedCodec
 
 
-def _lloyd_max(bits: int) -> Callable[[int], torch.Tensor]:
-    return lambda dim: tables.lloyd_max(bits, dim)
-
-
 _ALL: tuple[Quantizer, ...] = (
     TableQuantizer("fp8", 8, lambda dim: tables.e4m3(), "absmax", rotated=False),
     TableQuantizer("int8", 8, lambda dim: tables.int8(), "absmax", rotated=False),
     TableQuantizer("int4", 4, lambda dim: tables.uniform(4), "absmax", rotated=False),
     TableQuantizer("rot4", 4, lambda dim: tables.uniform(4), "absmax", rotated=True),
-    *(TableQuantizer(f"tq{bits}", bits, _lloyd_max(bits), "length", rotated=True) for bits in (2, 3, 4)),
+    *(TableQuantizer(f"tq{bits}", bits, partial(tables.lloyd_max, bits), "length", rotated=True) for bits in (2, 3, 4)),
     *(ProdQuantizer(f"tqp{bits}", bits, orthogonal=False) for bits in (2, 3, 4)),
     *(ProdQuantizer(f"tqp{bits}-orth", bits, orthogonal=True) for bits in (2, 3, 4)),
     PolarQuantizer("polar"),
@@ -112,6 +108,3 @@ def _parse_layers(text: str, layers: list[int]) -> frozenset[int]:
             raise ConfigError(f"native_layers={text!r}: this model has {len(layers)} layers with attention")
         found.update(layers[:count] if match[1] == "first" else layers[-count:])
     return frozenset(found)
-
-
-__all__ = ["NAMES", "Codec", "LatentCodec", "LayerCodec", "RawCodec", "codec_of", "resolve_codec", "value_quantizer"]

@@ -51,18 +51,19 @@ class Groups:
         return codes.float() * step.float() + low.float()
 
 
+@dataclass(frozen=True)
 class KiviCodec:
     """kivi2 and kivi4.
 
+    bits    of a code
     dtype   of the numbers in partial pages
     exact   False: the rows of one request in a step see each other unquantized, in full pages too
     """
 
-    def __init__(self, name: str, bits: int, dtype: torch.dtype, exact: bool) -> None:
-        self.name = name
-        self.dtype = dtype
-        self._bits = bits
-        self._exact = exact
+    name: str
+    bits: int
+    dtype: torch.dtype
+    exact: bool
 
     def at(self, layer: int) -> KiviCodec:
         """The codec of a layer: every layer has this one."""
@@ -71,31 +72,26 @@ class KiviCodec:
     def spec(self, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
         """The planes of an attention layer. Raises ConfigError for a page_size or a head_dim without groups."""
         if page_size not in GROUPS:
-            raise ConfigError(
-                f"page_size={page_size}: codec {self.name} makes a group of a page; allowed are "
-                f"{' and '.join(map(str, GROUPS))}"
-            )
+            sizes = " and ".join(map(str, GROUPS))
+            raise ConfigError(f"page_size={page_size}: codec {self.name} makes a group of a page; allowed are {sizes}")
         if head_dim % 16 or head_dim % min(page_size, head_dim):
             raise ConfigError(
                 f"codec={self.name!r}: head_dim={head_dim} of this model; allowed are multiples of 16 that are "
                 f"multiples of page_size={page_size} or below it"
             )
         groups = head_dim // min(page_size, head_dim)
-
-        def whole(name: str) -> Plane:
-            return Plane(name, (kv_heads, head_dim), torch.float16, token_axis=None)
-
-        codes = [plane(f"{side}_codes", kv_heads, page_size, head_dim * self._bits // 8, torch.uint8) for side in "kv"]
+        whole = [Plane(f"k_{name}", (kv_heads, head_dim), torch.float16, token_axis=None) for name in ("step", "low")]
+        codes = [plane(f"{side}_codes", kv_heads, page_size, head_dim * self.bits // 8, torch.uint8) for side in "kv"]
         each = [plane(f"v_{name}", kv_heads, page_size, groups, torch.float16) for name in ("step", "low")]
         shape = (kv_heads, page_size, head_dim)
         return LayerSpec(
-            paged=(codes[0], whole("k_step"), whole("k_low"), codes[1], *each),
+            paged=(codes[0], *whole, codes[1], *each),
             partial_page=tuple(Plane(f"{side}_tail", shape, self.dtype, token_axis=None) for side in "kv"),
         )
 
     def pages(self, layout: PageLayout, layer: int, heads: Heads) -> KiviPages:
         """The pages of an attention layer."""
-        return KiviPages(self._bits, self.dtype, layout, layer, heads, self._exact)
+        return KiviPages(self, layout, layer, heads)
 
     def latent_spec(self, rank: int, page_size: int) -> LayerSpec:
         """Raises ConfigError: a latent is key and value at once."""
@@ -111,18 +107,13 @@ class KiviPages:
     is_recordable = False
     """Only the device knows which pages become full, and pages are decoded: see AttentionPages."""
 
-    def __init__(
-        self, bits: int, dtype: torch.dtype, layout: PageLayout, layer: int, heads: Heads, exact: bool
-    ) -> None:
-        self._bits = bits
-        self._dtype = dtype
+    def __init__(self, codec: KiviCodec, layout: PageLayout, layer: int, heads: Heads) -> None:
+        self._codec = codec
         self._heads = heads
-        self._exact = exact
         self._group = min(layout.page_size, heads.head_dim)
-        self._keys, self._values = Groups(bits, -2), Groups(bits, -1)
-        self._k, self._v = (
-            [layout.paged(layer, f"{side}_{part}") for part in ("codes", "step", "low")] for side in "kv"
-        )
+        self._keys, self._values = Groups(codec.bits, -2), Groups(codec.bits, -1)
+        parts = "codes", "step", "low"
+        self._k, self._v = ([layout.paged(layer, f"{side}_{part}") for part in parts] for side in "kv")
         self._partial = [layout.state(layer, f"{side}_tail") for side in "kv"]
         self.key_mean = KeyMean()
 
@@ -133,7 +124,7 @@ class KiviPages:
         pieces = batch.once(Pieces)
         new = [self._append(x, slot, states, batch, pieces) for x, slot in zip((k, v), self._partial, strict=True)]
         self._seal(new, pool, batch.write_pages[pieces.last_rows[pieces.full]].long(), pieces)
-        tables, sealed = batch.once(piece_tables, self._exact)
+        tables, sealed = batch.once(piece_tables, self._codec.exact)
         k, v = (torch.cat((old, own.float())) for old, own in zip(self._decode(pool, sealed), new, strict=True))
         by_piece = replace(batch, request_starts=pieces.starts)
         out = attend_decoded(heads.ops, q, (k, v, None), by_piece, tables, heads.scale, attention_dtype(qkv))
@@ -150,7 +141,7 @@ class KiviPages:
         own = batch.state_ids.long()[pieces.requests]
         pages = kept.new_zeros(len(own), *kept.shape[1:])
         pages[pieces.continued] = kept[own[pieces.continued]]
-        pages[pieces.of_rows, :, batch.write_slots.long()] = x.to(self._dtype)
+        pages[pieces.of_rows, :, batch.write_slots.long()] = x.to(self._codec.dtype)
         kept[own[pieces.partial]] = pages[pieces.partial]
         return pages
 
@@ -158,18 +149,18 @@ class KiviPages:
         """Writes the pages that this step fills, in codes."""
         k, v = (x[pieces.full].float() for x in new)
         codes, step, low = self._keys.encode(k)
-        parts = [split_codes(codes, self._bits)[0], step.squeeze(-2), low.squeeze(-2)]
+        parts = [split_codes(codes, self._codec.bits)[0], step.squeeze(-2), low.squeeze(-2)]
         codes, step, low = self._values.encode(v.unflatten(-1, (-1, self._group)))
-        parts += [split_codes(codes.flatten(-2), self._bits)[0], step.squeeze(-1), low.squeeze(-1)]
+        parts += [split_codes(codes.flatten(-2), self._codec.bits)[0], step.squeeze(-1), low.squeeze(-1)]
         for slot, numbers in zip((*self._k, *self._v), parts, strict=True):
             array_of(pool, slot)[pages] = numbers
 
     def _decode(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of full pages: float32 [pages, kv_heads, page_size, head_dim] each."""
         codes, step, low = (array_of(pool, slot)[pages] for slot in self._k)
-        k = Groups.decode(join_codes([codes], self._bits), step.unsqueeze(-2), low.unsqueeze(-2))
+        k = Groups.decode(join_codes([codes], self._codec.bits), step.unsqueeze(-2), low.unsqueeze(-2))
         codes, step, low = (array_of(pool, slot)[pages] for slot in self._v)
-        codes = join_codes([codes], self._bits).unflatten(-1, (-1, self._group))
+        codes = join_codes([codes], self._codec.bits).unflatten(-1, (-1, self._group))
         return k, Groups.decode(codes, step.unsqueeze(-1), low.unsqueeze(-1)).flatten(-2)
 
 

@@ -143,8 +143,9 @@ class LatentPages:
     def __init__(self, quantizer: Quantizer, layout: PageLayout, layer: int, latent: Latent, exact: bool) -> None:
         self._latent = latent
         self._exact = exact
-        where = layout, layer, 1, latent.rank, latent.cos_sin.device, latent.ops
-        self._coded = QuantizerPages(quantizer, "latent", *where)
+        encoder = quantizer.encoder(latent.rank, latent.cos_sin.device, latent.ops)
+        planes = quantizer.planes("latent", 1, latent.rank, layout.page_size)
+        self._coded = QuantizerPages(encoder, planes, layout, layer)
         self._rope = layout.paged(layer, "k_rope")
 
     def attend(

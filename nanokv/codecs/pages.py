@@ -24,8 +24,6 @@ from nanokv.kernels.reference import decoded_batch
 
 Decoded = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """k, v and the rotated key of decoded pages, as decoded_batch takes them."""
-LARGEST = LARGEST_SCALE
-"""The largest number that is written: that of float16, the dtype of scales."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def refuse_unwritable(x: torch.Tensor, batch: Batch) -> None:
     So every page holds finite numbers, other requests of the step are not affected, and the host need not wait: it
     reads the marks with the tokens.
     """
-    is_bad = ~(x.abs().amax((1, 2)) <= LARGEST)  # NaN is not smaller either
+    is_bad = ~(x.abs().amax((1, 2)) <= LARGEST_SCALE)  # NaN is not smaller either
     assert batch.unwritable is not None
     batch.unwritable.logical_or_(is_bad)
     x.masked_fill_(is_bad[:, None, None], 0.0)
@@ -81,8 +79,8 @@ def refuse_unwritable(x: torch.Tensor, batch: Batch) -> None:
 def reason_unwritable(codec: str) -> str:
     """The error of a request whose row was refused."""
     return (
-        f"codec={codec!r}: keys or values are not finite (damaged weights), or beyond the {LARGEST:g} that a scale can "
-        "hold (codec raw has no such limit)"
+        f"codec={codec!r}: keys or values are not finite (damaged weights), or beyond the {LARGEST_SCALE:g} that a "
+        "scale can hold (codec raw has no such limit)"
     )
 
 
@@ -96,10 +94,11 @@ class AttentionPages:
     def __init__(self, k: Quantizer, v: Quantizer, layout: PageLayout, layer: int, heads: Heads, exact: bool) -> None:
         self._heads = heads
         self._exact = exact
-        where = layout, layer, heads.kv_heads, heads.head_dim, heads.cos_sin.device, heads.ops
-        self._k, self._v = QuantizerPages(k, "k", *where), QuantizerPages(v, "v", *where)
+        dim, device, sizes = heads.head_dim, heads.cos_sin.device, (heads.kv_heads, heads.head_dim, layout.page_size)
+        k_codes, v_codes = (one.encoder(dim, device, heads.ops) for one in (k, v))
+        self._k = QuantizerPages(k_codes, k.planes("k", *sizes), layout, layer)
+        self._v = QuantizerPages(v_codes, v.planes("v", *sizes), layout, layer)
         self._planes: CodePlanes | None = None
-        k_codes, v_codes = self._k.encoder, self._v.encoder
         if isinstance(k_codes, TableEncoder) and isinstance(v_codes, TableEncoder):
             k_plane, v_plane = k_codes.code_plane(self._k.slots), v_codes.code_plane(self._v.slots)
             self._planes = CodePlanes(k_plane, v_plane, layout.page_bytes, layout.page_size, heads.kv_heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from nanokv.codecs.latents import Latent, LatentPages
@@ -11,6 +13,7 @@ from nanokv.core.errors import ConfigError
 from nanokv.core.spec import LayerSpec, PageLayout
 
 
+@dataclass(frozen=True)
 class PairedCodec:
     """A codec of two quantizers.
 
@@ -20,13 +23,13 @@ class PairedCodec:
     exact   see pages.py
     """
 
-    expands_latents = False
+    name: str
+    k: Quantizer
+    v: Quantizer
+    dtype: torch.dtype
+    exact: bool
 
-    def __init__(self, name: str, k: Quantizer, v: Quantizer, dtype: torch.dtype, exact: bool) -> None:
-        self.name = name
-        self.dtype = dtype
-        self._k, self._v = k, v
-        self._exact = exact
+    expands_latents = False
 
     def at(self, layer: int) -> PairedCodec:
         """The codec of a layer: every layer has this one."""
@@ -36,31 +39,31 @@ class PairedCodec:
         """The planes of an attention layer. Raises ConfigError for a head_dim that does not fit."""
         self._check(head_dim, "head_dim")
         sizes = kv_heads, head_dim, page_size
-        return LayerSpec(paged=(*self._k.planes("k", *sizes), *self._v.planes("v", *sizes)))
+        return LayerSpec(paged=(*self.k.planes("k", *sizes), *self.v.planes("v", *sizes)))
 
     def pages(self, layout: PageLayout, layer: int, heads: Heads) -> AttentionPages:
         """The pages of an attention layer."""
-        return AttentionPages(self._k, self._v, layout, layer, heads, self._exact)
+        return AttentionPages(self.k, self.v, layout, layer, heads, self.exact)
 
     def latent_spec(self, rank: int, page_size: int) -> LayerSpec:
         """The planes of the latents of multi-head latent attention, written by the quantizer of keys.
 
         Raises ConfigError for a rank that does not fit, and for quantizers that cannot be both key and value.
         """
-        if "/" in self.name or self._k.is_sketch:
+        if "/" in self.name or self.k.is_sketch:
             raise ConfigError(
                 f"codec={self.name!r}: multi-head latent attention keeps one latent for keys and values; allowed is "
                 "one name, other than qjl and kivi"
             )
         self._check(rank, "kv_rank")
-        return LayerSpec(paged=self._k.planes("latent", 1, rank, page_size))
+        return LayerSpec(paged=self.k.planes("latent", 1, rank, page_size))
 
     def latent_pages(self, layout: PageLayout, layer: int, latent: Latent) -> LatentPages:
         """The pages of a layer of multi-head latent attention."""
-        return LatentPages(self._k, layout, layer, latent, self._exact)
+        return LatentPages(self.k, layout, layer, latent, self.exact)
 
     def _check(self, dim: int, name: str) -> None:
-        multiple = max(self._k.multiple, self._v.multiple)
+        multiple = max(self.k.multiple, self.v.multiple)
         if dim % multiple:
             raise ConfigError(
                 f"codec={self.name!r}: {name}={dim} of this model; allowed are multiples of {multiple}, or codec raw"

@@ -7,9 +7,10 @@ A quantizer is a recipe (a name and numbers); its encoder is the recipe made rea
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -36,23 +37,20 @@ class Encoder(Protocol):
         """The numbers s again: float32 [..., width]."""
 
 
-class Quantizer(Protocol):
+class Quantizer(ABC):
     """How the vectors of keys, or of values, are written: as numbers s over a basis, with x ~ basis.back(s)."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    is_sketch: ClassVar[bool] = False
+    """Good for products with a query only, so not for values."""
+    multiple: ClassVar[int] = 16
+    """The dimension of its vectors must be a multiple of this."""
 
-    @property
-    def is_sketch(self) -> bool:
-        """Good for products with a query only, so not for values."""
-
-    @property
-    def multiple(self) -> int:
-        """The dimension of its vectors must be a multiple of this."""
-
+    @abstractmethod
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
         """The planes of a page that hold vectors of `heads` heads; their names begin with `prefix`."""
 
+    @abstractmethod
     def encoder(self, dim: int, device: torch.device, ops: Ops = AUTO) -> Encoder:
         """The quantizer made ready for vectors of `dim` numbers."""
 
@@ -74,22 +72,11 @@ def array_of(memory: torch.Tensor, slot: PlaneSlot) -> torch.Tensor:
 class QuantizerPages:
     """The keys, or the values, of one layer, where they lie in pages.
 
-    heads, dim   of the vectors
+    planes   of the quantizer, in their order
     """
 
-    def __init__(
-        self,
-        recipe: Quantizer,
-        prefix: str,
-        layout: PageLayout,
-        layer: int,
-        heads: int,
-        dim: int,
-        device: torch.device,
-        ops: Ops,
-    ) -> None:
-        self.encoder = recipe.encoder(dim, device, ops)
-        planes = recipe.planes(prefix, heads, dim, layout.page_size)
+    def __init__(self, encoder: Encoder, planes: tuple[Plane, ...], layout: PageLayout, layer: int) -> None:
+        self.encoder = encoder
         self.slots = [layout.paged(layer, plane.name) for plane in planes]
 
     def write(self, x: torch.Tensor, pool: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> None:
@@ -115,14 +102,12 @@ class QuantizerPages:
 
 
 @dataclass(frozen=True)
-class RawQuantizer:
+class RawQuantizer(Quantizer):
     """The numbers themselves, rounded to a dtype."""
 
     dtype: torch.dtype
     name: str = "raw"
-    is_sketch: bool = False
-    multiple: int = 1
-
+    multiple = 1
     basis = None
 
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
@@ -143,7 +128,7 @@ class RawQuantizer:
 
 
 @dataclass(frozen=True)
-class TableQuantizer:
+class TableQuantizer(Quantizer):
     """One code for each number and one scale for each vector: x ~ table[code] * scale, after a rotation or none.
 
     name      bits  table                   scale                         rotated
@@ -160,8 +145,6 @@ class TableQuantizer:
     """From the dimension to the table."""
     scaling: str
     rotated: bool
-    is_sketch: bool = False
-    multiple: int = 16
 
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
         """Codes uint8, the third bits in a plane of their own, and scales float16."""

@@ -34,9 +34,8 @@ def cells(thresholds: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
     edges = np.concatenate(([-1.0], np.clip(thresholds / math.sqrt(dim), -1, 1), [1.0]))
     mass = _mass(np.arcsin(edges), dim - 2)  # t = sin(theta) turns (1 - t^2)^((d - 3) / 2) dt into cos^(d - 2)
     moment = -((1 - edges**2) ** ((dim - 1) / 2)) / (dim - 1)
-    whole = mass[-1] - mass[0]
     share = np.diff(mass)
-    return share / whole, np.diff(moment) / share * math.sqrt(dim)
+    return share / (mass[-1] - mass[0]), np.diff(moment) / share * math.sqrt(dim)
 
 
 @cache

@@ -68,9 +68,8 @@ def staged(target: Path, source: dict) -> Iterator[tuple[Path, Path]]:
         yield model, scratch
         sizes = {str(f.relative_to(model)): f.stat().st_size for f in sorted(model.rglob("*")) if f.is_file()}
         write_json(model / MANIFEST, {**source, "files": sizes})
-        for path in model.rglob("*"):
+        for path in (*model.rglob("*"), model):
             _sync(path)
-        _sync(model)
         if target.exists():
             target.rename(staging / "old")
         model.rename(target)

@@ -98,19 +98,14 @@ def _rope_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict | None:
     if "rope_freqs.weight" not in file.tensor_names:
         return None
     divisors = file.tensor("rope_freqs.weight")
-    low, high, original = 1.0, 4.0, 8192
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    low, high, original = llama3.values()
     factor = float(divisors.max())
     turns = original * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     if divisors.shape != smooth.shape or not np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
         raise PullError(f"{file.path}: rope_freqs.weight does not follow Llama 3's scaling, the only one supported")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    return {"rope_type": "llama3", "factor": factor, **llama3}
 
 
 def tensor_table(config: dict) -> dict[str, tuple[str, tuple[int, ...], int]]:
@@ -189,9 +184,7 @@ def _write_weights(file: GGUFFile, table: dict, path: Path, progress: Progress) 
         out.write(len(text).to_bytes(8, "little") + text)
         for done, (source, _, permuted) in enumerate(table.values()):
             progress("convert", done, len(table))
-            weight = file.tensor(source)
-            if permuted:
-                weight = undo_permutation(weight, permuted)
+            weight = undo_permutation(file.tensor(source), permuted) if permuted else file.tensor(source)
             rounded = torch.from_numpy(np.array(weight, dtype=np.float32)).to(torch.bfloat16)
             out.write(rounded.view(torch.uint8).numpy().data)
         progress("convert", len(table), len(table))

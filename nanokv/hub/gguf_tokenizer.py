@@ -56,8 +56,7 @@ def build_tokenizer(file: GGUFFile) -> tuple[Tokenizer, dict]:
         name = f"tokenizer model {kind!r}" if kind != "gpt2" else f"pre-tokenizer {pre!r}"
         raise PullError(f"{file.path}: {name} is not supported; 'llama' and 'gpt2' with {', '.join(_KINDS)} are")
 
-    for special in (True, False):
-        chosen = (_UNKNOWN, _CONTROL) if special else (_USER_DEFINED,)
+    for special, chosen in ((True, (_UNKNOWN, _CONTROL)), (False, (_USER_DEFINED,))):
         added = [token for token, t in zip(tokens, types, strict=True) if t in chosen]
         tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
     config: dict = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

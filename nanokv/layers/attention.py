@@ -2,69 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from nanokv.cache.store import CacheStore
 from nanokv.codecs import LayerCodec
 from nanokv.codecs.pages import Heads
 from nanokv.core.batch import Batch
-from nanokv.core.spec import LayerSpec, PageLayout
-from nanokv.kernels.ops import Ops
-from nanokv.kernels.planes import HeadNorms
+from nanokv.core.spec import PageLayout
 from nanokv.layers.linear import Linear
 
 
+@dataclass(eq=False)
 class Attention:
     """Causal softmax attention with rotary positions (Vaswani et al. 2017; Su et al. 2021; Ainslie et al. 2023).
 
     qkv        Linear to (num_heads + 2 * kv_heads) * head_dim: q, k and v in one product, in this order; followed by
                num_heads * head_dim rows of an output gate in models that have one
     out        Linear from num_heads * head_dim back to the width of x
-    cos_sin    float32 [positions, rotary dims], shared by the layers
     codec      LayerCodec: writes k and v into pages and reads them
-    scale      factor of the scores
-    ops        Ops
-    norms      HeadNorms of q and k, or None
+    heads      Heads: their number and width, positions and norms
     Call       x [rows, width], store, batch -> [rows, width]. The k and v of all rows are written first, so a row
                attends to itself and to the earlier rows of its request in the same step
     """
 
-    def __init__(
-        self,
-        qkv: Linear,
-        out: Linear,
-        cos_sin: torch.Tensor,
-        codec: LayerCodec,
-        num_heads: int,
-        kv_heads: int,
-        head_dim: int,
-        scale: float,
-        ops: Ops,
-        norms: HeadNorms | None = None,
-    ) -> None:
-        self.qkv = qkv
-        self.out = out
-        self.codec = codec
-        self.ops = ops
-        self.heads = Heads(num_heads, kv_heads, head_dim, scale, cos_sin, norms, ops)
-        self.qkv_width = (num_heads + 2 * kv_heads) * head_dim
-
-    @staticmethod
-    def spec(codec: LayerCodec, kv_heads: int, head_dim: int, page_size: int) -> LayerSpec:
-        """The planes of such a layer, as the codec lays them out."""
-        return codec.spec(kv_heads, head_dim, page_size)
+    qkv: Linear
+    out: Linear
+    codec: LayerCodec
+    heads: Heads
 
     def bind(self, layout: PageLayout, layer: int) -> None:
         """Gives the layer the place of its planes in a page; needed once before the first call."""
         self.pages = self.codec.pages(layout, layer, self.heads)
-
-    @property
-    def is_recordable(self) -> bool:
-        """Whether a CUDA graph can record a decode step of this layer."""
-        return self.pages.is_recordable
+        self.is_recordable = self.pages.is_recordable
 
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
-        qkv = self.qkv(x)
-        qkv, gate = qkv[:, : self.qkv_width], qkv[:, self.qkv_width :]
+        heads, qkv = self.heads, self.qkv(x)
+        width = (heads.num_heads + 2 * heads.kv_heads) * heads.head_dim
+        qkv, gate = qkv[:, :width], qkv[:, width:]
         attended = self.pages.attend(qkv, store.pages.data, store.states.data, batch)
-        return self.out(self.ops.sigmoid_mul(attended, gate) if gate.shape[1] else attended)
+        return self.out(heads.ops.sigmoid_mul(attended, gate) if gate.shape[1] else attended)

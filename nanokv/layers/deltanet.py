@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,6 +35,7 @@ class DeltaConfig:
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
+@dataclass(eq=False)
 class GatedDeltaNet:
     """A short convolution, then the gated delta rule (Yang et al. 2024), as in Qwen3-Next and Qwen3.5.
 
@@ -50,30 +51,18 @@ class GatedDeltaNet:
     Call      x [rows, width], store, batch -> [rows, width]; updates the states batch.state_ids by these rows
     """
 
-    planes: StatePlanes
-    is_recordable = True
+    in_proj: Linear
+    conv: torch.Tensor
+    a_log: torch.Tensor
+    dt_bias: torch.Tensor
+    norm: torch.Tensor
+    norm_eps: float
+    out: Linear
+    shape: DeltaConfig
+    ops: Ops
+    planes: StatePlanes = field(init=False)
 
-    def __init__(
-        self,
-        in_proj: Linear,
-        conv: torch.Tensor,
-        a_log: torch.Tensor,
-        dt_bias: torch.Tensor,
-        norm: torch.Tensor,
-        norm_eps: float,
-        out: Linear,
-        shape: DeltaConfig,
-        ops: Ops,
-    ) -> None:
-        self.in_proj = in_proj
-        self.conv = conv
-        self.a_log = a_log
-        self.dt_bias = dt_bias
-        self.norm = norm
-        self.norm_eps = norm_eps
-        self.out = out
-        self.shape = shape
-        self.ops = ops
+    is_recordable = True
 
     @staticmethod
     def spec(shape: DeltaConfig, dtype: torch.dtype) -> LayerSpec:

@@ -1,11 +1,13 @@
-"""Linear, Embedding, and TiedEmbedding: the three uses of a weight matrix."""
+"""Linear and Embedding: the two uses of a weight matrix. A model that ties them reads the rows of a packed Linear."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from nanokv.kernels.linear import embed, linear
+from nanokv.kernels.linear import linear
 from nanokv.kernels.ops import Ops
 
 
@@ -16,7 +18,7 @@ class Linear:
     activation   dtype of x and of the result
     ops          Ops
     bias         [out] in the activation dtype, or None
-    keep         whether a TiedEmbedding reads the weight's rows too
+    keep         whether `embed` reads the weight's rows too
     Call         [rows, in] -> [rows, out]
     """
 
@@ -35,6 +37,7 @@ class Linear:
         return linear(x, self.packed, self.bias)
 
 
+@dataclass(eq=False)
 class Embedding:
     """Looks up rows of a table.
 
@@ -43,22 +46,8 @@ class Embedding:
     Call         int64 [rows] -> [rows, width], a new tensor
     """
 
-    def __init__(self, table: torch.Tensor, activation: torch.dtype) -> None:
-        self.table = table
-        self.activation = activation
+    table: torch.Tensor
+    activation: torch.dtype
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(token_ids, self.table).to(self.activation)
-
-
-class TiedEmbedding:
-    """The rows of the head's weight, for a model that ties the two.
-
-    Call   as Embedding
-    """
-
-    def __init__(self, head: Linear) -> None:
-        self.head = head
-
-    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return embed(self.head.packed, token_ids)

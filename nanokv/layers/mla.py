@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,6 +35,7 @@ class MLAConfig:
     """rope_interleave: whether the checkpoint rotates dims (0, 1), (2, 3), ... and not (0, n/2), (1, n/2 + 1), ..."""
 
 
+@dataclass(eq=False)
 class MLA:
     """Attention whose keys and values are products of a latent c (DeepSeek-AI 2024):
 
@@ -61,39 +62,21 @@ class MLA:
     Call      x [rows, width], store, batch -> [rows, width]
     """
 
-    pages: LatentPages | RawLatentPages
-
-    def __init__(
-        self,
-        down: Linear,
-        q_norm: RMSNorm | None,
-        q_up: Linear | None,
-        kv_norm: RMSNorm,
-        w_uk: PackedHeadLinear,
-        w_uv: PackedHeadLinear,
-        expand: Linear | None,
-        out: Linear,
-        cos_sin: torch.Tensor,
-        codec: LatentCodec,
-        num_heads: int,
-        shape: MLAConfig,
-        scale: float,
-        ops: Ops,
-    ) -> None:
-        self.down = down
-        self.q_norm = q_norm
-        self.q_up = q_up
-        self.kv_norm = kv_norm
-        self.w_uk = w_uk
-        self.w_uv = w_uv
-        self.expand = expand
-        self.out = out
-        self.cos_sin = cos_sin
-        self.codec = codec
-        self.num_heads = num_heads
-        self.shape = shape
-        self.scale = scale
-        self.ops = ops
+    down: Linear
+    q_norm: RMSNorm | None
+    q_up: Linear | None
+    kv_norm: RMSNorm
+    w_uk: PackedHeadLinear
+    w_uv: PackedHeadLinear
+    expand: Linear | None
+    out: Linear
+    cos_sin: torch.Tensor
+    codec: LatentCodec
+    num_heads: int
+    shape: MLAConfig
+    scale: float
+    ops: Ops
+    pages: LatentPages | RawLatentPages = field(init=False)
 
     @staticmethod
     def spec(codec: LayerCodec, kv_rank: int, rope_dim: int, page_size: int) -> LayerSpec:
@@ -109,11 +92,7 @@ class MLA:
             self.w_uv, self.expand, lambda cached, rows: expands(shape, cached, rows),
         )  # fmt: skip
         self.pages = self.codec.latent_pages(layout, layer, latent)
-
-    @property
-    def is_recordable(self) -> bool:
-        """Whether a decode step of this layer may be recorded in a CUDA graph."""
-        return self.pages.is_recordable
+        self.is_recordable = self.pages.is_recordable
 
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         heads, shape = self.num_heads, self.shape

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from nanokv.kernels.ops import Ops
 from nanokv.layers.linear import Linear
 
 
+@dataclass(eq=False)
 class MLP:
     """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020).
 
@@ -17,10 +20,9 @@ class MLP:
     Call      [rows, width] -> [rows, width]
     """
 
-    def __init__(self, gate_up: Linear, down: Linear, ops: Ops) -> None:
-        self.gate_up = gate_up
-        self.down = down
-        self.ops = ops
+    gate_up: Linear
+    down: Linear
+    ops: Ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(self.ops.silu_mul(self.gate_up(x)))

@@ -6,6 +6,8 @@ row are added in the order of their ids.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from nanokv.kernels.experts import Experts
@@ -14,6 +16,7 @@ from nanokv.layers.linear import Linear
 from nanokv.layers.mlp import MLP
 
 
+@dataclass(eq=False)
 class Router:
     """Selects the experts of a row and their weights (Shazeer et al. 2017; DeepSeek-AI 2024).
 
@@ -28,25 +31,14 @@ class Router:
     Call         x [rows, width] -> weights float32 [rows, per_token], experts int64 [rows, per_token]
     """
 
-    def __init__(
-        self,
-        gate: Linear,
-        bias: torch.Tensor | None,
-        per_token: int,
-        scoring: str,
-        normalise: bool,
-        scale: float,
-        num_groups: int,
-        top_groups: int,
-    ) -> None:
-        self.gate = gate
-        self.bias = bias
-        self.per_token = per_token
-        self.scoring = scoring
-        self.normalise = normalise
-        self.scale = scale
-        self.num_groups = num_groups
-        self.top_groups = top_groups
+    gate: Linear
+    bias: torch.Tensor | None
+    per_token: int
+    scoring: str
+    normalise: bool
+    scale: float
+    num_groups: int
+    top_groups: int
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.gate(x.float())
@@ -68,25 +60,23 @@ class Router:
         return groups.masked_fill(~is_open.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
+@dataclass(eq=False)
 class MoE:
     """The weighted sum of a row's selected experts, plus a shared expert.
 
     router        Router
-    experts       list of MLP
+    experts       Experts: the weights of each MLP, packed
     shared        MLP of every row, or None
     shared_gate   Linear to 1, whose sigmoid scales the shared expert, or None
     ops           Ops
     Call          [rows, width] -> [rows, width]
     """
 
-    def __init__(
-        self, router: Router, experts: list[MLP], shared: MLP | None, shared_gate: Linear | None, ops: Ops
-    ) -> None:
-        self.router = router
-        self.experts = Experts([one.gate_up.packed for one in experts], [one.down.packed for one in experts])
-        self.shared = shared
-        self.shared_gate = shared_gate
-        self.ops = ops
+    router: Router
+    experts: Experts
+    shared: MLP | None
+    shared_gate: Linear | None
+    ops: Ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.router(x)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from nanokv.kernels.ops import Ops
 
 
+@dataclass(eq=False)
 class RMSNorm:
     """Each row divided by its root mean square, times `weight` (Zhang and Sennrich 2019).
 
@@ -16,10 +19,9 @@ class RMSNorm:
     Call     [rows, width] -> [rows, width]
     """
 
-    def __init__(self, weight: torch.Tensor, eps: float, ops: Ops) -> None:
-        self.weight = weight
-        self.eps = eps
-        self.ops = ops
+    weight: torch.Tensor
+    eps: float
+    ops: Ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)

@@ -66,6 +66,5 @@ def _yarn_kept(rope: RopeConfig) -> torch.Tensor:
 
 def cos_sin_table(rope: RopeConfig, num_positions: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Row p: the cosines, then the sines of the angles at position p; float32 [num_positions, dim]."""
-    positions = torch.arange(num_positions, dtype=torch.float32)
-    angles = torch.outer(positions, frequencies(rope))
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies(rope))
     return (torch.cat((angles.cos(), angles.sin()), dim=1) * rope.amplitude).to(device)

@@ -1,6 +1,6 @@
 """Model families: config.json into one vocabulary, checkpoints into layers. A new family is a line here and a file.
 
-FAMILIES   model_type in config.json -> (architecture in config.json, module with `read` and `build`)
+FAMILIES   model_type in config.json -> (architecture in config.json, module with `read` and `mixer`)
 """
 
 FAMILIES = {

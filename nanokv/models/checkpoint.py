@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -75,23 +76,18 @@ class Checkpoint:
         self.folder = folder
         self._config = config
         self._tensors: dict[str, Stored] = {}
-        extra = range(config.num_layers, config.num_layers + config.num_extra_layers)
-        ignored = tuple(f"model.layers.{layer}." for layer in extra)
+        ignored = tuple(f"model.layers.{config.num_layers + extra}." for extra in range(config.num_extra_layers))
         for path in checkpoint_files(folder):
             try:
                 file = safe_open(path, framework="pt")
             except FileNotFoundError:
-                raise CheckpointError(
-                    f"{path}: no such file, but the index names it: a part of the model is missing"
-                ) from None
+                missing = "no such file, but the index names it: a part of the model is missing"
+                raise CheckpointError(f"{path}: {missing}") from None
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); the file is damaged") from None
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if IGNORED.search(name):
-                    continue
-                for canonical, stored in _named(file, name):
-                    if not canonical.startswith(ignored):
-                        self._tensors[canonical] = stored
+            names = [name for name in file.keys() if not IGNORED.search(name)]  # noqa: SIM118 (not a dict)
+            named = (pair for name in names for pair in _named(file, name))
+            self._tensors.update((name, stored) for name, stored in named if not name.startswith(ignored))
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The stored tensor. Call `check` first: it compares the shapes."""
@@ -108,9 +104,8 @@ class Checkpoint:
         if self._config.tie_embeddings and head in tensors and table in tensors:
             alike = tensors[head].dtype == tensors[table].dtype
             if not alike or not torch.equal(tensors[head].read(), tensors[table].read()):
-                raise CheckpointError(
-                    f"{self.folder}: {head} differs from {table}, but config.json ties them (tie_word_embeddings)"
-                )
+                differ = f"{head} differs from {table}, but config.json ties them (tie_word_embeddings)"
+                raise CheckpointError(f"{self.folder}: {differ}")
             del tensors[head]
         common = [name for name in shapes if name in tensors]
         complaints = {
@@ -171,26 +166,19 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def _folded(names: Iterable[str]) -> str:
     """All names; those that differ only in layer or expert become one: model.layers.{3-5,7}.mlp.up_proj.weight"""
     for axis in ("layers", "experts"):
-        names = _folded_along(axis, names)
+        numbers: dict[str, list[int]] = {}
+        for name in names:
+            number = re.search(rf"\.{axis}\.(\d+)\.", name)
+            pattern = name if number is None else f"{name[: number.start(1)]}{{}}{name[number.end(1) :]}"
+            numbers.setdefault(pattern, []).extend([int(number[1])] if number else [])
+        names = [one.replace("{}", _ranges(found), 1) if found else one for one, found in numbers.items()]
     return ", ".join(names)
-
-
-def _folded_along(axis: str, names: Iterable[str]) -> list[str]:
-    numbers: dict[str, list[int]] = {}
-    for name in names:
-        number = re.search(rf"\.{axis}\.(\d+)\.", name)
-        pattern = name if number is None else f"{name[: number.start(1)]}{{}}{name[number.end(1) :]}"
-        numbers.setdefault(pattern, []).extend([int(number[1])] if number else [])
-    return [pattern if not found else pattern.replace("{}", _ranges(found), 1) for pattern, found in numbers.items()]
 
 
 def _ranges(numbers: list[int]) -> str:
     """Numbers as text: 3, or {3-5,7}."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    text = ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+    # Numbers that follow each other differ from their places by the same amount.
+    grouped = groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in run] for _, run in grouped]
+    text = ",".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return text if text.isdigit() else f"{{{text}}}"

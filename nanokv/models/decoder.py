@@ -7,6 +7,7 @@ the addition, in one pass over memory with its own work.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ from nanokv.core.errors import CacheError
 from nanokv.core.spec import LayerSpec, PageLayout
 from nanokv.layers.attention import Attention
 from nanokv.layers.deltanet import GatedDeltaNet
-from nanokv.layers.linear import Embedding, Linear, TiedEmbedding
+from nanokv.layers.linear import Linear
 from nanokv.layers.mla import MLA
 from nanokv.layers.norm import RMSNorm
 from nanokv.models.config import GATED_DELTA, ModelConfig
@@ -35,7 +36,7 @@ def layer_specs(config: ModelConfig, codec: Codec, page_size: int) -> list[Layer
         own = codec.at(layer)
         if config.mla is not None:
             return MLA.spec(own, config.mla.kv_rank, config.mla.rope_dim, page_size)
-        return Attention.spec(own, config.num_kv_heads, config.head_dim, page_size)
+        return own.spec(config.num_kv_heads, config.head_dim, page_size)
 
     return [spec(layer, kind) for layer, kind in enumerate(config.layer_types)]
 
@@ -46,15 +47,12 @@ class Mixer(Protocol):
     @property
     def is_recordable(self) -> bool:
         """Whether a CUDA graph can record a decode step. Needs a bound layer."""
-        ...
 
     def bind(self, layout: PageLayout, layer: int) -> None:
         """Gives the layer the place of its planes; needed once before the first call."""
-        ...
 
     def __call__(self, x: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         """[rows, width] -> [rows, width]; writes the rows into the layer's planes."""
-        ...
 
 
 FeedForward = Callable[[torch.Tensor], torch.Tensor]
@@ -64,23 +62,24 @@ Between = Callable[[int, torch.Tensor, torch.Tensor, Batch], tuple[torch.Tensor,
 """Called after a layer with (layer, x, residual, batch); its result is the input of the next layer."""
 
 
+@dataclass(eq=False)
 class Block:
     """A pre-norm block: mixes tokens, then transforms each.
 
     Call   x, residual [rows, width], activation dtype -> the new x; residual is updated IN PLACE
     """
 
-    def __init__(self, input_norm: RMSNorm, mixer: Mixer, mlp_norm: RMSNorm, mlp: FeedForward) -> None:
-        self.input_norm = input_norm
-        self.mixer = mixer
-        self.mlp_norm = mlp_norm
-        self.mlp = mlp
+    input_norm: RMSNorm
+    mixer: Mixer
+    mlp_norm: RMSNorm
+    mlp: FeedForward
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor, store: CacheStore, batch: Batch) -> torch.Tensor:
         x = self.mixer(self.input_norm.add(x, residual), store, batch)
         return self.mlp(self.mlp_norm.add(x, residual))
 
 
+@dataclass(eq=False)
 class Decoder:
     """A language model over pages. `bind` a layout before the first step.
 
@@ -92,21 +91,12 @@ class Decoder:
     head        Linear to the vocabulary
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        specs: list[LayerSpec],
-        embedding: Embedding | TiedEmbedding,
-        layers: list[Block],
-        norm: RMSNorm,
-        head: Linear,
-    ) -> None:
-        self.config = config
-        self.specs = specs
-        self.embedding = embedding
-        self.layers = layers
-        self.norm = norm
-        self.head = head
+    config: ModelConfig
+    specs: list[LayerSpec]
+    embedding: Callable[[torch.Tensor], torch.Tensor]
+    layers: list[Block]
+    norm: RMSNorm
+    head: Linear
 
     def bind(self, layout: PageLayout) -> None:
         """Gives each layer the offsets of its planes. Raises CacheError for another model's layout."""

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from nanokv.codecs import Codec, LatentCodec
+from nanokv.codecs import Codec
 from nanokv.codecs.kivi import KiviCodec
 from nanokv.layers.linear import Linear
 from nanokv.layers.mla import MLA, MLAConfig
 from nanokv.layers.norm import RMSNorm
 from nanokv.models import parts, shared_fields
 from nanokv.models.config import ModelConfig, MoEConfig
-from nanokv.models.decoder import Decoder
 from nanokv.models.fields import Fields
 from nanokv.models.weights import Weights, join
 
@@ -96,50 +95,30 @@ def _score_factor(fields: Fields) -> float:
     return shared_fields.yarn_mscale(scaling.number("factor"), scaling.number("mscale_all_dim")) ** 2
 
 
-def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
-    """The decoder. It takes its tensors from `weights`, one block after the other."""
-
-    def mixer(layer: int, cos_sin: torch.Tensor) -> MLA:
-        own = codec.at(layer)
-        assert not isinstance(own, KiviCodec)  # layer_specs refuses it
-        return _attention(weights, f"model.layers.{layer}.self_attn", config, own, cos_sin)
-
-    return parts.decoder(config, weights, codec, page_size, mixer)
-
-
-def _attention(weights: Weights, at: str, config: ModelConfig, codec: LatentCodec, cos_sin: torch.Tensor) -> MLA:
-    mla, heads, width = config.mla, config.num_heads, config.hidden_size
-    assert mla is not None
+def mixer(weights: Weights, config: ModelConfig, codec: Codec, layer: int, cos_sin: torch.Tensor) -> MLA:
+    """The latent attention of a layer. Takes its tensors from `weights`."""
+    at, own = f"model.layers.{layer}.self_attn", codec.at(layer)
+    mla, heads, width, scale = config.mla, config.num_heads, config.hidden_size, config.softmax_scale
+    assert mla is not None and not isinstance(own, KiviCodec)  # layer_specs refuses KIVI
     q_width, rank = heads * (mla.nope_dim + mla.rope_dim), mla.kv_rank
     activation, ops = weights.activation, weights.ops
     if mla.q_rank is None:
-        down, q_norm, q_up = _by_part(weights.matrix(f"{at}.q_proj.weight", q_width, width), heads, mla), None, None
+        q_down, q_norm, q_up = _by_part(weights.matrix(f"{at}.q_proj.weight", q_width, width), heads, mla), None, None
     else:
-        down = weights.matrix(f"{at}.q_a_proj.weight", mla.q_rank, width)
+        q_down = weights.matrix(f"{at}.q_a_proj.weight", mla.q_rank, width)
         q_norm = RMSNorm(weights.vector(f"{at}.q_a_layernorm.weight", mla.q_rank), NORM_EPS, ops)
         stored = weights.matrix(f"{at}.q_b_proj.weight", q_width, mla.q_rank)
         q_up = Linear(_by_part(stored, heads, mla), activation, ops)
-    latent, k_rope = weights.matrix(f"{at}.kv_a_proj_with_mqa.weight", rank + mla.rope_dim, width).split(
-        (rank, mla.rope_dim)
-    )
+    kv_a = weights.matrix(f"{at}.kv_a_proj_with_mqa.weight", rank + mla.rope_dim, width)
+    latent, k_rope = kv_a.split((rank, mla.rope_dim))
+    down = Linear(join([q_down, latent, _halves(k_rope, mla)]), activation, ops)
     kv_b = weights.matrix(f"{at}.kv_b_proj.weight", heads * (mla.nope_dim + mla.value_dim), rank)
-    w_uk, w_uv = kv_b.view(heads, -1, rank).split((mla.nope_dim, mla.value_dim), dim=1)
-    return MLA(
-        Linear(join([down, latent, _halves(k_rope, mla)]), activation, ops),
-        q_norm,
-        q_up,
-        RMSNorm(weights.vector(f"{at}.kv_a_layernorm.weight", rank), NORM_EPS, ops),
-        ops.pack_head_linear(w_uk.transpose(1, 2), activation),
-        ops.pack_head_linear(w_uv, activation),
-        Linear(kv_b, activation, ops) if codec.expands_latents else None,
-        parts.linear(weights, at, {"o_proj": width}, heads * mla.value_dim),
-        cos_sin,
-        codec,
-        heads,
-        mla,
-        config.softmax_scale,
-        ops,
-    )
+    k_rows, v_rows = kv_b.view(heads, -1, rank).split((mla.nope_dim, mla.value_dim), dim=1)
+    kv_norm = RMSNorm(weights.vector(f"{at}.kv_a_layernorm.weight", rank), NORM_EPS, ops)
+    w_uk, w_uv = (ops.pack_head_linear(rows, activation) for rows in (k_rows.transpose(1, 2), v_rows))
+    expand = Linear(kv_b, activation, ops) if own.expands_latents else None
+    out = parts.linear(weights, at, {"o_proj": width}, heads * mla.value_dim)
+    return MLA(down, q_norm, q_up, kv_norm, w_uk, w_uv, expand, out, cos_sin, own, heads, mla, scale, ops)
 
 
 def _by_part(q: torch.Tensor, heads: int, mla: MLAConfig) -> torch.Tensor:

@@ -84,9 +84,8 @@ class Fields:
         """A token id or a list of them; empty if the field is missing."""
         value = self.get(name, [])
         ids = value if isinstance(value, list) else [value]
-        for token_id in ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise self.error(name, f"expected token ids below vocab_size={vocab_size}")
+        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size for i in ids):
+            raise self.error(name, f"expected token ids below vocab_size={vocab_size}")
         return tuple(ids)
 
 

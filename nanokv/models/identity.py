@@ -35,6 +35,7 @@ def model_identity(
     version   of the caller's format; a change of nanokv that writes other bytes into a page raises it
     Returns   SHA-256 over typed, length-framed fields (MessagePack), 64 hexadecimal digits
     """
+    layers = [(*spec.paged, *spec.state, *spec.partial_page) for spec in layout.specs]
     fields: dict[str, Any] = {
         "version": version,
         "model": asdict(model),
@@ -43,13 +44,7 @@ def model_identity(
         "page_size": layout.page_size,
         "page_bytes": layout.page_bytes,
         "state_bytes": layout.state_bytes,
-        "planes": [
-            [
-                [plane.name, list(plane.shape), str(plane.dtype)]
-                for plane in (*spec.paged, *spec.state, *spec.partial_page)
-            ]
-            for spec in layout.specs
-        ],
+        "planes": [[[plane.name, list(plane.shape), str(plane.dtype)] for plane in layer] for layer in layers],
         "weights": ["dummy", config.seed] if config.load == "dummy" else _weights(folder),
     }
     return hashlib.sha256(msgspec.msgpack.encode(fields, enc_hook=str, order="deterministic")).hexdigest()

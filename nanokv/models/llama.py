@@ -14,7 +14,6 @@ from nanokv.codecs import Codec
 from nanokv.layers.attention import Attention
 from nanokv.models import parts, shared_fields
 from nanokv.models.config import ModelConfig
-from nanokv.models.decoder import Decoder
 from nanokv.models.fields import Fields
 from nanokv.models.weights import Weights
 
@@ -40,10 +39,6 @@ def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
     )
 
 
-def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
-    """The decoder. It takes its tensors from `weights`, one block after the other."""
-
-    def mixer(layer: int, cos_sin: torch.Tensor) -> Attention:
-        return parts.attention(weights, f"model.layers.{layer}.self_attn", config, codec.at(layer), cos_sin, None)
-
-    return parts.decoder(config, weights, codec, page_size, mixer)
+def mixer(weights: Weights, config: ModelConfig, codec: Codec, layer: int, cos_sin: torch.Tensor) -> Attention:
+    """The attention of a layer. Takes its tensors from `weights`."""
+    return parts.attention(weights, f"model.layers.{layer}.self_attn", config, codec.at(layer), cos_sin, None)

@@ -7,7 +7,6 @@ or skipped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -15,10 +14,10 @@ import torch
 from nanokv.codecs import Codec, RawCodec
 from nanokv.kernels.linear import activation_dtype
 from nanokv.kernels.ops import Ops
-from nanokv.models import FAMILIES
 from nanokv.models.checkpoint import Checkpoint
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Decoder
+from nanokv.models.parts import decoder
 from nanokv.models.weights import Weights, dummy, recorded
 
 
@@ -44,7 +43,6 @@ def load_model(
     progress   called with (tensors taken, tensors in all) while the model is built
     Raises     CheckpointError naming the file, or every tensor that is missing, unexpected, misshapen or quantised
     """
-    build = _builder(config)
     shapes = tensors(config)
     if load == "dummy":
         read = dummy(dtype, seed)
@@ -55,15 +53,11 @@ def load_model(
     device = torch.device(device)
     count = None if progress is None else lambda taken: progress(taken, len(shapes))
     weights = Weights(read, dtype, activation_dtype(device, dtype), device, Ops(kernels), count)
-    return build(config, weights, codec, page_size)
+    return decoder(config, weights, codec, page_size)
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a checkpoint of this model, found by running the builder without numbers."""
+    """Name and shape of every tensor in a checkpoint of this model, found by building the model without numbers."""
     shapes: dict[str, tuple[int, ...]] = {}
-    _builder(config)(config, recorded(shapes), RawCodec(torch.float32), 1)
+    decoder(config, recorded(shapes), RawCodec(torch.float32), 1)
     return shapes
-
-
-def _builder(config: ModelConfig) -> Callable[..., Decoder]:
-    return import_module(FAMILIES[config.family][1]).build

@@ -6,23 +6,26 @@ Each function takes its tensors by their names in checkpoints, below a prefix `a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 
 import torch
 
 from nanokv.codecs import Codec, LayerCodec
+from nanokv.codecs.pages import Heads
+from nanokv.kernels.experts import Experts
+from nanokv.kernels.linear import embed
 from nanokv.kernels.planes import HeadNorms
 from nanokv.layers.attention import Attention
-from nanokv.layers.linear import Embedding, Linear, TiedEmbedding
+from nanokv.layers.linear import Embedding, Linear
 from nanokv.layers.mlp import MLP
 from nanokv.layers.moe import MoE, Router
 from nanokv.layers.norm import RMSNorm
 from nanokv.layers.rotary import cos_sin_table
+from nanokv.models import FAMILIES
 from nanokv.models.config import ModelConfig
-from nanokv.models.decoder import Block, Decoder, Mixer, layer_specs
+from nanokv.models.decoder import Block, Decoder, layer_specs
 from nanokv.models.weights import Weights, join
-
-BuildMixer = Callable[[int, torch.Tensor], Mixer]
-"""Layer index, table of cosines and sines -> the Mixer of that layer."""
 
 
 def linear(weights: Weights, at: str, outs: dict[str, int], width: int, bias: bool = False) -> Linear:
@@ -47,20 +50,14 @@ def norm_weight(weights: Weights, name: str, config: ModelConfig, size: int) -> 
 
 
 def attention(
-    weights: Weights,
-    at: str,
-    config: ModelConfig,
-    codec: LayerCodec,
-    cos_sin: torch.Tensor,
-    query: torch.Tensor | None,
+    weights: Weights, at: str, config: ModelConfig, codec: LayerCodec, cos_sin: torch.Tensor, query: torch.Tensor | None
 ) -> Attention:
     """Grouped-query attention.
 
     query   the rows of q, then those of the output gate; None: q_proj holds the rows of q and there is no gate
     """
-    width, q_width, kv_width = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads
-    kv_width *= config.head_dim
-    bias = config.attention_bias
+    width, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+    q_width, kv_width = config.num_heads * dim, config.num_kv_heads * dim
     if query is None:
         qkv = linear(weights, at, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}, width, bias)
     else:
@@ -68,13 +65,12 @@ def attention(
         qkv = Linear(join([query[:q_width], k, v, query[q_width:]]), weights.activation, weights.ops)
     norms = None
     if config.qk_norm:
-        q_norm, k_norm = (norm_weight(weights, f"{at}.{name}_norm", config, config.head_dim) for name in "qk")
+        q_norm, k_norm = (norm_weight(weights, f"{at}.{name}_norm", config, dim) for name in "qk")
         norms = HeadNorms(q_norm, k_norm, config.norm_eps)
     out = linear(weights, at, {"o_proj": width}, q_width, bias)
-    return Attention(
-        qkv, out, cos_sin, codec, config.num_heads, config.num_kv_heads, config.head_dim, config.softmax_scale,
-        weights.ops, norms,
-    )  # fmt: skip
+    scale, ops = config.softmax_scale, weights.ops
+    heads = Heads(config.num_heads, config.num_kv_heads, dim, scale, cos_sin, norms, ops)
+    return Attention(qkv, out, codec, heads)
 
 
 def mlp(weights: Weights, at: str, width: int, inner: int, bias: bool = False) -> MLP:
@@ -101,36 +97,31 @@ def feed_forward(weights: Weights, at: str, config: ModelConfig, layer: int) -> 
         shared = mlp(weights, f"{at}.{name}", width, moe.shared_width)
     if moe.shared_gate:
         shared_gate = linear(weights, at, {"shared_expert_gate": 1}, width)
-    return MoE(router, experts, shared, shared_gate, weights.ops)
+    packed = Experts([one.gate_up.packed for one in experts], [one.down.packed for one in experts])
+    return MoE(router, packed, shared, shared_gate, weights.ops)
 
 
-def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int, mixer: BuildMixer) -> Decoder:
-    """The stack that every family shares. `mixer` builds the half of a block in which families differ."""
-    width = config.hidden_size
+def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
+    """The stack that every family shares. `mixer` of the family builds the half of a block in which families differ."""
+    width, mixer = config.hidden_size, import_module(FAMILIES[config.family][1]).mixer
+    specs = layer_specs(config, codec, page_size)  # refuses a codec that does not fit, before a tensor is read
     cos_sin = cos_sin_table(config.rope, config.max_positions, weights.device)
-
-    def block(layer: int) -> Block:
-        at = f"model.layers.{layer}"
-        return Block(
-            norm(weights, f"{at}.input_layernorm", config, width),
-            mixer(layer, cos_sin),
-            norm(weights, f"{at}.post_attention_layernorm", config, width),
-            feed_forward(weights, f"{at}.mlp", config, layer),
-        )
-
     table = weights.matrix("model.embed_tokens.weight", config.vocab_size, width)
     if config.tie_embeddings:
         head = Linear(table, weights.activation, weights.ops, keep=True)
-        embedding: Embedding | TiedEmbedding = TiedEmbedding(head)
+        embedding: Callable[[torch.Tensor], torch.Tensor] = partial(embed, head.packed)
     else:
         head = Linear(weights.matrix("lm_head.weight", config.vocab_size, width), weights.activation, weights.ops)
         embedding = Embedding(table, weights.activation)
     del table
-    return Decoder(
-        config,
-        layer_specs(config, codec, page_size),
-        embedding,
-        [block(i) for i in range(config.num_layers)],
-        norm(weights, "model.norm", config, width),
-        head,
-    )
+    layers = [
+        Block(
+            norm(weights, f"model.layers.{layer}.input_layernorm", config, width),
+            mixer(weights, config, codec, layer, cos_sin),
+            norm(weights, f"model.layers.{layer}.post_attention_layernorm", config, width),
+            feed_forward(weights, f"model.layers.{layer}.mlp", config, layer),
+        )
+        for layer in range(config.num_layers)
+    ]
+    last = norm(weights, "model.norm", config, width)
+    return Decoder(config, specs, embedding, layers, last, head)

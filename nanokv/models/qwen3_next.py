@@ -16,7 +16,7 @@ from nanokv.layers.deltanet import DeltaConfig, GatedDeltaNet
 from nanokv.layers.linear import Linear
 from nanokv.models import parts, shared_fields
 from nanokv.models.config import ATTENTION, GATED_DELTA, ModelConfig
-from nanokv.models.decoder import Decoder, Mixer
+from nanokv.models.decoder import Mixer
 from nanokv.models.fields import Fields
 from nanokv.models.weights import Weights, join
 
@@ -73,17 +73,13 @@ def _delta_config(fields: Fields) -> DeltaConfig:
     )
 
 
-def build(config: ModelConfig, weights: Weights, codec: Codec, page_size: int) -> Decoder:
-    """The decoder. It takes its tensors from `weights`, one block after the other."""
-
-    def mixer(layer: int, cos_sin: torch.Tensor) -> Mixer:
-        at = f"model.layers.{layer}"
-        if config.layer_types[layer] == GATED_DELTA:
-            return _delta(weights, f"{at}.linear_attn", config, codec)
-        query = _query_and_gate(weights, f"{at}.self_attn", config)
-        return parts.attention(weights, f"{at}.self_attn", config, codec.at(layer), cos_sin, query)
-
-    return parts.decoder(config, weights, codec, page_size, mixer)
+def mixer(weights: Weights, config: ModelConfig, codec: Codec, layer: int, cos_sin: torch.Tensor) -> Mixer:
+    """The attention or the Gated DeltaNet of a layer. Takes its tensors from `weights`."""
+    at = f"model.layers.{layer}"
+    if config.layer_types[layer] == GATED_DELTA:
+        return _delta(weights, f"{at}.linear_attn", config)
+    query = _query_and_gate(weights, f"{at}.self_attn", config)
+    return parts.attention(weights, f"{at}.self_attn", config, codec.at(layer), cos_sin, query)
 
 
 def _query_and_gate(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
@@ -93,23 +89,19 @@ def _query_and_gate(weights: Weights, at: str, config: ModelConfig) -> torch.Ten
     return stored.view(heads, 2, head_dim, width).transpose(0, 1).reshape(-1, width)
 
 
-def _delta(weights: Weights, at: str, config: ModelConfig, codec: Codec) -> GatedDeltaNet:
+def _delta(weights: Weights, at: str, config: ModelConfig) -> GatedDeltaNet:
     delta, width = config.delta, config.hidden_size
     assert delta is not None
     inner = delta.value_heads * delta.value_dim
     projections = (_grouped if config.family == NEXT else _flat)(weights, at, delta, width)
-    conv = weights.take(f"{at}.conv1d.weight", (delta.channels, 1, delta.kernel), torch.float32)
-    return GatedDeltaNet(
-        Linear(projections, weights.activation, weights.ops),
-        conv.squeeze(1).contiguous(),
-        weights.take(f"{at}.A_log", (delta.value_heads,), torch.float32),
-        weights.take(f"{at}.dt_bias", (delta.value_heads,), torch.float32),
-        weights.vector(f"{at}.norm.weight", delta.value_dim),
-        config.norm_eps,
-        parts.linear(weights, at, {"out_proj": width}, inner),
-        delta,
-        weights.ops,
-    )
+    in_proj = Linear(projections, weights.activation, weights.ops)
+    stored = weights.take(f"{at}.conv1d.weight", (delta.channels, 1, delta.kernel), torch.float32)
+    conv = stored.squeeze(1).contiguous()
+    each = (delta.value_heads,)
+    a_log, dt_bias = (weights.take(f"{at}.{name}", each, torch.float32) for name in ("A_log", "dt_bias"))
+    norm = weights.vector(f"{at}.norm.weight", delta.value_dim)
+    out = parts.linear(weights, at, {"out_proj": width}, inner)
+    return GatedDeltaNet(in_proj, conv, a_log, dt_bias, norm, config.norm_eps, out, delta, weights.ops)
 
 
 def _flat(weights: Weights, at: str, delta: DeltaConfig, width: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ hold; no second list exists.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -20,6 +21,7 @@ Read = Callable[[str, tuple[int, ...]], torch.Tensor]
 """Name and shape -> the stored tensor."""
 
 
+@dataclass
 class Weights:
     """Tensors by name, and the settings of the layers that a builder makes of them.
 
@@ -27,25 +29,17 @@ class Weights:
     dtype        of matrices
     activation   dtype of vectors (norms, biases): that of the activations they meet
     ops          Ops of the layers
-    progress     called with the number of tensors taken so far, or None
+    progress     called with `taken`, or None
+    taken        tensors taken so far
     """
 
-    def __init__(
-        self,
-        read: Read,
-        dtype: torch.dtype,
-        activation: torch.dtype,
-        device: torch.device,
-        ops: Ops,
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
-        self.dtype = dtype
-        self.activation = activation
-        self.device = device
-        self.ops = ops
-        self._read = read
-        self._progress = progress
-        self._taken = 0
+    read: Read
+    dtype: torch.dtype
+    activation: torch.dtype
+    device: torch.device
+    ops: Ops
+    progress: Callable[[int], None] | None = None
+    taken: int = 0
 
     def matrix(self, name: str, rows: int, columns: int) -> torch.Tensor:
         """A matrix [rows, columns]: [out, in] of a projection."""
@@ -57,10 +51,10 @@ class Weights:
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of any shape in any dtype."""
-        tensor = self._read(name, shape).to(self.device, dtype)
-        self._taken += 1
-        if self._progress is not None:
-            self._progress(self._taken)
+        tensor = self.read(name, shape).to(self.device, dtype)
+        self.taken += 1
+        if self.progress is not None:
+            self.progress(self.taken)
         return tensor
 
 
@@ -97,9 +91,8 @@ def dummy(dtype: torch.dtype, seed: int) -> Read:
         tensor = torch.empty(shape, dtype=dtype)
         if name.endswith("norm.weight"):
             return tensor.fill_(1)
-        flat = tensor.view(-1)
         start = int(torch.randint(BANK, (), generator=generator))
-        for piece in flat.split(BANK):
+        for piece in tensor.view(-1).split(BANK):
             first = min(len(piece), BANK - start)
             piece[:first] = bank[start : start + first]
             piece[first:] = bank[: len(piece) - first]

@@ -43,19 +43,14 @@ class Conversation:
             raise RequestError("this model has no chat template, so it cannot chat")
         self.tokenizer = tokenizer
         self._variables = variables
-        self._system = system
+        self.system = system
         self._states = [_State()]
         """The states after each message, for undo: empty, asked, answered, asked, answered, ..."""
 
     @property
-    def system(self) -> str | None:
-        """The system message; None: that of the template."""
-        return self._system
-
-    @property
     def messages(self) -> list[dict]:
         """All messages, the system message first where there is one."""
-        system = [{"role": "system", "content": self._system}] if self._system is not None else []
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
         return system + [dict(message) for message in self._states[-1].messages]
 
     @property
@@ -107,7 +102,7 @@ class Conversation:
 
     def set_system(self, system: str | None) -> None:
         """Replaces the system message, for earlier turns too: the next question encodes them again."""
-        self._system = system
+        self.system = system
         self._states = [_State(state.messages) for state in self._states]
 
     def load(self, messages: Sequence[dict]) -> None:
@@ -126,12 +121,12 @@ class Conversation:
                 raise RequestError(f"messages[{place}]['content']: expected a text")
         if not isinstance(system, (str, type(None))):
             raise RequestError("messages[0]['content']: expected a text")
-        self._system = system
+        self.system = system
         self._states = [_State(tuple(turns[:end])) for end in range(len(turns) + 1)]
 
     def _render(self, messages: tuple[dict, ...], before: _State) -> _State:
         """The state that asks for an answer to `messages`. Keeps the ids of `before` where its text is a prefix."""
-        system = [{"role": "system", "content": self._system}] if self._system is not None else []
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
         text = self.tokenizer.render_marked([*system, *messages], **self._variables)
         if before.token_ids and text.startswith(before.text):
             new = self.tokenizer.encode_after(before.text, text[len(before.text) :])

@@ -151,13 +151,9 @@ def _environment() -> Any:
 
 def _special_tokens(config: dict) -> dict[str, str]:
     """bos_token and the other special tokens, which files write as a text or as {"content": text}."""
-    found = {}
-    for name in _SPECIAL:
-        value = config.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            found[name] = value
-    return found
+    values = {name: config.get(name) for name in _SPECIAL}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _read_json(path: Path) -> dict:

@@ -67,10 +67,6 @@ class Tokenizer:
         """The text of token ids, without ids beyond the vocabulary (models pad their vocabulary)."""
         return self.backend.decode([i for i in ids if 0 <= i < _ID_END], skip_special_tokens=skip_special)
 
-    def token_to_id(self, token: str) -> int | None:
-        """The id of a token; None where the vocabulary lacks it."""
-        return self.backend.token_to_id(token)
-
     def id_to_token(self, token_id: int) -> str | None:
         """The token of an id, as tokenizer.json writes it; None for an id beyond the vocabulary."""
         return self.backend.id_to_token(token_id) if 0 <= token_id < _ID_END else None
@@ -80,13 +76,11 @@ class Tokenizer:
 
         A token with a letter outside the byte alphabet (an added one, with a space in it) means its own text.
         """
-        found = self._bytes.get(token_id)
-        if found is None:
+        if token_id not in self._bytes:
             token, alphabet = self.id_to_token(token_id) or "", byte_alphabet()
             known = all(letter in alphabet for letter in token)
-            found = bytes(alphabet[letter] for letter in token) if known else token.encode()
-            self._bytes[token_id] = found
-        return found
+            self._bytes[token_id] = bytes(alphabet[letter] for letter in token) if known else token.encode()
+        return self._bytes[token_id]
 
     @cached_property
     def is_byte_level(self) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from nanokv.codecs.basis import rotation
-from nanokv.codecs.quantizer import Arrays, plane
+from nanokv.codecs.quantizer import Arrays, Quantizer, plane
 from nanokv.core.spec import Plane
 from nanokv.kernels import reference
 from nanokv.kernels.ops import AUTO, Ops
@@ -71,12 +71,11 @@ def angles(level: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class PolarQuantizer:
+class PolarQuantizer(Quantizer):
     """PolarQuant. Good for keys and for values."""
 
     name: str
-    is_sketch: bool = False
-    multiple: int = 64
+    multiple = 64
     """Four blocks, so that the codes of each level fill whole bytes."""
 
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 
 from nanokv.codecs.basis import Basis, sketch
-from nanokv.codecs.quantizer import Arrays, plane
+from nanokv.codecs.quantizer import Arrays, Quantizer, plane
 from nanokv.core.spec import Plane
 from nanokv.kernels import reference
 from nanokv.kernels.ops import AUTO, Ops
@@ -27,12 +27,11 @@ BITS = 2
 
 
 @dataclass(frozen=True)
-class QJLQuantizer:
+class QJLQuantizer(Quantizer):
     """QJL, for keys only."""
 
     name: str
-    is_sketch: bool = True
-    multiple: int = 16
+    is_sketch = True
 
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
         """Signs uint8 [.., dim / 4], eight in a byte, and lengths float16."""

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 
 from nanokv.codecs.basis import Basis, haar, rotation, sketch
-from nanokv.codecs.quantizer import Arrays, plane
+from nanokv.codecs.quantizer import Arrays, Quantizer, plane
 from nanokv.codecs.tables import lloyd_max
 from nanokv.core.spec import Plane
 from nanokv.kernels import reference
@@ -26,7 +26,7 @@ from nanokv.kernels.planes import LARGEST_SCALE, CodePlane
 
 
 @dataclass(frozen=True)
-class ProdQuantizer:
+class ProdQuantizer(Quantizer):
     """TurboQuant_prod, for keys.
 
     bits         of codes and signs together, 1 to 4; 1 is the sketch alone
@@ -36,8 +36,6 @@ class ProdQuantizer:
     name: str
     bits: int
     orthogonal: bool
-    is_sketch: bool = False
-    multiple: int = 16
 
     def planes(self, prefix: str, heads: int, dim: int, page_size: int) -> tuple[Plane, ...]:
         """Codes and signs uint8, and two scales float16: of x and of the residual."""
