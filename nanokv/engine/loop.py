@@ -245,7 +245,7 @@ class EngineLoop:
                     self._has_turn = is_nested
         finally:
             self._settle()
-            if self._is_driven:  # this turn began before the thread did, and may leave it work
+            if self._is_driven and self._wake.empty():  # this turn may leave work to the thread
                 self._wake.put(None)
 
     def _post(self, call: Callable[[], None]) -> None:
@@ -253,7 +253,7 @@ class EngineLoop:
         self._calls.append(call)
         if self._thread is None:
             self._settle()
-        else:
+        elif self._wake.empty():
             self._wake.put(None)
 
     def _settle(self) -> None:
@@ -280,8 +280,6 @@ class EngineLoop:
                     self._stepped.notify_all()
                 if not has_work:
                     wake.get()
-                    while not wake.empty():
-                        wake.get()
         except BaseException as error:
             self._failure = error
             logger.exception("the thread of the engine ends")
