@@ -281,9 +281,9 @@ def poison(llm: LLM, monkeypatch, position: int, value: float) -> None:
     mixer, forward = llm.engine.model.layers[1].mixer, llm.engine.model.forward
     project, rows = mixer.qkv, []
 
-    def noticing(batch, store):
+    def noticing(batch, store, *between):
         rows[:] = (batch.positions == position).nonzero()[:, 0].tolist()
-        return forward(batch, store)
+        return forward(batch, store, *between)
 
     def broken(x: torch.Tensor) -> torch.Tensor:
         qkv = project(x)
@@ -335,7 +335,7 @@ def test_a_nonfinite_latent_ends_only_its_own_request(at, tmp_path, monkeypatch)
             return latents, keys
 
         monkeypatch.setattr(LatentPages, "_compute", broken)
-        assert isinstance(mixer.held.pages, LatentPages)
+        assert isinstance(mixer.pages, LatentPages)
         well, ill = llm.generate(texts, GREEDY)
         assert (well.token_ids, ill.finish_reason) == (truth[0][0], "error")
 
