@@ -18,7 +18,8 @@ from nanokv.core.request import Request, RequestOutput, SamplingParams
 from nanokv.disagg.config import DisaggConfig
 from nanokv.engine.device import choose_device, resolve_dtype
 from nanokv.engine.engine import Engine
-from nanokv.engine.loop import EngineLoop, Ticket
+from nanokv.engine.loop import EngineLoop
+from nanokv.engine.ticket import Ticket
 from nanokv.hub.home import resolve_model
 from nanokv.kernels.ops import Ops
 from nanokv.models.loader import load_model
@@ -61,29 +62,23 @@ class LLM:
         with ExitStack() as stack:
             self.cluster = cluster = None
             if disagg is not None:
-                from nanokv.disagg.cluster import DisaggCluster  # its messages need msgspec, which nothing else does
+                from nanokv.disagg.cluster import DisaggCluster  # only where it is asked for
 
                 self.cluster = cluster = DisaggCluster(disagg, self.folder, self.config, self.device, self.dtype)
                 stack.callback(cluster.close)
             decoder = load_model(
-                self.folder,
-                self.model_config,
-                dtype=self.dtype,
-                device=self.device,
-                codec=codec,
-                page_size=self.config.page_size,
-                load=self.config.load,
-                seed=self.config.seed,
+                self.folder, self.model_config, dtype=self.dtype, device=self.device, codec=codec,
+                page_size=self.config.page_size, load=self.config.load, seed=self.config.seed,
                 kernels=self.config.kernels,
-            )
+            )  # fmt: skip
             connectors = () if cluster is None else (cluster.dispatcher,)
             allocate = None if cluster is None else cluster.dispatcher.allocate
             self.engine = Engine(decoder, self.config, self.tokenizer, self.device, connectors, allocate)
+            self.loop = EngineLoop(self.engine)  # streams keep it, and with it the processes, though the LLM is dropped
             if cluster is not None:
                 cluster.open(self.engine, self.model_config)
-                weakref.finalize(self, cluster.abandon)  # ends the processes of an LLM that is dropped without close()
+                weakref.finalize(self.loop, cluster.abandon)  # where close() was not called
             stack.pop_all()
-        self.loop = EngineLoop(self.engine)
         self._pid = os.getpid()
 
     def generate(

@@ -107,7 +107,7 @@ class House:
         event_log=None,
         num_states=0,
         interval=None,
-        observers=(),
+        observers=None,
     ) -> None:
         self.page_size = page_size
         self.events = Events()

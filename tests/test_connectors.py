@@ -6,6 +6,7 @@ import pytest
 from oracles import prompt
 
 from nanokv import SamplingParams
+from nanokv.cache.observers import Observers
 from nanokv.core.keys import page_keys, root_key
 from nanokv.core.request import Request
 from nanokv.engine.connector import Delivery
@@ -89,7 +90,7 @@ def answers(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def engine_with(model, *tiers: HostTier) -> Engine:
-    engine = Engine(*model, None, connectors=tiers, observers=tiers)
+    engine = Engine(*model, None, connectors=tiers, observers=Observers(tiers, b""))
     for tier in tiers:
         tier.store = engine.store
     return engine

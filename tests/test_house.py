@@ -106,6 +106,5 @@ def test_a_request_with_the_reference_kernels_enters_files_of_the_spine_only():
 READ_NOT_RUN = {
     "nanokv/cache/contract.py",
     "nanokv/kernels/planes.py",
-    "nanokv/models/llama.py",
 }
 """Files of the spine that such a request does not run: contracts and data, and the family that has built the layers."""

@@ -6,6 +6,7 @@ from array import array
 
 from naive_cache import House
 
+from nanokv.cache.observers import Observers
 from nanokv.core.keys import KEY_BYTES, page_keys, root_key
 
 
@@ -48,22 +49,22 @@ class Recorder:
 
 def test_observers_receive_the_key_of_every_stored_and_evicted_page():
     recorder = Recorder()
-    house = House(6, observers=[recorder])
+    house = House(6, observers=Observers([recorder], b"model"))
     house.serve(range(9))
     house.serve(range(9), answer=[1])  # the same pages: no new page is stored
-    first = page_keys(list(range(8)), 4, root_key(b"", None))
+    first = page_keys(list(range(8)), 4, root_key(b"model", None))
     assert list(recorder.cached) == first
     house.serve(range(100, 119), salt="s")
     assert [key for key, _ in recorder.evicted] == [first[1]]
     assert len(recorder.cached) == house.cache.stats()["pages_cached"]
-    assert page_keys(list(range(100, 116)), 4, root_key(b"", "s"))[3] in recorder.cached
+    assert page_keys(list(range(100, 116)), 4, root_key(b"model", "s"))[3] in recorder.cached
     house.cache.reset()
     assert not recorder.cached
 
 
 def test_the_moves_of_a_plan_list_the_evicted_pages_to_save():
     recorder = Recorder()
-    house = House(3, observers=[recorder])
+    house = House(3, observers=Observers([recorder], b"model"))
     house.serve(range(9))
     request = house.request(range(100, 109))
     assert house.admit(request)

@@ -26,12 +26,13 @@ import torch
 
 from nanokv.bench.measure import Ticker, greedy, no_tick, percentile, spread
 from nanokv.bench.workloads import random_prompts
+from nanokv.cache.manager import CacheManager
 from nanokv.core.errors import NanokvError
 from nanokv.core.request import Request, RequestOutput
 from nanokv.disagg.config import DisaggConfig
 from nanokv.disagg.grants import prefill_message
 from nanokv.disagg.messages import encode
-from nanokv.engine.loop import Ticket
+from nanokv.engine.ticket import Ticket
 from nanokv.llm import LLM
 
 MODES = ("one step", "chunked", "split")
@@ -227,5 +228,8 @@ def _message_bytes(llm: LLM, prompt_tokens: int) -> int:
     request = Request([5] * prompt_tokens, greedy(ANSWER), "request-1")
     request.tokens.extend(request.prompt_token_ids)
     request.num_prompt = prompt_tokens
-    request.held.pages.extend(range(llm.engine.cache.pages_for(prompt_tokens)))
+    layout = llm.engine.layout
+    cache = CacheManager(layout, layout.pages_for(prompt_tokens), num_states=4 if layout.state_bytes else 0)
+    cache.match(request)
+    cache.reserve(request, prompt_tokens)
     return len(encode(prefill_message(request, 1, 1 << 60, [])))

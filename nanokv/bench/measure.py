@@ -22,7 +22,7 @@ from nanokv.bench.workloads import random_prompts, shared_prefix_prompts
 from nanokv.cache.manager import CacheManager
 from nanokv.core.errors import ConfigError, NanokvError
 from nanokv.core.request import Request, RequestOutput, SamplingParams
-from nanokv.engine.loop import Ticket
+from nanokv.engine.ticket import Ticket
 from nanokv.llm import LLM
 from nanokv.models.loader import tensors
 

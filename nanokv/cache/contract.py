@@ -35,7 +35,7 @@ class Moves:
 
 
 class Cache(Protocol):
-    """The cache as the scheduler sees it. These methods alone write `request.held`."""
+    """The cache as the scheduler sees it. An implementation of it alone writes `request.held`."""
 
     @property
     def num_available(self) -> int:

@@ -20,10 +20,11 @@ between that state and the end of the pages found, into private pages that are f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from nanokv.cache.audit import check_pages
-from nanokv.cache.contract import CacheObserver, Moves
+from nanokv.cache.contract import Moves
+from nanokv.cache.observers import Observers
 from nanokv.cache.pool import PagePool
 from nanokv.cache.radix import RadixTree
 from nanokv.cache.sharing import Sharing
@@ -44,8 +45,7 @@ class CacheManager(Sharing):
     num_states       states in the pool: two for each running request where a layer is recurrent, one where layers keep
                      partial pages alone, else 0
     state_interval   tokens between further checkpoints of states, or None
-    observers        receive the changes of the prefix tree
-    identity         of the model, for page keys (core/keys.py); b"" where keys never leave the process
+    observers        receive the changes of the prefix tree; None: page keys never leave the process
     """
 
     def __init__(
@@ -56,20 +56,19 @@ class CacheManager(Sharing):
         events: Events | None = None,
         num_states: int = 0,
         state_interval: int | None = None,
-        observers: Sequence[CacheObserver] = (),
-        identity: bytes = b"",
+        observers: Observers | None = None,
     ) -> None:
         self.page_size = layout.page_size
         self._layout = layout
         self.prefix_cache = prefix_cache
         self._is_recurrent = layout.is_recurrent
         self._pool = PagePool(num_pages)
-        self._tree = RadixTree(layout.page_size, identity)
+        self._tree = RadixTree(layout.page_size, observers.identity if observers is not None else b"")
         self._states = None
         if num_states:
             self._states = States(num_states, layout.page_size, state_interval, self._tree, layout.is_recurrent)
         self._events = events if events is not None else Events()
-        self._observers = tuple(observers)
+        self._observers = observers
         self._live: set[Request] = set()
         self._moves = Moves()
         self._counters = dict.fromkeys(("evictions", "hit_tokens", "kv_hit_tokens", "queried_tokens", "copies"), 0)
@@ -250,13 +249,12 @@ class CacheManager(Sharing):
 
     def _evict(self, num_pages: int) -> list[int]:
         evicted = self._pool.release(self._tree.evict(num_pages))
-        if self._observers and evicted:
-            keys = self._tree.keys_of(evicted)
-            self._moves.saves += zip(keys, evicted, strict=True)
-            for observer in self._observers:
-                observer.evicting(keys, evicted)
         if self._states is not None:
             self._states.drop(self._tree.take_cut())
+        keys = self._tree.keys_of(evicted)
+        self._moves.saves += zip(keys, evicted, strict=True)
+        if self._observers is not None and evicted:
+            self._observers.evicting(keys, evicted)
         return evicted
 
     def _copy_on_write(self, request: Request, index: int) -> None:
@@ -288,8 +286,8 @@ class CacheManager(Sharing):
         freed = self._pool.release(duplicates)
         self._log(Published, request, in_tree)
         adopted = own[len(duplicates) :]  # the tree held a prefix of them, so its new pages are the last
-        for observer in self._observers if adopted else ():
-            observer.stored(self._tree.keys_of(adopted), adopted)
+        if self._observers is not None and adopted:
+            self._observers.stored(self._tree.keys_of(adopted), adopted)
         if freed:
             self._log(Freed, request, freed)
 

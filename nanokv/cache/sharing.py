@@ -91,7 +91,7 @@ class Sharing(ABC):
         self._expect_live(request)
         if self.prefix_cache:
             if self._states is not None:
-                for position, state in sorted(self._states.take_reserved(request).items()):
+                for position, state in sorted(self._states.take_reserved(request, num_tokens).items()):
                     self._publish(request, position)
                     self._states.attach(request.held.node, state)
             self._publish(request, num_tokens)

@@ -166,10 +166,15 @@ class States:
                 held.reserved[position] = slot
         return held.reserved
 
-    def take_reserved(self, request: Request) -> dict[int, int]:
-        """Ends a reservation. The caller gives each slot to its node with `attach`. Returns position -> slot."""
+    def take_reserved(self, request: Request, upto: int) -> dict[int, int]:
+        """Ends a reservation of which positions up to `upto` were reached; frees the other slots.
+
+        Returns position -> slot. The caller gives each slot to its node with `attach`.
+        """
         held: Recurrence = request.held.recurrence
         reserved, held.reserved = held.reserved or {}, None
+        for position in [position for position in reserved if position > upto]:
+            self._pool.release(reserved.pop(position))
         return reserved
 
     def attach(self, node: Node, slot: int) -> None:

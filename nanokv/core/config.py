@@ -93,16 +93,18 @@ class EngineConfig:
     """Path of a JSONL file that receives a record of each event of a page or a request (core/events.py)."""
     debug_checks: bool = False
     """Audit the cache whenever the engine is idle (CacheManager.check)."""
-    kernels: str = "auto"
-    """"auto": compiled kernels for the device (numba, Triton); "reference": the readable torch ones on any device, to
-    step through with a debugger. Much slower; float32 tokens are the same, except where two logits almost tie."""
     load: str = "auto"
     """"auto" reads the checkpoint; "dummy" fills the model with seeded random weights (benchmarks)."""
 
+    kernels: str = "auto"
+    """"auto": compiled kernels for the device (numba, Triton); "reference": the readable torch ones on any device, to
+    step through with a debugger. Much slower; float32 tokens are the same, except where two logits almost tie."""
     unquantized_layers: InitVar[str] = ""
     """An alias of native_layers, in which its value is kept."""
 
     def __post_init__(self, unquantized_layers: str) -> None:
+        if not isinstance(unquantized_layers, str):
+            raise ConfigError(f"unquantized_layers={unquantized_layers!r}: expected such as 'first2,last2'")
         if unquantized_layers:
             if self.native_layers:
                 raise ConfigError("native_layers and unquantized_layers are the same option: give one of them")

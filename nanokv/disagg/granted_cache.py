@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from nanokv.cache.contract import Moves
 from nanokv.core.errors import CacheError
-from nanokv.core.request import Request
+from nanokv.core.request import Holding, Request
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class GrantedCache:
         """Forgets a request, and copies of its state that have not run: their targets will have other owners."""
         self._given.pop(request, None)
         self._copies = [copy for copy in self._copies if copy[0] != request.held.state_id]
+        request.held, request.num_computed = Holding(), 0
 
     def prefix_length(self, request: Request) -> int:
         """Tokens whose pages hold their keys and values already."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from nanokv.cache.contract import CacheObserver
 from nanokv.cache.manager import CacheManager
+from nanokv.cache.observers import Observers
 from nanokv.cache.states import MAX_RESERVED
 from nanokv.cache.store import CacheStore
 from nanokv.core.config import EngineConfig
@@ -53,7 +53,7 @@ def build(
     device: torch.device,
     has_transfers: bool = False,
     allocate: Allocate | None = None,
-    observers: Sequence[CacheObserver] = (),
+    observers: Observers | None = None,
 ) -> Parts:
     """Binds the model to the layout of its pages; sizes and allocates its pool.
 

@@ -67,7 +67,10 @@ class Connector(PageSource, Protocol):
         ...
 
     def save(self, moves: Moves, store: CacheStore) -> None:
-        """Copies the pages that it wants of `moves.saves`: they are about to be overwritten."""
+        """Copies the pages that it wants of `moves.saves`: they are about to be overwritten.
+
+        Their keys tell models apart where the engine has Observers, which bring the model's identity.
+        """
         ...
 
     def collect(self, wait: bool) -> deque[Delivery]:

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from nanokv.cache.contract import CacheObserver
+from nanokv.cache.observers import Observers
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import RequestError
 from nanokv.core.events import RequestAdded, StepLaunched
@@ -58,7 +58,7 @@ class Engine:
         device: torch.device | str = "cpu",
         connectors: Sequence[Connector] = (),
         allocate: Allocate | None = None,
-        observers: Sequence[CacheObserver] = (),
+        observers: Observers | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -125,7 +125,7 @@ class Engine:
 
         KeyboardInterrupt undoes the step: its requests compute the same tokens again.
         """
-        plan = StepPlan()
+        plan, num_delivered = StepPlan(), self.outputs.num_delivered
         try:
             self._collect(wait=False)
             plan = self._plan()
@@ -134,7 +134,7 @@ class Engine:
                 self.transfers.start(plan.transfers, self.cache, self.events, self._recovery.fail)
                 is_launched = self._launch(plan)
                 if not is_launched and not self._steps:
-                    self._collect(wait=not self.outputs.has_outputs)
+                    self._collect(wait=self.outputs.num_delivered == num_delivered)
                 while self._steps and (len(self._steps) > self._depth or not is_launched):
                     self._resolve(self._steps[0])
                     self._steps.popleft()

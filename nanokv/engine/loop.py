@@ -22,79 +22,13 @@ from typing import TypeVar
 from nanokv.core.errors import NanokvError
 from nanokv.core.request import Request, RequestOutput
 from nanokv.engine.engine import Engine
+from nanokv.engine.ticket import Inbox, Ticket
 
 logger = logging.getLogger("nanokv")
 
 T = TypeVar("T")
 WAIT_S = 0.05
 """Seconds for which a caller waits for the thread before it asks whether the thread has failed."""
-
-
-class Inbox:
-    """The outputs of one request that its ticket has not returned yet. Holds no ticket: dropping a ticket cancels."""
-
-    def __init__(self) -> None:
-        self.outputs: deque[RequestOutput] = deque()
-        self.num_running = 0  # samples that have not ended
-
-    def put(self, output: RequestOutput) -> None:
-        """Takes an output of the engine: the sink of the request."""
-        self.outputs.append(output)
-        self.num_running -= output.finished
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there is an output, or one will come."""
-        return self.num_running > 0 or bool(self.outputs)
-
-    @property
-    def needs_step(self) -> bool:
-        """Whether the next output takes a step."""
-        return self.num_running > 0 and not self.outputs
-
-
-class Ticket:
-    """One submitted request: an iterator over its outputs, which ends after the last one.
-
-    Closing or dropping a ticket cancels its request, if that is still live.
-    """
-
-    def __init__(self, loop: EngineLoop, request: Request, inbox: Inbox) -> None:
-        self.request = request
-        self.request_id = request.id
-        self._loop = loop
-        self._inbox = inbox
-
-    def __iter__(self) -> Ticket:
-        return self
-
-    def __next__(self) -> RequestOutput:
-        inbox = self._inbox
-        while not inbox.outputs:
-            if not self._loop.advance(inbox):
-                raise StopIteration
-        return inbox.outputs.popleft()
-
-    def advance(self) -> bool:
-        """One step of the engine, or a short wait for the thread, if there is no output yet. False after the last."""
-        return self._loop.advance(self._inbox)
-
-    def take(self) -> list[RequestOutput]:
-        """The outputs that are there, without a step."""
-        outputs = self._inbox.outputs
-        return [outputs.popleft() for _ in range(len(outputs))]
-
-    def cancel(self) -> None:
-        """Aborts the request between two steps, if it is still live. The iterator goes on to its last output."""
-        self._loop.cancel(self.request_id, self._inbox)
-
-    def close(self) -> None:
-        """Cancels, and drops the outputs."""
-        self.cancel()
-        self._inbox = Inbox()
-
-    def __del__(self) -> None:
-        self.cancel()
 
 
 class EngineLoop:
@@ -120,11 +54,15 @@ class EngineLoop:
 
         def add(engine: Engine) -> None:
             self._check_open()
+            inbox.num_samples = getattr(request.params, "n", 1)  # not validated yet
             engine.add_request(request, inbox.put)
-            inbox.num_running = request.params.n
 
-        self.call(add)
-        return Ticket(self, request, inbox)
+        try:
+            self.call(add)
+        except KeyboardInterrupt:  # the request may be live, and no ticket will cancel it
+            self.cancel(request, inbox)
+            raise
+        return Ticket(request, inbox, self.advance, self.cancel)
 
     def call(self, fn: Callable[[Engine], T]) -> T:
         """Runs fn(engine) between two steps and returns its result, or raises its exception.
@@ -159,16 +97,21 @@ class EngineLoop:
         with self._turn():
             return self._step(self.engine.step)
 
-    def cancel(self, request_id: str, inbox: Inbox) -> None:
+    def cancel(self, request: Request, inbox: Inbox) -> None:
         """Aborts a request between two steps. Never blocks, so a finalizer may call it at any point."""
+
+        def abort() -> None:
+            if inbox.num_running > 0 and request.request_id is not None and request.id in self.engine:
+                self.engine.abort(request.id)
+
         if inbox.num_running > 0:
-            self._post(lambda: self.engine.abort(request_id) if inbox.num_running > 0 else None)
+            self._post(abort)
 
     def start(self) -> None:
         """Starts a thread that steps whenever there is work; `stop` ends it. Raises NanokvError after `close`."""
         with self._lock:
             self._check_open()
-            if self._thread is None:
+            if self._thread is None or self._failure is not None:
                 self._failure, self._wake = None, SimpleQueue()
                 thread = threading.Thread(target=self._run, args=(self._wake,), name="engine", daemon=True)
                 thread.start()
@@ -290,4 +233,5 @@ class EngineLoop:
 
     def _check_thread(self) -> None:
         if self._failure is not None:
-            raise NanokvError(f"the engine has failed: {self._failure}") from self._failure
+            why = f"{type(self._failure).__name__}: {self._failure}"
+            raise NanokvError(f"the engine has failed: {why}") from self._failure

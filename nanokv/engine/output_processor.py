@@ -44,6 +44,7 @@ class OutputProcessor:
         self._samples: dict[str, list[Request]] = {}
         self._sinks: dict[str, Sink] = {}
         self._outputs: list[RequestOutput] = []
+        self.num_delivered = 0  # outputs so far
 
     def __contains__(self, request_id: str | None) -> bool:
         """Whether a request is live."""
@@ -142,16 +143,17 @@ class OutputProcessor:
             output = self._output(request)
             output.index = index
             self._deliver(output)
+        self._scheduler.remove(request)
         samples = self._samples[request.id]
-        samples.remove(request)
+        samples.remove(request)  # last: until then an interrupted `finish` is repeated (recovery.py)
         if not samples:
             del self._samples[request.id]
             self._sinks.pop(request.id, None)
-        self._scheduler.remove(request)
         if self._events:
             self._events.emit(Finished(request.id, request.index, reason))
 
     def _deliver(self, output: RequestOutput) -> None:
+        self.num_delivered += 1
         self._sinks.get(output.request_id, self._outputs.append)(output)
 
     def _open_text(self, request: Request) -> None:

@@ -80,7 +80,7 @@ class Scheduler:
         if request in self.running:
             self.running.remove(request)
             self._cache.release(request)
-        else:
+        elif request in self.waiting:
             self.waiting.remove(request)
             self._policy.forget(request)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from weakref import WeakKeyDictionary
 
 from nanokv.cache.contract import Moves
 from nanokv.cache.manager import CacheManager
@@ -28,7 +30,8 @@ class Transfers:
 
     def __init__(self, connectors: Sequence[Connector]) -> None:
         self.connectors = tuple(connectors)
-        self._owners: dict[Request, Connector] = {}  # the connector of each request in transfer
+        self._chosen: WeakKeyDictionary[Request, Connector] = WeakKeyDictionary()  # whose offer was the largest
+        self._owners: dict[Request, tuple[Connector, int]] = {}  # of each request in transfer, and its `upto`
 
     def __contains__(self, request: Request) -> bool:
         """Whether a connector has the request."""
@@ -36,17 +39,31 @@ class Transfers:
 
     def offers(self, request: Request, found: int) -> int:
         """Tokens that the best connector can bring; `found`: none."""
-        if request.num_attempts >= MAX_ATTEMPTS or request.wants_all_logits:
-            return found
-        return max((connector.offers(request, found) for connector in self.connectors), default=found)
+        best = found
+        for connector in self.connectors:
+            if request.num_attempts >= MAX_ATTEMPTS or request.wants_all_logits:
+                break
+            try:
+                offer = min(connector.offers(request, found), request.num_tokens)
+            except Exception:
+                logger.exception("a connector failed to make an offer, which counts as none")
+                continue
+            if offer > best:
+                best, self._chosen[request] = offer, connector
+        return best
 
     def abort(self, request: Request) -> bool:
         """Cancels a transfer. True: the request's pages stay quarantined until it is collected."""
-        owner = self._owners.get(request)
-        if owner is not None and owner.abort(request):
-            return True
-        self._owners.pop(request, None)
-        return False
+        if request not in self._owners:
+            return False
+        try:
+            is_writing = self._owners[request][0].abort(request)
+        except Exception:
+            logger.exception("a connector failed to abort a transfer, and may still write")
+            is_writing = True
+        if not is_writing:
+            del self._owners[request]
+        return is_writing
 
     def start(self, waiting: list[tuple[Request, int]], cache: CacheManager, events: Events, fail: Fail) -> None:
         """Starts the transfers (request, upto) of a plan, whose moves have run, and removes them from the list.
@@ -56,11 +73,10 @@ class Transfers:
         while waiting:
             request, upto = waiting[0]
             request.metrics.first_scheduled = request.metrics.first_scheduled or time.perf_counter()
-            found = request.num_computed
             request.num_attempts += 1
             try:
-                owner = max(self.connectors, key=lambda connector: connector.offers(request, found))
-                self._owners[request] = owner
+                owner = self._chosen.pop(request)
+                self._owners[request] = owner, upto
                 owner.start(request, upto, cache.reserve_checkpoints(request, upto))
             except Exception as error:
                 fail([request], error)
@@ -83,9 +99,11 @@ class Transfers:
 
         wait   if none has ended, wait a moment for one
         """
-        for connector in self.connectors:
-            arrived = connector.collect(wait)
-            wait = wait and not arrived
+        queues = [self._collected(connector, False) for connector in self.connectors]
+        for place, connector in enumerate(self.connectors):
+            if wait and not any(queues):
+                queues[place] = self._collected(connector, True)
+        for arrived in queues:
             while arrived:  # each leaves the connector alone, so that an error or Ctrl-C loses none behind it
                 request = arrived[0].request
                 try:
@@ -104,19 +122,27 @@ class Transfers:
                 finally:
                     arrived.popleft()
 
+    def _collected(self, connector: Connector, wait: bool) -> deque[Delivery]:
+        try:
+            return connector.collect(wait)
+        except Exception:
+            logger.exception("a connector failed to collect transfers, which are asked for again")
+            return deque()
+
     def _join(self, delivery: Delivery, scheduler: Scheduler, cache: CacheManager, outputs: OutputProcessor) -> None:
         request = delivery.request
-        self._owners.pop(request, None)
+        _, upto = self._owners.pop(request, (None, 0))
+        num_tokens = min(delivery.num_tokens, upto)
         request.in_transfer = False
         if request.finish_reason is not None:  # aborted meanwhile: its pages are free from here on
             scheduler.remove(request)
-        elif delivery.num_tokens <= request.num_computed:
+        elif num_tokens <= request.num_computed:
             scheduler.preempt(request)
         elif None in delivery.tokens:  # such pages are never published
             outputs.append(request, None, None, time.perf_counter())
         elif not delivery.tokens:
             request.num_attempts = 0
-            cache.adopt(request, min(delivery.num_tokens, request.num_tokens - 1))
+            cache.adopt(request, min(num_tokens, request.num_tokens - 1))
         else:
             request.num_attempts = 0
             cache.adopt(request, request.num_tokens)
@@ -132,4 +158,7 @@ class Transfers:
 
     def stats(self) -> dict[str, int | float]:
         """The numbers of all connectors (core/stats.py)."""
-        return {name: value for connector in self.connectors for name, value in connector.stats().items()}
+        total: Counter[str] = Counter()
+        for connector in self.connectors:
+            total.update(connector.stats())
+        return dict(total)

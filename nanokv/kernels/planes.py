@@ -18,7 +18,7 @@ def _sizes(planes: KVPlanes | StatePlanes) -> np.ndarray:
 class KVPlanes:
     """Places of one attention layer's keys and values in a page.
 
-    The key of a token and a KV head has `head_dim` numbers at k, then `rope_dim` at tail, the rope key that all KV
+    The key of a token and a KV head has `head_dim` numbers at k, then `rope_dim` at rope, the rope key that all KV
     heads share. Its value has `value_dim` numbers at v.
 
         grouped queries   k and v are planes [kv_heads, page_size, head_dim]; no rope key
