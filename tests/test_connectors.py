@@ -1,5 +1,6 @@
 """Connectors: an engine takes computed pages from any number of connectors, and its answers stay the same."""
 
+import itertools
 from collections import deque
 
 import pytest
@@ -256,3 +257,53 @@ def test_ctrl_c_in_any_event_of_a_run_loses_no_request_and_no_page(model):
     assert len(alone) == 6
     for number in range(num_events):
         assert run_interrupted(model, number)[0] == alone, number
+
+
+def broken(*arguments):
+    raise OSError("the tier is away")
+
+
+@pytest.mark.parametrize("what", ["offers", "collect", "save"])
+def test_a_connector_that_raises_costs_no_request_and_no_token(model, what):
+    """`collect` works now and then: before it does, nothing says that the connector writes no more."""
+    tier = HostTier()
+    works, calls = getattr(tier, what), itertools.count()
+    setattr(tier, what, lambda *given: works(*given) if what == "collect" and next(calls) % 3 == 2 else broken())
+    assert answers(engine_with(model, tier), PROMPTS) == answers(Engine(*model, None), PROMPTS)
+
+
+def test_an_abort_that_raises_keeps_the_pages_quarantined(model):
+    tier = HostTier()
+    engine = engine_with(model, tier)
+    answers(engine, PROMPTS[:2])
+    tier.collect, tier.abort = (lambda wait: deque()), broken
+    engine.add_request(Request(PROMPTS[0], GREEDY, "r"))
+    engine.step()
+    engine.abort("r")
+    engine.step()
+    assert engine.cache.stats()["pages_held"] > 0
+    del tier.collect
+    engine.step()
+    engine.cache.check()
+    assert engine.cache.stats()["pages_held"] == 0
+
+
+def test_an_offer_and_a_delivery_beyond_the_prompt_are_cut(model):
+    class Boaster(HostTier):
+        def offers(self, request, found):
+            offer = super().offers(request, found)
+            return 10**6 if offer > found else found
+
+        def start(self, request, upto, checkpoints):
+            assert upto <= request.num_tokens
+            super().start(request, super().offers(request, request.num_computed), checkpoints)
+
+    engine = engine_with(model, Boaster())
+    assert answers(engine, PROMPTS) == answers(Engine(*model, None), PROMPTS)
+
+
+def test_the_numbers_of_connectors_are_summed(model):
+    one, two = HostTier(), HostTier()
+    one.stats, two.stats = (lambda: {"remote_lost": 1}), (lambda: {"remote_lost": 2, "stale_messages": 0})
+    stats = Engine(*model, None, connectors=[one, two]).stats()
+    assert (stats["remote_lost"], stats["stale_messages"]) == (3, 0)

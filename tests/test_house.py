@@ -108,3 +108,21 @@ READ_NOT_RUN = {
     "nanokv/kernels/planes.py",
 }
 """Files of the spine that such a request does not run: contracts and data, and the family that has built the layers."""
+
+
+WRITES_HELD = re.compile(r"\.held(\.\w+)?(, [\w.]+)* (=|\+=) |held\.pages\.(append|extend|pop)\(|held\.pages\[.*\] = ")
+
+
+def test_only_an_implementation_of_the_cache_writes_what_a_request_holds():
+    writers = {str(path.relative_to(ROOT)) for path in FILES if WRITES_HELD.search(path.read_text())}
+    caches = {"nanokv/disagg/granted_cache.py"} | {name for name in writers if name.startswith("nanokv/cache/")}
+    assert writers - caches == {"nanokv/core/request.py"}  # where a request begins: it holds nothing
+
+
+def test_only_the_driver_steps_an_engine():
+    steps = {
+        str(path.relative_to(ROOT))
+        for path in [*FILES, *(ROOT / "lessons").glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+        if re.search(r"engine\.(step|advance)\(", path.read_text())
+    }
+    assert steps == set()

@@ -69,3 +69,18 @@ def test_the_moves_of_a_plan_list_the_evicted_pages_to_save():
     request = house.request(range(100, 109))
     assert house.admit(request)
     assert house.cache.drain_moves().saves == recorder.evicted != []
+
+
+def test_an_observer_that_raises_costs_nothing_and_the_others_still_hear(caplog):
+    class Broken(Recorder):
+        def stored(self, keys, pages) -> None:
+            raise OSError("away")
+
+        evicting = stored
+
+    recorder = Recorder()
+    house = House(3, observers=Observers([Broken(), recorder], b"model"), num_states=8)
+    house.serve(range(9))
+    house.serve(range(100, 109))
+    assert recorder.evicted and len(recorder.cached) == house.cache.stats()["pages_cached"]
+    house.cache.check()

@@ -13,6 +13,7 @@ from nanokv import SamplingParams
 from nanokv.core.errors import NanokvError, RequestError
 from nanokv.core.events import Matched
 from nanokv.core.request import Request
+from nanokv.engine.ticket import Inbox
 from nanokv.llm import LLM
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -260,3 +261,13 @@ def test_close_during_generate_gives_every_prompt_an_output(llm):
     assert [output.finish_reason for output in outputs] in (["abort", "abort"], ["length", "length"])
     with pytest.raises(NanokvError, match="closed"):
         llm.generate([prompt(8)], GREEDY)
+
+
+def test_the_end_of_a_sample_counts_once_though_it_is_told_twice(llm):
+    """Ctrl-C in the middle of an end makes the engine end the sample again."""
+    inbox = Inbox()
+    inbox.num_samples = 2
+    outputs = list(llm.generate([prompt(8)], SamplingParams(temperature=0, max_tokens=2, n=2, ignore_eos=True)))
+    for output in (outputs[0], outputs[0], outputs[1]):
+        inbox.put(output)
+    assert [output.index for output in inbox.outputs] == [0, 1] and inbox.num_running == 0

@@ -302,3 +302,18 @@ def test_partial_pages_need_no_checkpoint():
     states.release(requests[0])
     states.fork(requests[1], requests[0])
     assert states.take_copies() == [(requests[1].held.state_id, requests[0].held.state_id)]
+
+
+def test_a_partial_delivery_publishes_no_page_beyond_its_tokens():
+    place = house(interval=4)
+    request = place.request(prompt(40))
+    place.cache.match(request)
+    assert place.cache.reserve(request, 39)
+    reserved = place.cache.reserve_checkpoints(request, 39)
+    assert max(position for position, _ in reserved) > 8
+    place.cache.adopt(request, 8)
+    assert request.num_computed == 8 and place.cache.stats()["pages_cached"] == 2
+    place.cache.check()
+    assert place.cache.prefix_length(place.request(prompt(40))) <= 8
+    place.cache.release(request)
+    place.cache.check()
