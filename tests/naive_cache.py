@@ -11,7 +11,7 @@ from array import array
 
 import torch
 
-from nanokv.cache import CacheManager
+from nanokv.cache.manager import CacheManager
 from nanokv.core.event_log import EventLog
 from nanokv.core.events import Events
 from nanokv.core.request import Request, SamplingParams

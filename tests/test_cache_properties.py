@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from naive_cache import House, NaivePrefixes, blob, standing
 
-from nanokv.cache import RadixTree
+from nanokv.cache.radix import RadixTree
 
 
 class TreeAgainstADict(RuleBasedStateMachine):

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from nanokv.cache import PagePool
+from nanokv.cache.pool import PagePool
 from nanokv.core.errors import CacheError
 
 

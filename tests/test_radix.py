@@ -7,7 +7,7 @@ from array import array
 import pytest
 from naive_cache import blob
 
-from nanokv.cache import RadixTree
+from nanokv.cache.radix import RadixTree
 from nanokv.core.errors import CacheError
 
 PAGE = 4

@@ -4,7 +4,7 @@ import pytest
 import torch
 from naive_cache import layout_of
 
-from nanokv.cache import CacheStore
+from nanokv.cache.store import CacheStore
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
 
 HYBRID = PageLayout(

@@ -39,10 +39,7 @@ STATS = (
     Stat("state_evictions", "counter", "states", "checkpoints dropped to make room", _STATES),
     Stat("evictions", "counter", "pages", "cached pages dropped to make room"),
     Stat("hit_tokens", "counter", "tokens", "prompt tokens that the prefix cache saved, at the first admission"),
-    Stat(
-        "kv_hit_tokens", "counter", "tokens",
-        "prompt tokens whose pages were found: more than hit_tokens only where a recurrent state was missing",
-    ),
+    Stat("kv_hit_tokens", "counter", "tokens", "prompt tokens whose pages were found, with a state or without"),
     Stat("queried_tokens", "counter", "tokens", "prompt tokens looked up in the prefix cache"),
     Stat("copies", "counter", "pages", "shared pages copied before a write"),
     Stat("requests_running", "gauge", "requests", "running requests"),

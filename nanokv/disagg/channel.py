@@ -24,7 +24,6 @@ class Waitable(Protocol):
 
     def fileno(self) -> int:
         """The descriptor."""
-        ...
 
 
 class Channel:

@@ -25,20 +25,16 @@ class Peer(Protocol):
 
     def fileno(self) -> int:
         """A descriptor that is readable once the process is gone."""
-        ...
 
     def kill(self) -> None:
         """Ends it. It may still write until `gone`."""
-        ...
 
     @property
     def gone(self) -> bool:
         """Whether it can write no more."""
-        ...
 
     def close(self) -> None:
         """Frees its descriptors. Called once, after its end."""
-        ...
 
 
 @dataclass

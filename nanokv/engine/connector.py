@@ -46,12 +46,10 @@ class PageSource(Protocol):
         All known tokens only if the connector samples the next one. The connector decides whether a transfer is worth
         its cost.
         """
-        ...
 
     def abort(self, request: Request) -> bool:
         """Cancels a transfer. True: its pages may still be written, and `collect` returns the request later. False also
         for a request that is not in transfer here."""
-        ...
 
 
 class Connector(PageSource, Protocol):
@@ -64,14 +62,12 @@ class Connector(PageSource, Protocol):
         checkpoints   (position, state): the connector leaves the recurrent state of each position in this state, and
                       that of the last token in the request's own
         """
-        ...
 
     def save(self, moves: Moves, store: CacheStore) -> None:
         """Copies the pages that it wants of `moves.saves`: they are about to be overwritten.
 
         Their keys tell models apart where the engine has Observers, which bring the model's identity.
         """
-        ...
 
     def collect(self, wait: bool) -> deque[Delivery]:
         """The transfers that have ended, oldest first. The caller removes each that it has processed; the others are
@@ -79,12 +75,9 @@ class Connector(PageSource, Protocol):
 
         wait   if no transfer has ended and one is open, wait a moment for it
         """
-        ...
 
     def close(self) -> None:
         """Stops writing; the next `collect` returns every request that was in transfer."""
-        ...
 
     def stats(self) -> dict[str, int | float]:
         """Its numbers, by the names of core/stats.py."""
-        ...

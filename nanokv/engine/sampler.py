@@ -33,11 +33,9 @@ class SamplerOutput(Protocol):
     @property
     def token_ids(self) -> torch.Tensor:
         """int64 [rows] on the device; undefined for rows with non-finite logits."""
-        ...
 
     def fetch(self) -> tuple[list[int | None], Logprobs]:
         """Waits for the device. Returns the token of each row, None for non-finite logits, and the logprobs."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,9 @@ class Outputs(Protocol):
 
     def siblings(self, request: Request) -> list[Request]:
         """The other samples of a request whose prompt is computed by this step; they do not run yet."""
-        ...
 
     def fork(self, request: Request, children: list[Request]) -> None:
         """Runs these siblings from now on, on the pages of the prompt."""
-        ...
 
     def append(self, request: Request, token: int | None, logprobs: dict[int, float] | None, now: float) -> None:
         """Appends a sampled token; None: the model's logits are not finite.
@@ -50,11 +48,9 @@ class Outputs(Protocol):
         logprobs   {token id: log-probability}, where the request asks for them
         now        seconds of time.perf_counter()
         """
-        ...
 
     def finish(self, request: Request, reason: str, error: str | None = None) -> None:
         """Ends a sample."""
-        ...
 
 
 @dataclass
