@@ -1,6 +1,7 @@
 """The documentation speaks of things that exist."""
 
 import ast
+import pkgutil
 import re
 import tomllib
 from functools import cache
@@ -79,7 +80,12 @@ def test_names_in_glossary_and_reading_guide_are_names_in_code(page, rows):
     cells = re.findall(rows, (ROOT / f"docs/{page}.md").read_text(), re.M)
     names = {name for cell in cells for name in re.findall(r"`([A-Za-z_][\w.]*)(?:\(\))?`", cell)}
     parts = {part for name in names if not name.endswith(".py") for part in name.split(".")}
-    assert len(parts) > 20 and sorted(parts - identifiers()) == []
+    assert len(parts) > 10 and sorted(parts - identifiers()) == []
+
+
+def test_every_breakpoint_of_the_reading_guide_is_a_function():
+    places = re.findall(r"^b ([\w.]+)$", (ROOT / "docs/reading.md").read_text(), re.M)
+    assert len(places) > 10 and all(callable(pkgutil.resolve_name(place)) for place in places)
 
 
 @pytest.mark.parametrize("page", PAGES)
