@@ -113,6 +113,14 @@ def test_01_5_before_min_tokens_nothing_stops():
     equal(("".join(deltas), stopped), ("aENDb", False), "text and stopped while may_stop is False")
 
 
+def test_01_5_a_stop_text_that_was_complete_before_min_tokens_does_not_count():
+    stream = TextStream(Letters(), ("EN", "a longer stop text"))
+    for place, letter in enumerate("aENDb"):
+        stream.push(ord(letter), may_stop=place > 2)
+    stream.flush(True)
+    equal((stream.text, stream.stopped), ("aENDb", False), "text and stopped, with min_tokens reached after 'aEN'")
+
+
 def drawn(probabilities, position: int, seed: int = 7, **params) -> int:
     row = torch.tensor(probabilities)
     request = Request([1], SamplingParams(**params))
