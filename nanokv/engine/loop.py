@@ -22,6 +22,7 @@ from typing import TypeVar
 from nanokv.core.errors import NanokvError
 from nanokv.core.request import Request, RequestOutput
 from nanokv.engine.engine import Engine
+from nanokv.engine.output_processor import Sink
 from nanokv.engine.ticket import Inbox, Ticket
 
 logger = logging.getLogger("nanokv")
@@ -48,9 +49,12 @@ class EngineLoop:
 
     # -- for callers
 
-    def submit(self, request: Request) -> Ticket:
-        """Queues a request. Raises RequestError where it cannot be served, NanokvError after `close`."""
-        inbox = Inbox()
+    def submit(self, request: Request, sink: Sink | None = None) -> Ticket:
+        """Queues a request. With a `sink`, that gets its outputs, in the thread that steps, and the ticket yields none.
+
+        Raises RequestError where it cannot be served, NanokvError after `close`.
+        """
+        inbox = Inbox(sink)
 
         def add(engine: Engine) -> None:
             self._check_open()

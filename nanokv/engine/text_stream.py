@@ -44,8 +44,7 @@ class TextStream:
         old = len(self._text)
         self._text += new
         if may_stop:
-            found = [self._text.find(stop, max(0, old + 1 - len(stop))) for stop in self._stop]
-            places = [place for place in found if place >= 0]
+            places = [p for stop in self._stop if (p := self._text.find(stop, max(0, old + 1 - len(stop)))) >= 0]
             if places:
                 self._text = self._text[: max(self._shown, min(places))]
                 self._hold = 0
