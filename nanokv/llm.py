@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -79,7 +78,6 @@ class LLM:
                 cluster.open(self.engine, self.model_config)
                 weakref.finalize(self.loop, cluster.abandon)  # where close() was not called
             stack.pop_all()
-        self._pid = os.getpid()
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -162,10 +160,9 @@ class LLM:
     def close(self) -> None:
         """Aborts live requests, ends other processes and closes the event log. Later requests raise NanokvError.
 
-        Safe to call twice. With disagg it does nothing in a forked child: the other processes work for the parent.
+        Safe to call twice. Does nothing in a forked child, because the engine belongs to the parent.
         """
-        if self.disagg is None or os.getpid() == self._pid:
-            self.loop.close()
+        self.loop.close()
 
     def __enter__(self) -> LLM:
         return self
