@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Never, cast, overload
@@ -52,7 +51,6 @@ class LLM:
         self.device, self.device_reason = opened.device, opened.device_reason
         self.tokenizer, self.cluster, self.loop = opened.tokenizer, opened.cluster, opened.loop
         self.engine = self.loop.engine
-        self._pid = os.getpid()
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: Params = None, progress: bool | None = None, **unknown: Never
@@ -137,10 +135,9 @@ class LLM:
     def close(self) -> None:
         """Aborts live requests, ends other processes and closes the event log. Later requests raise NanokvError.
 
-        Safe to call twice. With disagg it does nothing in a forked child: the other processes work for the parent.
+        Safe to call twice. Does nothing in a forked child, because the engine belongs to the parent.
         """
-        if self.disagg is None or os.getpid() == self._pid:
-            self.loop.close()
+        self.loop.close()
 
     def __enter__(self) -> LLM:
         return self

@@ -162,6 +162,15 @@ def test_an_llm_and_an_output_print_as_one_short_line(llm):
     assert f"{len(output.prompt_token_ids)} (" in repr(output) and "+ 60 tokens, length)" in repr(output)
 
 
+@pytest.mark.slow
+def test_the_programs_in_the_readme_run(capsys):
+    programs = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)
+    assert len(programs) >= 2
+    for program in programs:
+        exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
+    assert re.search(r"^(Yes|No)$", capsys.readouterr().out, re.M)
+
+
 def test_a_chat_is_answered_and_its_next_turn_hits_the_cache(llm):
     messages = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     answer = llm.chat(messages, SamplingParams(temperature=0, max_tokens=40))

@@ -195,6 +195,7 @@ class Request:
         self.seed = 0  # of the request; equal for its samples
         self.logit_blocks: list[Any] | None = None  # score(): float32 [rows, vocab] of each step, instead of sampling
         self.num_scored = 0  # rows of logits delivered so far: a preempted request computes some rows twice
+        self.num_delivered = 0  # sampled tokens that an output has shown
         self.num_forks = 0  # samples that share this request's prompt and do not run yet
 
         self.tokens: array[int] = array("i")  # filled by the engine once the ids are validated

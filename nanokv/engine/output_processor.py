@@ -72,9 +72,9 @@ class OutputProcessor:
     def open(self, request: Request, sink: Sink | None = None) -> None:
         """Queues a new request. Its outputs go to `sink`."""
         self._open_text(request)
-        self._samples[request.id] = [request]
         if sink is not None:
             self._sinks[request.id] = sink
+        self._samples[request.id] = [request]
         self._scheduler.add(request)
 
     def of(self, requests: Iterable[Request]) -> list[Request]:
@@ -85,6 +85,11 @@ class OutputProcessor:
     def of_id(self, request_id: str) -> list[Request]:
         """The live samples of a request id."""
         return list(self._samples.get(request_id, ()))
+
+    def drop_ended(self) -> None:
+        """Forgets requests without a live sample: an interrupt came at their end."""
+        self._samples = {name: samples for name, samples in self._samples.items() if samples}
+        self._sinks = {name: sink for name, sink in self._sinks.items() if name in self._samples}
 
     def siblings(self, request: Request) -> list[Request]:
         """The other samples of a request whose prompt is computed by this step. `fork` makes them live."""
@@ -103,9 +108,9 @@ class OutputProcessor:
 
     def fork(self, request: Request, children: list[Request]) -> None:
         """Makes siblings live: they share the pages of the computed prompt and run beside the request."""
+        self._samples[request.id].extend(children)  # at once, so that an interrupt finds all of them or none
         request.num_forks -= len(children)
         for child in children:
-            self._samples[request.id].append(child)
             self._scheduler.join(child)
         for child in children:
             self._cache.fork(request, child)
@@ -135,6 +140,7 @@ class OutputProcessor:
             self.finish(request, "length")
         else:
             self._deliver(self._output(request))
+            request.num_delivered = request.num_generated  # last: until then an interrupt takes the token back
 
     def finish(self, request: Request, reason: str, error: str | None = None) -> None:
         """Ends a sample, and with it the siblings that were not forked from it yet. Releases its pages."""

@@ -18,6 +18,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = stop
         self._hold = max((len(text) for text in stop), default=1) - 1
@@ -25,6 +26,10 @@ class TextStream:
         self._shown = 0
         self._may_stop = False  # of the last token, whose text may still wait for `flush`
         self.stopped = False
+
+    def restarted(self) -> TextStream:
+        """A stream without tokens, which ends at the same stop texts."""
+        return TextStream(self._tokenizer, self._stop)
 
     def push(self, token_id: int, may_stop: bool) -> None:
         """Appends the text of a token. `may_stop`: a stop text that is complete is cut off, and sets `stopped`."""
