@@ -253,7 +253,6 @@ def edit(folder, target, config, more):
     [
         ("qwen3_moe", {"num_experts_per_tok": 9, "num_local_experts": 8}, {}, "num_experts_per_tok=9"),
         ("deepseek_v3", {"n_group": 3}, {}, "n_group=3"),
-        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, {}, "'fp8' weights are not supported"),
         ("deepseek_v3", {"scoring_func": "softmax"}, {}, "scoring_func='softmax'"),
         ("deepseek_v2", {"topk_method": "best"}, {}, "topk_method='best'"),
         ("deepseek_v3", {}, {"model.layers.1.mlp.experts.0.up_proj.weight_scale_inv": (1, 1)}, "weight_scale_inv"),

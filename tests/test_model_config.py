@@ -152,7 +152,7 @@ def test_the_specs_of_the_layers_need_no_weights():
         ({"eos_token_id": [2, "x"]}, ["eos_token_id=[2, 'x']"]),
         ({"bos_token_id": -1}, ["bos_token_id=-1"]),
         ({"torch_dtype": "float64"}, ["torch_dtype='float64'", "bfloat16"]),
-        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "'fp8'"]),
+        ({"quantization_config": {"quant_method": 8}}, ["quantization_config: quant_method=8"]),
         ({"rope_theta": 0}, ["rope_theta=0"]),
         ({"rope_scaling": "llama3"}, ["rope_scaling", "JSON object"]),
         ({"rope_scaling": {"type": "longrope"}}, ["rope_scaling", "'longrope'", "llama3"]),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from nanokv.layers.deltanet import DeltaConfig
 from nanokv.layers.mla import MLAConfig
 from nanokv.layers.rotary import RopeConfig
+from nanokv.models.quantized_fields import Quantization
 
 ATTENTION, GATED_DELTA = "full_attention", "linear_attention"
 
@@ -92,6 +93,8 @@ class ModelConfig:
     bos_token_id: int | None
     dtype: str | None
     """Of the checkpoint: "float32", "bfloat16" or "float16"; None where the file does not say."""
+    quantization: Quantization | None = None
+    """quantization_config: how the matrices are stored; None: in `dtype`."""
 
     @property
     def attention_layers(self) -> list[int]:

@@ -80,6 +80,20 @@ class Fields:
             raise self.error(name, "expected a list of integers of at least 0")
         return tuple(value)
 
+    def text(self, name: str) -> str | None:
+        """A text; None if the field is missing."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, str):
+            raise self.error(name, "expected a text")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of texts; empty if the field is missing."""
+        value = self.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise self.error(name, "expected a list of texts")
+        return tuple(value)
+
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
         """A token id or a list of them; empty if the field is missing."""
         value = self.get(name, [])

@@ -15,6 +15,7 @@ from nanokv.core.errors import CheckpointError
 from nanokv.models import FAMILIES
 from nanokv.models.config import ModelConfig
 from nanokv.models.fields import Fields, read_json
+from nanokv.models.quantized_fields import Quantization, quantization
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -33,28 +34,30 @@ def read_folder(folder: str | Path) -> ModelConfig:
         raise CheckpointError(f"{path}: no such file; a model folder holds config.json and *.safetensors")
     generation = folder / "generation_config.json"
     more_eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    return read_config(read_json(path), str(path), more_eos)
+    beside = folder / "hf_quant_config.json"
+    stored = Fields(read_json(beside), str(beside)).inside("quantization") if beside.is_file() else None
+    return read_config(read_json(path), str(path), more_eos, stored)
 
 
-def read_config(data: dict[str, Any], where: str = "config.json", more_eos: Any = None) -> ModelConfig:
+def read_config(
+    data: dict[str, Any], where: str = "config.json", more_eos: Any = None, stored: Fields | None = None
+) -> ModelConfig:
     """Reads the content of a config.json.
 
     where      the file's name in error messages
     more_eos   eos_token_id of generation_config.json
+    stored     `quantization` of hf_quant_config.json; counts where config.json has no quantization_config
     Raises     CheckpointError naming the family or the field
     """
     top = Fields(data, where)
     family = _family(top)
-    for part in (top, top.inside("text_config")):
-        if (method := part.get("quantization_config")) is not None:
-            method = method.get("quant_method", method) if isinstance(method, dict) else method
-            raise part.error("quantization_config", f"{method!r} weights are not supported; use the plain checkpoint")
     fields = top.inside("text_config") if top.get("text_config") is not None else top
     if fields.get("hidden_act", "silu") != "silu":
         raise fields.error("hidden_act", "only 'silu' is supported")
     if fields.flag("use_sliding_window", default=False):
         raise fields.error("use_sliding_window", "attention over a window is not supported")
-    return import_module(FAMILIES[family][1]).read(fields, _common(family, top, fields, more_eos))
+    common = _common(family, top, fields, more_eos) | {"quantization": _quantization(top, fields, stored)}
+    return import_module(FAMILIES[family][1]).read(fields, common)
 
 
 def _family(fields: Fields) -> str:
@@ -97,6 +100,15 @@ def _common(family: str, top: Fields, fields: Fields, more_eos: Any) -> dict[str
         "bos_token_id": bos[0] if bos else None,
         "dtype": _dtype(fields) or _dtype(top),
     }
+
+
+def _quantization(top: Fields, fields: Fields, stored: Fields | None) -> Quantization | None:
+    """quantization_config at either level (older files: compression_config), else what hf_quant_config.json says."""
+    for place in (top, fields):
+        for name in ("quantization_config", "compression_config"):
+            if (found := quantization(place.inside(name))) is not None:
+                return found
+    return None if stored is None else quantization(stored)
 
 
 def _eos(fields: Fields, more: Any, vocab_size: int) -> tuple[int, ...]:
