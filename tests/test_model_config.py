@@ -131,7 +131,7 @@ def test_the_specs_of_the_layers_need_no_weights():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, ["config.json: model_type='gpt2'", "size --help"]),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, ["model_type='gpt2'", "size --help"]),
         ({"model_type": None}, ["model_type=None", "size --help"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification", "LlamaForCausalLM"]),
         ({"architectures": "LlamaForCausalLM"}, ["architectures"]),

@@ -37,12 +37,12 @@ def read_folder(folder: str | Path) -> ModelConfig:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder; a model is a folder with config.json and *.safetensors")
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: no such file; a model folder holds config.json and *.safetensors")
     generation = folder / "generation_config.json"
-    more_eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    more_eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     beside = folder / "hf_quant_config.json"
-    stored = Fields(read_json(beside), str(beside)).inside("quantization") if beside.is_file() else None
+    stored = Fields(read_json(beside), str(beside)).inside("quantization") if beside.exists() else None
     return read_config(read_json(path), str(path), more_eos, stored)
 
 
