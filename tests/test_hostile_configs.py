@@ -161,7 +161,8 @@ def test_a_field_that_would_change_numbers_is_refused(field, value):
 def test_fields_with_neutral_values_are_allowed():
     neutral = without(
         logit_scale=1.0, embedding_multiplier=1, attention_multiplier=0.125, query_pre_attn_scalar=64,
-        use_qk_norm=False, qkv_bias=False, clip_qkv=None, hidden_activation="silu", sliding_window=4096, use_sliding_window=False,
+        use_qk_norm=False, qkv_bias=False, clip_qkv=None, hidden_activation="silu", sliding_window=4096,
+        use_sliding_window=False,
         max_window_layers=20, no_rope_layers=[1] * 30, attn_output_gate=False, rope_interleaved=False,
     )  # fmt: skip
     assert read_config(neutral) == read_config(SMOLLM2)
