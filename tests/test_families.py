@@ -170,6 +170,28 @@ def test_expanded_prefill_and_absorbed_decode_agree_in_half_precision(folders, r
         assert cosine.median() > 0.98  # a row that bfloat16 routes to other experts may differ much
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen3_vl", "qwen3_vl_moe"])
+def test_a_family_that_computes_as_another_matches_transformers(tmp_path, family):
+    """Logits of a prompt in odd chunks, and the greedy answer after it."""
+    make = oracles.checkpoint if family == "mistral" else oracles.vision_language
+    folder = make(family, tmp_path)
+    rig, reference = Rig(load(folder)), oracles.reference(folder)
+    torch.testing.assert_close(rig.run(PROMPT, 37), oracles.logits(reference, PROMPT), **CLOSE)
+    prompt = oracles.prompt(65, seed=5)
+    expected = reference.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None)
+    sequence = rig.sequence(prompt + [0] * 16)
+    scores = rig.step((sequence, 65))[0]
+    for place in range(65, 81):
+        sequence.tokens[place] = int(scores[-1].argmax())
+        scores = rig.step((sequence, 1))[0]
+    assert sequence.tokens == expected[0].tolist()
+
+
+def test_kimi_k2_is_deepseek_v3_under_another_name(folders, tmp_path):
+    folder = edit(folders("deepseek_v3"), tmp_path, {"model_type": "kimi_k2"}, {})
+    assert torch.equal(Rig(load(folder)).run(PROMPT[:20], 20), Rig(load(folders("deepseek_v3"))).run(PROMPT[:20], 20))
+
+
 # ---- layouts of checkpoints -----------------------------------------------------------------------------------
 
 

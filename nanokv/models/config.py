@@ -73,11 +73,13 @@ class ModelConfig:
     softmax_scale: float
     """Multiplies the scores before the softmax."""
     max_positions: int
-    """max_position_embeddings: the context the model was trained for, in tokens."""
+    """max_position_embeddings: the context of the model, in tokens; YaRN's scaled one where that is longer."""
     tie_embeddings: bool
     """tie_word_embeddings: whether the head is the embedding table."""
     attention_bias: bool
     """Whether the projections of q, k, v and o have a bias."""
+    qkv_bias: bool = False
+    """Whether those of q, k and v have one, and that of o has none."""
     mlp_bias: bool
     """Whether the gate, up and down projections have a bias."""
     mla: MLAConfig | None = None
