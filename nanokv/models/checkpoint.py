@@ -6,7 +6,8 @@ tensor:
     model.language_model.layers...    the text part of a vision-language model: the middle word is dropped
     mtp.*, *visual.*, extra layers    ignored: nanokv takes no images and predicts one token at a time
     mlp.experts.gate_up_proj          all experts in one [E, 2 * inner, width] (and down_proj [E, width, inner]): shown
-                                      as gate_proj, up_proj and down_proj of each expert
+                                      as gate_proj, up_proj and down_proj of each expert. Qwen3-VL stores them
+                                      transposed, and some writers of its files do not: the shape tells
 
 Two stored tensors under one name are an error: neither is chosen. Quantised matrices are joined with their scales and
 decoded when they are read (models/quantized.py). Opening a checkpoint reads the headers of the files only.
@@ -51,6 +52,7 @@ class Stored:
     shape    of the tensor, or of the part
     expert   index of the expert; None: the whole tensor
     first    first row of the part
+    turned   whether an expert's matrix is stored transposed
     """
 
     file: Any
@@ -58,6 +60,7 @@ class Stored:
     shape: tuple[int, ...]
     expert: int | None = None
     first: int = 0
+    turned: bool = False
 
     @property
     def dtype(self) -> str:
@@ -68,7 +71,8 @@ class Stored:
         """The stored values, mapped from the file."""
         if self.expert is None:
             return self.file.get_tensor(self.name)
-        return self.file.get_slice(self.name)[self.expert, self.first : self.first + self.shape[0]]
+        stored, rows = self.file.get_slice(self.name), slice(self.first, self.first + self.shape[0])
+        return stored[self.expert, :, rows].T.contiguous() if self.turned else stored[self.expert, rows]
 
 
 class Checkpoint:
@@ -157,10 +161,15 @@ def _named(file: Any, name: str, config: ModelConfig) -> Iterator[tuple[str, Sto
     if fused is None or len(shape) != 3 or shape[0] != experts or shape[1] % len(parts):
         yield canonical, Stored(file, name, shape)
         return
-    own = (shape[1] // len(parts), shape[2])
+    assert config.moe is not None
+    inner, width = config.moe.width, config.hidden_size
+    expected = (2 * inner, width) if len(parts) == 2 else (width, inner)
+    turned = shape[1:] != expected and shape[1:] == expected[::-1]
+    rows, columns = expected if turned else shape[1:]
+    own = (rows // len(parts), columns)
     for expert in range(experts):
         for place, part in enumerate(parts):
-            yield f"{fused[1]}.{expert}.{part}.weight", Stored(file, name, own, expert, place * own[0])
+            yield f"{fused[1]}.{expert}.{part}.weight", Stored(file, name, own, expert, place * own[0], turned)
 
 
 def _equal(one: Source, other: Source) -> bool:
