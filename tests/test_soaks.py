@@ -1,10 +1,12 @@
 """The soaks of scripts/soak.py, for a moment each; the long runs are commands."""
 
+import logging
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -15,7 +17,10 @@ from soaks.tally import Tally
 @pytest.fixture(autouse=True)
 def settings_of_the_process():
     interval, alarm = sys.getswitchinterval(), signal.getsignal(signal.SIGALRM)
+    threads, level = torch.get_num_threads(), logging.getLogger("nanokv").level
     yield
+    torch.set_num_threads(threads)
+    logging.getLogger("nanokv").setLevel(level)
     sys.setswitchinterval(interval)
     signal.signal(signal.SIGALRM, alarm)
 
