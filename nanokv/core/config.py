@@ -13,7 +13,9 @@ from nanokv.core.arguments import refuses_unknown
 from nanokv.core.check import check_integer
 from nanokv.core.errors import ConfigError
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_UNITS = {"": 1} | {
+    letter + suffix: base**power for power, letter in enumerate("kmgt", 1) for suffix, base in (("", 1000), ("i", 1024))
+}
 _SCHEDULES = ("fcfs", "longest-prefix")
 _LOADS = ("auto", "dummy")
 _PREFILLS = ("exact", "fast")
@@ -21,7 +23,7 @@ KERNELS = ("auto", "reference")
 
 
 def parse_bytes(value: int | str, field: str = "size") -> int:
-    """Bytes from an integer or a text such as "512MiB", "4GB", "1073741824".
+    """Bytes from an integer or a text such as "512MiB", "4GB", "1TiB", "1073741824".
 
     field    names the value in the error
     Raises   ConfigError unless it is more than 0 bytes
@@ -31,7 +33,7 @@ def parse_bytes(value: int | str, field: str = "size") -> int:
     if isinstance(value, int):
         number = value
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(value).lower())
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value).lower())
         if match is None:
             raise ConfigError(f"{field}={value!r}: expected bytes or a text such as '512MiB'")
         number = int(float(match[1]) * _UNITS[match[2] or ""])

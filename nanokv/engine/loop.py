@@ -67,10 +67,10 @@ class EngineLoop:
 
         try:
             self.call(add)
+            return Ticket(request, inbox, self.advance, self.cancel)
         except KeyboardInterrupt:  # the request may be live, and no ticket will cancel it
             self.cancel(request, inbox)
             raise
-        return Ticket(request, inbox, self.advance, self.cancel)
 
     def call(self, fn: Callable[[Engine], T]) -> T:
         """Runs fn(engine) between two steps and returns its result, or raises its exception.

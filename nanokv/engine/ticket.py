@@ -87,4 +87,5 @@ class Ticket:
         self._inbox = Inbox()
 
     def __del__(self) -> None:
-        self.cancel()
+        if hasattr(self, "_cancel"):  # set last: an interrupt may have ended the constructor
+            self.cancel()
