@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import InitVar, dataclass
-from inspect import signature
-from typing import Any
 
+from nanokv.core.arguments import refuses_unknown
 from nanokv.core.check import check_integer
 from nanokv.core.errors import ConfigError
 
@@ -43,6 +42,7 @@ def parse_bytes(value: int | str, field: str = "size") -> int:
     return number
 
 
+@refuses_unknown(ConfigError)
 @dataclass(frozen=True)
 class EngineConfig:
     """The options of an engine. Raises ConfigError naming the field, its value and the allowed values."""
@@ -151,12 +151,3 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None or not optional:
                 check_integer(ConfigError, name, value, minimum)
-
-    @classmethod
-    def from_fields(cls, **values: Any) -> EngineConfig:
-        """EngineConfig(**values). Raises ConfigError for an unknown name, with a list of the known ones."""
-        known = signature(cls).parameters
-        for name in values:
-            if name not in known:
-                raise ConfigError(f"{name}: EngineConfig has no such field; it has {', '.join(known)}")
-        return cls(**values)

@@ -25,6 +25,7 @@ import torch
 from nanokv.core.errors import NanokvError
 from nanokv.core.request import Request, RequestOutput
 from nanokv.engine.engine import Engine
+from nanokv.engine.output_processor import Sink
 from nanokv.engine.ticket import Inbox, Ticket
 
 logger = logging.getLogger("nanokv")
@@ -52,9 +53,12 @@ class EngineLoop:
 
     # -- for callers
 
-    def submit(self, request: Request) -> Ticket:
-        """Queues a request. Raises RequestError where it cannot be served, NanokvError after `close`."""
-        inbox = Inbox()
+    def submit(self, request: Request, sink: Sink | None = None) -> Ticket:
+        """Queues a request. With a `sink`, that gets its outputs, in the thread that steps, and the ticket yields none.
+
+        Raises RequestError where it cannot be served, NanokvError after `close`.
+        """
+        inbox = Inbox(sink)
 
         def add(engine: Engine) -> None:
             self._check_open()
@@ -63,10 +67,10 @@ class EngineLoop:
 
         try:
             self.call(add)
+            return Ticket(request, inbox, self.advance, self.cancel)
         except KeyboardInterrupt:  # the request may be live, and no ticket will cancel it
             self.cancel(request, inbox)
             raise
-        return Ticket(request, inbox, self.advance, self.cancel)
 
     def call(self, fn: Callable[[Engine], T]) -> T:
         """Runs fn(engine) between two steps and returns its result, or raises its exception.

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from nanokv.cache.manager import CacheManager
 from nanokv.core.events import Events, Finished
-from nanokv.core.request import Request, RequestMetrics, RequestOutput
+from nanokv.core.metrics import RequestMetrics
+from nanokv.core.request import Request, RequestOutput
 from nanokv.engine.scheduler import Scheduler
 from nanokv.engine.text_stream import TextStream
 from nanokv.text.tokenizer import Tokenizer
@@ -99,6 +100,7 @@ class OutputProcessor:
             child.num_prompt, child.num_computed = request.num_prompt, request.num_computed
             child.tokens = array("i", request.tokens)
             child.logprobs = [] if request.logprobs is not None else None
+            child.prompt_logprobs = request.prompt_logprobs
             child.metrics = RequestMetrics(request.metrics.arrival, request.metrics.first_scheduled)
             self._open_text(child)
             children.append(child)
@@ -123,7 +125,7 @@ class OutputProcessor:
         params = request.params
         if token is None:
             why = "the model's logits are not finite: its weights are damaged, or they need a wider dtype"
-            self.finish(request, "error", why)
+            self.finish(request, "error", request.fault or why)
             return
         request.tokens.append(token)
         request.metrics.token_times.append(now)
@@ -181,4 +183,5 @@ class OutputProcessor:
             kv_matched_tokens=request.held.num_kv_matched,
             logprobs=list(request.logprobs) if request.logprobs is not None else None,
             metrics=request.metrics,
+            prompt_logprobs=request.prompt_logprobs,
         )
