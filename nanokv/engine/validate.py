@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from dataclasses import replace
 from operator import index
 
 import numpy as np
@@ -12,6 +13,7 @@ from nanokv.core.config import EngineConfig
 from nanokv.core.errors import RequestError
 from nanokv.core.request import Request, RequestMetrics, SamplingParams
 from nanokv.models.config import ModelConfig
+from nanokv.text.tokenizer import Tokenizer
 
 
 def validate_request(request: Request, model: ModelConfig, config: EngineConfig, longest: int) -> list[int]:
@@ -57,6 +59,14 @@ def validate_request(request: Request, model: ModelConfig, config: EngineConfig,
     if params.logprobs is not None and params.logprobs > vocab_size:
         raise RequestError(f"logprobs={params.logprobs}: the vocabulary has {vocab_size} tokens")
     return token_ids
+
+
+def with_stop_ids(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
+    """The params with the ids of stop texts that are special tokens: the text of an answer leaves these out."""
+    if not params.stop or tokenizer is None:
+        return params
+    ids = [token_id for text in params.stop if (token_id := tokenizer.special_id(text)) is not None]
+    return replace(params, stop_token_ids=tuple(dict.fromkeys([*params.stop_token_ids, *ids]))) if ids else params
 
 
 def prepare_request(request: Request, number: int, seed: int, max_length: int) -> None:

@@ -7,6 +7,7 @@ guessed at. Knows JSON and what all families share, no tensors.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from nanokv.core.errors import CheckpointError
 from nanokv.models import FAMILIES
 from nanokv.models.config import ModelConfig
 from nanokv.models.fields import Fields, read_json
+from nanokv.text.files import end_ids
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_folder(folder: str | Path) -> ModelConfig:
-    """Reads config.json and, for eos ids, generation_config.json.
+    """Reads config.json and, for eos ids, generation_config.json and the tokenizer's eos_token.
 
     folder   of the model
     Raises   CheckpointError naming the file, and the family or the field
@@ -33,7 +35,9 @@ def read_folder(folder: str | Path) -> ModelConfig:
         raise CheckpointError(f"{path}: no such file; a model folder holds config.json and *.safetensors")
     generation = folder / "generation_config.json"
     more_eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    return read_config(read_json(path), str(path), more_eos)
+    config = read_config(read_json(path), str(path), more_eos)
+    ends = [token_id for token_id in end_ids(folder) if token_id < config.vocab_size]
+    return replace(config, eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *ends])))
 
 
 def read_config(data: dict[str, Any], where: str = "config.json", more_eos: Any = None) -> ModelConfig:
