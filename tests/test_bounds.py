@@ -65,6 +65,14 @@ LARGE = {
     + "{% set ns.l = [ns.l, ns.l] %}{% if loop.index == 60 %}{{ ns.l | tojson }}{% endif %}{% endfor %}",
     "equal lists": "{% set ns = namespace(a=[], b=[]) %}" + LOOP + "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = "
     "[ns.b, ns.b] %}{% if loop.index == 60 %}{{ ns.a == ns.b }}{% endif %}{% endfor %}",
+    "index": "{% set ns = namespace(a=[], b=[]) %}"
+    + LOOP
+    + "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}"
+    "{% if loop.index == 60 %}{{ [ns.a].index(ns.b) }}{% endif %}{% endfor %}",
+    "keys": "{% set ns = namespace(a=(1,)) %}" + LOOP + "{% set ns.a = (ns.a, ns.a) %}{% if loop.index == 60 %}"
+    "{{ {ns.a: 1} }}{% endif %}{% endfor %}",
+    "exception": GROW + "{% set ns.l = [ns.l, ns.l] %}{% if loop.index == 60 %}{{ raise_exception(ns.l) }}{% endif %}"
+    "{% endfor %}",
     "recursion": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
     "deep json": GROW + "{% set ns.l = [ns.l] %}{% if loop.index == 5000 %}{{ ns.l | tojson }}{% endif %}{% endfor %}",
     "date": "{{ strftime_now('%Y' * 10000000) }}",

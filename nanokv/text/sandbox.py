@@ -140,6 +140,12 @@ class _Code(CodeGenerator):
     def visit_List(self, node: nodes.List, *args: Any, **kwargs: Any) -> None:
         self._within("keep", super().visit_List, node, *args, **kwargs)
 
+    def visit_Tuple(self, node: nodes.Tuple, *args: Any, **kwargs: Any) -> None:
+        if node.ctx == "load":  # it may become a key, whose hash walks all of it
+            self._within("deep", super().visit_Tuple, node, *args, **kwargs)
+        else:
+            super().visit_Tuple(node, *args, **kwargs)
+
     def visit_Getitem(self, node: nodes.Getitem, *args: Any, **kwargs: Any) -> None:
         if isinstance(node.arg, nodes.Slice):  # a copy
             self._within("keep", super().visit_Getitem, node, *args, **kwargs)
@@ -188,6 +194,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         owner, given = getattr(__obj, "__self__", None), list(args)
         if isinstance(owner, (str, bytes, int)):
             allow_method(owner, __obj.__name__, given)
+        elif not isinstance(__obj, jinja2.runtime.Macro):  # it may compare or write what it is given
+            for value in given:
+                deep(value)
         return super().call(__context, __obj, *given, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Any:
