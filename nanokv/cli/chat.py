@@ -161,12 +161,12 @@ def _question(prompt: str | None) -> str:
 
 
 def _read_pipe() -> str:
-    """All of stdin. Raises RequestError where it is not UTF-8."""
+    """All of stdin, without the mark and the line ends of Windows. Raises RequestError where it is not UTF-8."""
     if sys.stdin is None:  # started with stdin closed
         return ""
     data = sys.stdin.buffer.read()
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise RequestError(f"stdin: not valid UTF-8 at byte {error.start} (0x{data[error.start]:02x})") from None
 

@@ -53,7 +53,7 @@ class SamplingParams:
     seed: int | None = None
     """Makes the samples of this request reproducible; None derives a seed from the engine's."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer and are cut off it."""
+    """Texts that end the answer and are cut off it. A special token may be one of them."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the answer, beside the model's own end-of-sequence tokens."""
     ignore_eos: bool = False

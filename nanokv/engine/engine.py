@@ -33,7 +33,7 @@ from nanokv.engine.sampler import sample
 from nanokv.engine.scheduler import Scheduler, StepPlan
 from nanokv.engine.step import Step, launch, resolve
 from nanokv.engine.transfers import Transfers
-from nanokv.engine.validate import prepare_request, validate_request
+from nanokv.engine.validate import prepare_request, validate_request, with_stop_ids
 from nanokv.models.decoder import Decoder
 from nanokv.text.tokenizer import Tokenizer
 
@@ -92,6 +92,7 @@ class Engine:
         if request.params.stop and self.tokenizer is None:
             raise RequestError(f"stop={request.params.stop!r}: stop texts need a tokenizer, which this model lacks")
         self._num_added += 1
+        request.params = with_stop_ids(request.params, self.tokenizer)
         prepare_request(request, self._num_added, self.config.seed, self.max_length)
         with self.turn():
             if self.events:

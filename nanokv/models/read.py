@@ -20,6 +20,7 @@ from nanokv.models.fields import Fields, read_json, shown
 from nanokv.models.quantized_fields import Quantization, quantization
 from nanokv.models.refused_fields import refuse
 from nanokv.models.rope_fields import MOST_POSITIONS, reach
+from nanokv.text.files import end_ids
 
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_LAYERS = 1024
@@ -28,7 +29,7 @@ MOST_HEADS = 1 << 16
 
 
 def read_folder(folder: str | Path) -> ModelConfig:
-    """Reads config.json and, for eos ids, generation_config.json.
+    """Reads config.json and, for eos ids, generation_config.json and the tokenizer's eos_token.
 
     folder   of the model
     Raises   CheckpointError naming the file, and the family or the field
@@ -43,7 +44,9 @@ def read_folder(folder: str | Path) -> ModelConfig:
     more_eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     beside = folder / "hf_quant_config.json"
     stored = Fields(read_json(beside), str(beside)).inside("quantization") if beside.exists() else None
-    return read_config(read_json(path), str(path), more_eos, stored)
+    config = read_config(read_json(path), str(path), more_eos, stored)
+    ends = [token_id for token_id in end_ids(folder) if token_id < config.vocab_size]
+    return replace(config, eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *ends])))
 
 
 def read_config(

@@ -18,7 +18,7 @@ from nanokv.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class _State:
-    """The chat at one moment: messages, their token ids, and the marked text of these ids (see Tokenizer.MARK)."""
+    """The chat at one moment: messages, their token ids, and the text of these ids."""
 
     messages: tuple[dict, ...] = ()
     token_ids: tuple[int, ...] = field(default=(), repr=False)
@@ -127,9 +127,9 @@ class Conversation:
     def _render(self, messages: tuple[dict, ...], before: _State) -> _State:
         """The state that asks for an answer to `messages`. Keeps the ids of `before` where its text is a prefix."""
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
-        text = self.tokenizer.render_marked([*system, *messages], **self._variables)
+        text, literal = self.tokenizer.render([*system, *messages], **self._variables)
         if before.token_ids and text.startswith(before.text):
-            new = self.tokenizer.encode_after(before.text, text[len(before.text) :])
+            new = self.tokenizer.pieces.encode_after(text, literal, len(before.text))
             if new is not None:
                 return _State(messages, before.token_ids + tuple(new), text)
-        return _State(messages, tuple(self.tokenizer.encode_marked(text)), text)
+        return _State(messages, tuple(self.tokenizer.pieces.encode(text, literal)), text)
