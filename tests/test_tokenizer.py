@@ -6,6 +6,7 @@ import re
 
 import pytest
 import tokenizers
+from tiny_gguf import vocabulary
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from nanokv.core.errors import CheckpointError, RequestError
@@ -113,24 +114,12 @@ def test_a_message_without_special_tokens_has_the_ids_of_the_whole_text(tokenize
 # ---- tokenizers of other models --------------------------------------------------------------------------------------
 
 
-class File:
-    path = "some.gguf"
-
-    def __init__(self, **fields):
-        self.fields = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
-
-    def get(self, key, default=None):
-        return self.fields.get(key, default)
-
-    require = get
-
-
 def test_llama_3_keeps_words_whole_and_digits_in_threes():
     alphabet = sorted(byte_alphabet())
     tokens = [*alphabet, "12", "123", "Ġhello", "<|begin_of_text|>", "<think>"]
     types = [1] * (len(tokens) - 2) + [3, 4]
     backend, config = build_tokenizer(
-        File(model="gpt2", pre="llama-bpe", tokens=tokens, token_type=types, merges=["1 2", "12 3"],
+        vocabulary(model="gpt2", pre="llama-bpe", tokens=tokens, token_type=types, merges=["1 2", "12 3"],
              bos_token_id=len(tokens) - 2)
     )  # fmt: skip
     assert config["bos_token"] == "<|begin_of_text|>"
@@ -142,7 +131,7 @@ def test_llama_3_keeps_words_whole_and_digits_in_threes():
 def test_the_default_of_llama_cpp_cuts_at_punctuation():
     tokens = [*sorted(byte_alphabet()), "a.", "Ġa", "..", "1234"]
     merges = ["a .", "Ġ a", ". .", "1 2", "12 34"]
-    backend, _ = build_tokenizer(File(model="gpt2", tokens=tokens, merges=merges[:3]))
+    backend, _ = build_tokenizer(vocabulary(model="gpt2", tokens=tokens, merges=merges[:3]))
     assert backend.encode("a a..").tokens == ["a", "Ġa", ".."]
 
 
@@ -156,7 +145,7 @@ def sentencepiece() -> Tokenizer:
     scores = [0.0] * 259 + [-float(len(tokens) - 259 - rank) for rank in range(len(words) + 1)]
     scores[259:] = [-100.0 if len(word) == 1 else 10.0 * len(word) for word in [*words, "▁world"]]
     backend, _ = build_tokenizer(
-        File(model="llama", tokens=tokens, token_type=types, scores=scores, bos_token_id=1, eos_token_id=2)
+        vocabulary(model="llama", tokens=tokens, token_type=types, scores=scores, bos_token_id=1, eos_token_id=2)
     )
     return Tokenizer(backend)
 

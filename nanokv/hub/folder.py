@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from nanokv.core.errors import PullError
 from nanokv.hub.home import MANIFEST
+
+LOCK = ".lock"
+"""The file in a folder of weights that a pull locks."""
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -28,25 +32,29 @@ def locked(home: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     on_wait   called before the wait, if another process holds the lock
     Raises    PullError where the folder cannot be created or locked
 
-    The kernel's lock on the folder itself ends with the process and leaves no file. Remains of killed pulls are removed
-    on entry and on exit: a pip process that outlived its parent may have written in between.
+    The lock of the operating system ends with the process. Its file is removed by the process that holds it, which is
+    safe: a process that waits takes the lock of a removed file for no lock. Remains of killed pulls are removed on
+    entry and on exit: a pip process that outlived its parent may have written in between.
     """
+    path = home / LOCK
+    lock = FileLock(path)
     try:
         home.mkdir(parents=True, exist_ok=True)
-        handle = os.open(home, os.O_RDONLY)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_wait()
+            lock.acquire()
     except OSError as error:
         raise PullError(f"cannot write {home}: {error.strerror or error}") from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(handle, fcntl.LOCK_EX)
         _sweep(home)
         yield
     finally:
         _sweep(home)
-        os.close(handle)
+        with suppress(OSError):  # Windows removes no open file: there the library removes it after the release
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager
@@ -87,7 +95,11 @@ def _sweep(home: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Writes a file or folder to the disk. Windows has no handle of a folder, and flushes files open for writing."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

