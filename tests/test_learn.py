@@ -206,6 +206,33 @@ def test_prints_are_shown_beside_the_result(workspace):
     assert code == 0 and "your file printed:" in said and "free: [4, 3, 2, 1, 0]" in said
 
 
+CHEAT = """
+import json, os, sys
+
+for place in (
+    lambda: json.loads(sys.argv[1])["result"],
+    lambda: json.loads(sys.stdin.read())["result"],
+    lambda: os.path.join(os.path.dirname(os.readlink("/proc/self/fd/1")), "result.json"),
+):
+    try:
+        path = place()
+        open(path, "w").write(json.dumps({"stage": "done", "passed": ["public", "hidden"], "failure": None}))
+        print("wrote", path)
+    except Exception as error:
+        print(type(error).__name__)
+os._exit(0)
+"""
+
+
+def test_a_file_cannot_pass_itself_by_writing_the_result(workspace):
+    path = write(ALLOCATE, "return []")
+    path.write_text(path.read_text().replace("def allocate", f"{CHEAT}\n\ndef allocate"))
+    code, said = learn("check", ALLOCATE)
+    assert code == 1 and "public checks passed" not in said
+    assert "IndexError" in said and "JSONDecodeError" in said  # neither argv nor stdin names the file
+    assert "wrote /" in said and "written by other code than the check" in said  # found by another way: not believed
+
+
 def _body(exercise_id: str) -> str:
     lines = solution(load_course().exercise(exercise_id)).splitlines()
     return "\n".join(lines[2:]).strip()
