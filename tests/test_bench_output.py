@@ -40,8 +40,9 @@ INTERRUPTED = {
 
 @pytest.fixture(autouse=True)
 def _quick_bandwidth(monkeypatch):
-    """No test here needs the true bandwidth of memory."""
+    """No test here needs the true bandwidth of memory, nor pauses between prompts."""
     monkeypatch.setattr("nanokv.bench.measure.BANDWIDTH_BYTES", 1 << 20)
+    monkeypatch.setattr("nanokv.bench.disagg.PAUSE_S", 0.05)
 
 
 def bench(*arguments):
