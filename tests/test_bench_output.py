@@ -202,6 +202,13 @@ def test_bandwidth_beyond_the_limit_is_marked_unless_a_step_fits_in_the_cache(ca
     assert ("noise: over 105 %" in figure) == (cache is None)
 
 
+def test_raw_that_differs_from_itself_is_marked(tiny_llama, monkeypatch):
+    speeds = itertools.cycle([1.0, 2.0])
+    monkeypatch.setattr("nanokv.bench.codec_speed.decode_speed", lambda *_: next(speeds))
+    printed = bench("codecs", tiny_llama, "--codecs", "raw,fp8", "--quick", "--kv-memory", "4MiB").stdout
+    assert printed.count("noise ") == 1 and report.NOISE in printed
+
+
 def test_the_cache_of_the_processor_is_read():
     found = cache_bytes(torch.device("cpu"))
     assert found is None or 1 << 15 <= found < 1 << 34

@@ -15,7 +15,10 @@ Row = dict[str, Any]
 Columns = Sequence[tuple[str, Callable[[Row], str]]]
 
 
-NOISE = "noise: impossible numbers (a saving below 0, or over 105 % of a ceiling): other work disturbed the machine"
+NOISE = (
+    "noise: impossible numbers (a saving below 0, over 105 % of a ceiling, or raw against itself off by 5 %): other "
+    "work disturbed the machine"
+)
 IN_CACHE = "cache: the bytes of such a step fit in the processor's cache, so that memory is no limit"
 
 
@@ -156,7 +159,8 @@ def codec_speed(rows: Sequence[Row]) -> tuple[Columns, list[Row]]:
         line = lines.setdefault(row["codec"], {"codec": row["codec"]})
         low, high = (f"{row[f'speed_ratio_{end}']:.2f}" for end in ("min", "max"))
         ratio = f"{row['speed_ratio']:.2f} x" + (f", {low} to {high}" if low != high else "")
-        line[point] = f"{_rate(row['output_tokens_per_s'])} ({ratio})"
+        mark = "noise " * row.get("noise", False)
+        line[point] = f"{mark}{_rate(row['output_tokens_per_s'])} ({ratio})"
     columns = [(point, lambda line, at=point: line.get(at, "")) for point in points]
     return (("tokens/s (to raw)", lambda line: line["codec"]), *columns), list(lines.values())
 
