@@ -27,16 +27,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import codecs_report
 import torch
-from matplotlib import rc_context
 
 from nanokv import LLM, SamplingParams
 from nanokv.bench.codecs import ALL, FULL, QUICK, CodecBench, Plan, page_size_of, swept
 from nanokv.bench.codecs import key as key_of
 from nanokv.bench.measure import check_length, greedy
-from nanokv.bench.report import draw_codecs
 from nanokv.bench.workloads import random_prompts
-from nanokv.cli.common import hardware, new_figure
+from nanokv.cli.common import hardware
 from nanokv.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,11 +231,8 @@ def main() -> None:
             measure()
         except Exception as error:  # the model is missing, or its raw engine failed: the other models go on
             result.fail(name, "the model", error)
-    with rc_context({"svg.hashsalt": "nanokv", "svg.fonttype": "none"}):
-        figure = new_figure(13, 5.5)
-        draw_codecs(figure, [row for row in result.rows if row["model"] == options.model])
-        figure.savefig(options.output.with_suffix(".svg"), metadata={"Date": None})
     result.save()
+    codecs_report.draw(options.output)
     sys.exit(1 if result.data["failures"] else 0)
 
 

@@ -21,6 +21,8 @@ import codecs_report
 import disagg_report
 from peers.figure import NAMES, UNITS, draw, is_less_better, markdown, number
 
+from nanokv.bench.measure import is_noise
+
 ROOT = Path(__file__).resolve().parents[1]
 JSON = ROOT / "docs/benchmarks/cpu.json"
 FAMILIES = ROOT / "docs/benchmarks/families.json"
@@ -183,7 +185,7 @@ def prefix(result: dict) -> str:
         for name, found in row["engines"].items():
             middle = sorted(found["runs"], key=lambda run: run["wall_s"])[len(found["runs"]) // 2]
             ceiling = row.get("ceilings", {}).get(name)
-            share = f"{found['median'] / ceiling['median']:.0%}" if ceiling else ""
+            share = _of_ceiling(found["median"] / ceiling["median"]) if ceiling else ""
             engine, dtype = name.split()
             rows.append(
                 [
@@ -220,6 +222,10 @@ def families(result: dict) -> str:
         )  # fmt: skip
     header = ["measure", "shape", "", "against", "faster", "to reach", "reached"]
     return "\n".join(lines) + "\n" + markdown(header, rows)
+
+
+def _of_ceiling(share: float) -> str:
+    return f"{share:.0%}" + (" (noise)" if is_noise(share) else "")
 
 
 def _milliseconds(times: list[float]) -> str:
@@ -265,6 +271,7 @@ def main() -> None:
         sys.exit(0 if new == old else f"{options.page} is out of date: run scripts/bench_report.py")
     options.page.write_text(new, encoding="utf-8")
     draw(result, options.figure)
+    codecs_report.draw(codecs_report.JSON)
 
 
 if __name__ == "__main__":

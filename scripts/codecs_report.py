@@ -1,5 +1,5 @@
 """Blocks of docs/benchmarks.md about codecs, from docs/benchmarks/codecs.json (scripts/bench_codecs.py)
-and codes.json (scripts/bench_codes.py)."""
+and codes.json (scripts/bench_codes.py), and the figure of the first."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peers.figure import markdown, number
+
+from nanokv.bench.figures import add_caption, draw_codecs
+from nanokv.bench.report import caption
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "docs/benchmarks"
 JSON = BENCHMARKS / "codecs.json"
@@ -22,6 +25,19 @@ def _result() -> dict:
 
 def _rows(result: dict, part: str, tiny: bool = False) -> list[dict]:
     return [row for row in result["rows"] if row["part"] == part and (row["model"] != result["model"]) == tiny]
+
+
+def draw(path: Path) -> None:
+    """Draws the figure of a codecs.json beside it, as SVG. Same JSON, same bytes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    result = json.loads(path.read_text(encoding="utf-8"))
+    with rc_context({"svg.hashsalt": "nanokv", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(13, 6), layout="constrained")
+        add_caption(figure, caption(result))
+        draw_codecs(figure, [row for row in result["rows"] if row["model"] == result["model"]])
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def is_one_sided(row: dict) -> bool:

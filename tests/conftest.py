@@ -1,6 +1,7 @@
 """Shared by all tests: the folder of weights, SmolLM2, which is pulled once into the checkout, and a tiny Llama."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The package may be installed elsewhere; its tests, and the commands they start, use the checkout's weights.
 os.environ.setdefault("NANOKV_HOME", str(ROOT / "weights"))
+
+# A shell starts a background job (`nohup pytest &`) with Ctrl-C ignored, and so do all processes that the job starts:
+# tests that send it would wait in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

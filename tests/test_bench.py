@@ -36,6 +36,12 @@ def llm(tiny_llama):
         yield made
 
 
+@pytest.fixture(autouse=True)
+def _quick_bandwidth(monkeypatch):
+    """No test here needs the true bandwidth of memory."""
+    monkeypatch.setattr("nanokv.bench.measure.BANDWIDTH_BYTES", 1 << 20)
+
+
 def bench(*arguments):
     return CliRunner().invoke(main, ["bench", *map(str, arguments)])
 
@@ -265,7 +271,7 @@ def test_a_wrong_call_is_one_line(arguments, code, words, tiny_llama):
 
 def test_numbers_in_tables_keep_three_digits():
     row = {"prompt_tokens": 1024, "output_tokens": 32, "ttft_s": 1.234, "tpot_s": 0.01234, "total_s": 0.5}
-    row |= {"prefill_share": 0.0412, "hit_saved_share": 0.4, "hit_ttft_s": 0.02, "hit_total_s": 0.3}
+    row |= {"noise": False, "prefill_share": 0.0412, "hit_saved_share": 0.4, "hit_ttft_s": 0.02, "hit_total_s": 0.3}
     assert [show(row) for _, show in report.REQUEST] == [
         "1,024", "32", "1.23 s", "12.3 ms", "500 ms", "4.1 %", "40 %", "20 ms", "300 ms",
     ]  # fmt: skip

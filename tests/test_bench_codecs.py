@@ -14,9 +14,10 @@ from click.testing import CliRunner
 from nanokv import LLM
 from nanokv.bench import report
 from nanokv.bench.codec_errors import model_errors, random_errors, record, replay, theory
-from nanokv.bench.codec_quality import Judged, Reference, summary, topics
+from nanokv.bench.codec_quality import Judged, Reference, summary
 from nanokv.bench.codec_speed import in_turns, requests_at_once
-from nanokv.bench.codecs import ALL, CodecBench, Plan, key, page_size_of, sizes, swept
+from nanokv.bench.codec_texts import texts_for, topics
+from nanokv.bench.codecs import ALL, CodecBench, Plan, key, notes, page_size_of, sizes, swept
 from nanokv.cli.main import main
 from nanokv.codecs import resolve_codec
 from nanokv.codecs.tables import distortion
@@ -112,6 +113,31 @@ def test_means_and_spread_are_over_texts():
 def test_texts_too_long_for_the_model_are_refused(raw):
     with pytest.raises(ConfigError, match="at most 512 here"):
         topics(raw, 1, 600)
+
+
+def test_a_small_shipped_model_is_judged_on_the_language_it_knows():
+    with LLM(ROOT / "weights/tiny-gqa", num_pages=64) as llm:
+        texts = {name: ids[:256] for name, ids in texts_for(llm, 2, 256).items()}
+        assert [len(ids) for ids in texts.values()] == [256, 256]
+        assert "The key of" in llm.tokenizer.decode(texts["facts 0"])
+        (own, _), python = summary_of(llm, texts), summary_of(llm, topics(llm, 1, 256))[0]
+    vocab = llm.model_config.vocab_size
+    assert own["perplexity"] < 30 < vocab < python["perplexity"]
+    assert "does not know the language" in notes([{"part": "codec", "codec": "tq4", **python}], "float32", vocab)[0]
+    assert notes([{"part": "codec", "codec": "tq4", **own}], "float32", vocab) == []
+
+
+def summary_of(llm, texts):
+    reference = Reference(llm, texts)
+    judged = [reference.judge(llm, name) for name in texts]
+    return [summary([one], [one]) for one in judged]
+
+
+def test_the_row_of_raw_is_explained_where_its_dtype_costs_something():
+    rows = [{"part": "codec", "codec": "raw", "perplexity": 3.0}]
+    (note,) = notes(rows, "bfloat16", 100)
+    assert "the KL of raw is the cost of bfloat16" in note
+    assert notes(rows, "float32", 100) == []
 
 
 # ---- sizes and rows -----------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def test_progress_shows_on_a_terminal_only(capfd):
 def test_the_json_envelope_names_command_version_and_hardware(capsys):
     common.emit_json("bench decode", "some-model", {"page_size": 16}, [{"output_tokens_per_s": 1.5}])
     value = json.loads(capsys.readouterr().out)
-    assert list(value) == ["command", "version", "hardware", "model", "settings", "rows"]
+    assert list(value) == ["command", "version", "date", "hardware", "model", "settings", "rows"]
     assert value["hardware"]["cpus"] >= 1
     assert value["hardware"]["memory_bytes"] > 2**28
     assert value["rows"] == [{"output_tokens_per_s": 1.5}]

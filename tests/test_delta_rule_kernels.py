@@ -61,7 +61,7 @@ def test_a_step_of_decodes_agrees_with_a_recurrence_in_float64():
         assert_truth(requests, [first, last], op)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(F16, marks=pytest.mark.slow)], ids=str)
 def test_sixteen_bit_results_are_float32_results_rounded_once(dtype):
     requests = Requests([130, 7], dtype=dtype)
     assert_truth(requests, [requests.whole()])

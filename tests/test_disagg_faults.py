@@ -45,7 +45,7 @@ def shared(tiny_llama, tmp_path_factory):
         patch.setenv("NANOKV_FAULT", str(fault))
         here = Path(__file__).parent
         patch.setenv("PYTHONPATH", f"{here}:{here.parent}")
-        with LLM(tiny_llama, disagg=DisaggConfig(min_tokens=8, heartbeat_s=1.0), **ROOM) as llm:
+        with LLM(tiny_llama, disagg=DisaggConfig(min_tokens=8, heartbeat_s=3.0), **ROOM) as llm:
             yield llm, fault
 
 
@@ -96,12 +96,12 @@ def worker_pid(llm: LLM) -> int:
 @pytest.mark.parametrize(
     ("fault", "lost"),
     [
-        ("PREFILL received kill", True),
+        pytest.param("PREFILL received kill", True, marks=SLOW),
         pytest.param("layer kill", True, marks=SLOW),
         ("DONE before kill", True),
         pytest.param("DONE before half", True, marks=SLOW),
         pytest.param("DONE before noise", True, marks=SLOW),
-        ("DONE sent kill", None),  # what was delivered counts; the other prompts are lost
+        pytest.param("DONE sent kill", None, marks=SLOW),  # what was delivered counts; the other prompts are lost
         ("layer stop", True),
         pytest.param("DONE sent stop", None, marks=SLOW),
     ],
@@ -222,7 +222,7 @@ def test_a_garbage_collected_llm_ends_its_worker_and_frees_its_pool(tiny_llama, 
         thread = threading.Thread(target=gc.collect)
         thread.start()
         thread.join()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while Counter(pools_and_processes()) - before:
         assert time.monotonic() < deadline
         time.sleep(0.01)

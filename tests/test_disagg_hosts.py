@@ -12,8 +12,10 @@ from pathlib import Path
 
 import oracles
 import pytest
+from click.testing import CliRunner
 
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
+from nanokv.cli.main import main
 from nanokv.core.errors import ConfigError
 from nanokv.disagg import server
 from nanokv.disagg.config import split_address
@@ -52,6 +54,12 @@ class Server:
 def free_address() -> str:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def listen_in_a_thread(folder: Path, address: str) -> None:
+    """A server in this process: cheaper than one of its own, where its end is not tested."""
+    model = PrefillModel(folder, EngineConfig(page_size=8, kv_memory="8MiB"), "cpu", "float32")
+    threading.Thread(target=server.listen, args=(model, bind(split_address(address))), daemon=True).start()
 
 
 def answers(llm: LLM) -> list[list[int]]:
@@ -116,7 +124,7 @@ def test_both_processes_die_and_two_new_ones_work(tiny_llama):
         llm.engine.cache.check()
 
 
-def test_an_ipv6_address_is_reached_and_in_use_for_a_second_server(tiny_llama):
+def test_an_ipv6_address_is_reached_and_in_use_for_a_second_server(tiny_llama, monkeypatch):
     """The error comes before the second server loads a model."""
     try:
         with bind(("::1", 0)) as free:
@@ -127,17 +135,17 @@ def test_an_ipv6_address_is_reached_and_in_use_for_a_second_server(tiny_llama):
         with LLM(tiny_llama, disagg=DisaggConfig(connect=address, min_tokens=8), **ROOM) as llm:
             answers(llm)
             assert llm.stats()["remote_prefills"] == 3 and llm.stats()["remote_lost"] == 0
-        loaded = "import nanokv.models.loader as l; l.load_model = None; from nanokv.cli.main import main; main()"
-        command = [sys.executable, "-c", loaded, "disagg", "prefill", str(tiny_llama), "--listen", address]
-        taken = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-        assert taken.returncode == 1 and f"--listen {address}: Address already in use" in taken.stderr
+        monkeypatch.setattr("nanokv.disagg.worker.load_model", pytest.fail)
+        taken = CliRunner().invoke(main, ["disagg", "prefill", str(tiny_llama), "--listen", address])
+        assert taken.exit_code == 1 and f"--listen {address}: Address already in use" in taken.stderr
 
 
 def test_a_wrong_address_and_a_wrong_model_are_refused(tiny_llama, tmp_path):
     address = free_address()
     with pytest.raises(ConfigError, match=re.escape(f"connect='{address}'")):
         LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM)
-    with Server(tiny_llama, address), pytest.raises(ConfigError, match="another model"):
+    listen_in_a_thread(tiny_llama, address)
+    with pytest.raises(ConfigError, match="another model"):
         LLM(oracles.llama(tmp_path, seed=1), disagg=DisaggConfig(connect=address), **ROOM)
 
 
@@ -165,8 +173,7 @@ def test_a_server_allocates_its_pages_once_for_all_decode_processes(tiny_llama, 
         raise ConfigError("kv_memory='8MiB': but only 0 bytes are free")
 
     monkeypatch.setattr(server, "memory_for_pages", once)
-    model = PrefillModel(tiny_llama, EngineConfig(page_size=8, kv_memory="8MiB"), "cpu", "float32")
-    threading.Thread(target=server.listen, args=(model, bind(split_address(address))), daemon=True).start()
+    listen_in_a_thread(tiny_llama, address)
     with LLM(tiny_llama, **ROOM) as llm:
         alone = answers(llm)
     for _ in range(2):

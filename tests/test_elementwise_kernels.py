@@ -15,7 +15,12 @@ from nanokv.kernels.planes import HeadNorms
 from nanokv.kernels.reference.attention import plane_view
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-FORMATS = [(F32, F32), (F32, BF16), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]  # activations, weights
+SLOW = pytest.mark.slow
+FORMATS = [
+    *((F32, F32), (F32, BF16), (BF16, BF16), (BF16, F32)),
+    *(pytest.param(F16, weights, marks=SLOW) for weights in (F16, F32)),  # further compilations of what bfloat16 shows
+]
+"""Of activations and weights."""
 ROWS = [1, 2, 3, 7, 64, 500]
 WIDTHS = [8, 33, 576, 1536]
 
@@ -67,7 +72,7 @@ def test_a_gated_norm_refuses_a_gate_that_does_not_fit():
             cpu.gated_rms_norm(x, z, weight, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, pytest.param(F16, marks=SLOW)], ids=str)
 def test_the_gated_activation_agrees_with_the_reference(dtype):
     for width in WIDTHS:
         for rows in ROWS:
@@ -80,7 +85,7 @@ def test_the_gated_activation_agrees_at_extreme_inputs():
     assert_close(cpu.silu_mul(gate_up), reference.silu_mul(gate_up))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, pytest.param(F16, marks=SLOW)], ids=str)
 def test_the_output_gate_agrees_with_the_reference(dtype):
     for width in WIDTHS:
         for rows in ROWS:
@@ -150,7 +155,11 @@ def pages_for(rows, heads, kv_heads, head_dim, page_size, dtype, rotary_dim, q_d
     return qkv, cos_sin, pool, codec.bind(layout, 1), batch
 
 
-@pytest.mark.parametrize("dtype, q_dtype", [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, q_dtype",
+    [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), pytest.param(F16, F16, marks=SLOW)],
+    ids=str,
+)
 def test_rotation_and_write_agree_with_the_reference_byte_for_byte(dtype, q_dtype):
     for rows, heads, kv_heads, head_dim, page_size, rotary_dim in (
         (1, 9, 3, 64, 16, 64), (17, 9, 3, 64, 16, 64), (200, 4, 1, 80, 4, 80), (33, 2, 2, 32, 1, 16),

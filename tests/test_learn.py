@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -16,9 +15,10 @@ from click.testing import CliRunner
 
 from nanokv.cli.main import main
 from nanokv.core.errors import ExerciseTODO
-from nanokv.learn import checking
+from nanokv.learn import check_process, checking
 from nanokv.learn.cards import load_cards
 from nanokv.learn.course import PACKAGE, load_course
+from nanokv.learn.job import CheckJob
 from nanokv.learn.mine import patch_passed
 from nanokv.learn.patching import patch, patch_gaps, reference
 from nanokv.learn.progress import Progress
@@ -28,13 +28,33 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from course.dev_check import function_at
 
 ALLOCATE = "02.3"
+NEW_PROCESS = checking._run
+
+
+@pytest.fixture
+def new_process(monkeypatch) -> None:
+    """Lets checks of a `workspace` run as a user's do."""
+    monkeypatch.setattr(checking, "_run", NEW_PROCESS)
 
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch) -> Path:
-    """The current folder; `my` is inside it."""
+    """The current folder; `my` is inside it. Checks run in copies of this process, which has imported torch already."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checking, "_run", in_a_copy)
     return tmp_path
+
+
+def in_a_copy(job: CheckJob, printed: Path) -> int:
+    """A check as `checking._run` does it, without the import of torch."""
+    pid = os.fork()
+    if not pid:
+        try:
+            with open(printed, "w", encoding="utf-8") as sys.__stdout__:
+                check_process.main(job)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def learn(*words: str) -> tuple[int, str]:
@@ -77,7 +97,7 @@ def test_the_next_exercise_follows_the_last_pass_and_skipped_ones_come_last(work
     assert progress.current(course) is first
 
 
-def test_a_check_that_cannot_begin_names_the_missing_package(workspace, monkeypatch):
+def test_a_check_that_cannot_begin_names_the_missing_package(workspace, new_process, monkeypatch):
     Path("sitecustomize.py").write_text("import sys; sys.modules['torch'] = None")  # as if it were not installed
     monkeypatch.setenv("PYTHONPATH", str(workspace))
     solve(ALLOCATE)
@@ -113,16 +133,10 @@ def test_a_first_check_fails_says_that_it_should_and_gives_one_hint(workspace):
     assert load_course().exercise(ALLOCATE).hint in said
 
 
-def test_a_solved_exercise_passes_its_public_checks_within_seconds(workspace):
+def test_a_solved_exercise_passes_its_public_checks(workspace, new_process):
     solve(ALLOCATE)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     code, said = learn("check", ALLOCATE)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert code == 0 and "public checks passed" in said and "all tests" not in said
-    # The goal is 3 s of wall-clock time on a quiet machine; measured: 1.7 s, about the time of importing torch. Tests
-    # run in parallel, so this is processor time, which grows to 2.4 s where two programs share a core. A limit of four
-    # allows that, and no second import as large as torch.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4
     assert Progress(Path("my")).status(load_course().exercise(ALLOCATE)) == "passed"
 
 
@@ -169,7 +183,7 @@ def test_an_unusable_file_is_one_line_and_stays_unchanged(workspace, text, words
 
 
 @pytest.mark.slow
-def test_an_endless_loop_is_stopped_and_its_prints_are_cut(workspace):
+def test_an_endless_loop_is_stopped_and_its_prints_are_cut(workspace, new_process):
     write(ALLOCATE, "while True:\n        print('round and round')")
     outcome = checking.check(load_course(), load_course().exercise(ALLOCATE), Path("my"), cpu_limit=6)
     assert outcome.failure.kind == "timeout" and "an endless loop?" in outcome.failure.message
@@ -177,7 +191,7 @@ def test_an_endless_loop_is_stopped_and_its_prints_are_cut(workspace):
     assert 0 < len(outcome.printed) <= 5000
 
 
-def test_processes_and_threads_of_a_students_file_end_with_the_check(workspace):
+def test_processes_and_threads_of_a_students_file_end_with_the_check(workspace, new_process):
     path = write(ALLOCATE, "pass")
     path.write_text(
         solution_file(load_course().exercise(ALLOCATE))
@@ -186,7 +200,7 @@ def test_processes_and_threads_of_a_students_file_end_with_the_check(workspace):
     )
     outcome = checking.check(load_course(), load_course().exercise(ALLOCATE), Path("my"))
     assert outcome.failure is None and outcome.seconds < 60
-    child, deadline = int(outcome.printed), time.monotonic() + 10
+    child, deadline = int(outcome.printed), time.monotonic() + 60
     while _lives(child):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -200,10 +214,39 @@ def _lives(pid: int) -> bool:
         return False
 
 
-def test_prints_are_shown_beside_the_result(workspace):
-    write(ALLOCATE, f"print('free:', self._free)\n    {_body(ALLOCATE)}")
+def test_prints_are_shown_beside_the_result(workspace, new_process):
+    heavy = "print('heavy:', {'numba', 'transformers', 'triton', 'matplotlib', 'tokenizers'} & {*sys.modules})"
+    write(ALLOCATE, f"print('free:', self._free)\n    import sys; {heavy}\n    {_body(ALLOCATE)}")
     code, said = learn("check", ALLOCATE)
     assert code == 0 and "your file printed:" in said and "free: [4, 3, 2, 1, 0]" in said
+    assert "heavy: set()" in said  # a check takes about as long as the import of torch
+
+
+CHEAT = """
+import json, os, sys
+
+for place in (
+    lambda: json.loads(sys.argv[1])["result"],
+    lambda: json.loads(sys.stdin.read())["result"],
+    lambda: os.path.join(os.path.dirname(os.readlink("/proc/self/fd/1")), "result.json"),
+):
+    try:
+        path = place()
+        open(path, "w").write(json.dumps({"stage": "done", "passed": ["public", "hidden"], "failure": None}))
+        print("wrote", path)
+    except Exception as error:
+        print(type(error).__name__)
+os._exit(0)
+"""
+
+
+def test_a_file_cannot_pass_itself_by_writing_the_result(workspace, new_process):
+    path = write(ALLOCATE, "return []")
+    path.write_text(path.read_text().replace("def allocate", f"{CHEAT}\n\ndef allocate"))
+    code, said = learn("check", ALLOCATE)
+    assert code == 1 and "public checks passed" not in said
+    assert "IndexError" in said and "JSONDecodeError" in said  # neither argv nor stdin names the file
+    assert "wrote /" in said and "written by other code than the check" in said  # found by another way: not believed
 
 
 def _body(exercise_id: str) -> str:

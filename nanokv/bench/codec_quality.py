@@ -16,7 +16,6 @@ from statistics import mean, stdev
 import torch
 import torch.nn.functional as F
 
-from nanokv.core.errors import ConfigError
 from nanokv.llm import LLM
 
 ROWS = 128
@@ -24,25 +23,6 @@ ROWS = 128
 
 Texts = Mapping[str, Sequence[int]]
 """Token ids by name."""
-
-
-def topics(llm: LLM, count: int, tokens: int) -> dict[str, list[int]]:
-    """The first `tokens` tokens of the longest `count` texts of Python's own help, pydoc_data.topics.
-
-    A model without a tokenizer reads the bytes of a text as token ids.
-    Raises ConfigError where the texts or the model are too short.
-    """
-    from pydoc_data.topics import topics as texts
-
-    found = {}
-    for name in sorted(texts, key=lambda name: (-len(texts[name]), name))[:count]:
-        text = texts[name][: 32 * tokens]  # no tokenizer makes a token of more
-        ids = list(text.encode()) if llm.tokenizer is None else llm.tokenizer.encode(text, add_special=True)
-        found[name] = ids[:tokens]
-    shortest = min(map(len, found.values()))
-    if min(shortest, llm.engine.max_length) < tokens:
-        raise ConfigError(f"texts of {tokens} tokens: at most {min(shortest, llm.engine.max_length)} here")
-    return found
 
 
 @dataclass(frozen=True)

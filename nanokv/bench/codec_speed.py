@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from statistics import median
 from typing import Any
 
-from nanokv.bench.measure import declare_cached, decode_speed, greedy
+from nanokv.bench.measure import declare_cached, decode_speed, greedy, ranged
 from nanokv.bench.workloads import random_prompts
 from nanokv.core.request import Request
 from nanokv.llm import LLM
@@ -31,11 +30,9 @@ def in_turns(llm: LLM, raw: LLM, batch: int, context: int, steps: int, turns: in
         "batch": batch,
         "context_tokens": context,
         "turns": len(pairs),
-        "output_tokens_per_s": median(own for _, own in pairs),
-        "raw_output_tokens_per_s": median(other for other, _ in pairs),
-        "speed_ratio": median(ratios),
-        "speed_ratio_min": min(ratios),
-        "speed_ratio_max": max(ratios),
+        **ranged("output_tokens_per_s", [own for _, own in pairs]),
+        **ranged("raw_output_tokens_per_s", [other for other, _ in pairs]),
+        **ranged("speed_ratio", ratios),
     }
 
 

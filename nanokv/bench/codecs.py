@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from nanokv.bench.codec_errors import model_errors, random_errors, record, theory
-from nanokv.bench.codec_quality import Reference, Texts, summary, topics
+from nanokv.bench.codec_quality import Reference, Texts, summary
 from nanokv.bench.codec_speed import in_turns, requests_at_once
+from nanokv.bench.codec_texts import texts_for
 from nanokv.bench.decode import fits
-from nanokv.bench.measure import Ticker, no_tick, warm_up
+from nanokv.bench.measure import Ticker, is_noise, no_tick, warm_up
 from nanokv.codecs import resolve_codec, value_quantizer
 from nanokv.core.config import EngineConfig
 from nanokv.core.spec import PageLayout
@@ -63,7 +64,7 @@ class Plan:
 
 
 FULL = Plan(4, 1024, ((1, 256), (1, 1024), (1, 4096), (8, 256), (8, 1024)), steps=5, turns=3, requests=8, context=512)
-QUICK = Plan(2, 256, ((1, 256), (1, 1024)), steps=4, turns=1, requests=4, context=256)
+QUICK = Plan(2, 256, ((1, 256), (1, 1024)), steps=4, turns=3, requests=4, context=256)
 
 Open = Callable[..., LLM]
 """Makes an engine of the model with these fields of EngineConfig."""
@@ -87,14 +88,14 @@ class CodecBench:
     open_llm   makes engines of it; with no fields but the codec's it takes the run's dtype
     raw        such an engine with codec raw, idle
     plan       Plan
-    texts      token ids by name; None: pydoc_data.topics
+    texts      token ids by name; None: those of codec_texts.texts_for
     """
 
     def __init__(self, open_llm: Open, raw: LLM, plan: Plan, texts: Texts | None = None) -> None:
         self._open = open_llm
         self._raw = raw
         self._plan = plan
-        self.texts = topics(raw, plan.texts, plan.text_tokens) if texts is None else texts
+        self.texts = texts_for(raw, plan.texts, plan.text_tokens) if texts is None else texts
         with open_llm(codec="raw", dtype="float32") as llm:
             self._reference = Reference(llm, self.texts)
             self._judged_raw = [self._reference.judge(llm, name) for name in self.texts]
@@ -134,7 +135,9 @@ class CodecBench:
             warm_up(llm, 64)
             for batch, context in missing:
                 found = in_turns(llm, self._raw, batch, context, self._plan.steps, self._plan.turns)
-                yield {"part": "speed", "codec": codec, **found}
+                # Raw in turns with raw has one speed: how far it is from 1 says how noisy all these ratios are.
+                noise = codec == "raw" and is_noise(abs(found["speed_ratio"] - 1), 0.05)
+                yield {"part": "speed", "codec": codec, **found, "noise": noise}
                 tick()
 
     def _errors_and_quality(self, codec: str, tick: Ticker) -> Row:
@@ -145,7 +148,8 @@ class CodecBench:
             for name in self.texts:
                 judged.append(self._reference.judge(llm, name))
                 tick()
-        return row | {"texts": len(judged)} | summary(judged, self._judged_raw)
+        quality = summary(judged, self._judged_raw)
+        return row | {"texts": len(judged)} | quality | {"noise": quality["kl"] < 0}
 
     def _requests_at_once(self, codec: str) -> Row:
         plan, raw, own = self._plan, self._raw.engine.layout, layout_of(self._raw, codec)
@@ -159,6 +163,27 @@ class CodecBench:
         fields = {"kv_memory": total, "max_requests": total // memory(own) + 1}  # one more than can run
         with self._open(codec=codec, page_size=page_size_of(codec), **fields) as llm:
             return {"requests_at_once": requests_at_once(llm, plan.context), "requests_memory_bytes": total}
+
+
+def notes(rows: Sequence[Row], dtype: str, vocab_size: int) -> list[str]:
+    """Sentences on rows that read wrong without them.
+
+    dtype        of the run
+    vocab_size   of the model: a uniform guess has this perplexity
+    """
+    raw = next((row for row in rows if row["part"] == "codec" and row["codec"] == "raw"), None)
+    found = []
+    if raw is not None and dtype != "float32":
+        found.append(
+            f"raw is a {dtype} engine beside the float32 reference, and every other row a float32 engine with that "
+            f"codec: the KL of raw is the cost of {dtype}, not of a codec, and may exceed that of int8."
+        )
+    if any(row["part"] == "codec" and row["perplexity"] > vocab_size for row in rows):
+        found.append(
+            f"The perplexity exceeds the {vocab_size:,} of a uniform guess: the model does not know the language of "
+            "these texts, and its KL, top-1 and ppl say little."
+        )
+    return found
 
 
 def key(row: Row) -> tuple:

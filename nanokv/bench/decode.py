@@ -6,17 +6,30 @@ most machines that bounds it:
     bytes of a step = weights + batch * (context * bytes per token + 2 * state bytes)
     share = bytes of a step / time of a step / bandwidth measured in the same run
 
-Weights that fit in a CPU's cache are not read from memory, so a tiny model may exceed 100 %. The computation of a step
-grows with the batch, so the share falls where computing takes longer than reading.
+The computation of a step grows with the batch, so the share falls where computing takes longer than reading. A step
+whose bytes fit in the last-level cache may read none of them from memory: it is marked `in_cache`, and may exceed
+100 %. Any other share over 105 % is marked as noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
-from nanokv.bench.measure import Ticker, bandwidth, check_length, decode_speed, no_tick, warm_up, weight_bytes
+from nanokv.bench.measure import (
+    Found,
+    Ticker,
+    bandwidth,
+    cache_bytes,
+    check_length,
+    decode_speed,
+    is_noise,
+    no_tick,
+    not_kept,
+    ranged,
+    warm_up,
+    weight_bytes,
+)
 from nanokv.llm import LLM
 
 
@@ -26,12 +39,19 @@ def bytes_per_step(weights: int, batch: int, context: int, bytes_per_token: int,
 
 
 def measure_decode(
-    llm: LLM, batches: Sequence[int], contexts: Sequence[int], steps: int = 20, repeat: int = 1, tick: Ticker = no_tick
+    llm: LLM,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    steps: int = 20,
+    repeat: int = 1,
+    tick: Ticker = no_tick,
+    found: Found = not_kept,
 ) -> list[dict[str, Any]]:
     """A row for each batch and context that fits in the pool and the model; medians of `repeat`.
 
     steps    timed steps per point
     tick     called after each point
+    found    called with a point's row after each repeat
     Raises   ConfigError where even the shortest context is too long
     """
     check_length(llm, min(contexts), steps + 8)
@@ -41,8 +61,12 @@ def measure_decode(
     for batch in batches:
         for context in contexts:
             if fits(llm, batch, context, steps):
-                speed = median(decode_speed(llm, batch, context, steps) for _ in range(repeat))
-                rows.append(_row(llm, batch, context, speed, limit))
+                speeds: list[float] = []
+                for _ in range(repeat):
+                    speeds.append(decode_speed(llm, batch, context, steps))
+                    row = _row(llm, batch, context, speeds, limit)
+                    found(row)
+                rows.append(row)
             tick()
     return rows
 
@@ -54,21 +78,26 @@ def fits(llm: LLM, batch: int, context: int, steps: int) -> bool:
     return tokens <= engine.max_length and pages <= len(engine.store.pages) and batch <= engine.config.max_requests
 
 
-def _row(llm: LLM, batch: int, context: int, speed: float, limit: float) -> dict[str, Any]:
+def _row(llm: LLM, batch: int, context: int, speeds: list[float], limit: float) -> dict[str, Any]:
     layout, weights = llm.engine.layout, weight_bytes(llm, batch)
     per_token, per_sequence = layout.bytes_per_token, layout.state_payload
     moved = bytes_per_step(weights, batch, context, per_token, per_sequence)
-    step = batch / speed
+    steps = ranged("step_s", [batch / speed for speed in speeds])
+    step, fits_in = steps["step_s"], cache_bytes(llm.device) or 0
+    share, in_cache = moved / step / limit, moved <= fits_in
     return {
         "batch": batch,
         "context_tokens": context,
-        "output_tokens_per_s": speed,
-        "step_s": step,
+        "repeats": len(speeds),
+        **ranged("output_tokens_per_s", speeds),
+        **steps,
         "bytes_per_token": per_token,
         "state_bytes_per_sequence": per_sequence,
         "weight_bytes": weights,
         "bytes_per_step": moved,
         "bytes_per_s": moved / step,
         "bandwidth_bytes_per_s": limit,
-        "bandwidth_share": moved / step / limit,
+        **ranged("bandwidth_share", [moved * speed / batch / limit for speed in speeds], share),
+        "in_cache": in_cache,
+        "noise": is_noise(share) and not in_cache,
     }

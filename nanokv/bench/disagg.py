@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from nanokv.bench.measure import Ticker, greedy, no_tick, percentile, spread
+from nanokv.bench.measure import Found, Ticker, greedy, no_tick, not_kept, percentile, ranged, spread
 from nanokv.bench.workloads import random_prompts
 from nanokv.cache.manager import CacheManager
 from nanokv.core.errors import NanokvError
@@ -71,12 +71,14 @@ def measure_disagg(
     chunk: int,
     repeat: int = 1,
     tick: Ticker = no_tick,
+    found: Found = not_kept,
 ) -> list[dict[str, Any]]:
     """A row for each mode: of `repeat` runs the one with the median p99. Raises NanokvError where a request fails.
 
     prompt_tokens   of a long prompt; `prompts` of them arrive
     context         tokens of each of the `running` requests
     chunk           tokens of a step in mode "chunked"
+    found           called with a mode's row after each repeat
     """
     cores = sorted(os.sched_getaffinity(0))
     whole = prompt_tokens + running
@@ -87,12 +89,16 @@ def measure_disagg(
             disagg = DisaggConfig(worker_cores=worker_cores) if mode == "split" else None
             with load(disagg, max_step_tokens=chunk if mode == "chunked" else whole, prefix_cache=True) as llm:
                 run_trace(llm, min(prompt_tokens, 256), 1, running, context, seed=99)  # compiles
-                traces = [run_trace(llm, prompt_tokens, prompts, running, context, n, tick) for n in range(repeat)]
                 transfers: dict[int, list[float]] = {}
                 for tokens in (prompt_tokens, prompt_tokens // 4):
                     if disagg is not None and tokens >= disagg.min_tokens:
                         transfers[tokens] = [transfer_time(llm, tokens, seed) for seed in range(TRANSFERS)]
-                rows.append(_row(mode, llm, traces, prompt_tokens, prompts, running, threads, transfers))
+                traces: list[Trace] = []
+                for seed in range(repeat):
+                    traces.append(run_trace(llm, prompt_tokens, prompts, running, context, seed, tick))
+                    row = _row(mode, llm, traces, prompt_tokens, prompts, running, threads, transfers)
+                    found(row)
+                rows.append(row)
     return rows
 
 
@@ -192,12 +198,17 @@ def _row(
     threads: int,
     transfers: dict[int, list[float]],
 ) -> dict[str, Any]:
-    def p99(trace: Trace) -> float:
-        return percentile([gap for _, gap in trace.gaps], 0.99)
+    def gap(share: float) -> Callable[[Trace], float]:
+        return lambda one: percentile([length for _, length in one.gaps], share)
 
+    p99 = gap(0.99)
     trace = sorted(traces, key=p99)[len(traces) // 2]
-    gaps = [gap for _, gap in trace.gaps]
-    step, ttft = percentile(gaps, 0.5), median(trace.ttfts)
+
+    def over(name: str, number: Callable[[Trace], float]) -> dict[str, float]:
+        return ranged(name, [number(one) for one in traces], number(trace))
+
+    ttft = median(trace.ttfts)
+    hand_over = transfers.get(prompt_tokens)
     return {
         "mode": mode,
         "threads": threads,
@@ -205,21 +216,21 @@ def _row(
         "prompts": prompts,
         "running": running,
         "repeats": len(traces),
-        "tpot_p50_s": step,
-        "tpot_p99_s": p99(trace),
+        **over("tpot_p50_s", gap(0.5)),
+        **over("tpot_p99_s", p99),
         "tpot_p99_spread": spread([p99(one) for one in traces]),
-        "longest_stall_s": max(gaps),
-        "ttft_p50_s": ttft,
+        **over("longest_stall_s", gap(1)),
+        **over("ttft_p50_s", lambda one: median(one.ttfts)),
         "ttft_max_s": max(trace.ttfts),
-        "requests_per_s": prompts / trace.wall_s,
-        "output_tokens_per_s": len(gaps) / trace.wall_s,
-        "hand_over_s": median(transfers[prompt_tokens]) if transfers else None,
+        **over("requests_per_s", lambda one: prompts / one.wall_s),
+        **over("output_tokens_per_s", lambda one: len(one.gaps) / one.wall_s),
+        **(ranged("hand_over_s", hand_over) if hand_over else {"hand_over_s": None}),
         "hand_overs": [{"tokens": tokens, "seconds": found} for tokens, found in transfers.items()],
         "bytes_moved": _message_bytes(llm, prompt_tokens) if transfers else 0,
-        "break_even_tokens": round(step * prompt_tokens / ttft) if transfers else None,
+        "break_even_tokens": round(gap(0.5)(trace) * prompt_tokens / ttft) if transfers else None,
         "arrivals_s": [round(time, 4) for time in trace.arrivals],
         "gap_times_s": [round(time, 4) for time, _ in trace.gaps],
-        "gaps_s": [round(gap, 5) for gap in gaps],
+        "gaps_s": [round(length, 5) for _, length in trace.gaps],
     }
 
 

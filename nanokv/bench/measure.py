@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -35,8 +37,19 @@ FILLER = 0x3C
 """The byte that fills pages that were not computed: a harmless number in float32, bfloat16 and float16."""
 
 
+Found = Callable[[dict[str, Any]], Any]
+"""Called with a row as soon as it is measured, and again after each repeat of the same point, which replaces it: a run
+that is interrupted keeps what it was called with."""
+MOST_OF_CEILING = 1.05
+"""Of a ceiling from speeds of the same run: more is a disturbance of the machine, of one of the two measurements."""
+
+
 def no_tick() -> None:
     """Shows no progress."""
+
+
+def not_kept(row: dict[str, Any]) -> None:
+    """Keeps no row."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,17 @@ def percentile(values: Sequence[float], share: float) -> float:
 def spread(values: Sequence[float]) -> float:
     """(largest - smallest) / median, 0 for one value."""
     return (max(values) - min(values)) / median(values)
+
+
+def ranged(name: str, values: Sequence[float], value: float | None = None) -> dict[str, float]:
+    """The fields of a measured number: the median of `values`, or `value`, and the extent as NAME_min and NAME_max."""
+    found = median(values) if value is None else value
+    return {name: found, f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def is_noise(share: float, ceiling: float = 1.0) -> bool:
+    """Whether a measured share is impossible: negative, or over 105 % of its ceiling."""
+    return share < 0 or share > MOST_OF_CEILING * ceiling
 
 
 def closed_loop(
@@ -232,6 +256,16 @@ def bandwidth(device: torch.device, repeat: int = 5) -> float:
         buffer.sum().item()  # item() waits for a GPU
         times.append(time.perf_counter() - begin)
     return BANDWIDTH_BYTES / min(times[1:])
+
+
+def cache_bytes(device: torch.device) -> int | None:
+    """Bytes of the last-level cache of the device; None where it cannot be read. A step that moves fewer bytes may read
+    none of them from memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=None)
 
 
 def weight_bytes(llm: LLM, batch: int) -> int:

@@ -13,25 +13,30 @@ prefill    tokens/s of one prompt of this length, alone, on an empty cache
 decode     tokens/s of `concurrency` requests that share as many tokens, in the middle of their answers. The prefill
            gives the first token of an answer, which costs no step of its own.
 
-Requests whose uncached parts are computed in one step may exceed it a little.
+Requests whose uncached parts are computed in one step may exceed it a little. A point over 105 % of it is marked as
+noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
 from nanokv.bench.measure import (
+    Found,
     Loop,
     Ticker,
     check_length,
     closed_loop,
     decode_speed,
+    is_noise,
     no_tick,
+    not_kept,
     percentile,
     prefill_speed,
+    ranged,
     spread,
     warm_up,
 )
@@ -80,6 +85,7 @@ def measure_prefix(
     requests: int | None = None,
     repeat: int = 1,
     tick: Ticker = no_tick,
+    found: Found = not_kept,
 ) -> list[dict[str, Any]]:
     """A row for each concurrency and shared part.
 
@@ -88,6 +94,7 @@ def measure_prefix(
     requests     of one point; None: see requests_for
     repeat       runs of each point; its row holds the run whose requests/s is the median
     tick         called after each timed request
+    found        called with a point's row after each repeat
     Raises       ConfigError where the requests are too long for the model
     """
     check_length(llm, prompt_tokens, output_tokens)
@@ -97,10 +104,12 @@ def measure_prefix(
     rows = []
     for clients, tokens in points:
         count = requests_for(clients, requests)
-        loops = [
-            run_point(llm, prompt_tokens, output_tokens, tokens, clients, count, seed, tick) for seed in range(repeat)
-        ]
-        rows.append(_row(llm, loops, prompt_tokens, output_tokens, tokens, clients, speeds))
+        loops: list[Loop] = []
+        for seed in range(repeat):
+            loops.append(run_point(llm, prompt_tokens, output_tokens, tokens, clients, count, seed, tick))
+            row = _row(llm, loops, prompt_tokens, output_tokens, tokens, clients, speeds)
+            found(row)
+        rows.append(row)
     return rows
 
 
@@ -129,7 +138,14 @@ def _row(
     uncached = prompt_tokens - matchable(prompt_tokens, shared, llm.config.page_size)
     decode = speeds.decode[concurrency, shared]
     ceiling = ceiling_requests_per_s(uncached, output_tokens, speeds.prefill, decode)
-    prompts, ttfts = len(loop.requests) * prompt_tokens, [one.ttft_s for one in loop.requests]
+    prompts = len(loop.requests) * prompt_tokens
+
+    def over(name: str, number: Callable[[Loop], float]) -> dict[str, float]:
+        return ranged(name, [number(one) for one in loops], number(loop))
+
+    def ttft(share: float) -> Callable[[Loop], float]:
+        return lambda one: percentile([request.ttft_s for request in one.requests], share)
+
     return {
         "concurrency": concurrency,
         "shared_tokens": shared,
@@ -139,11 +155,11 @@ def _row(
         "repeats": len(loops),
         "hit_ratio": loop.hit_ratio,
         "kv_hit_ratio": sum(one.kv_matched_tokens for one in loop.requests) / prompts,
-        "requests_per_s": loop.requests_per_s,
+        **over("requests_per_s", lambda one: one.requests_per_s),
         "requests_per_s_spread": spread([one.requests_per_s for one in loops]),
-        "mean_latency_s": mean(one.latency_s for one in loop.requests),
-        "ttft_p50_s": percentile(ttfts, 0.5),
-        "ttft_p95_s": percentile(ttfts, 0.95),
+        **over("mean_latency_s", lambda one: mean(request.latency_s for request in one.requests)),
+        **over("ttft_p50_s", ttft(0.5)),
+        **over("ttft_p95_s", ttft(0.95)),
         "output_tokens_per_s": loop.output_tokens_per_s,
         "computed_tokens": prompts - sum(one.cached_tokens for one in loop.requests),
         "computed_tokens_perfect": uncached * len(loop.requests),
@@ -151,7 +167,8 @@ def _row(
         "decode_tokens_per_s": decode,
         "ceiling_requests_per_s": ceiling,
         "ceiling_mean_latency_s": concurrency / ceiling,
-        "ceiling_share": loop.requests_per_s / ceiling,
+        **over("ceiling_share", lambda one: one.requests_per_s / ceiling),
+        "noise": is_noise(loop.requests_per_s / ceiling),
     }
 
 

@@ -1,25 +1,33 @@
-"""Tables and figures of the benches' rows. Measures nothing."""
+"""Tables of the benches' rows, and the caption of a run. Measures nothing.
+
+A number of several runs is a median; under it stand the lowest and the highest. An impossible one is marked "noise".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from rich.table import Table
 
 Row = dict[str, Any]
 Columns = Sequence[tuple[str, Callable[[Row], str]]]
 
 
-def _percent(share: float) -> str:
+NOISE = (
+    "noise: impossible numbers (a saving below 0, over 105 % of a ceiling, or raw against itself off by 5 %): other "
+    "work disturbed the machine"
+)
+IN_CACHE = "cache: the bytes of such a step fit in the processor's cache, so that memory is no limit"
+
+
+def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share < 0.0995 else f"{100 * share:.0f} %"
 
 
-def _seconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:.2f} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
+def seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} s" if value >= 0.9995 else f"{1000 * value:.3g} ms"
 
 
 def _rate(rate: float) -> str:
@@ -31,7 +39,7 @@ def _error(value: float | None) -> str:
 
 
 _UNITS: dict[str, Callable[[Any], str]] = {
-    "_per_s": _rate, "_s": _seconds, "_share": _percent, "_mse": _error, "_error": _error, "_tokens": "{:,}".format,
+    "_per_s": _rate, "_s": seconds, "_share": percent, "_mse": _error, "_error": _error, "_tokens": "{:,}".format,
     "_ratio": "{:.3f}".format, "": str,
 }  # fmt: skip
 """Last words of a field's name, which tell its unit -> its value as text; the first that fits counts."""
@@ -42,9 +50,59 @@ def _columns(*columns: tuple[str, str | Callable[[Row], str]]) -> Columns:
 
     def of_field(field: str) -> Callable[[Row], str]:
         show = next(show for words, show in _UNITS.items() if field.endswith(words))
-        return lambda row: show(row[field])
+        return lambda row: show(row[field]) + extent(row, field, show)
 
     return [(title, of_field(what) if isinstance(what, str) else what) for title, what in columns]
+
+
+def extent(row: Row, field: str, show: Callable[[Any], str]) -> str:
+    """The lowest and the highest of a field, on a line of their own; "" where there is one value."""
+    low, high = row.get(f"{field}_min"), row.get(f"{field}_max")
+    if row.get("repeats", 1) == 1 or low is None or high is None:
+        return ""
+    first, last = show(low), show(high)
+    unit = last.rpartition(" ")[2]
+    return f"\n{first.removesuffix(f' {unit}') if unit != last else first} to {last}"
+
+
+def _judged(field: str) -> Callable[[Row], str]:
+    """A share of a ceiling, or a saving, with the mark of an impossible one."""
+
+    def cell(row: Row) -> str:
+        mark = "noise " if row["noise"] else "cache " if row.get("in_cache") and row[field] > 1 else ""
+        return mark + percent(row[field]) + extent(row, field, percent)
+
+    return cell
+
+
+def legend(rows: Sequence[Row]) -> list[str]:
+    """The marks that these rows have, explained."""
+    is_cached = any(row.get("in_cache") and row["bandwidth_share"] > 1 for row in rows)
+    return [NOISE] * any(row.get("noise", False) for row in rows) + [IN_CACHE] * is_cached
+
+
+def caption(result: Mapping[str, Any]) -> str:
+    """What a figure shows, of a command's JSON object: the model and how it ran, the machine, versions and the date."""
+    settings, machine = result["settings"], result["hardware"]
+    device, codec = settings.get("device", "cpu"), settings.get("codec") if "codecs" not in settings else None
+    instructions = machine.get("instructions")
+    cpu = f"{machine['cpu']}, {machine['cpus']} cores" + (f", {instructions}" if instructions else "")
+    repeat = settings.get("repeat", 1)
+    words = [
+        f"{result['command']}: {result['model']}",
+        "random weights" if settings.get("dummy") else "",
+        settings.get("dtype", ""),
+        f"codec {codec}" if codec else "",
+        "reference kernels" if settings.get("kernels") == "reference" else "",
+        f"median of {repeat} (lowest to highest)" if repeat > 1 else "",
+        "interrupted" if settings.get("interrupted") else "",
+    ]
+    versions = [f"nanokv {result['version']}" if "version" in result else "", f"torch {machine['torch']}"]
+    where = [
+        ", ".join(machine["gpus"]) if device.startswith("cuda") else cpu, f"{machine['threads']} threads",
+        machine["system"], *versions, f"Python {machine['python']}", result.get("date", ""),
+    ]  # fmt: skip
+    return "\n".join(", ".join(filter(None, part)) for part in (words, where))
 
 
 def _spread(name: str, digits: str) -> Callable[[Row], str]:
@@ -53,12 +111,12 @@ def _spread(name: str, digits: str) -> Callable[[Row], str]:
 
 REQUEST = _columns(
     ("prompt", "prompt_tokens"), ("output", "output_tokens"), ("TTFT", "ttft_s"), ("TPOT", "tpot_s"),
-    ("total", "total_s"), ("a hit can save", "prefill_share"), ("a hit saved", "hit_saved_share"),
+    ("total", "total_s"), ("a hit can save", "prefill_share"), ("a hit saved", _judged("hit_saved_share")),
     ("TTFT, hit", "hit_ttft_s"), ("total, hit", "hit_total_s"),
 )  # fmt: skip
 PREFIX = _columns(
     ("clients", "concurrency"), ("shared", "shared_tokens"), ("hit ratio", "hit_ratio"),
-    ("requests/s", "requests_per_s"), ("ceiling", "ceiling_requests_per_s"), ("reached", "ceiling_share"),
+    ("requests/s", "requests_per_s"), ("ceiling", "ceiling_requests_per_s"), ("reached", _judged("ceiling_share")),
     ("latency", "mean_latency_s"), ("TTFT p50", "ttft_p50_s"), ("TTFT p95", "ttft_p95_s"),
     ("computed", "computed_tokens"),
 )  # fmt: skip
@@ -66,7 +124,7 @@ DECODE = _columns(
     ("batch", "batch"), ("context", "context_tokens"), ("tokens/s", "output_tokens_per_s"), ("step", "step_s"),
     ("MB a step", lambda row: f"{row['bytes_per_step'] / 1e6:,.0f}"),
     ("GB/s", lambda row: f"{row['bytes_per_s'] / 1e9:.1f}"),
-    ("of the limit", "bandwidth_share"),
+    ("of the limit", _judged("bandwidth_share")),
 )  # fmt: skip
 DISAGG = _columns(
     ("mode", "mode"), ("gap p50", "tpot_p50_s"), ("gap p99", "tpot_p99_s"), ("longest", "longest_stall_s"),
@@ -83,8 +141,8 @@ CODEC_BYTES = _columns(
 )  # fmt: skip
 CODEC_QUALITY = _columns(
     ("codec", "codec"), ("bits", lambda row: f"{row['true_bits']:.3g}"),
-    ("KL", _spread("kl", ".2g")),
-    ("top-1", lambda row: f"{_percent(row['top1_agreement'])} ± {100 * row['top1_agreement_std']:.1f}"),
+    ("KL", lambda row: "noise " * row["noise"] + _spread("kl", ".2g")(row)),
+    ("top-1", lambda row: f"{percent(row['top1_agreement'])} ± {100 * row['top1_agreement_std']:.1f}"),
     ("ppl", lambda row: f"{row['perplexity']:.4g}"),
     ("to raw", _spread("perplexity_ratio", ".3f")),
     ("attention", "attention_error"), ("model's K", "model_k_mse"), ("its V", "model_v_mse"),
@@ -99,7 +157,10 @@ def codec_speed(rows: Sequence[Row]) -> tuple[Columns, list[Row]]:
         point = f"{row['batch']} x {row['context_tokens']:,}"
         points[point] = None
         line = lines.setdefault(row["codec"], {"codec": row["codec"]})
-        line[point] = f"{_rate(row['output_tokens_per_s'])} ({row['speed_ratio']:.2f} x)"
+        low, high = (f"{row[f'speed_ratio_{end}']:.2f}" for end in ("min", "max"))
+        ratio = f"{row['speed_ratio']:.2f} x" + (f", {low} to {high}" if low != high else "")
+        mark = "noise " * row.get("noise", False)
+        line[point] = f"{mark}{_rate(row['output_tokens_per_s'])} ({ratio})"
     columns = [(point, lambda line, at=point: line.get(at, "")) for point in points]
     return (("tokens/s (to raw)", lambda line: line["codec"]), *columns), list(lines.values())
 
@@ -125,111 +186,3 @@ def table(columns: Columns, rows: Sequence[Row], group: str | None = None) -> Ta
         ends = group is not None and later is not None and later[group] != row[group]
         made.add_row(*(show(row) for _, show in columns), end_section=ends)
     return made
-
-
-# ---- figures ------------------------------------------------------------------------------------------------------
-
-
-def draw_request(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draws each request as a bar: its prefill, which a perfect hit saves, and the rest."""
-    axes = figure.add_subplot()
-    names = [f"{row['prompt_tokens']:,} + {row['output_tokens']:,}" for row in rows]
-    saved = [row["prefill_share"] * row["total_s"] for row in rows]
-    rest = [row["total_s"] - part for row, part in zip(rows, saved, strict=True)]
-    axes.barh(names, saved, color="tab:orange", label="prefill: what a perfect hit saves")
-    axes.barh(names, rest, left=saved, color="tab:blue", label="the rest")
-    for place, row in enumerate(rows):
-        axes.annotate(f" {_percent(row['prefill_share'])}", (0, place), va="center")
-    axes.set(xlabel="seconds", ylabel="prompt + output tokens")
-    axes.invert_yaxis()
-    axes.legend()
-
-
-def draw_prefix(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draws three panels over the shared tokens, a line per concurrency; ceilings dashed."""
-    panels = (
-        ("hit_ratio", None, "prefix cache hit ratio"),
-        ("requests_per_s", "ceiling_requests_per_s", "requests per second"),
-        ("mean_latency_s", "ceiling_mean_latency_s", "mean latency (s)"),
-    )
-    for axes, (name, ceiling, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        for clients, points in _groups(rows, "concurrency").items():
-            shared, label = [row["shared_tokens"] for row in points], f"{clients} client{'s' * (clients > 1)}"
-            (line,) = axes.plot(shared, [row[name] for row in points], marker="o", label=label)
-            if ceiling is not None:
-                axes.plot(shared, [row[ceiling] for row in points], "--", color=line.get_color(), linewidth=1)
-        axes.set(title=title, xlabel=f"shared tokens of {rows[0]['prompt_tokens']:,}")
-        _from_zero(axes)
-    axes.plot([], [], "--", color="grey", linewidth=1, label="ceiling")
-    axes.legend()
-
-
-def draw_decode(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draws two panels over the batch size, a line per context: tokens per second, and the share of the bandwidth."""
-    panels = (("output_tokens_per_s", 1, "output tokens per second"), ("bandwidth_share", 100, "% of memory bandwidth"))
-    for axes, (name, scale, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        for context, points in _groups(rows, "context_tokens").items():
-            values = [scale * row[name] for row in points]
-            axes.plot([row["batch"] for row in points], values, marker="o", label=f"context {context:,}")
-        axes.set(title=title, xlabel="requests in the batch")
-        _from_zero(axes)
-    axes.legend()
-
-
-def draw_disagg(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draws a panel per mode, on one scale: gaps between the tokens of running answers over time; prompts as lines."""
-    panels = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    for axes, row in zip(panels, rows, strict=True):
-        axes.plot(row["gap_times_s"], [1000 * gap for gap in row["gaps_s"]], ".", markersize=3)
-        for arrival in row["arrivals_s"]:
-            axes.axvline(arrival, color="tab:orange", linewidth=0.8)
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-        axes.set(title=f"{row['mode']}: p99 {_seconds(row['tpot_p99_s'])}, longest {_seconds(row['longest_stall_s'])}",
-                 ylabel="ms between tokens")  # fmt: skip
-    panels[-1].set_xlabel(f"seconds; orange: a prompt of {rows[0]['prompt_tokens']:,} tokens arrives")
-
-
-def draw_codecs(figure: Figure, rows: Sequence[Row]) -> None:
-    """Draws two panels: KL divergence over true bits, a point per codec; decode speed, to raw, over the context."""
-    quality, speed = figure.subplots(1, 2)
-    whole = [
-        row for row in rows if row["part"] == "codec" and "raw/" not in row["codec"] and "/raw" not in row["codec"]
-    ]
-    for row in whole:
-        if row["kl"] > 0:  # raw in float32 is the reference itself: 0 has no place on a logarithmic axis
-            low = min(row["kl_std"], 0.9 * row["kl"])
-            bars = [[low], [row["kl_std"]]]
-            quality.errorbar(row["true_bits"], row["kl"], yerr=bars, marker="o", linewidth=1, color=_colour(row, whole))
-            quality.annotate(f" {row['codec']}", (row["true_bits"], row["kl"]), fontsize=8)
-    quality.set(yscale="log", xlabel="true bits a number", ylabel="nats a token", title="KL divergence to raw float32")
-    quality.grid(alpha=0.3)
-    alone = [row for row in rows if row["part"] == "speed" and row["batch"] == 1 and row["codec"] != "raw"]
-    for name, points in _groups(alone, "codec").items():
-        contexts, ratios = ([row[field] for row in points] for field in ("context_tokens", "speed_ratio"))
-        speed.plot(contexts, ratios, marker="o", label=name, color=_colour(points[0], whole))
-    speed.axhline(1, color="grey", linewidth=1, linestyle="--")
-    contexts = sorted({row["context_tokens"] for row in alone})
-    speed.set(xscale="log", xlabel="tokens of context", title="decode speed, 1 request, to raw")
-    speed.set_xticks(contexts, [f"{context:,}" for context in contexts])
-    speed.minorticks_off()
-    _from_zero(speed)
-    if alone:
-        speed.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def _colour(row: Row, rows: Sequence[Row]) -> tuple[float, float, float, float]:
-    """The colour of a codec, the same in both panels."""
-    from matplotlib import colormaps
-
-    names = [other["codec"] for other in rows]
-    return colormaps["tab20"](names.index(row["codec"]) % 20 if row["codec"] in names else 0)
-
-
-def _groups(rows: Sequence[Row], name: str) -> dict[Any, list[Row]]:
-    return {value: [row for row in rows if row[name] == value] for value in dict.fromkeys(row[name] for row in rows)}
-
-
-def _from_zero(axes: Axes) -> None:
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)

@@ -1,4 +1,7 @@
-"""One run of a bench: the options of all benches, the model, progress, and the output of the rows."""
+"""One run of a bench: the options of all benches, the model, progress, and the output of the rows.
+
+An interrupted run shows what it measured until then, in every form that was asked for, and ends with exit code 130.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from nanokv.cli import common
 from nanokv.hub.catalog import CATALOG, DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    from nanokv.bench.figures import Draw
     from nanokv.bench.report import Columns, Row
     from nanokv.disagg.config import DisaggConfig
     from nanokv.llm import LLM
@@ -45,7 +49,6 @@ class Numbers(click.ParamType):
         return list(dict.fromkeys(numbers))
 
 
-WIDTH = 110
 COUNT = click.IntRange(min=1)
 COUNTS = Numbers(int, 1)
 _ENGINE = ("device", "dtype", "kernels", "kv_memory")
@@ -62,7 +65,8 @@ def bench_options(command: Callable) -> Callable:
 
 def speed_options(command: Callable) -> Callable:
     """Adds the options of every bench of speed: bench_options and --repeat."""
-    repeat = click.option("--repeat", type=COUNT, default=1, show_default=True, help="Repeats; rows show medians.")
+    words = "Runs of each point: rows show the median, the lowest and the highest."
+    repeat = click.option("--repeat", type=COUNT, default=3, show_default=True, help=words)
     return bench_options(repeat(command))
 
 
@@ -74,12 +78,14 @@ class Bench:
     fields    further fields of EngineConfig
 
     settings  the values of the subcommand's own options; at the end of the run, all settings of --json
+    rows      those measured so far. An interrupt ends the block of the context manager and no more: `show` prints them
     """
 
     def __init__(self, what: str, options: dict[str, Any], **fields: Any) -> None:
         self.what, self.settings = what, dict(options)
         self.repeat: int = self.settings.pop("repeat", 1)
         self.rows: list[Row] = []
+        self.interrupted = False
         self._asked, self._dummy = self.settings.pop("model"), self.settings.pop("dummy")
         self._as_json, self._plot = self.settings.pop("as_json"), self.settings.pop("plot")
         self._name = self._asked or DEFAULT_MODEL
@@ -98,18 +104,21 @@ class Bench:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> bool:
+        self.interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         self.settings |= {
             "repeat": self.repeat,
             "device": str(self.llm.device),
             "dtype": str(self.llm.dtype).removeprefix("torch."),
+            "codec": self.llm.config.codec,
             "kernels": self.llm.config.kernels,
             "dummy": self._dummy,
             "page_size": self.llm.config.page_size,
             "max_step_tokens": self.llm.config.max_step_tokens,
             "pages": len(self.llm.engine.store.pages),
-        }
+        } | ({"interrupted": True} if self.interrupted else {})
         self._stack.close()
+        return self.interrupted
 
     def open(self, disagg: DisaggConfig | None = None, **fields: Any) -> LLM:
         """An engine with the run's model; `fields` of EngineConfig replace the run's."""
@@ -127,6 +136,12 @@ class Bench:
             Path(folder, "config.json").write_text(json.dumps(CATALOG[self._name].config), encoding="utf-8")
             yield Path(folder)
 
+    def found(self, row: Row) -> None:
+        """Keeps a measured row. One with further repeats replaces the last one, which is of the same point."""
+        if row.get("repeats", 1) > 1:
+            self.rows.pop()
+        self.rows.append(row)
+
     def ticker(self, total: int) -> Callable[[], None]:
         """A function that advances the progress bar; it is to be called `total` times."""
         done = 0
@@ -142,29 +157,50 @@ class Bench:
     def show(
         self,
         tables: Sequence[tuple[Columns, Sequence[Row], str | None]],
-        draw: Callable[[Any, list[Row]], None],
+        draw: Draw,
         size: tuple[float, float],
+        notes: Sequence[str] = (),
     ) -> None:
-        """Prints the rows as JSON or as tables, and draws the figure of --plot.
+        """Prints the rows as JSON or as tables, and draws the figure of --plot. Raises KeyboardInterrupt at the end of
+        an interrupted run.
 
         tables   columns, rows, and the field at whose changes a line is drawn, or None
         draw     draws all rows into a figure
         size     width and height of the figure, in inches
+        notes    sentences that belong to the rows
         """
+        from nanokv.bench import report
+
+        if self.interrupted:
+            rows = common.counted(len(self.rows), "row")
+            click.echo(f"interrupted: {rows} until then, the last one perhaps of fewer runs", err=True)
+        name = f"bench {self.what}"
+        if self._plot is not None and self.rows:
+            from nanokv.bench.figures import add_caption
+
+            figure = common.new_figure(*size)
+            add_caption(figure, report.caption(common.envelope(name, self._name, self.settings, [])))
+            draw(figure, self.rows)
+            common.save_figure(figure, self._plot)
+        if self._as_json:
+            settings = self.settings | ({"notes": list(notes)} if notes else {})
+            common.emit_json(name, self._name, settings, self.rows)
+        elif self.rows:
+            self._print(tables, [*report.legend(self.rows), *notes])
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def _print(self, tables: Sequence[tuple[Columns, Sequence[Row], str | None]], notes: Sequence[str]) -> None:
         from rich.console import Console
 
         from nanokv.bench import report
 
-        if self._plot is not None and self.rows:
-            figure = common.new_figure(*size)
-            draw(figure, self.rows)
-            common.save_figure(figure, self._plot)
-        if self._as_json:
-            common.emit_json(f"bench {self.what}", self._name, self.settings, self.rows)
-            return
         weights = "random weights" if self._dummy else "its weights"
-        median = f"; median of {self.repeat}" if self.repeat > 1 else ""
+        median = f"; median of {self.repeat}, lowest to highest below" if self.repeat > 1 else ""
         click.echo(f"{self._name}: {self.settings['device']}, {self.settings['dtype']}, {weights}{median}")
-        console = Console(width=max(Console().width, WIDTH))  # a narrower terminal wraps; numbers are never cut
         for columns, rows, group in tables:
-            console.print(report.table(columns, rows, group))
+            made = report.table(columns, rows, group)
+            width = Console(width=1000).measure(made).maximum
+            Console(width=max(Console().width, width)).print(made)  # a narrower terminal wraps; numbers are never cut
+        for note in notes:
+            click.echo(note)

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,15 @@ _MODEL_OPTIONS = (
                  help="auto: compiled for the device; reference: readable torch, on any device."),
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+class Group(click.Group):
+    """A group whose help has the whole summary of each command; click's own cuts long ones."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            helps = {name: command.help or "" for name, command in sorted(self.commands.items())}
+            formatter.write_dl([(name, " ".join(text.partition("\n\n")[0].split())) for name, text in helps.items()])
 
 
 def _figure_path(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
@@ -107,6 +117,7 @@ def hardware() -> dict[str, Any]:
 
     return {
         "cpu": _cpu_name(),
+        "instructions": _instructions(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -124,10 +135,24 @@ def _cpu_name() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
+def _instructions() -> str:
+    """The vector instructions that torch uses on this processor, and AMX where it has it, such as "AVX512, AMX"."""
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    has_amx = cpuinfo.exists() and " amx_tile" in cpuinfo.read_text(encoding="utf-8", errors="replace")
+    return torch.backends.cpu.get_cpu_capability() + ", AMX" * has_amx
+
+
 def emit_json(command: str, model: str | list[str], settings: dict, rows: list[dict]) -> None:
     """Prints the envelope, the object of every --json, on stdout. Keys of `rows` name their units."""
-    head = {"command": command, "version": nanokv.__version__, "hardware": hardware(), "model": model}
-    click.echo(json.dumps(head | {"settings": settings, "rows": rows}, indent=2, allow_nan=False))
+    click.echo(json.dumps(envelope(command, model, settings, rows), indent=2, allow_nan=False))
+
+
+def envelope(command: str, model: str | list[str], settings: dict, rows: list[dict]) -> dict[str, Any]:
+    """A run of a command as one object: what it was, when and where it ran, and what it found."""
+    head = {"command": command, "version": nanokv.__version__, "date": time.strftime("%Y-%m-%d")}
+    return head | {"hardware": hardware(), "model": model, "settings": settings, "rows": rows}
 
 
 def new_figure(width: float, height: float) -> Figure:

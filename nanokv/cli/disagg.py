@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from nanokv.cli.common import model_folder, model_options
+from nanokv.cli.common import Group, model_folder, model_options
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError
 from nanokv.disagg.config import split_address
 
 
-@click.group(epilog="\b\nExample:\n  nanokv disagg prefill --listen 10.0.0.2:7000")
+@click.group(cls=Group, epilog="\b\nExample:\n  nanokv disagg prefill --listen 10.0.0.2:7000")
 def disagg() -> None:
     """Prefill on one host and decode on another."""
 

@@ -6,6 +6,7 @@ import random
 
 import click
 
+from nanokv.cli.common import Group
 from nanokv.cli.learn_report import check_and_report, print_next, print_totals, write_fresh
 from nanokv.core.errors import CourseError
 from nanokv.learn.checking import student_path
@@ -24,6 +25,7 @@ exercise_argument = click.argument("exercise", metavar="ID", callback=_exercise)
 
 
 @click.group(
+    cls=Group,
     invoke_without_command=True,
     epilog="\b\nExamples:\n  nanokv learn\n  nanokv learn start 02.1\n  nanokv learn check 02.1\n  nanokv learn watch",
 )

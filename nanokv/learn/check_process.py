@@ -1,8 +1,8 @@
 """The process of one check: patches the engine with the student's function, runs the tests, writes a result file.
 
-checking.py starts it as `python -m nanokv.learn.check_process JOB`; JOB is the fields of `CheckJob` as JSON. Prints of
-the student's file go to stdout, up to a limit. Each stage is written to the result file as it begins, so a process that
-is killed has said how far it came.
+checking.py starts it as `python -m nanokv.learn.check_process` and writes the fields of `CheckJob` to its stdin, as
+JSON. Prints of the student's file go to stdout, up to a limit. Each stage is written to the result file as it begins,
+so a process that is killed has said how far it came.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanokv.core.errors import CourseError
-from nanokv.learn.job import CheckJob, Failure
+from nanokv.learn.job import CheckJob, Failure, write_record
 
 MOST_PRINTED = 4000
 """Characters of the student's prints that are kept."""
@@ -58,7 +58,7 @@ def main(job: CheckJob) -> None:
 
     def reached(stage: str) -> None:
         state["stage"] = stage
-        Path(job.result).write_text(json.dumps(state), "utf-8")
+        write_record(job, state)
 
     gc.disable()  # an import makes no garbage, and looking for it takes a fifth of the import's time
     import torch
@@ -103,5 +103,5 @@ def main(job: CheckJob) -> None:
 
 
 if __name__ == "__main__":
-    main(CheckJob(**json.loads(sys.argv[1])))
+    main(CheckJob(**json.loads(sys.stdin.read())))
     os._exit(0)  # the result is written: no need to tear modules down or to join threads that the file left behind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 from nanokv.core.errors import CourseError
 from nanokv.learn.course import PACKAGE, Course, Exercise
-from nanokv.learn.job import CheckJob, Failure
+from nanokv.learn.job import CheckJob, Failure, read_record
 from nanokv.learn.source import look_at
 
 CPU_LIMIT = 10
@@ -82,14 +83,16 @@ def check(
         result, printed = Path(scratch, "result.json"), Path(scratch, "printed")
         job = CheckJob(
             exercise.id, str(folder.resolve()), [[kind, str(file)] for kind, file in files.items()],
-            [seeds[kind] for kind in kinds], offline, cpu_limit, str(result),
+            [seeds[kind] for kind in kinds], offline, cpu_limit, str(result), secrets.token_hex(),
         )  # fmt: skip
         ended = _run(job, printed)
         said = printed.read_text("utf-8", "replace")
         state: dict[str, Any] = {"stage": "start", "passed": []}
         if result.is_file():
-            state = json.loads(result.read_text("utf-8"))
-    if state["stage"] == "done":
+            state = read_record(job) or {"stage": "forged", "passed": []}
+    if state["stage"] == "forged":
+        failure = Failure("file", "the result of the check was written by other code than the check")
+    elif state["stage"] == "done":
         failure = Failure(**state["failure"]) if state["failure"] else None
     else:
         failure = _cut_short(state["stage"], ended, cpu_limit, said)
@@ -104,14 +107,15 @@ def _run(job: CheckJob, printed: Path) -> int | None:
         "OMP_NUM_THREADS": "1",
     }
     # -P leaves the current folder out of sys.path: it may be a student's tree with another nanokv in it.
-    command = [sys.executable, "-P", "-m", "nanokv.learn.check_process", json.dumps(asdict(job))]
+    command = [sys.executable, "-P", "-m", "nanokv.learn.check_process"]
     with open(printed, "wb") as out:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
+            command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True,
         )  # fmt: skip
         try:
-            return process.wait(WALL_LIMIT)
+            process.communicate(json.dumps(asdict(job)).encode(), WALL_LIMIT)
+            return process.returncode
         except subprocess.TimeoutExpired:
             return None
         finally:

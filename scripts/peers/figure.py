@@ -41,17 +41,23 @@ def draw(result: dict, path: Path) -> None:
         axes = figure.subplots(2, 3).flat
         bars = [row for row in result["rows"] if row["measure"] != "requests_per_s"]
         order = sorted(bars, key=lambda row: row["measure"] == "seconds")
-        for row, panel in zip(order, axes, strict=False):
-            _bars(panel, row)
+        left: list[str] = []
+        for place, (row, panel) in enumerate(zip(order, axes, strict=False)):
+            names = _bars(panel, row)
+            if place % 3 and names == left:
+                panel.set_yticklabels([])  # the panel on its left has the same
+            left = names
         _sweep(list(axes)[-1] if len(order) >= 6 else figure.axes[5], result)
         for panel in figure.axes[len(order) : 5]:
             panel.set_axis_off()
-        figure.suptitle(f"{result['model']}, {result['hardware']['cpu']}, {result['settings']['threads']} threads")
+        threads = f"{result['settings']['threads']} threads"
+        figure.suptitle(f"{result['model']}, {result['hardware']['cpu']}, {threads}, {result['date']}")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
 
 
-def _bars(panel: Any, row: dict) -> None:
+def _bars(panel: Any, row: dict) -> list[str]:
+    """Draws a bar for each engine; returns their names, from above."""
     names = sorted(row["engines"], key=lambda name: (list(NAMES).index(name.split()[0]), name))
     for place, name in enumerate(names):
         runs, engine = row["engines"][name], name.split()[0]
@@ -62,6 +68,7 @@ def _bars(panel: Any, row: dict) -> None:
     panel.invert_yaxis()
     better = "less is better" if is_less_better(row) else "more is better"
     panel.set_title(f"{row['name']}\n{UNITS[row['measure']]}, {better}", fontsize=9)
+    return names
 
 
 def _sweep(panel: Any, result: dict) -> None:
@@ -69,12 +76,14 @@ def _sweep(panel: Any, result: dict) -> None:
     most = max((row["concurrency"] for row in rows), default=0)
     rows = [row for row in rows if row["concurrency"] == most]
     for name in dict.fromkeys(name for row in rows for name in row["engines"]):
-        points = [(row["shared_tokens"], row["engines"][name]["median"]) for row in rows if name in row["engines"]]
+        shared = [row["shared_tokens"] for row in rows if name in row["engines"]]
+        runs = [row["engines"][name] for row in rows if name in row["engines"]]
+        middle = [one["median"] for one in runs]
+        spread = [[one["median"] - one["min"] for one in runs], [one["max"] - one["median"] for one in runs]]
         engine, dtype = name.split()
         style = "--" if dtype == "float32" else "-"
-        panel.plot(
-            *zip(*points, strict=True), style, marker="o", color=COLORS[engine], label=f"{NAMES[engine]} {dtype}"
-        )
+        panel.errorbar(shared, middle, spread, fmt=style, marker="o", color=COLORS[engine], elinewidth=1,
+                       label=f"{NAMES[engine]} {dtype}")  # fmt: skip
     panel.set_ylim(bottom=0)
     panel.set_xlabel("shared tokens of 1,024")
     panel.set_title(f"bench prefix, {most} clients\nrequests/s, more is better", fontsize=9)
