@@ -6,7 +6,8 @@ tensor:
     model.language_model.layers...    the text part of a vision-language model: the middle word is dropped
     mtp.*, *visual.*, extra layers    ignored: nanokv takes no images and predicts one token at a time
     mlp.experts.gate_up_proj          all experts in one [E, 2 * inner, width] (and down_proj [E, width, inner]): shown
-                                      as gate_proj, up_proj and down_proj of each expert
+                                      as gate_proj, up_proj and down_proj of each expert. Qwen3-VL-MoE stores each
+                                      transposed: the shape tells, and as in transformers a square one is not
 
 Two stored tensors under one name are an error: neither is chosen. Quantised matrices are joined with their scales and
 decoded when they are read (models/quantized.py). Opening a checkpoint reads the headers of the files only.
@@ -51,6 +52,7 @@ class Stored:
     shape    of the tensor, or of the part
     expert   index of the expert; None: the whole tensor
     first    first row of the part
+    turned   whether the experts are stored transposed: rows of the part are columns of the file
     """
 
     file: Any
@@ -58,6 +60,7 @@ class Stored:
     shape: tuple[int, ...]
     expert: int | None = None
     first: int = 0
+    turned: bool = False
 
     @property
     def dtype(self) -> str:
@@ -68,7 +71,8 @@ class Stored:
         """The stored values, mapped from the file."""
         if self.expert is None:
             return self.file.get_tensor(self.name)
-        return self.file.get_slice(self.name)[self.expert, self.first : self.first + self.shape[0]]
+        rows, whole = slice(self.first, self.first + self.shape[0]), self.file.get_slice(self.name)
+        return whole[self.expert, :, rows].T.contiguous() if self.turned else whole[self.expert, rows]
 
 
 class Checkpoint:
@@ -151,16 +155,21 @@ def _named(file: Any, name: str, config: ModelConfig) -> Iterator[tuple[str, Sto
     if extra or IGNORED.search(name):
         return
     shape = tuple(file.get_slice(name).get_shape())
-    fused, experts = FUSED.fullmatch(canonical), 0 if config.moe is None else config.moe.num_experts
-    parts = () if fused is None else ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",)
-    # A fused tensor of another size is left whole: it is then unexpected, and what it ought to hold is missing.
-    if fused is None or len(shape) != 3 or shape[0] != experts or shape[1] % len(parts):
+    fused, moe = FUSED.fullmatch(canonical), config.moe
+    if fused is None or moe is None:
         yield canonical, Stored(file, name, shape)
         return
-    own = (shape[1] // len(parts), shape[2])
-    for expert in range(experts):
+    both = fused[2] == "gate_up_proj"
+    parts, own = (("gate_proj", "up_proj") if both else ("down_proj",)), (moe.width, config.hidden_size)
+    own = own if both else own[::-1]
+    whole = (moe.num_experts, len(parts) * own[0], own[1])
+    turned = shape != whole
+    if turned and shape != (whole[0], whole[2], whole[1]):
+        yield canonical, Stored(file, name, shape)  # unexpected, and the matrices that it ought to hold are missing
+        return
+    for expert in range(moe.num_experts):
         for place, part in enumerate(parts):
-            yield f"{fused[1]}.{expert}.{part}.weight", Stored(file, name, own, expert, place * own[0])
+            yield f"{fused[1]}.{expert}.{part}.weight", Stored(file, name, own, expert, place * own[0], turned)
 
 
 def _equal(one: Source, other: Source) -> bool:
