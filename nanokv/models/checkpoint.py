@@ -16,10 +16,11 @@ decoded when they are read (models/quantized.py). Opening a checkpoint reads the
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.")
 ROWS = 1 << 12
 """Rows of a matrix that are compared at a time."""
-MOST_NAMES = 40
-"""Names in one complaint, after those that differ only in layer or expert have become one."""
+MOST_CHARACTERS = 1500
+"""Of the names in one complaint, after those that differ only in layer or expert have become one."""
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,9 @@ def _folded(names: Iterable[str]) -> str:
             pattern = name if number is None else f"{name[: number.start(1)]}{{}}{name[number.end(1) :]}"
             numbers.setdefault(pattern, []).extend([int(number[1])] if number else [])
         names = [one.replace("{}", _ranges(found), 1) if found else one for one, found in numbers.items()]
-    shown = list(names)
-    more = [f"and {len(shown) - MOST_NAMES} more"] if len(shown) > MOST_NAMES else []
-    return ", ".join([*map(_readable, shown[:MOST_NAMES]), *more])
+    names = list(map(_readable, names))
+    shown = bisect_right(list(accumulate(map(len, names))), MOST_CHARACTERS)
+    return ", ".join(names[:shown] + ([f"and {len(names) - shown} more"] if len(names) > shown else []))
 
 
 def _ranges(numbers: list[int]) -> str:
