@@ -124,12 +124,12 @@ def checkpoint(
     return save(model, folder, seed, dtype, shard)
 
 
-def vision_language(family: str, folder: Path, seed: int = 0) -> Path:
+def vision_language(family: str, folder: Path, seed: int = 0, **fields) -> Path:
     """A vision-language checkpoint of qwen3_5, qwen3_vl or their MoE: the text model beside a tiny vision tower."""
     torch.manual_seed(seed)
     name, _ = {**FAMILIES, **ALIASES}[family]
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4}
-    text = config_of(family)
+    text = config_of(family, **fields)
     config = getattr(transformers, f"{name}Config")(
         text_config=text.to_dict(),
         vision_config={**vision, "out_hidden_size": 64, "num_position_embeddings": 16},

@@ -187,6 +187,21 @@ def test_a_family_that_computes_as_another_matches_transformers(tmp_path, family
     assert sequence.tokens == expected[0].tolist()
 
 
+def test_experts_of_qwen3_vl_load_transposed_as_released_and_plain(tmp_path):
+    """transformers 4 stores [experts, in, out], transformers 5 also [experts, out, in]; the shape tells."""
+    folder = oracles.vision_language("qwen3_vl_moe", tmp_path / "plain", moe_intermediate_size=24)
+    stored = load_file(folder / "model.safetensors")
+    fused = {name for name in stored if ".experts." in name}
+    assert {tuple(stored[name].shape) for name in fused} == {(8, 48, 64), (8, 64, 24)}
+    edit(folder, tmp_path / "released", {}, {})
+    turned = {name: one.transpose(1, 2).contiguous() if name in fused else one for name, one in stored.items()}
+    save_file(turned, tmp_path / "released" / "model.safetensors")
+    got = [Rig(load(tmp_path / name)).run(PROMPT[:20], 20) for name in ("plain", "released")]
+    assert torch.equal(*got)
+    expected = oracles.logits(oracles.reference(tmp_path / "released"), PROMPT[:20])
+    torch.testing.assert_close(got[0], expected, **CLOSE)
+
+
 def test_kimi_k2_is_deepseek_v3_under_another_name(folders, tmp_path):
     folder = edit(folders("deepseek_v3"), tmp_path, {"model_type": "kimi_k2"}, {})
     assert torch.equal(Rig(load(folder)).run(PROMPT[:20], 20), Rig(load(folders("deepseek_v3"))).run(PROMPT[:20], 20))

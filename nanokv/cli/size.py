@@ -228,7 +228,7 @@ def _draw(sizes: list[CacheSize], contexts: list[int], memory: int, path: Path) 
         (line,) = axes.plot(within, [one.padded(n) for n in within], marker="o", markersize=3,
                             label=f"{one.name} ({one.dtype})")  # fmt: skip
         axes.plot(beyond, [one.padded(n) for n in beyond], marker="o", markersize=4, markerfacecolor="none",
-                  linestyle="--", color=line.get_color(), zorder=1)  # fmt: skip
+                  linestyle="--", color=line.get_color(), markevery=slice(len(within[-1:]), None))  # fmt: skip
         drawn += [one.padded(n) for n in points]
     if any(highest > one.config.max_positions for one in sizes):
         axes.plot([], [], marker="o", markersize=4, markerfacecolor="none", linestyle="--", color="grey",

@@ -121,6 +121,8 @@ class Decoder:
 
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream before the first layer: x and residual, each [rows, width]."""
+        if len(self.cos_sin) < self.config.max_positions:
+            extend(self.cos_sin, self.config.rope, int(batch.positions.max()) + 1, self.config.max_positions)
         x = self.embedding(batch.token_ids)
         return x, torch.zeros_like(x)
 
@@ -139,8 +141,6 @@ class Decoder:
                   previous content, which later rows of the same request read. They mark unwritable rows in the returned
                   batch alone. An exception ends the step
         """
-        if len(self.cos_sin) < self.config.max_positions:
-            extend(self.cos_sin, self.config.rope, int(batch.positions.max()) + 1, self.config.max_positions)
         x, residual = self.embed(batch)
         for index, layer in enumerate(self.layers):
             x = layer(x, residual, store, batch)
