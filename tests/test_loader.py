@@ -111,6 +111,24 @@ def test_a_tensor_of_all_experts_that_does_not_divide_is_not_split(tmp_path):
         refused(folder, f"unexpected: {experts}.gate_up_proj", f"missing: {experts}.{{0-7}}")
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_in_one_tensor_are_those_of_single_tensors(tmp_path, turned):
+    """Transposed in the released files of Qwen3-VL-MoE."""
+    folder = oracles.checkpoint("qwen3_moe", tmp_path, moe_intermediate_size=24, mlp_only_layers=[])
+    single, path = logits(folder), folder / "model.safetensors"
+    tensors = load_file(path)
+    for layer in range(3):
+        at = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{at}.{expert}.{part}_proj.weight") for expert in range(8)])
+            for part in ("gate", "up", "down")
+        )
+        fused = {f"{at}.gate_up_proj": torch.cat([gate, up], dim=1), f"{at}.down_proj": down}
+        tensors.update({name: (t.mT if turned else t).contiguous() for name, t in fused.items()})
+    save_file(tensors, path)
+    assert torch.equal(logits(folder), single)
+
+
 def test_names_that_a_stranger_wrote_stay_on_one_short_line(edit):
     strange = ["a\nb", "a\x1b[2J", "x" * 5000, "model.layers." + "9" * 5000 + ".mlp.up_proj.weight"]
     many = [f"extra{i}" for i in range(5000)]

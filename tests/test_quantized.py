@@ -57,6 +57,11 @@ def per_tensor(matrix):
     return {"": stored[""], "_scale": stored["_scale"].reshape(())}, meant
 
 
+def four_axes(matrix):
+    stored, meant = fp8(matrix, (128, 128), "_scale")
+    return {"": stored[""], "_scale": stored["_scale"][:, None, :, None]}, meant
+
+
 def nvfp4(matrix, divide):
     """Two codes to a byte, the even column in the low half; a scale for 16 numbers, and one for the matrix."""
     whole = (matrix.abs().max().float() / (6 * 448)).reshape(1)
@@ -92,6 +97,7 @@ LAYOUTS = {
          "config_groups": {"group_0": {"weights": {"type": "float", "num_bits": 8, "strategy": "channel"}}}},
     ),
     "modelopt tensor": (per_tensor, {"quant_algo": "FP8", "kv_cache_scheme": "FP8", "producer": {"name": "modelopt"}}),
+    "modelopt blocks": (four_axes, {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}),
     "modelopt nvfp4": (
         lambda matrix: nvfp4(matrix, divide=False), {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     ),

@@ -136,7 +136,7 @@ SPECIAL = {
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("kind", SPECIAL)
-@pytest.mark.parametrize("name", ["2.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("name", ["2.safetensors", "model.safetensors", INDEX])
 def test_pipes_devices_and_folders_are_never_opened(folder, kind, name):
     if name == "model.safetensors":
         (folder / INDEX).unlink()
@@ -159,3 +159,17 @@ def test_a_file_that_is_mostly_header_is_refused_unopened(folder):
     assert len(header) > MAX_HEADER
     (folder / "2.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
     refused(folder, "2.safetensors: its header has", "no model has so many tensors")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"weight_map": ' + '{"a":' * 100_000 + "1" + "}" * 100_000, "[" * 10**6, '{"a": NaN']
+)
+def test_an_index_of_nested_json_is_refused(folder, text):
+    (folder / INDEX).write_text(text)
+    refused(folder, INDEX)
+
+
+def test_a_huge_index_is_refused_unread(folder):
+    with open(folder / INDEX, "r+b") as file:
+        file.truncate(1 << 40)  # a hole: takes no disk
+    refused(folder, INDEX, "larger than")

@@ -6,8 +6,8 @@ tensor:
     model.language_model.layers...    the text part of a vision-language model: the middle word is dropped
     mtp.*, *visual.*, extra layers    ignored: nanokv takes no images and predicts one token at a time
     mlp.experts.gate_up_proj          all experts in one [E, 2 * inner, width] (and down_proj [E, width, inner]): shown
-                                      as gate_proj, up_proj and down_proj of each expert. Qwen3-VL stores them
-                                      transposed, and some writers of its files do not: the shape tells
+                                      as gate_proj, up_proj and down_proj of each expert. Qwen3-VL-MoE stores each
+                                      transposed: the shape tells, and as in transformers a square one is not
 
 Two stored tensors under one name are an error: neither is chosen. Quantised matrices are joined with their scales and
 decoded when they are read (models/quantized.py). Opening a checkpoint reads the headers of the files only.
@@ -16,10 +16,11 @@ decoded when they are read (models/quantized.py). Opening a checkpoint reads the
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.")
 ROWS = 1 << 12
 """Rows of a matrix that are compared at a time."""
-MOST_NAMES = 40
-"""Names in one complaint, after those that differ only in layer or expert have become one."""
+MOST_CHARACTERS = 1500
+"""Of the names in one complaint, after those that differ only in layer or expert have become one."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Stored:
     shape    of the tensor, or of the part
     expert   index of the expert; None: the whole tensor
     first    first row of the part
-    turned   whether an expert's matrix is stored transposed
+    turned   whether the experts are stored transposed: rows of the part are columns of the file
     """
 
     file: Any
@@ -71,8 +72,8 @@ class Stored:
         """The stored values, mapped from the file."""
         if self.expert is None:
             return self.file.get_tensor(self.name)
-        stored, rows = self.file.get_slice(self.name), slice(self.first, self.first + self.shape[0])
-        return stored[self.expert, :, rows].T.contiguous() if self.turned else stored[self.expert, rows]
+        rows, whole = slice(self.first, self.first + self.shape[0]), self.file.get_slice(self.name)
+        return whole[self.expert, :, rows].T.contiguous() if self.turned else whole[self.expert, rows]
 
 
 class Checkpoint:
@@ -155,19 +156,19 @@ def _named(file: Any, name: str, config: ModelConfig) -> Iterator[tuple[str, Sto
     if extra or IGNORED.search(name):
         return
     shape = tuple(file.get_slice(name).get_shape())
-    fused, experts = FUSED.fullmatch(canonical), 0 if config.moe is None else config.moe.num_experts
-    parts = () if fused is None else ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",)
-    # A fused tensor of another size is left whole: it is then unexpected, and what it ought to hold is missing.
-    if fused is None or len(shape) != 3 or shape[0] != experts or shape[1] % len(parts):
+    fused, moe = FUSED.fullmatch(canonical), config.moe
+    if fused is None or moe is None:
         yield canonical, Stored(file, name, shape)
         return
-    assert config.moe is not None
-    inner, width = config.moe.width, config.hidden_size
-    expected = (2 * inner, width) if len(parts) == 2 else (width, inner)
-    turned = shape[1:] != expected and shape[1:] == expected[::-1]
-    rows, columns = expected if turned else shape[1:]
-    own = (rows // len(parts), columns)
-    for expert in range(experts):
+    both = fused[2] == "gate_up_proj"
+    parts, own = (("gate_proj", "up_proj") if both else ("down_proj",)), (moe.width, config.hidden_size)
+    own = own if both else own[::-1]
+    whole = (moe.num_experts, len(parts) * own[0], own[1])
+    turned = shape != whole
+    if turned and shape != (whole[0], whole[2], whole[1]):
+        yield canonical, Stored(file, name, shape)  # unexpected, and the matrices that it ought to hold are missing
+        return
+    for expert in range(moe.num_experts):
         for place, part in enumerate(parts):
             yield f"{fused[1]}.{expert}.{part}.weight", Stored(file, name, own, expert, place * own[0], turned)
 
@@ -195,9 +196,9 @@ def _folded(names: Iterable[str]) -> str:
             pattern = name if number is None else f"{name[: number.start(1)]}{{}}{name[number.end(1) :]}"
             numbers.setdefault(pattern, []).extend([int(number[1])] if number else [])
         names = [one.replace("{}", _ranges(found), 1) if found else one for one, found in numbers.items()]
-    shown = list(names)
-    more = [f"and {len(shown) - MOST_NAMES} more"] if len(shown) > MOST_NAMES else []
-    return ", ".join([*map(_readable, shown[:MOST_NAMES]), *more])
+    names = list(map(_readable, names))
+    shown = bisect_right(list(accumulate(map(len, names))), MOST_CHARACTERS)
+    return ", ".join(names[:shown] + ([f"and {len(names) - shown} more"] if len(names) > shown else []))
 
 
 def _ranges(numbers: list[int]) -> str:

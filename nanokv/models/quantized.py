@@ -172,14 +172,12 @@ def _matrix(tensors: dict[str, Source], weight: str, name: str, how: Quantizatio
         block = how.block or ((rows, columns) if math.prod(scale.shape) == 1 else (1, columns))
     matrix = Quantized(weight, codes, scale, block, target, second, divide=nvfp4 and weight != name)
     for part, expected in ((scale, matrix.grid), (second, (1,))):
-        if part is not None and (part.dtype not in SCALES or _trimmed(part.shape) != _trimmed(expected)):
+        if part is not None and (part.dtype not in SCALES or _squeezed(part.shape) != _squeezed(expected)):
             found = f"{part.dtype} {list(part.shape)}"
             raise CheckpointError(f"has scales {found}; expected floating point {list(expected)}")
     return matrix
 
 
-def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without ones at its end: [out, 1] and [out] are alike, and so are [], [1] and [1, 1]."""
-    while shape and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
+def _squeezed(shape: tuple[int, ...]) -> list[int]:
+    """Without ones: [out, 1] and [out] are alike, so are [rows, 1, columns, 1] and [rows, columns], and [] and [1]."""
+    return [size for size in shape if size != 1]

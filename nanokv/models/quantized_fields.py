@@ -14,6 +14,7 @@ from nanokv.models.fields import Fields
 FP8, NVFP4 = "fp8", "nvfp4"
 _ALGORITHMS = {"FP8": FP8, "FP8_PB_WO": FP8, "FP8_PER_CHANNEL_PER_TOKEN": FP8, "NVFP4": NVFP4}
 """quant_algo of ModelOpt -> method. Others, such as "MIXED_PRECISION", keep their name in lower case."""
+BLOCKS = "FP8_PB_WO"
 _FORMATS = {"float-quantized": FP8, "naive-quantized": FP8, "nvfp4-pack-quantized": NVFP4}
 """format of compressed-tensors -> method."""
 _EXCLUDED = ("modules_to_not_convert", "ignore", "exclude_modules")
@@ -58,6 +59,8 @@ def quantization(fields: Fields) -> Quantization | None:
     else:
         raise fields.error("quant_method", "is missing, and quant_algo as well")
     block = fields.integers("weight_block_size") or weights.integers("block_structure")
+    if not block and (algorithm or "").upper() == BLOCKS:
+        block = (128, 128)  # the only size of that algorithm, which its files do not repeat
     if block and (len(block) != 2 or 0 in block):
         raise fields.error("weight_block_size", "expected two integers of at least 1")
     grouped = fields if fields.get("group_size") is not None else weights

@@ -85,7 +85,7 @@ def shard_size(path: Path) -> int:
     try:
         if path.is_file():
             return path.stat().st_size
-        missing = "no such file, but the index names it: a part of the model is missing"
+        missing = "no such file: a part of the model is missing"
         raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else missing}")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
