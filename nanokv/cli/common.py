@@ -86,10 +86,11 @@ def usage_error(error: NanokvError, options: Container[str]) -> Exception:
 
     options   the names of the command's parameters
     """
-    named = re.match(r"(\w+)=", str(error))
+    named = re.match(r"(\w+)(=True(?=:)|=)", str(error))  # a flag has no value
     if named is None or named[1] not in options:
         return error
-    return click.UsageError(f"--{named[1].replace('_', '-')} {str(error)[named.end() :]}")
+    option, rest = named[1].replace("_", "-"), str(error)[named.end() :]
+    return click.UsageError(f"--{option}{'' if rest.startswith(':') else ' '}{rest}")
 
 
 def model_folder(name: str | None) -> Path:

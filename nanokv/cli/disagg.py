@@ -39,9 +39,9 @@ def prefill(model: str | None, listen: str, **options: Any) -> None:
     """
     try:
         address = split_address(listen)
-        config = EngineConfig(**options)
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
+    config = EngineConfig(**options)
     folder = model_folder(model)
     from nanokv.disagg.server import listen as serve
     from nanokv.disagg.transport import bind
