@@ -308,6 +308,19 @@ def test_bad_bytes_on_the_pipe_are_one_error_line(command):
     assert result.stderr == "nanokv: stdin: not valid UTF-8 at byte 3 (0xff)\n"
 
 
+def test_a_byte_order_mark_is_no_part_of_the_prompt(command):
+    assert asked(command(stdin="\ufeffHi\r\nyou".encode())) == "user\nHi\nyou\nassistant\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
+def test_a_pipe_without_an_end_is_one_error_line():
+    call = [sys.executable, "-m", "nanokv.cli.main", "chat", str(ROOT / "weights" / "tiny-gqa")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with open("/dev/zero", "rb") as zeros:
+        result = subprocess.run(call, stdin=zeros, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1 and result.stderr == "nanokv: stdin: more than 64 MiB, which no context holds\n"
+
+
 @pytest.mark.parametrize("options, stdin", [((), ""), ((), " \n"), (("-p", ""), None), (("-p", " "), "")])
 def test_an_empty_prompt_is_an_error(command, options, stdin):
     result = command(*options, stdin=stdin)

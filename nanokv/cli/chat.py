@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 STEP_TOKENS = 512
 """Tokens that one step of a prompt computes: few, so that progress is seen and Ctrl-C is heard between two steps."""
+MOST_PIPED = 64 * 2**20
+"""Bytes of a text from a pipe."""
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 
 
@@ -195,12 +197,17 @@ def _question(prompt: str | None) -> str:
 
 
 def _read_pipe() -> str:
-    """All of stdin. Raises RequestError where it is not UTF-8."""
+    """All of stdin, without a byte order mark, its line ends as "\\n".
+
+    Raises RequestError where it is not UTF-8, or has no end in sight.
+    """
     if sys.stdin is None:  # started with stdin closed
         return ""
-    data = sys.stdin.buffer.read()
+    data = sys.stdin.buffer.read(MOST_PIPED + 1)
+    if len(data) > MOST_PIPED:
+        raise RequestError(f"stdin: more than {MOST_PIPED >> 20} MiB, which no context holds")
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise RequestError(f"stdin: not valid UTF-8 at byte {error.start} (0x{data[error.start]:02x})") from None
 

@@ -18,17 +18,21 @@ def _path(argument: str, usage: str) -> Path:
 
 
 @command("/save FILE", "write the chat to a JSON file")
-def _save(chat: Chat, argument: str, overwrite: bool = False) -> None:
+def _save(chat: Chat, argument: str) -> None:
     """Saves messages, model and settings. /save refuses a file that exists; /save!
     overwrites it."""
-    path = _path(argument, "/save FILE")
-    save_chat(path, SavedChat(chat.model, chat.conversation.messages, chat.params), overwrite)
-    chat.terminal.note(f"saved to {path}")
+    _write(chat, argument, overwrite=False)
 
 
 @command("/save! FILE", "write the chat to a JSON file, over an existing one")
 def _save_over(chat: Chat, argument: str) -> None:
-    _save(chat, argument, overwrite=True)
+    _write(chat, argument, overwrite=True)
+
+
+def _write(chat: Chat, argument: str, overwrite: bool) -> None:
+    path = _path(argument, "/save FILE")
+    save_chat(path, SavedChat(chat.model, chat.conversation.messages, chat.params), overwrite)
+    chat.terminal.note(f"saved to {path}")
 
 
 @command("/load FILE", "continue a saved chat")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from nanokv.cli.repl.stop_key import StopKey
 from nanokv.text.tokenizer import Tokenizer
@@ -24,8 +24,7 @@ def count_tokens(tokenizer: Tokenizer, text: str, most: int, stop: StopKey) -> t
     """
     count = 0
     for start in range(0, len(text), PIECE):
-        piece = text[start : start + PIECE]
-        count += len(stop.run(lambda piece=piece: tokenizer.encode(piece)))
+        count += len(stop.run(partial(tokenizer.encode, text[start : start + PIECE])))
         if count >= most:
             return count, start + PIECE >= len(text)
     return count, True

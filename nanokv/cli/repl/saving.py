@@ -90,8 +90,10 @@ def load_chat(path: Path) -> SavedChat:
         raise RequestError(f'{path}: expected "model" (a text), "settings" (an object) and "messages" (a list)')
     if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "user":
         raise RequestError(f"{path}: ends with a question; expected an answer as the last message")
-    for name, value in [*enumerate(messages), ("model", model), ("settings", settings)]:
-        _check_unicode(path, f"messages[{name}]" if isinstance(name, int) else name, value)
+    for place, message in enumerate(messages):
+        _check_unicode(path, f"messages[{place}]", message)
+    for name in ("model", "settings"):
+        _check_unicode(path, name, document[name])
     unknown = [name for name in settings if name not in SETTINGS]
     if unknown:
         raise RequestError(f"{path}: settings: no such parameter: {unknown[0]}; there are {', '.join(SETTINGS)}")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
+from functools import partial
 
 from nanokv.cli.common import counted
 from nanokv.cli.repl.registry import Chat, command
 from nanokv.core.errors import RequestError
 from nanokv.core.request import Request
+from nanokv.text.conversation import Conversation
 
 
 @command("/clear", "forget the conversation, keep the system message")
@@ -32,17 +35,16 @@ def _trim(chat: Chat, argument: str) -> None:
     """/trim N removes the N oldest turns; alone: as many as leave half of the context.
     A prompt is found in the cache up to the first token that differs, so only what
     precedes the removed turns is still cached: the next answer computes the rest."""
-    conversation, engine = chat.conversation, chat.llm.engine
-    if argument:
-        wanted = _count(argument, "/trim", conversation.num_turns, "nothing to trim")
-        trimmed = chat.stop.run(lambda: conversation.without_oldest(wanted))
-    else:
-        wanted = _count("1", "/trim", conversation.num_turns, "nothing to trim")
-        trimmed = chat.stop.run(lambda: conversation.without_oldest(wanted))
-        while trimmed.num_turns and len(trimmed.token_ids) > engine.max_length // 2:
-            wanted += 1
-            trimmed = chat.stop.run(lambda number=wanted: conversation.without_oldest(number))
-    chat.conversation = trimmed
+    conversation, most = chat.conversation, chat.conversation.num_turns
+    wanted = _count(argument, "/trim", most, "nothing to trim")
+
+    def without(number: int) -> Conversation:
+        return chat.stop.run(partial(conversation.without_oldest, number))
+
+    if not argument:
+        half = chat.llm.engine.max_length // 2
+        wanted = 1 + bisect_left(range(1, most), True, key=lambda number: len(without(number).token_ids) <= half)
+    chat.conversation = trimmed = without(wanted)
     tokens = trimmed.token_ids
     kept = 0
     if tokens:
