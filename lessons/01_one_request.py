@@ -23,7 +23,7 @@ from nanokv import LLM, SamplingParams
 from nanokv.bench.decode import bytes_per_step
 from nanokv.bench.measure import bandwidth, decode_speed, weight_bytes
 from nanokv.bench.request import measure_request, prefill_share
-from nanokv.core.request import RequestMetrics
+from nanokv.core.metrics import RequestMetrics
 from nanokv.hub.catalog import CATALOG
 from nanokv.hub.pull import pull
 from nanokv.models.loader import tensors
@@ -328,7 +328,7 @@ figures.save(figure, "01_one_request-3")
 # `nanokv learn list` shows them with their ids.
 #
 # - `nanokv.core.spec.LayerSpec.bytes_per_token`: the bytes that a token takes
-# - `nanokv.core.request.RequestMetrics.tpot`: time per output token
+# - `nanokv.core.metrics.RequestMetrics.tpot`: time per output token
 # - `nanokv.bench.request.prefill_share`: the ceiling
 # - `nanokv.bench.decode.bytes_per_step`: the bytes that a decode step moves
 # - `nanokv.engine.text_stream.TextStream._take`: a stop text that arrives in pieces

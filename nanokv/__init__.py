@@ -1,12 +1,13 @@
 """nanokv: an LLM inference engine small enough to read, whose subject is the KV cache.
 
-from nanokv import LLM, EngineConfig, SamplingParams
+from nanokv import LLM, AsyncLLM, EngineConfig, SamplingParams
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanokv.async_llm import AsyncLLM
     from nanokv.core.config import EngineConfig
     from nanokv.core.errors import NanokvError
     from nanokv.core.request import RequestOutput, SamplingParams
@@ -14,10 +15,13 @@ if TYPE_CHECKING:
     from nanokv.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "DisaggConfig", "EngineConfig", "NanokvError", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM", "AsyncLLM", "DisaggConfig", "EngineConfig", "NanokvError", "RequestOutput", "SamplingParams", "__version__",
+]  # fmt: skip
 
 _HOMES = {
     "LLM": "nanokv.llm",
+    "AsyncLLM": "nanokv.async_llm",
     "DisaggConfig": "nanokv.disagg.config",
     "EngineConfig": "nanokv.core.config",
     "NanokvError": "nanokv.core.errors",
@@ -31,3 +35,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'nanokv' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return sorted(__all__)

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Never, cast, overload
 
 import torch
 
-from nanokv.codecs import codec_of
+from nanokv.chats import Messages, are_several, chat_prompt, chat_prompts
+from nanokv.core.arguments import no_such
 from nanokv.core.config import EngineConfig
-from nanokv.core.errors import ConfigError, NanokvError, RequestError
+from nanokv.core.errors import RequestError
 from nanokv.core.request import Request, RequestOutput, SamplingParams
 from nanokv.disagg.config import DisaggConfig
-from nanokv.engine.device import choose_device, resolve_dtype
-from nanokv.engine.engine import Engine
-from nanokv.engine.loop import EngineLoop
+from nanokv.engine import scoring
+from nanokv.engine.output_processor import Sink
 from nanokv.engine.ticket import Ticket
-from nanokv.hub.home import resolve_model
 from nanokv.kernels.ops import Ops
-from nanokv.models.loader import load_model
-from nanokv.models.read import read_folder
-from nanokv.text.tokenizer import Tokenizer
+from nanokv.open_model import open_model
+from nanokv.progress import MANY, advance_with_bar
 
 Prompt = str | list[int]
 """A text, or its token ids."""
+Params = SamplingParams | Sequence[SamplingParams] | None
+"""For all prompts, or one for each; None: the defaults."""
 
 
 class LLM:
@@ -48,107 +45,83 @@ class LLM:
     def __init__(
         self, model: str | Path, config: EngineConfig | None = None, disagg: DisaggConfig | None = None, **fields: Any
     ) -> None:
-        if config is not None and fields:
-            raise ConfigError(f"{', '.join(fields)}: give a config or fields, not both")
-        self.config = config if config is not None else EngineConfig.from_fields(**fields)
-        self.disagg = disagg
-        self.folder = resolve_model(model)
-        chosen = choose_device(self.config.device)
-        self.device, self.device_reason = chosen.device, chosen.reason
-        self.model_config = read_folder(self.folder)
-        self.dtype = resolve_dtype(self.config.dtype, self.model_config)
-        codec = codec_of(self.config, self.dtype, self.model_config.attention_layers)
-        self.tokenizer = Tokenizer.from_folder(self.folder)
-        with ExitStack() as stack:
-            self.cluster = cluster = None
-            if disagg is not None:
-                from nanokv.disagg.cluster import DisaggCluster  # only where it is asked for
-
-                self.cluster = cluster = DisaggCluster(disagg, self.folder, self.config, self.device, self.dtype)
-                stack.callback(cluster.close)
-            decoder = load_model(
-                self.folder, self.model_config, dtype=self.dtype, device=self.device, codec=codec,
-                page_size=self.config.page_size, load=self.config.load, seed=self.config.seed,
-                kernels=self.config.kernels,
-            )  # fmt: skip
-            connectors = () if cluster is None else (cluster.dispatcher,)
-            allocate = None if cluster is None else cluster.dispatcher.allocate
-            self.engine = Engine(decoder, self.config, self.tokenizer, self.device, connectors, allocate)
-            self.loop = EngineLoop(self.engine)  # streams keep it, and with it the processes, though the LLM is dropped
-            if cluster is not None:
-                cluster.open(self.engine, self.model_config)
-                weakref.finalize(self.loop, cluster.abandon)  # where close() was not called
-            stack.pop_all()
-        self._pid = os.getpid()
+        opened = open_model(model, config, disagg, fields)
+        self.config, self.disagg = opened.config, disagg
+        self.folder, self.model_config, self.dtype = opened.folder, opened.model_config, opened.dtype
+        self.device, self.device_reason = opened.device, opened.device_reason
+        self.tokenizer, self.cluster, self.loop = opened.tokenizer, opened.cluster, opened.loop
+        self.engine = self.loop.engine
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompt | Sequence[Prompt], params: Params = None, progress: bool | None = None, **unknown: Never
     ) -> list[RequestOutput]:
         """Finished outputs, in the order of the prompts; n samples of a prompt are n outputs in a row.
 
-        prompts   a text, a list of token ids, or a list of either
-        params    one for all, or one for each prompt
-        Raises    RequestError when any prompt cannot be served; then none is. A later failure ends one sample and
-                  raises nothing: its finish_reason is "error", and its `error` gives the cause
+        prompts    a text, a list of token ids, or a list of either
+        params     one for all, or one for each prompt
+        progress   whether a bar on stderr counts the answers; None: for many prompts, where stderr is a terminal
+        Raises     RequestError when any prompt cannot be served; then none is. A later failure ends one sample and
+                   raises nothing: its finish_reason is "error", and its `error` gives the cause
         """
-        batch = _as_list(prompts)
-        each = list(params) if isinstance(params, Sequence) and not isinstance(params, str) else [params] * len(batch)
-        if len(each) != len(batch):
-            raise RequestError(f"params: {len(each)} for {len(batch)} prompts; give one, or one for each prompt")
+        if unknown:
+            raise no_such(RequestError, "generate", unknown, ("prompts", "params", "progress"), SamplingParams)
         tickets: list[Ticket] = []
+        outputs: list[RequestOutput] = []
         try:
-            for prompt, chosen in zip(batch, each, strict=True):
-                tickets.append(self.loop.submit(Request(self._encode(prompt), chosen)))
-            finished = [[output for output in ticket if output.finished] for ticket in tickets]
+            self._submit(tickets, prompts, params, lambda output: outputs.append(output) if output.finished else None)
+            if progress or (progress is None and len(tickets) >= MANY):
+                advance_with_bar(tickets, outputs, progress)
+            for ticket in tickets:
+                while ticket.advance():
+                    pass
         finally:
             for ticket in tickets:
                 ticket.close()
-        return [output for samples in finished for output in sorted(samples, key=lambda output: output.index)]
+        return in_order(tickets, outputs)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Ticket:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **unknown: Never) -> Ticket:
         """Iterator over the outputs of one prompt as they come, the new text of each in `.delta`. Closing it aborts.
 
         The request is checked and queued at once. Streams may be interleaved with each other and with generate().
         Raises RequestError when the prompt cannot be served.
         """
-        return self.loop.submit(Request(self._encode(prompt), params))
+        if unknown:
+            raise no_such(RequestError, "stream", unknown, ("prompt", "params"), SamplingParams)
+        return self.loop.submit(self._request(prompt, params))
 
+    @overload
+    def chat(self, messages: Messages, params: Params = ..., **template: Any) -> RequestOutput: ...
+    @overload
+    def chat(self, messages: list[Messages], params: Params = ..., **template: Any) -> list[RequestOutput]: ...
     def chat(
-        self, messages: list[dict[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
-    ) -> RequestOutput:
+        self, messages: Messages | list[Messages], params: Params = None, progress: bool | None = None, **template: Any
+    ) -> RequestOutput | list[RequestOutput]:
         """The assistant's answer to `messages` ({"role", "content"}), through the model's chat template.
 
-        Raises RequestError when they cannot be served, or params.n is not 1.
+        messages   a conversation, or a list of conversations, for a list of answers
+        params     one for all, or one for each conversation
+        progress   as of `generate`
+        template   variables of the template: tools, enable_thinking, ...
+        Raises     RequestError when they cannot be served, or n of params is not 1
         """
-        if isinstance(params, SamplingParams) and params.n != 1:
-            raise RequestError(f"n={params.n}: a chat has one answer; use generate() for more")
-        return self.generate([self._render(messages, template_kwargs)], params)[0]
+        answers = self.generate(chat_prompts(self.tokenizer, messages, params, template), params, progress)
+        return answers if are_several(messages) else answers[0]
 
-    def stream_chat(
-        self, messages: list[dict[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
-    ) -> Ticket:
-        """`chat`, as a stream of outputs."""
-        return self.stream(self._render(messages, template_kwargs), params)
+    def stream_chat(self, messages: Messages, params: SamplingParams | None = None, **template: Any) -> Ticket:
+        """`chat` of one conversation, as a stream of outputs."""
+        return self.stream(chat_prompt(self.tokenizer, messages, template), params)
 
-    def score(self, token_ids: list[int]) -> torch.Tensor:
+    def score(self, prompt: Prompt) -> torch.Tensor:
         """Logits of every position: float32 [tokens, vocab], row i = logits after token i.
 
         Every position is computed, through the cache, in steps that other requests share.
-        Raises RequestError for token ids that cannot be served, NanokvError when scoring ends early.
+        Raises RequestError for a prompt that cannot be served, NanokvError when scoring ends early.
         """
-        return torch.cat(list(self.score_blocks(token_ids)))
+        return torch.cat(list(self.score_blocks(prompt)))
 
-    def score_blocks(self, token_ids: list[int]) -> Iterator[torch.Tensor]:
+    def score_blocks(self, prompt: Prompt) -> Iterator[torch.Tensor]:
         """`score` as an iterator of blocks float32 [rows, vocab]: the logits of a long text need not fit in memory."""
-        request = Request(token_ids, SamplingParams(max_tokens=1))
-        blocks = request.logit_blocks = []
-        with closing(self.loop.submit(request)) as ticket:
-            while ticket.advance() or blocks:
-                ticket.take()
-                while blocks:
-                    yield blocks.pop(0)
-            if request.finish_reason != "length":
-                raise NanokvError(f"scoring ended early: {request.error or request.finish_reason}")
+        return scoring.score_blocks(self.loop, self._encode(prompt))
 
     def stats(self) -> dict[str, int | float | bool]:
         """Numbers about pages, requests and steps, by the names of core/stats.py."""
@@ -162,16 +135,38 @@ class LLM:
     def close(self) -> None:
         """Aborts live requests, ends other processes and closes the event log. Later requests raise NanokvError.
 
-        Safe to call twice. With disagg it does nothing in a forked child: the other processes work for the parent.
+        Safe to call twice. Does nothing in a forked child, because the engine belongs to the parent.
         """
-        if self.disagg is None or os.getpid() == self._pid:
-            self.loop.close()
+        self.loop.close()
 
     def __enter__(self) -> LLM:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device}, codec {self.config.codec}"
+        return f"LLM({self.folder.name}, {where}, requests of up to {self.engine.max_length:,} tokens)"
+
+    def _submit(self, tickets: list[Ticket], prompts: Prompt | Sequence[Prompt], params: Params, sink: Sink) -> None:
+        """Queues a request for each prompt and appends its ticket to `tickets`; its outputs go to `sink`.
+
+        Raises as `generate`; then the caller closes the tickets that there are.
+        """
+        batch = _as_list(prompts)
+        each = list(params) if isinstance(params, Sequence) and not isinstance(params, str) else [params] * len(batch)
+        if len(each) != len(batch):
+            raise RequestError(f"params: {len(each)} for {len(batch)} prompts; give one, or one for each prompt")
+        for prompt, chosen in zip(batch, each, strict=True):
+            tickets.append(self.loop.submit(self._request(prompt, chosen), sink))
+
+    def _request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
+        """The request for a prompt, which is scored before it is answered where its params ask for prompt_logprobs."""
+        request = Request(self._encode(prompt), params)
+        if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
+            request.prompt_logprobs = scoring.prompt_logprobs(self.loop, request.prompt_token_ids, params)
+        return request
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
@@ -180,10 +175,11 @@ class LLM:
             raise RequestError(f"prompt: {self.folder} has no tokenizer.json; give token ids")
         return self.tokenizer.encode(prompt, add_special=True)
 
-    def _render(self, messages: list[dict[str, Any]], template_kwargs: dict[str, Any]) -> list[int]:
-        if self.tokenizer is None:
-            raise RequestError(f"messages: {self.folder} has no tokenizer.json; use generate() with token ids")
-        return self.tokenizer.chat(messages, **template_kwargs)
+
+def in_order(tickets: list[Ticket], outputs: list[RequestOutput]) -> list[RequestOutput]:
+    """Outputs in the order of their tickets, the samples of each in theirs."""
+    places = {ticket.request_id: place for place, ticket in enumerate(tickets)}
+    return sorted(outputs, key=lambda output: (places[output.request_id], output.index))
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -200,7 +200,7 @@ def recall(open_llm: Callable[..., LLM], codec: str, asked: dict[int, list]) -> 
         for distance, items in asked.items():
             answers = [llm.tokenizer.encode(item.answer, add_special=False) for item in items]
             params = [SamplingParams(max_tokens=len(ids), temperature=0.0, ignore_eos=True) for ids in answers]
-            outputs = llm.generate([item.prompt for item in items], params)
+            outputs = llm.generate([item.prompt for item in items], params, progress=False)
             exact = [out.token_ids == ids for out, ids in zip(outputs, answers, strict=True)]
             yield {
                 "part": "recall", "codec": codec, "distance": distance, "items": len(items),

@@ -47,6 +47,7 @@ LATENT = {
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 8, "n_shared_experts": 1,
     "num_experts_per_tok": 3, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
 }  # fmt: skip
+MROPE = {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # A larger spread or a faster decay would raise the error of the reference itself above the tolerance of the tests: the
 # norm after the heads scales up those whose result is almost 0.
@@ -59,6 +60,7 @@ SHARED_EXPERT = {**EXPERTS, "shared_expert_intermediate_size": 32}
 
 FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", {"intermediate_size": 128, "num_hidden_layers": 2, "rope_parameters": rope(1e5)}),
+    "qwen2": ("Qwen2", {"intermediate_size": 128, "num_hidden_layers": 2, "rope_parameters": rope(1e6)}),
     "qwen3": (
         "Qwen3",
         {"intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32, "tie_word_embeddings": True,
@@ -94,11 +96,21 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 """Name -> the class of transformers, and the fields of a tiny model beside COMMON."""
 HYBRIDS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+ALIASES = {
+    "mistral": (
+        "Mistral",
+        {"intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 24, "sliding_window": None,
+         "rope_parameters": rope(1e6)},
+    ),
+    "qwen3_vl": ("Qwen3VL", {**FAMILIES["qwen3"][1], "rope_parameters": {**MROPE, "rope_theta": 5e6}}),
+    "qwen3_vl_moe": ("Qwen3VLMoe", {**FAMILIES["qwen3_moe"][1], "rope_parameters": {**MROPE, "rope_theta": 5e6}}),
+}  # fmt: skip
+"""The same for families that compute what one of FAMILIES computes."""
 
 
 def config_of(family: str, **fields) -> transformers.PreTrainedConfig:
-    name, own = FAMILIES[family]
-    kind = f"{name}TextConfig" if name.startswith("Qwen3_5") else f"{name}Config"
+    name, own = {**FAMILIES, **ALIASES}[family]
+    kind = f"{name}TextConfig" if name.startswith(("Qwen3_5", "Qwen3VL")) else f"{name}Config"
     return getattr(transformers, kind)(**{**COMMON, **own, **fields})
 
 
@@ -107,16 +119,17 @@ def checkpoint(
 ) -> Path:
     """Writes a tiny random model of a family into `folder` and returns it; `fields` replace those of its config."""
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")(config_of(family, **fields))
+    name, _ = {**FAMILIES, **ALIASES}[family]
+    model = getattr(transformers, f"{name}ForCausalLM")(config_of(family, **fields))
     return save(model, folder, seed, dtype, shard)
 
 
-def vision_language(family: str, folder: Path, seed: int = 0) -> Path:
-    """A vision-language checkpoint of qwen3_5 or qwen3_5_moe: the text model beside a tiny vision tower."""
+def vision_language(family: str, folder: Path, seed: int = 0, **fields) -> Path:
+    """A vision-language checkpoint of qwen3_5, qwen3_vl or their MoE: the text model beside a tiny vision tower."""
     torch.manual_seed(seed)
-    name = FAMILIES[family][0]
+    name, _ = {**FAMILIES, **ALIASES}[family]
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4}
-    text = config_of(family)
+    text = config_of(family, **fields)
     config = getattr(transformers, f"{name}Config")(
         text_config=text.to_dict(),
         vision_config={**vision, "out_hidden_size": 64, "num_position_embeddings": 16},
@@ -161,9 +174,11 @@ def save(model: torch.nn.Module, folder: Path, seed: int, dtype: torch.dtype, sh
 
 
 def reference(folder: Path) -> transformers.PreTrainedModel:
-    """The checkpoint as transformers runs it."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
-    return model.eval()
+    """The checkpoint as transformers runs it; a vision-language one whole, where transformers has no text model."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    kind = transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
+    return kind.from_pretrained(folder, experts_implementation="eager").eval()
 
 
 def logits(model: transformers.PreTrainedModel, tokens: list[int]) -> torch.Tensor:

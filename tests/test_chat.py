@@ -302,6 +302,10 @@ def test_a_pipe_is_a_prompt_and_a_document_after_one(command):
     assert asked(command("-p", "Summarise:", stdin="a text")) == "user\nSummarise:\n\na text\nassistant\n"
 
 
+def test_the_mark_and_the_line_ends_of_windows_are_no_part_of_a_piped_text(command):
+    assert asked(command(stdin="\ufeffone\r\ntwo".encode())) == "user\none\ntwo\nassistant\n"
+
+
 def test_bad_bytes_on_the_pipe_are_one_error_line(command):
     result = command(stdin=b"abc\xff\xfe")
     assert result.exit_code == 1 and result.stdout == "" and result.llm is None

@@ -36,10 +36,10 @@ def test_an_unexpected_error_is_one_line_and_keeps_the_conversation(terminal, mo
     terminal.enter("Zero", "0")
     terminal.enter("One", "1")
 
-    def fail(*args):
+    def fail(*args, **named):
         raise error
 
-    monkeypatch.setattr(terminal.session.conversation.tokenizer, "render_marked", fail)
+    monkeypatch.setattr(terminal.session.conversation.tokenizer, "render", fail)
     before = terminal.said
     for line in ("Two", "/regen", "/trim"):
         _, err = terminal.enter(line)
@@ -50,7 +50,7 @@ def test_an_unexpected_error_is_one_line_and_keeps_the_conversation(terminal, mo
 
 
 def test_a_broken_pipe_still_ends_the_chat(terminal, monkeypatch):
-    def fail(*args):
+    def fail(*args, **named):
         raise BrokenPipeError
 
     monkeypatch.setattr(terminal.session.terminal, "line", fail)
@@ -125,7 +125,7 @@ def test_a_file_system_without_links_saves_and_never_overwrites(terminal, tmp_pa
 @pytest.fixture
 def no_encoding(terminal, monkeypatch):
     monkeypatch.setattr(terminal.session.conversation.tokenizer, "encode", pytest.fail)
-    monkeypatch.setattr(terminal.session.conversation.tokenizer, "encode_marked", pytest.fail)
+    monkeypatch.setattr(terminal.session.conversation.tokenizer, "render", pytest.fail)
 
 
 def test_a_file_too_large_for_any_tokens_is_refused_unread(terminal, tmp_path, no_encoding):
@@ -163,8 +163,8 @@ def test_pipes_and_devices_are_refused_at_once(terminal, tmp_path):
 def test_ctrl_c_is_heard_while_a_text_is_encoded(terminal, monkeypatch, tmp_path):
     done = threading.Event()
     tokenizer = terminal.session.conversation.tokenizer
-    for name in ("encode", "encode_marked"):
-        monkeypatch.setattr(tokenizer, name, lambda text: done.wait(60) and [1])
+    for name in ("encode", "render"):
+        monkeypatch.setattr(tokenizer, name, lambda *args: done.wait(60) and [1])
     (tmp_path / "notes").write_text("a text")
     for line in ("a long text", f"/read {tmp_path / 'notes'}"):
         threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()

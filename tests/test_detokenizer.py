@@ -1,7 +1,5 @@
 """The detokenizer: deltas are whole characters and add up to the text of decoding all ids at once."""
 
-import time
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,17 +76,15 @@ def test_special_and_unknown_tokens_inside_a_character_do_not_break_it():
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
-def test_the_cost_of_a_token_does_not_grow(kind):
+def test_the_cost_of_a_token_does_not_grow(kind, monkeypatch):
     tokenizer = _LOADED[kind]
     ids = tokenizer.encode("hello world 漢 ") * 400
-
-    def seconds(times: int) -> float:
-        detokenizer = Detokenizer(tokenizer)
-        start = time.perf_counter()
-        for _ in range(times):
-            for token_id in ids:
-                detokenizer.push(token_id)
-        return time.perf_counter() - start
-
-    short = min(seconds(1) for _ in range(3))
-    assert seconds(5) < 5 * 4 * short
+    tokenizer.is_byte_level  # noqa: B018
+    looked_up = []
+    for name, count in (("decode", lambda ids, skip: len(ids)), ("bytes_of_token", lambda token_id: 1)):
+        original = getattr(tokenizer, name)
+        monkeypatch.setattr(tokenizer, name, lambda *args, f=original, c=count: looked_up.append(c(*args)) or f(*args))
+    detokenizer = Detokenizer(tokenizer)
+    for token_id in ids:
+        detokenizer.push(token_id)
+    assert len(ids) <= sum(looked_up) <= 30 * len(ids)

@@ -18,8 +18,7 @@ import torch
 from test_disagg import PREFILL, Stranger, hello_of
 from test_disagg_hosts import ENVIRONMENT, ROOM, free_address
 
-from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
-from nanokv import llm as llm_module
+from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams, open_model
 from nanokv.core.errors import ConfigError
 from nanokv.core.request import Request
 from nanokv.disagg import cluster, dispatcher, link, prefill_loop, server, supervisor, transport
@@ -269,8 +268,8 @@ def test_a_silent_connection_does_not_block_the_next_one(address, tiny_llama, mo
 def test_a_server_waits_for_a_decode_process_that_loads_its_model(address, tiny_llama, monkeypatch):
     monkeypatch.setattr(server, "HELLO_S", 0.6)
     monkeypatch.setattr(link, "PING_S", 0.1)
-    load = llm_module.load_model
-    monkeypatch.setattr(llm_module, "load_model", lambda *args, **kwargs: time.sleep(1.5) or load(*args, **kwargs))
+    load = open_model.load_model
+    monkeypatch.setattr(open_model, "load_model", lambda *args, **kwargs: time.sleep(1.5) or load(*args, **kwargs))
     with LLM(tiny_llama, disagg=DisaggConfig(connect=address), **ROOM) as llm:
         assert llm.stats()["prefill_workers_ready"] == 1 and llm.stats()["worker_deaths"] == 0
 

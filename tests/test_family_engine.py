@@ -158,7 +158,8 @@ def test_a_checkpoint_whose_copy_was_not_made_is_dropped(hybrid, monkeypatch, fa
         llm.engine.cache.check()
         assert llm.stats()["states_cached"] == 0
         (again,) = llm.generate(text, greedy)
-        assert again.token_ids == truth and again.cached_tokens == 0 < again.kv_matched_tokens
+        assert again.token_ids == truth and again.cached_tokens == 0
+        assert (again.kv_matched_tokens > 0) == (failure is RuntimeError)  # an interrupt drops the tree, too
 
 
 def test_memory_is_split_evenly_between_pages_and_states(hybrid):

@@ -1,6 +1,8 @@
 """The class LLM on a real model with real text: prompts of every kind, streams, chats, stop texts, scoring."""
 
 import re
+import sys
+from io import StringIO
 from pathlib import Path
 from threading import Thread
 
@@ -110,6 +112,65 @@ def test_a_chat_with_several_samples_is_refused(llm):
         llm.chat([{"role": "user", "content": "hi"}], SamplingParams(n=2))
 
 
+def test_several_conversations_are_answered_in_one_call(llm):
+    chats = [[{"role": "user", "content": text}] for text in ("Say hello.", "Count to three.", "Name a colour.")]
+    lengths = [SamplingParams(temperature=0, max_tokens=count) for count in (3, 4, 5)]
+    answers = llm.chat(chats, lengths)
+    asked = [llm.chat(chat, GREEDY).prompt_token_ids for chat in chats]
+    assert [answer.prompt_token_ids for answer in answers] == asked
+    assert [len(answer.token_ids) for answer in answers] == [3, 4, 5]
+    assert [answer.text for answer in llm.chat(chats[:1], GREEDY)] == [llm.chat(chats[0], GREEDY).text]
+    for params in (SamplingParams(n=2), [GREEDY, SamplingParams(n=3), GREEDY]):
+        with pytest.raises(RequestError, match=r"n=\d: a chat has one answer"):
+            llm.chat(chats, params)
+    with pytest.raises(RequestError, match="2 for 3 prompts"):
+        llm.chat(chats, lengths[:2])
+    with pytest.raises(RequestError, match="one conversation"):
+        llm.stream_chat(chats)
+
+
+class Screen(StringIO):
+    """A stderr, which may be a terminal."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        super().__init__()
+        self.isatty = lambda: is_terminal
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "count", "progress", "drawn"),
+    [
+        (True, 12, None, True), (True, 7, None, False), (False, 12, None, False),
+        (False, 2, True, True), (True, 12, False, False),
+    ],
+)  # fmt: skip
+def test_a_bar_counts_the_answers_of_many_prompts(llm, monkeypatch, is_terminal, count, progress, drawn):
+    monkeypatch.setattr(sys, "stderr", Screen(is_terminal))
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    outputs = llm.generate(["Hi"] * count, params, progress=progress)
+    chats = llm.chat([[{"role": "user", "content": "Hi"}]] * count, params, progress=progress)
+    assert len(outputs) == len(chats) == count
+    text = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", sys.stderr.getvalue())
+    assert (text.count(f"{count}/{count}") >= 2 and f"{2 * count} tokens" in text) if drawn else text == ""
+
+
+def test_an_llm_and_an_output_print_as_one_short_line(llm):
+    assert repr(llm).startswith("LLM(smollm2-135m-instruct, bfloat16 on ") and len(repr(llm)) < 120
+    assert repr(llm).endswith(", codec raw, requests of up to 8,192 tokens)")
+    output = llm.generate(COUNTING, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))[0]
+    assert repr(output.text[:70])[:-1] in repr(output) and len(repr(output)) < 220 and "\n" not in repr(output)
+    assert f"{len(output.prompt_token_ids)} (" in repr(output) and "+ 60 tokens, length)" in repr(output)
+
+
+@pytest.mark.slow
+def test_the_programs_in_the_readme_run(capsys):
+    programs = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)
+    assert len(programs) >= 2
+    for program in programs:
+        exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
+    assert re.search(r"^(Yes|No)$", capsys.readouterr().out, re.M)
+
+
 def test_a_chat_is_answered_and_its_next_turn_hits_the_cache(llm):
     messages = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     answer = llm.chat(messages, SamplingParams(temperature=0, max_tokens=40))
@@ -158,10 +219,12 @@ def test_a_model_without_a_tokenizer_takes_only_token_ids(tiny_llama):
             llm.chat([{"role": "user", "content": "hi"}])
 
 
-@pytest.mark.parametrize("prompts", [None, 5, b"abc", {"a": 1}, [True], [1.9, 2], [None], "score"])
+@pytest.mark.parametrize("prompts", [None, 5, b"abc", {"a": 1}, [True], [1.9, 2], [None]])
 def test_an_invalid_prompt_is_refused(llm, prompts):
     with pytest.raises(RequestError, match=r"prompts=|prompt_token_ids"):
-        list(llm.score_blocks("12")) if prompts == "score" else llm.generate(prompts, GREEDY)
+        llm.generate(prompts, GREEDY)
+    with pytest.raises(RequestError, match="prompt_token_ids"):
+        llm.score(prompts)
 
 
 @pytest.mark.parametrize("params", [{"max_tokens": 3}, "b", 5])

@@ -78,6 +78,48 @@ def test_a_head_beside_tied_embeddings_must_be_equal(checkpoints, edit):
     )
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float16"), ("float16", "float32")], ids=str)
+def test_equal_numbers_in_different_dtypes_are_equal(edit, dtypes):
+    numbers = torch.randint(-128, 128, (256, 64)) / 64
+    head, table = (numbers.to(getattr(torch, dtype)) for dtype in dtypes)
+
+    def both(tensors):
+        tensors.update({"lm_head.weight": head, "model.embed_tokens.weight": table})
+
+    def off_by_one_bit(tensors):
+        both(tensors)
+        tensors["lm_head.weight"] = numbers.float().nextafter(torch.tensor(9.0))
+
+    load(edit(both, tied=True))
+    refused(edit(off_by_one_bit, tied=True), "lm_head.weight differs from model.embed_tokens.weight")
+
+
+def test_two_names_of_one_tensor_are_an_error(edit):
+    name = "model.layers.0.mlp.up_proj.weight"
+    other = name.replace("model.", "model.language_model.")
+    refused(edit(lambda t: t.update({other: t[name] + 1})), f"two tensors for {name}: {other} and {name} of model.")
+
+
+def test_a_tensor_of_all_experts_that_does_not_divide_is_not_split(tmp_path):
+    folder = oracles.checkpoint("qwen3_moe", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    experts = "model.layers.0.mlp.experts"
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(experts)}
+    for shape in ([8, 65, 64], [1 << 50, 2, 0], [9, 64, 64]):
+        tensors[f"{experts}.gate_up_proj"] = torch.empty(shape)
+        save_file(tensors, folder / "model.safetensors")
+        refused(folder, f"unexpected: {experts}.gate_up_proj", f"missing: {experts}.{{0-7}}")
+
+
+def test_names_that_a_stranger_wrote_stay_on_one_short_line(edit):
+    strange = ["a\nb", "a\x1b[2J", "x" * 5000, "model.layers." + "9" * 5000 + ".mlp.up_proj.weight"]
+    many = [f"extra{i}" for i in range(5000)]
+    folder = edit(lambda t: t.update({name: torch.zeros(0) for name in (*strange, *many)}))
+    with pytest.raises(CheckpointError, match="more") as error:
+        load(folder)
+    assert str(error.value).isprintable() and len(str(error.value)) < 5000
+
+
 def test_everything_that_does_not_fit_is_named_at_once(edit):
     def change(tensors):
         del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]

@@ -9,8 +9,10 @@ from click.testing import CliRunner
 
 from nanokv.bench.size import CacheSize, measure
 from nanokv.cli.main import main
+from nanokv.cli.size import byte_ticks
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
 from nanokv.hub.catalog import CATALOG, SHIPPED
+from nanokv.models import FAMILIES
 
 NAME = "smollm2-135m-instruct"
 
@@ -158,5 +160,51 @@ def test_an_unknown_family_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     result = run(str(tmp_path / "config.json"))
     assert result.exit_code == 1
-    assert "mamba" in result.stderr
-    assert "llama" in result.stderr
+    complaint = "model_type='mamba' is not supported; `nanokv size --help` lists the families"
+    assert result.stderr == f"nanokv: {tmp_path}/config.json: {complaint}\n"
+    assert all(family in run("--help").stdout for family in FAMILIES)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_model_that_cannot_be_sized_hides_no_other(tmp_path, options):
+    good, bad, worse = (tmp_path / f"{name}.json" for name in ("good", "bad", "worse"))
+    good.write_text(json.dumps(CATALOG[NAME].config))
+    bad.write_text('{"model_type": "mamba"}')
+    worse.write_text(json.dumps({**CATALOG[NAME].config, "hidden_size": 2**63}))
+    result = run(str(bad), str(good), str(worse), *options)
+    assert result.exit_code == 1
+    assert [line.split(": ")[1] for line in result.stderr.splitlines()] == [str(bad), str(worse)]
+    assert str(good) in result.stdout and str(bad) not in result.stdout.replace(f'"{bad}"', "")
+    only = run(str(bad), str(worse), *options)
+    assert (only.exit_code, only.stdout, only.stderr) == (1, "", result.stderr)
+
+
+def test_a_codec_that_one_model_cannot_have_hides_no_other():
+    result = run("deepseek-v2-lite", "qwen3-0.6b", "--codec", "kivi4", "--page-size", "32")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert "qwen3-0.6b: qwen3, bfloat16, codec kivi4" in result.stdout
+
+
+def test_quantised_weights_do_not_change_the_cache(tmp_path):
+    path = tmp_path / "config.json"
+    for method in ({"quant_method": "fp8", "weight_block_size": [128, 128]}, {"quant_method": "gptq", "bits": 4}):
+        path.write_text(json.dumps({**CATALOG["deepseek-v3"].config, "quantization_config": method}))
+        (row,) = rows(str(path), "--context", "1K", "--memory", "1TiB")
+        assert (row["bytes_per_token"], row["memory_bytes"]) == (70_272, 1 << 40)
+
+
+def test_the_ticks_of_the_figure_are_sizes_that_people_say():
+    assert byte_ticks(1 << 20, 5 << 20) == [1 << 20, 1 << 21, 1 << 22, 1 << 23]
+    assert byte_ticks(3 << 20, 4 << 30) == [1 << i for i in range(20, 34, 2)]  # 1, 4, 16, 64, 256 MiB, 1, 4 GiB
+    assert byte_ticks(1, 1 << 45) == [1 << i for i in range(0, 60, 10)]
+    assert byte_ticks(5, 5) == [4, 8]
+
+
+def test_points_beyond_the_trained_context_are_marked_in_the_figure(tmp_path):
+    drawn = {}
+    for context in ("1K,8K", "1K,64K"):
+        assert run(NAME, "--context", context, "--plot", str(tmp_path / "growth.svg")).exit_code == 0
+        drawn[context] = (tmp_path / "growth.svg").read_text()
+    words = "<!-- beyond the trained context -->"
+    assert words in drawn["1K,64K"] and words not in drawn["1K,8K"]
+    assert all("<!-- 256 MiB -->" in one and "<!-- 4 GiB -->" in one for one in drawn.values())

@@ -1,6 +1,7 @@
 """Chat templates: equal to those of transformers, found in every place of a checkpoint, refusals of one line."""
 
 import json
+import os
 
 import pytest
 
@@ -82,10 +83,19 @@ def test_the_template_file_precedes_the_config(tmp_path):
     assert ChatTemplate.from_folder(tmp_path).render(USER) == "from file <s></s>"
 
 
-def test_the_default_of_several_named_templates_is_used(tmp_path):
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert ChatTemplate.from_folder(tmp_path).render(USER) == "plain"
+def test_tools_choose_the_template_named_tool_use(tmp_path):
+    def rendered(names, **variables):
+        named = [{"name": name, "template": f"{name} {{{{ tools }}}}"} for name in names]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+        return ChatTemplate.from_folder(tmp_path).render(USER, **variables)
+
+    tools = {"tools": [1]}
+    assert rendered(["tool_use", "default"]) == "default None"
+    assert rendered(["tool_use", "default"], **tools) == "tool_use [1]"
+    assert rendered(["default"], **tools) == "default [1]"
+    assert rendered(["tool_use"], **tools) == "tool_use [1]"
+    with pytest.raises(RequestError, match="'tool_use', 'rag', and none with the name 'default'"):
+        rendered(["tool_use", "rag"])
 
 
 def test_a_folder_may_have_no_template(tmp_path, smollm2):
@@ -101,12 +111,36 @@ def test_a_folder_may_have_no_template(tmp_path, smollm2):
         ("tokenizer_config.json", "{", "tokenizer_config.json"),
         ("tokenizer_config.json", "[]", "expected a JSON object"),
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template is not a text"),
-        ("chat_template.jinja", "{% for %}", "chat template, line 1"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": ["a"], "template": "x"}]}', "is no list of"),
+        ("tokenizer_config.json", '{"a":' * 100000, "recursion"),
     ],
 )
 def test_a_damaged_template_is_named(tmp_path, name, content, complaint):
     (tmp_path / name).write_text(content)
     with pytest.raises(CheckpointError, match=complaint):
+        ChatTemplate.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source", ["{% for %}", "{% trans %}x{% endtrans %}", "{{ 1 | no_filter }}", "{{ " + "(" * 5000]
+)
+def test_a_template_that_does_not_compile_refuses_chats_only(tmp_path, source):
+    (tmp_path / "chat_template.jinja").write_text(source)
+    template = ChatTemplate.from_folder(tmp_path)
+    with pytest.raises(RequestError, match="chat_template.jinja.*unusable chat template: ") as caught:
+        template.render(USER)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}', encoding="utf-8-sig")
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}x", encoding="utf-8-sig")
+    assert ChatTemplate.from_folder(tmp_path).render(USER) == "<s>x"
+
+
+def test_a_file_that_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    with pytest.raises(CheckpointError, match="chat_template.jinja: not a regular file"):
         ChatTemplate.from_folder(tmp_path)
 
 
@@ -128,20 +162,3 @@ def test_a_failing_template_is_one_line(source):
     with pytest.raises(RequestError, match="chat template refuses") as caught:
         ChatTemplate(source).render(USER)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("messages", "complaint"),
-    [
-        ([], "at least one"),
-        ("Hi", "expected a list"),
-        ({"role": "user"}, "expected a list"),
-        ([{"content": "Hi"}], r"messages\[0\]"),
-        ([*USER, {"role": "user"}], r"messages\[1\]: a message of 'user' has no 'content'"),
-        ([{"role": "user", "content": 3}], r"messages\[0\]\['content'\]=3: expected a text"),
-        ([{"role": "user", "content": "Hi", "image": object()}], "object is no text"),
-    ],
-)
-def test_an_invalid_message_is_named(messages, complaint):
-    with pytest.raises(RequestError, match=complaint):
-        ChatTemplate("x").render(messages)

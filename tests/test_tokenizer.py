@@ -103,13 +103,11 @@ def test_a_message_cannot_end_its_turn(tokenizer):
     assert tokenizer.decode(ids, skip_special=False) == text
 
 
-def test_marked_encoding_gives_the_same_ids_for_text_without_special_tokens(tokenizer):
-    """encode_marked cuts at special tokens and encodes piece by piece; a mark somewhere must not change the rest."""
+def test_a_message_without_special_tokens_has_the_ids_of_the_whole_text(tokenizer):
     for text in TEXTS:
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "1  2"}]
-        careful = tokenizer.encode_marked(tokenizer.render_marked(messages) + "\ufdd0")
         if "<|" not in text:
-            assert careful == tokenizer.encode(tokenizer.apply_template(messages)) == tokenizer.chat(messages)
+            assert tokenizer.chat(messages) == tokenizer.encode(tokenizer.apply_template(messages))
 
 
 # ---- tokenizers of other models --------------------------------------------------------------------------------------
@@ -184,11 +182,14 @@ def test_merges_follow_the_scores():
 
 def test_a_text_is_cut_only_where_its_pieces_stay_the_same():
     tokenizer = sentencepiece()
-    assert tokenizer.encode_after("hello", " world") is None
-    whole = tokenizer.encode("hello</s>hello<s>world")
+    after = tokenizer.pieces.encode_after
+    assert after("hello world", (), 5) is None
+    text = "hello</s>hello<s>world"
+    whole = tokenizer.encode(text)
     first = tokenizer.encode("hello")
-    assert [*first, *tokenizer.encode_after("hello", "</s>hello<s>world")] == whole
-    assert [*first, 2, *tokenizer.encode_after("hello</s>", "hello<s>world")] == whole
+    assert [*first, *after(text, (), 5)] == whole
+    assert [*first, 2, *after(text, (), 9)] == whole
+    assert after(text, (), 7) is None
 
 
 def test_added_tokens_decode_as_in_the_library():

@@ -117,7 +117,7 @@ def prefix_in_the_making():
     command="nanokv learn solution 01.2 --give-up",
 )
 def two_latencies():
-    from nanokv.core.request import RequestMetrics
+    from nanokv.core.metrics import RequestMetrics
 
     times = [0.0] + [0.04 * (1 + i // 2) for i in range(20)]
     assert len(times) - 1 == 20

@@ -4,7 +4,8 @@ import torch
 
 from nanokv.bench.decode import bytes_per_step
 from nanokv.bench.request import prefill_share
-from nanokv.core.request import Request, RequestMetrics, SamplingParams
+from nanokv.core.metrics import RequestMetrics
+from nanokv.core.request import Request, SamplingParams
 from nanokv.core.spec import LayerSpec, Plane
 from nanokv.engine import sampler
 from nanokv.engine.text_stream import TextStream

@@ -5,7 +5,8 @@ import torch
 
 from nanokv.bench.decode import bytes_per_step
 from nanokv.bench.request import prefill_share
-from nanokv.core.request import Request, RequestMetrics, SamplingParams
+from nanokv.core.metrics import RequestMetrics
+from nanokv.core.request import Request, SamplingParams
 from nanokv.core.spec import LayerSpec, Plane
 from nanokv.engine import sampler
 from nanokv.engine.text_stream import TextStream
@@ -111,6 +112,14 @@ def test_01_5_the_earliest_of_several_stop_texts_counts():
 def test_01_5_before_min_tokens_nothing_stops():
     deltas, stopped = said("aENDb", ("END",), may_stop=False)
     equal(("".join(deltas), stopped), ("aENDb", False), "text and stopped while may_stop is False")
+
+
+def test_01_5_a_stop_text_that_was_complete_before_min_tokens_does_not_count():
+    stream = TextStream(Letters(), ("EN", "a longer stop text"))
+    for place, letter in enumerate("aENDb"):
+        stream.push(ord(letter), may_stop=place > 2)
+    stream.flush(True)
+    equal((stream.text, stream.stopped), ("aENDb", False), "text and stopped, with min_tokens reached after 'aEN'")
 
 
 def drawn(probabilities, position: int, seed: int = 7, **params) -> int:

@@ -74,7 +74,8 @@ def measure(model: str, dtype: str, codec: str, page_size: int) -> CacheSize:
     dtype      "auto": the checkpoint's own
     codec      a name, or a pair K/V
     page_size  tokens of a page
-    Raises     CheckpointError for an unknown model or family, ConfigError for an unknown dtype or codec
+    Raises     CheckpointError for an unknown model or family, ConfigError for an unknown dtype or codec, or one that
+               the model cannot have
     """
     config, entry = _config(model)
     chosen = resolve_dtype(dtype, config)
@@ -87,7 +88,7 @@ def _config(model: str) -> tuple[ModelConfig, CatalogEntry | None]:
     """A model's config, and its catalog entry where the config comes from there."""
     path = Path(model).expanduser()
     if path.is_file():
-        return read_config(read_json(path)), None
+        return read_config(read_json(path), str(path)), None
     if model in CATALOG and not path.is_dir():
         return read_config(CATALOG[model].config), CATALOG[model]
     return read_folder(resolve_model(model, known=(*CATALOG, *SHIPPED))), None

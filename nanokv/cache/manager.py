@@ -218,6 +218,10 @@ class CacheManager(Sharing):
 
     # -- inside
 
+    def _expect_live(self, request: Request) -> None:
+        if request not in self._live:
+            raise CacheError(f"{request} holds nothing here: match it first")
+
     def _matchable(self, request: Request) -> bytes:
         return request.tokens[: max(0, request.num_tokens - 1)].tobytes()
 
@@ -251,18 +255,17 @@ class CacheManager(Sharing):
         evicted = self._pool.release(self._tree.evict(num_pages))
         if self._states is not None:
             self._states.drop(self._tree.take_cut())
-        keys = self._tree.keys_of(evicted)
-        self._moves.saves += zip(keys, evicted, strict=True)
-        if self._observers is not None and evicted:
-            self._observers.evicting(keys, evicted)
+        self._moves.saves += zip(self._leaves(evicted), evicted, strict=True)
         return evicted
 
-    def _copy_on_write(self, request: Request, index: int) -> None:
-        """A page of its own for `request` in the place of its shared page held.pages[index].
+    def _leaves(self, pages: list[int]) -> list[bytes]:
+        keys = self._tree.keys_of(pages)
+        if self._observers is not None and pages:
+            self._observers.evicting(keys, pages)
+        return keys
 
-        The copy (from, to) is listed for `drain_moves`, counted as "copies" and logged. The request gives up its share
-        of the shared page.
-        """
+    def _copy_on_write(self, request: Request, index: int) -> None:
+        """Lists the copy of the shared page held.pages[index] to a page of the request alone, which takes its place."""
         shared = request.held.pages[index]
         (own,) = self._pool.allocate(1)
         self._pool.release([shared])

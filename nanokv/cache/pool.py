@@ -64,6 +64,13 @@ class PagePool:
         self._free.extend(freed)
         return freed
 
+    def restart(self, held: Iterable[int]) -> None:
+        """Frees every page but those in `held`, one entry an owner."""
+        self._counts = [0] * self.num_pages
+        for page in held:
+            self._counts[page] += 1
+        self._free = [page for page in range(self.num_pages - 1, -1, -1) if self._counts[page] == 0]
+
     def check(self) -> None:
         """Raises CacheError unless the free list holds exactly the pages without an owner, each once."""
         free = set(self._free)
@@ -93,6 +100,10 @@ class StatePool:
     def release(self, state: int) -> None:
         """Frees a state. `check` finds a double release."""
         self._free.append(state)
+
+    def restart(self, owned: list[int]) -> None:
+        """Frees every state but those in `owned`."""
+        self._free = [state for state in range(self.num_states - 1, -1, -1) if state not in owned]
 
     def check(self, owned: list[int]) -> None:
         """Raises CacheError unless every state is either free or in `owned`, exactly once."""

@@ -250,6 +250,13 @@ class RadixTree:
             self._serial += 1
             heapq.heappush(self._heap, (node.last_access, self._serial, node))
 
+    def clear(self) -> list[int]:
+        """Removes every node, locked or not. Returns the pages that were in the tree; their keys stay for `keys_of`."""
+        pages = [page for node in self.nodes() for page in node.pages]
+        self.num_pages = self.num_protected = 0
+        self._roots, self._heap, self._cut = {}, [], []
+        return pages
+
     # -- checking
 
     def nodes(self) -> Iterator[Node]:

@@ -7,13 +7,14 @@ transfer   reserve_checkpoints -> (a connector writes pages and states) -> adopt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from nanokv.cache.contract import Moves
 from nanokv.cache.pool import PagePool
 from nanokv.cache.radix import RadixTree
 from nanokv.cache.states import States
 from nanokv.core.errors import CacheError
-from nanokv.core.events import PageEvent, Shared
+from nanokv.core.events import Freed, PageEvent, Shared
 from nanokv.core.request import Holding, Request
 
 
@@ -32,12 +33,20 @@ class Sharing(ABC):
         """Moves full pages of the first `num_tokens` tokens into the tree."""
 
     @abstractmethod
+    def drain_moves(self) -> Moves:
+        """The listed moves, which are forgotten."""
+
+    @abstractmethod
+    def _leaves(self, pages: list[int]) -> list[bytes]:
+        """Tells observers that these pages leave the tree. Returns their keys."""
+
+    @abstractmethod
     def _log(self, event: type[PageEvent], request: Request | None, pages: Iterable[int]) -> None:
         """Emits an event where there is a subscriber."""
 
+    @abstractmethod
     def _expect_live(self, request: Request) -> None:
-        if request not in self._live:
-            raise CacheError(f"{request} holds nothing here: match it first")
+        """Raises CacheError for a request that holds nothing."""
 
     # -- forks
 
@@ -96,6 +105,26 @@ class Sharing(ABC):
                     self._states.attach(request.held.node, state)
             self._publish(request, num_tokens)
         request.num_computed = num_tokens
+
+    def rebuild(self, kept: Collection[Request]) -> None:
+        """Makes the books anew after an interrupt that may have left them wrong: no page is cached, every request gives
+        up its pages, and those in `kept`, into whose pages a connector writes, hold theirs as private ones."""
+        lost = self._tree.clear()
+        for request in {*self._live, *kept}:
+            held = request.held
+            if request in kept:
+                held.num_published, held.node = 0, self._tree.match_prefix(b"", request.params.cache_salt)[0]
+                self._tree.lock(held.node)
+            else:
+                request.held = Holding(num_cached=held.num_cached, num_kv_matched=held.num_kv_matched, admitted=True)
+                request.num_computed = 0
+        self._live = set(kept)
+        self._pool.restart(page for request in kept for page in request.held.pages)
+        if self._states is not None:
+            self._states.restart(kept)
+        self.drain_moves()
+        self._leaves(lost)
+        self._log(Freed, None, lost)
 
     def lose_states(self, lost: set[int]) -> None:
         """Drops the checkpoints in these states, whose copies were listed and never made."""

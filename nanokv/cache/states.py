@@ -230,6 +230,11 @@ class States:
                 self._pool.release(held.checkpoint)
                 held.checkpoint = None
 
+    def restart(self, requests: Iterable[Request]) -> None:
+        """Frees every slot but those of these requests."""
+        self._cached, self._copies = {}, []
+        self._pool.restart(self._owned(requests))
+
     def take_copies(self) -> list[tuple[int, int]]:
         """The copies (source, destination) listed since the last call, in the order in which they run."""
         copies, self._copies = self._copies, []
@@ -247,17 +252,20 @@ class States:
 
     def check(self, requests: Iterable[Request]) -> None:
         """Recounts every slot from these live requests and the tree. Raises CacheError for a difference."""
+        in_tree = {node: node.state for node in self._tree.nodes() if node.state is not None}
+        if in_tree != self._cached:
+            raise CacheError("the tree and the list of cached states disagree")
+        self._pool.check([*self._owned(requests), *in_tree.values()])
+
+    # -- inside
+
+    def _owned(self, requests: Iterable[Request]) -> list[int]:
         owned: list[int] = []
         for request in requests:
             held: Recurrence = request.held.recurrence
             owned += [held.slot, *([] if held.checkpoint is None else [held.checkpoint])]
             owned += (held.reserved or {}).values()
-        in_tree = {node: node.state for node in self._tree.nodes() if node.state is not None}
-        if in_tree != self._cached:
-            raise CacheError("the tree and the list of cached states disagree")
-        self._pool.check([*owned, *in_tree.values()])
-
-    # -- inside
+        return owned
 
     def _begin(self, request: Request, branch: int) -> int:
         slot = self._slot()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nanokv.cli.common import binary, dtype_option, emit_json, json_option, new_figure, plot_option, save_figure
-from nanokv.core.errors import ConfigError
+from nanokv.core.errors import ConfigError, NanokvError
+from nanokv.models import FAMILIES
 
 if TYPE_CHECKING:
     from nanokv.bench.size import CacheSize
@@ -38,7 +40,8 @@ def _memory(ctx: click.Context, parameter: click.Parameter, value: str) -> int:
 
 
 @click.command(
-    epilog="\b\nExamples:\n  nanokv size smollm2-135m-instruct\n"
+    epilog=f"Families (model_type in config.json): {', '.join(FAMILIES)}.\n\n"
+    "\b\nExamples:\n  nanokv size smollm2-135m-instruct\n"
     "  nanokv size deepseek-v3 qwen3.5-9b llama-3.1-70b --plot growth.svg\n"
     "  nanokv size ./my-model/config.json --dtype bfloat16 --memory 24GiB --context 8K,32K,128K"
 )
@@ -65,19 +68,46 @@ def size(
     """Show the cost of each MODEL's cache: bytes per token, and bytes of a context.
 
     MODEL is a catalog name, a pulled model, a folder, or a config.json. Payload counts the numbers that layers keep;
-    padded counts the allocation: whole pages, every array aligned.
+    padded counts the allocation: whole pages, every array aligned. The models after one that cannot be sized are sized
+    too; the exit code is 1 then.
     """
-    from nanokv.bench.size import measure, row
+    from nanokv.bench.size import measure
 
     settings = {"dtype": dtype, "codec": codec, "page_size": int(page_size), "memory_bytes": memory}
-    try:
-        sizes = [measure(model, dtype, codec, int(page_size)) for model in models]
-    except ConfigError as error:
-        raise click.UsageError(str(error)) from error
-    rows = [row(one, tokens, memory) for one in sizes for tokens in contexts]
+    sizes: list[CacheSize] = []
+    faults: list[NanokvError] = []
+    for model in models:
+        try:
+            sizes.append(measure(model, dtype, codec, int(page_size)))
+        except NanokvError as error:
+            faults.append(error)
+    if not sizes and isinstance(faults[0], ConfigError):
+        raise click.UsageError(str(faults[0])) from faults[0]
+    for fault in faults[: len(faults) if sizes else -1]:
+        click.echo(f"nanokv: {fault}", err=True)
+    if not sizes:
+        raise faults[-1]
+    _report(sizes, contexts, memory, settings, models, as_json, plot)
+    if faults:
+        sys.exit(1)
+
+
+def _report(
+    sizes: list[CacheSize],
+    contexts: list[int],
+    memory: int,
+    settings: dict[str, Any],
+    models: tuple[str, ...],
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    """Prints what was measured, as tables or as JSON, and draws it."""
+    from nanokv.bench.size import row
+
     if plot is not None:
         _draw(sizes, contexts, memory, plot)
     if as_json:
+        rows = [row(one, tokens, memory) for one in sizes for tokens in contexts]
         emit_json("size", models[0] if len(models) == 1 else list(models), settings, rows)
         return
     for place, one in enumerate(sizes):
@@ -184,16 +214,43 @@ def _notes(sizes: list[CacheSize]) -> Iterator[str]:
 
 
 def _draw(sizes: list[CacheSize], contexts: list[int], memory: int, path: Path) -> None:
+    """Draws bytes over contexts; beyond the trained context of a model its line is dashed and its points are hollow."""
     figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     lowest, highest = min(contexts), max(contexts)
-    points = sorted({*contexts, *(n for i in range(40) if lowest <= (n := 1 << i) <= highest)})
+    common = {*contexts, *(n for i in range(40) if lowest <= (n := 1 << i) <= highest)}
+    drawn = [memory]
     for one in sizes:
-        axes.plot(points, [one.padded(n) / 2**30 for n in points], marker="o", markersize=3, label=one.name)
-    axes.axhline(memory / 2**30, linestyle="--", color="grey", linewidth=1, label=f"memory: {binary(memory)}")
-    axes.set(yscale="log", xlabel="context (tokens)", ylabel="cache of one sequence (GiB)")
+        trained = one.config.max_positions
+        points = sorted(common | ({trained} if lowest < trained < highest else set()))
+        within = [n for n in points if n <= trained]
+        beyond = [*within[-1:], *(n for n in points if n > trained)]
+        (line,) = axes.plot(within, [one.padded(n) for n in within], marker="o", markersize=3,
+                            label=f"{one.name} ({one.dtype})")  # fmt: skip
+        axes.plot(beyond, [one.padded(n) for n in beyond], marker="o", markersize=4, markerfacecolor="none",
+                  linestyle="--", color=line.get_color(), markevery=slice(len(within[-1:]), None))  # fmt: skip
+        drawn += [one.padded(n) for n in points]
+    if any(highest > one.config.max_positions for one in sizes):
+        axes.plot([], [], marker="o", markersize=4, markerfacecolor="none", linestyle="--", color="grey",
+                  label="beyond the trained context")  # fmt: skip
+    axes.axhline(memory, linestyle=":", color="grey", linewidth=1, label=f"memory: {binary(memory)}")
+    axes.set(xlabel="context (tokens)", ylabel="cache of one sequence",
+             title=f"codec {sizes[0].codec}, pages of {sizes[0].layout.page_size} tokens")  # fmt: skip
     axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
     axes.set_xticks(contexts, [_count(n) for n in contexts])
+    ticks = byte_ticks(min(filter(None, drawn)), max(drawn))
+    axes.set_yticks(ticks, [binary(n).replace(".0", "") for n in ticks])
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)
+
+
+def byte_ticks(lowest: int, highest: int) -> list[int]:
+    """Powers of two around a range, at most nine: all of them, or each 4, 16 or 1,024 times the one before."""
+    first, last = lowest.bit_length() - 1, (highest - 1).bit_length()
+    for step in (1, 2, 4):
+        exponents = range(first - first % step, last + step, step)
+        if len(exponents) <= 9:
+            return [1 << i for i in exponents]
+    return [1 << i for i in range(first - first % 10, last + 10, 10)]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import InitVar, dataclass
-from inspect import signature
-from typing import Any, cast
+from typing import cast
 
+from nanokv.core.arguments import refuses_unknown
 from nanokv.core.check import check_integer
 from nanokv.core.errors import ConfigError
 
-_UNITS = {"": 1, **{unit: 10 ** (3 * n) for n, unit in enumerate("kmgt", 1)}}
-_UNITS |= {f"{unit}i": 2 ** (10 * n) for n, unit in enumerate("kmgt", 1)}
+_UNITS = {"": 1} | {
+    letter + suffix: base**power for power, letter in enumerate("kmgt", 1) for suffix, base in (("", 1000), ("i", 1024))
+}
 _PAGE_SIZES = {"kivi2": 32, "kivi4": 32}
 """The default page_size of codecs that make a group of a page; that of all others is 16."""
 _SCHEDULES = ("fcfs", "longest-prefix")
@@ -25,21 +26,26 @@ KERNELS = ("auto", "reference")
 
 
 def parse_bytes(value: int | str, field: str = "size") -> int:
-    """Bytes from an integer or a text such as "512MiB", "4GB", "1T", "1073741824".
+    """Bytes from an integer or a text such as "512MiB", "4GB", "1TiB", "1073741824".
 
     field    names the value in the error
     Raises   ConfigError unless it is more than 0 bytes
     """
-    text = "" if isinstance(value, bool | float) else str(value).lower()
-    match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text)
-    if match is None:
+    if isinstance(value, bool | float):
         raise ConfigError(f"{field}={value!r}: expected bytes or a text such as '512MiB'")
-    number = value if isinstance(value, int) else int(float(match[1]) * _UNITS[match[2] or ""])
+    if isinstance(value, int):
+        number = value
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value).lower())
+        if match is None:
+            raise ConfigError(f"{field}={value!r}: expected bytes or a text such as '512MiB'")
+        number = int(float(match[1]) * _UNITS[match[2] or ""])
     if number <= 0:
         raise ConfigError(f"{field}={value!r}: must be more than 0 bytes")
     return number
 
 
+@refuses_unknown(ConfigError)
 @dataclass(frozen=True)
 class EngineConfig:
     """The options of an engine. Raises ConfigError naming the field, its value and the allowed values."""
@@ -150,12 +156,3 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None or not optional:
                 check_integer(ConfigError, name, value, minimum)
-
-    @classmethod
-    def from_fields(cls, **values: Any) -> EngineConfig:
-        """EngineConfig(**values). Raises ConfigError for an unknown name, with a list of the known ones."""
-        known = signature(cls).parameters
-        for name in values:
-            if name not in known:
-                raise ConfigError(f"{name}: EngineConfig has no such field; it has {', '.join(known)}")
-        return cls(**values)

@@ -22,13 +22,20 @@ from __future__ import annotations
 import math
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanokv.core.arguments import refuses_unknown
 from nanokv.core.check import check_integer
 from nanokv.core.errors import RequestError
+from nanokv.core.metrics import RequestMetrics
+
+_TUPLES: dict[str, Any] = {"stop": str, "stop_token_ids": int, "logits_processor": Callable}
+"""Fields that take one value of a kind, or several; a tuple is kept."""
 
 
+@refuses_unknown(RequestError)
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are sampled and when a sample ends. `Engine.add_request` calls `validate`."""
@@ -46,7 +53,7 @@ class SamplingParams:
     seed: int | None = None
     """Makes the samples of this request reproducible; None derives a seed from the engine's."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer and are cut off it."""
+    """Texts that end the answer and are cut off it. A special token may be one of them."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the answer, beside the model's own end-of-sequence tokens."""
     ignore_eos: bool = False
@@ -55,38 +62,39 @@ class SamplingParams:
     """Tokens to generate before an end-of-sequence token, a stop token or a stop text may end the answer."""
     logprobs: int | None = None
     """Report the log-probability of each token, and those of this many most likely tokens."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt: it is scored before it is answered (engine/scoring.py)."""
     n: int = 1
     """Samples of the same prompt; they share its pages."""
     repetition_penalty: float = 1.0
     """Above 1: tokens of the prompt and of the answer become less likely (Keskar et al. 2019)."""
     cache_salt: str | None = None
     """Namespace of the prefix cache: requests with different salts share no pages."""
+    logits_processor: Callable[[list[int], Any], Any] | tuple[Callable[[list[int], Any], Any], ...] = ()
+    """Functions that change the logits before a token is sampled (engine/logits_processors.py)."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("stop", str), ("stop_token_ids", int)):
+        for name, kind in _TUPLES.items():
             value = getattr(self, name)
             if isinstance(value, kind):
                 object.__setattr__(self, name, (value,))
-            elif isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+            elif value is None or isinstance(value, list):
+                object.__setattr__(self, name, tuple(value or ()))
 
     def validate(self) -> None:
         """Raises RequestError naming the field, its value and the allowed values."""
-        self._integer("max_tokens", 1)
-        self._integer("min_tokens", 0)
-        self._integer("top_k", 0)
-        self._integer("n", 1)
-        if self.seed is not None:
-            self._integer("seed", 0)
-        if self.logprobs is not None:
-            self._integer("logprobs", 0)
+        for name, least in (("max_tokens", 1), ("min_tokens", 0), ("top_k", 0), ("n", 1)):
+            check_integer(RequestError, name, getattr(self, name), least)
+        for name in ("seed", "logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_integer(RequestError, name, getattr(self, name), 0)
         self._number("temperature", 0.0, math.inf)
         self._number("top_p", 0.0, 1.0, open_below=True)
         self._number("min_p", 0.0, 1.0)
         self._number("repetition_penalty", 0.01, 100.0)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos={self.ignore_eos!r}: expected True or False")
-        for name, kind in (("stop", str), ("stop_token_ids", int)):
+        for name, kind in _TUPLES.items():
             value = getattr(self, name)
             if not isinstance(value, tuple) or any(isinstance(v, bool) or not isinstance(v, kind) for v in value):
                 raise RequestError(f"{name}={value!r}: expected a tuple of {kind.__name__}")
@@ -94,9 +102,6 @@ class SamplingParams:
             raise RequestError("stop=('',): an empty stop text would match at once")
         if self.cache_salt is not None and not isinstance(self.cache_salt, str):
             raise RequestError(f"cache_salt={self.cache_salt!r}: expected a text or None")
-
-    def _integer(self, name: str, least: int) -> None:
-        check_integer(RequestError, name, getattr(self, name), least)
 
     def _number(self, name: str, least: float, most: float, open_below: bool = False) -> None:
         value = getattr(self, name)
@@ -106,32 +111,6 @@ class SamplingParams:
             raise RequestError(
                 f"{name}={value!r}: expected a number of {bounds}" + (f", at most {most:g}" if most < math.inf else "")
             )
-
-
-@dataclass
-class RequestMetrics:
-    """Times of one sample, in seconds of time.perf_counter(); None before the event."""
-
-    arrival: float
-    first_scheduled: float | None = None
-    token_times: list[float] = field(default_factory=list)
-
-    @property
-    def ttft(self) -> float | None:
-        """Time to first token: arrival to the first token, queueing included."""
-        return self.token_times[0] - self.arrival if self.token_times else None
-
-    @property
-    def latency(self) -> float | None:
-        """Arrival to the last token so far."""
-        return self.token_times[-1] - self.arrival if self.token_times else None
-
-    @property
-    def tpot(self) -> float | None:
-        """Time per output token after the first: (latency - ttft) / (tokens - 1)."""
-        if len(self.token_times) < 2:
-            return None
-        return (self.token_times[-1] - self.token_times[0]) / (len(self.token_times) - 1)
 
 
 @dataclass
@@ -155,6 +134,14 @@ class RequestOutput:
     logprobs: list[dict[int, float]] | None
     """For each token {token id: log-probability}, where SamplingParams.logprobs asks for it."""
     metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    """For each token of the prompt but the first, where SamplingParams.prompt_logprobs asks for it; then None."""
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.prompt_token_ids)} ({self.cached_tokens} cached) + {len(self.token_ids)} tokens"
+        end = self.finish_reason if self.error is None else f"{self.finish_reason}: {self.error}"
+        text = self.text if len(self.text) <= 80 else f"{self.text[:77]}..."
+        return f"RequestOutput({self.request_id}#{self.index}: {text!r}, {counts}, {end or 'running'})"
 
     @property
     def finished(self) -> bool:
@@ -208,6 +195,7 @@ class Request:
         self.seed = 0  # of the request; equal for its samples
         self.logit_blocks: list[Any] | None = None  # score(): float32 [rows, vocab] of each step, instead of sampling
         self.num_scored = 0  # rows of logits delivered so far: a preempted request computes some rows twice
+        self.num_delivered = 0  # sampled tokens that an output has shown
         self.num_forks = 0  # samples that share this request's prompt and do not run yet
 
         self.tokens: array[int] = array("i")  # filled by the engine once the ids are validated
@@ -222,6 +210,8 @@ class Request:
         self.max_tokens = 0  # params.max_tokens, cut to the model's length
         self.finish_reason: str | None = None
         self.error: str | None = None
+        self.fault: str | None = None  # why its last logits cannot be sampled, where a logits_processor is the cause
+        self.prompt_logprobs: list[dict[int, float] | None] | None = None
         self.logprobs: list[dict[int, float]] | None = None
         self.text_stream: Any = None  # engine.text_stream.TextStream, where there is a tokenizer
         self.metrics = RequestMetrics(arrival=time.perf_counter())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from nanokv.core.arguments import refuses_unknown
 from nanokv.core.check import check_integer
 from nanokv.core.errors import ConfigError
 
@@ -12,6 +13,7 @@ LONGEST_S = 86400.0
 """The longest heartbeat, in seconds: a day."""
 
 
+@refuses_unknown(ConfigError)
 @dataclass(frozen=True)
 class DisaggConfig:
     """The choices of a user. Raises ConfigError, naming the field, its value and what is allowed."""

@@ -73,8 +73,11 @@ class Dispatcher:
     # -- the connector
 
     def offers(self, request: Request, found: int) -> int:
-        """All known tokens, where enough are uncached to be worth a transfer and a worker is ready."""
-        worth_it = request.num_tokens - found >= self._config.min_tokens
+        """All known tokens, where enough are uncached to be worth a transfer and a worker is ready.
+
+        A worker samples the first token, and a logits processor is a function of this process.
+        """
+        worth_it = request.num_tokens - found >= self._config.min_tokens and not request.params.logits_processor
         return request.num_tokens if worth_it and self.workers.ready else found
 
     def start(self, request: Request, upto: int, checkpoints: list[tuple[int, int]]) -> None:

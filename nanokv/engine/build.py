@@ -18,6 +18,7 @@ from nanokv.core.events import Events
 from nanokv.core.spec import PageLayout
 from nanokv.engine.calibrate import measure_key_means, warn_of_offsets
 from nanokv.engine.device import current
+from nanokv.engine.interrupts import Interrupts
 from nanokv.engine.memory import memory_for_pages, pool_size
 from nanokv.engine.runner import Runner
 from nanokv.models.decoder import Decoder
@@ -43,6 +44,7 @@ class Parts:
     store: CacheStore
     cache: CacheManager
     runner: Runner
+    interrupts: Interrupts
     pool_tokens: int
     max_length: int
 
@@ -92,8 +94,9 @@ def build(
     # Any request must fit in the pool alone; its last token is sampled and never written.
     pool_tokens = num_pages * config.page_size
     max_length = min(config.max_model_len or longest, pool_tokens + 1)
-    runner = Runner(model, store, config.page_size, config.codec)
+    interrupts = Interrupts()
+    runner = Runner(model, store, config.page_size, config.codec, interrupts=interrupts)
     if spare:
         with current(device):
             runner.pad_decodes(config.max_requests, cache.pages_for(max_length))
-    return Parts(config, layout, events, log, store, cache, runner, pool_tokens, max_length)
+    return Parts(config, layout, events, log, store, cache, runner, interrupts, pool_tokens, max_length)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -32,7 +33,7 @@ from nanokv.engine.sampler import sample
 from nanokv.engine.scheduler import Scheduler, StepPlan
 from nanokv.engine.step import Step, launch, resolve
 from nanokv.engine.transfers import Transfers
-from nanokv.engine.validate import prepare_request, validate_request
+from nanokv.engine.validate import prepare_request, validate_request, with_stop_ids
 from nanokv.models.decoder import Decoder
 from nanokv.text.tokenizer import Tokenizer
 
@@ -66,8 +67,9 @@ class Engine:
         parts = build(model, config, self.device, bool(connectors), allocate, observers)
         self.config, self.layout, self.events = parts.config, parts.layout, parts.events
         self.store, self.cache, self.runner, self.max_length = parts.store, parts.cache, parts.runner, parts.max_length
-        self.transfers = Transfers(connectors)
-        self.scheduler = Scheduler(self.config, self.cache, self.events, self.transfers)
+        self.transfers, self.interrupts = Transfers(connectors), parts.interrupts
+        source = self.transfers if connectors else None
+        self.scheduler = Scheduler(self.config, self.cache, self.events, source)
         self.outputs = OutputProcessor(self.scheduler, self.cache, tokenizer, model.config.eos_token_ids, self.events)
         self.num_steps = 0
         on_gpu = self.device.type != "cpu"
@@ -90,10 +92,12 @@ class Engine:
         if request.params.stop and self.tokenizer is None:
             raise RequestError(f"stop={request.params.stop!r}: stop texts need a tokenizer, which this model lacks")
         self._num_added += 1
+        request.params = with_stop_ids(request.params, self.tokenizer)
         prepare_request(request, self._num_added, self.config.seed, self.max_length)
-        if self.events:
-            self.events.emit(RequestAdded(request.id, request.num_prompt, request.params.n))
-        self.outputs.open(request, sink)
+        with self.turn():
+            if self.events:
+                self.events.emit(RequestAdded(request.id, request.num_prompt, request.params.n))
+            self.outputs.open(request, sink)
         return request.id
 
     def abort(self, request_id: str) -> None:
@@ -103,8 +107,9 @@ class Engine:
         """
         if request_id not in self.outputs:
             raise RequestError(f"request_id={request_id!r}: no such live request")
-        for request in self.outputs.of_id(request_id):
-            self.outputs.finish(request, "abort")
+        with self.turn():
+            for request in self.outputs.of_id(request_id):
+                self.outputs.finish(request, "abort")
 
     def __contains__(self, request_id: str) -> bool:
         """Whether a request is live: waiting or running."""
@@ -125,27 +130,40 @@ class Engine:
 
         KeyboardInterrupt undoes the step: its requests compute the same tokens again.
         """
-        plan, num_delivered = StepPlan(), self.outputs.num_delivered
-        try:
+        num_delivered = self.outputs.num_delivered
+        with self.turn(), current(self.device):
             self._collect(wait=False)
             plan = self._plan()
-            with current(self.device):
-                self._move(plan)
+            self._move(plan)
+            if plan.transfers:
                 self.transfers.start(plan.transfers, self.cache, self.events, self._recovery.fail)
-                is_launched = self._launch(plan)
-                if not is_launched and not self._steps:
-                    self._collect(wait=self.outputs.num_delivered == num_delivered)
-                while self._steps and (len(self._steps) > self._depth or not is_launched):
-                    self._resolve(self._steps[0])
-                    self._steps.popleft()
-        except BaseException:
-            self._recovery.undo(plan, self._steps)
-            self._steps.clear()
-            raise
-        if not len(self.outputs):
-            self._steps.clear()  # steps in flight compute tokens of samples that have ended
-            if self.config.debug_checks:
-                self.cache.check()
+            is_launched = self._launch(plan)
+            if not is_launched and not self._steps:
+                self._collect(wait=self.outputs.num_delivered == num_delivered)
+            while self._steps and (len(self._steps) > self._depth or not is_launched):
+                self._resolve(self._steps[0])
+                self._steps.popleft()
+            if not len(self.outputs):
+                self._steps.clear()  # steps in flight compute tokens of samples that have ended
+                if self.config.debug_checks:
+                    self.cache.check()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """A change of the books, which an interrupt undoes: Ctrl-C waits for its end, or for a forward pass in it."""
+        with self.interrupts.deferred():
+            try:
+                yield
+            except Exception:
+                raise
+            except BaseException:  # Ctrl-C in a forward pass; anywhere else, of a handler of the program itself
+                if self.interrupts.in_forward:
+                    self._recovery.undo(self._steps)
+                else:
+                    self._recovery.rebuild()
+                self._steps.clear()
+                self.interrupts.in_forward = False
+                raise
 
     def _plan(self) -> StepPlan:
         try:
@@ -158,7 +176,8 @@ class Engine:
     def _move(self, plan: StepPlan) -> None:
         """Saves and copies pages and states before the step overwrites them."""
         try:
-            self.transfers.save(plan.moves, self.store)
+            if plan.moves.saves:
+                self.transfers.save(plan.moves, self.store)
             self.runner.move(plan.moves)
         except Exception as error:
             self._recovery.fail(plan.all_requests, error)
@@ -186,7 +205,8 @@ class Engine:
             self._recovery.fail(step.requests, error)
 
     def _collect(self, wait: bool) -> None:
-        self.transfers.collect(wait, self.scheduler, self.cache, self.outputs, self._recovery.fail)
+        if self.transfers.connectors:
+            self.transfers.collect(wait, self.scheduler, self.cache, self.outputs, self._recovery.fail)
 
     def _record(self, plan: StepPlan) -> None:
         now = time.perf_counter()
@@ -203,7 +223,16 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Drops every cached page that no request holds."""
-        self.cache.reset()
+        with self.turn():
+            self.cache.reset()
+
+    def forget_requests(self, is_interrupted: bool) -> None:
+        """Aborts live requests. `is_interrupted`: this is a child process, forked in the middle of a turn."""
+        if is_interrupted:
+            self._recovery.rebuild()
+        self._steps.clear()
+        for request_id in self.outputs:
+            self.abort(request_id)
 
     def stats(self) -> dict[str, int | float]:
         """Numbers about pages, requests and steps, by the names of core/stats.py."""
@@ -222,8 +251,7 @@ class Engine:
 
     def close(self) -> None:
         """Aborts live requests, closes the connectors and the event log."""
-        for request_id in self.outputs:
-            self.abort(request_id)
+        self.forget_requests(is_interrupted=False)
         self.transfers.close()
         self._collect(wait=False)
         if self._log is not None:

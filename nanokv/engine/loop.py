@@ -11,6 +11,7 @@ step, wait in the queue until the step has ended.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,9 +20,12 @@ from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import TypeVar
 
+import torch
+
 from nanokv.core.errors import NanokvError
 from nanokv.core.request import Request, RequestOutput
 from nanokv.engine.engine import Engine
+from nanokv.engine.output_processor import Sink
 from nanokv.engine.ticket import Inbox, Ticket
 
 logger = logging.getLogger("nanokv")
@@ -36,6 +40,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._pid = os.getpid()
         self._lock = threading.RLock()  # held by the thread that changes the engine
         self._in_step = False
         self._has_turn = False  # the holder of the lock is in a turn, whose end runs the queued calls
@@ -48,9 +53,12 @@ class EngineLoop:
 
     # -- for callers
 
-    def submit(self, request: Request) -> Ticket:
-        """Queues a request. Raises RequestError where it cannot be served, NanokvError after `close`."""
-        inbox = Inbox()
+    def submit(self, request: Request, sink: Sink | None = None) -> Ticket:
+        """Queues a request. With a `sink`, that gets its outputs, in the thread that steps, and the ticket yields none.
+
+        Raises RequestError where it cannot be served, NanokvError after `close`.
+        """
+        inbox = Inbox(sink)
 
         def add(engine: Engine) -> None:
             self._check_open()
@@ -59,16 +67,17 @@ class EngineLoop:
 
         try:
             self.call(add)
+            return Ticket(request, inbox, self.advance, self.cancel)
         except KeyboardInterrupt:  # the request may be live, and no ticket will cancel it
             self.cancel(request, inbox)
             raise
-        return Ticket(request, inbox, self.advance, self.cancel)
 
     def call(self, fn: Callable[[Engine], T]) -> T:
         """Runs fn(engine) between two steps and returns its result, or raises its exception.
 
         Raises NanokvError inside a step, where subscribers of events run, and after a fault of the thread.
         """
+        self._check_process()
         if not self._is_driven:
             with self._turn():
                 return fn(self.engine)
@@ -94,6 +103,7 @@ class EngineLoop:
 
     def step(self) -> list[RequestOutput]:
         """One step, in the calling thread. Returns the outputs of requests that were added without a ticket."""
+        self._check_process()
         with self._turn():
             return self._step(self.engine.step)
 
@@ -104,11 +114,12 @@ class EngineLoop:
             if inbox.num_running > 0 and request.request_id is not None and request.id in self.engine:
                 self.engine.abort(request.id)
 
-        if inbox.num_running > 0:
+        if inbox.num_running > 0 and os.getpid() == self._pid:
             self._post(abort)
 
     def start(self) -> None:
         """Starts a thread that steps whenever there is work; `stop` ends it. Raises NanokvError after `close`."""
+        self._check_process()
         with self._lock:
             self._check_open()
             if self._thread is None or self._failure is not None:
@@ -132,10 +143,12 @@ class EngineLoop:
             self._settle()
 
     def close(self) -> None:
-        """Stops the thread, aborts live requests and closes the engine. Safe to call twice.
+        """Stops the thread, aborts live requests and closes the engine. Safe to call twice; does nothing in a fork.
 
         Raises NanokvError inside a step and in the thread itself.
         """
+        if os.getpid() != self._pid:
+            return
         self.stop()
         with self._turn():
             if not self._closed:
@@ -146,6 +159,7 @@ class EngineLoop:
 
     def advance(self, inbox: Inbox) -> bool:
         """One step for a request without an output, or a short wait for the thread. False after its last output."""
+        self._check_process()
         if not self._is_driven:
             with self._turn():
                 if inbox.needs_step:
@@ -176,7 +190,7 @@ class EngineLoop:
     def _turn(self) -> Iterator[None]:
         """The right to change the engine. Queued calls run before it and after it. Turns of one thread may nest."""
         try:
-            with self._lock:
+            with self._lock, self.engine.interrupts.deferred():
                 if self._in_step:
                     raise NanokvError("the engine computes a step: it cannot be called from inside a step")
                 is_nested, self._has_turn = self._has_turn, True
@@ -230,6 +244,21 @@ class EngineLoop:
     def _check_open(self) -> None:
         if self._closed:
             raise NanokvError("this LLM is closed: make a new one")
+
+    def _check_process(self) -> None:
+        """In a forked child, whose copy of the engine has lost its threads: goes on with one thread, or refuses."""
+        if os.getpid() == self._pid:
+            return
+        if self._thread is not None or self.engine.transfers.connectors or self.engine.device.type != "cpu":
+            raise NanokvError(
+                "this process was forked after the model was loaded, and threads, processes or a GPU stay with the "
+                "parent: load the model here, or start processes with the method 'spawn'"
+            )
+        torch.set_num_threads(1)  # OpenMP would wait for the threads of the parent for ever
+        logger.warning("this process was forked after the model was loaded: it computes with one thread")
+        was_busy = self._has_turn
+        self.__init__(self.engine)  # type: ignore[misc]  # the locks may belong to threads of the parent
+        self.engine.forget_requests(was_busy)
 
     def _check_thread(self) -> None:
         if self._failure is not None:

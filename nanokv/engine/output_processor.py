@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from nanokv.cache.manager import CacheManager
 from nanokv.core.events import Events, Finished
-from nanokv.core.request import Request, RequestMetrics, RequestOutput
+from nanokv.core.metrics import RequestMetrics
+from nanokv.core.request import Request, RequestOutput
 from nanokv.engine.scheduler import Scheduler
 from nanokv.engine.text_stream import TextStream
 from nanokv.text.tokenizer import Tokenizer
@@ -71,9 +72,9 @@ class OutputProcessor:
     def open(self, request: Request, sink: Sink | None = None) -> None:
         """Queues a new request. Its outputs go to `sink`."""
         self._open_text(request)
-        self._samples[request.id] = [request]
         if sink is not None:
             self._sinks[request.id] = sink
+        self._samples[request.id] = [request]
         self._scheduler.add(request)
 
     def of(self, requests: Iterable[Request]) -> list[Request]:
@@ -85,6 +86,11 @@ class OutputProcessor:
         """The live samples of a request id."""
         return list(self._samples.get(request_id, ()))
 
+    def drop_ended(self) -> None:
+        """Forgets requests without a live sample: an interrupt came at their end."""
+        self._samples = {name: samples for name, samples in self._samples.items() if samples}
+        self._sinks = {name: sink for name, sink in self._sinks.items() if name in self._samples}
+
     def siblings(self, request: Request) -> list[Request]:
         """The other samples of a request whose prompt is computed by this step. `fork` makes them live."""
         children: list[Request] = []
@@ -94,6 +100,7 @@ class OutputProcessor:
             child.num_prompt, child.num_computed = request.num_prompt, request.num_computed
             child.tokens = array("i", request.tokens)
             child.logprobs = [] if request.logprobs is not None else None
+            child.prompt_logprobs = request.prompt_logprobs
             child.metrics = RequestMetrics(request.metrics.arrival, request.metrics.first_scheduled)
             self._open_text(child)
             children.append(child)
@@ -101,9 +108,9 @@ class OutputProcessor:
 
     def fork(self, request: Request, children: list[Request]) -> None:
         """Makes siblings live: they share the pages of the computed prompt and run beside the request."""
+        self._samples[request.id].extend(children)  # at once, so that an interrupt finds all of them or none
         request.num_forks -= len(children)
         for child in children:
-            self._samples[request.id].append(child)
             self._scheduler.join(child)
         for child in children:
             self._cache.fork(request, child)
@@ -118,7 +125,7 @@ class OutputProcessor:
         params = request.params
         if token is None:
             why = "the model's logits are not finite: its weights are damaged, or they need a wider dtype"
-            self.finish(request, "error", why)
+            self.finish(request, "error", request.fault or why)
             return
         request.tokens.append(token)
         request.metrics.token_times.append(now)
@@ -133,6 +140,7 @@ class OutputProcessor:
             self.finish(request, "length")
         else:
             self._deliver(self._output(request))
+            request.num_delivered = request.num_generated  # last: until then an interrupt takes the token back
 
     def finish(self, request: Request, reason: str, error: str | None = None) -> None:
         """Ends a sample, and with it the siblings that were not forked from it yet. Releases its pages."""
@@ -175,4 +183,5 @@ class OutputProcessor:
             kv_matched_tokens=request.held.num_kv_matched,
             logprobs=list(request.logprobs) if request.logprobs is not None else None,
             metrics=request.metrics,
+            prompt_logprobs=request.prompt_logprobs,
         )

@@ -1,4 +1,4 @@
-"""Recovery: requests, pages and states after a step that has failed, or that Ctrl-C has interrupted."""
+"""Recovery: requests, pages and states after a step that has failed, or that was interrupted."""
 
 from __future__ import annotations
 
@@ -32,21 +32,47 @@ class Recovery:
         for request in self._outputs.of(requests):
             self._outputs.finish(request, "error", f"{type(error).__name__}: {error}")
 
-    def undo(self, plan: StepPlan, steps: Iterable[Step]) -> None:
-        """Undoes an interrupted step and the steps in flight: their requests compute the same tokens again."""
-        for request in [sample for request_id in self._outputs for sample in self._outputs.of_id(request_id)]:
-            if request.finish_reason is not None:  # the interrupt came while the sample ended
-                self._outputs.finish(request, request.finish_reason, request.error)
-        in_flight = [request for step in steps for request in step.requests]
-        # A plan that was interrupted has admitted requests whose transfers will not start.
-        admitted = [one for one in self._scheduler.running if one.in_transfer and one not in self._transfers]
-        requests = self._outputs.of([*plan.all_requests, *in_flight, *admitted])
-        for request in requests:
+    def undo(self, steps: Iterable[Step]) -> None:
+        """Undoes a step whose forward pass was interrupted, and those in flight; the prefix tree stays."""
+        in_flight = {request for step in steps for request in step.requests}
+        for request in in_flight:
             request.in_flight = None
-        for request in [request for request in reversed(self._scheduler.running) if request in requests]:
-            if not (request.in_transfer and self._transfers.abort(request)):
+        for request in list(reversed(self._scheduler.running)):
+            if request.num_scheduled or (request in in_flight and not request.in_transfer):
                 self._scheduler.preempt(request)
-        self.lose_states(plan)
+
+    def rebuild(self) -> None:
+        """Makes the books anew from the live requests, after an interrupt between any two lines of the engine.
+
+        Every live request is queued and computes the same tokens again. The prefix tree is empty. Pages into which a
+        connector may still write stay with their requests.
+        """
+        logger.warning("an interrupt came while the engine changed its books: the prefix cache starts again, empty")
+        kept = self._transfers.abort_all()
+        self._cache.rebuild(kept)
+        samples = [sample for request_id in self._outputs for sample in self._outputs.of_id(request_id)]
+        self._scheduler.restart([sample for sample in samples if sample not in kept], kept)
+        for sample in samples:
+            if sample.finish_reason is not None:  # the interrupt came while the sample ended
+                self._outputs.finish(sample, sample.finish_reason, sample.error)
+            else:
+                self._rewind(sample)
+        self._outputs.drop_ended()
+
+    def _rewind(self, sample: Request) -> None:
+        """Takes back what no output has shown: a token, its text, and a fork that has begun."""
+        num_shown = sample.num_delivered
+        del sample.tokens[sample.num_prompt + num_shown :]
+        del sample.metrics.token_times[num_shown:]
+        if sample.logprobs is not None:
+            del sample.logprobs[num_shown:]
+        if sample.text_stream is not None:
+            sample.text_stream = sample.text_stream.restarted()
+            for place, token in enumerate(sample.tokens[sample.num_prompt :]):
+                sample.text_stream.push(token, place + 1 >= sample.params.min_tokens)
+                sample.text_stream.take_delta()
+        live = {other.index for other in self._outputs.of([sample])}
+        sample.num_forks = len(set(range(sample.index + 1, sample.index + sample.num_forks + 1)) - live)
 
     def lose_states(self, plan: StepPlan) -> None:
         """Drops the states whose copies the plan lists and no step has made; requests that work on one start again."""

@@ -10,6 +10,7 @@ from nanokv.core.request import Request
 from nanokv.engine.graphs import DecodeGraphs
 from nanokv.engine.host_copy import UnwritableRows
 from nanokv.engine.inputs import arrays_of, batch_of, on_device, take_in_flight
+from nanokv.engine.interrupts import Interrupts
 from nanokv.models.decoder import Between, Decoder
 
 
@@ -18,16 +19,24 @@ class Runner:
 
     codec     name of the codec; any but "raw" may refuse rows
     between   called after each layer (Decoder.forward), or None
+    interrupts   delivers Ctrl-C during a forward pass; None: nothing delays it
     """
 
     def __init__(
-        self, model: Decoder, store: CacheStore, page_size: int, codec: str, between: Between | None = None
+        self,
+        model: Decoder,
+        store: CacheStore,
+        page_size: int,
+        codec: str,
+        between: Between | None = None,
+        interrupts: Interrupts | None = None,
     ) -> None:
         self._model = model
         self._store = store
         self._page_size = page_size
         self._codec = codec
         self._between = between
+        self._interrupts = interrupts if interrupts is not None else Interrupts()
         self._graphs: DecodeGraphs | None = None
 
     def pad_decodes(self, max_rows: int, max_pages: int) -> None:
@@ -55,7 +64,8 @@ class Runner:
         if in_flight is not None:
             take_in_flight(views, in_flight)
         batch = batch_of(views, self._page_size)
-        logits = self._model.forward(batch, self._store, self._between)
+        with self._interrupts.forward_pass():
+            logits = self._model.forward(batch, self._store, self._between)
         return logits, batch.token_ids[batch.logit_rows], self._unwritable(batch.unwritable)
 
     def _unwritable(self, rows: torch.Tensor) -> UnwritableRows | None:

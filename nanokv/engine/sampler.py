@@ -1,8 +1,8 @@
 """Sampler: from logits to tokens. The random number of a token depends on (seed, sample, position) alone.
 
-Order of the filters, as in vLLM and SGLang: min_tokens, repetition penalty, temperature, top-k, top-p, min-p. One
-uniform number a token comes from a counter-based generator and is looked up in the cumulated probabilities, so other
-requests of the batch, preemption and transfers to another process do not change a seeded sample.
+Order of the filters, as in vLLM and SGLang: repetition penalty, min_tokens, logits processors, temperature, top-k,
+top-p, min-p. One uniform number a token comes from a counter-based generator and is looked up in the cumulated
+probabilities, so other requests of the batch, preemption and transfers do not change a seeded sample.
 Source: Philox (Salmon et al. 2011), the generator.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from nanokv.core.request import Request
+from nanokv.engine.logits_processors import process_logits
 
 COLDEST = 1e-6
 """Temperatures up to this are greedy: smaller ones may be 0 in float32."""
@@ -61,7 +62,7 @@ def sample(
 ) -> HostSamplerOutput:
     """Samples one token a row, on the host.
 
-    logits           float32 [rows, vocab]; changed in place where a request has a penalty or min_tokens
+    logits           float32 [rows, vocab]; changed in place where a request has a penalty, min_tokens or a processor
     requests         the request of each row, advanced: the sampled token is at position request.num_computed
     last_token_ids   int64 [rows], the token of each row at the position before
     eos_token_ids    the model's end-of-sequence tokens
@@ -106,7 +107,7 @@ def uniform_of(request: Request) -> float:
 def apply_penalties(
     logits: torch.Tensor, requests: list[Request], last_token_ids: torch.Tensor, eos_token_ids: Collection[int]
 ) -> None:
-    """Applies the repetition penalty and min_tokens in place; arguments as of `sample`.
+    """Applies the repetition penalty, min_tokens and logits processors in place; arguments as of `sample`.
 
     The last token of a request may be known on the device alone: it is in `last_token_ids`, not in request.tokens.
     """
@@ -121,6 +122,8 @@ def apply_penalties(
         if request.num_computed - request.num_prompt < params.min_tokens:
             banned = [*params.stop_token_ids] if params.ignore_eos else [*params.stop_token_ids, *eos_token_ids]
             logits[i, banned] = -torch.inf
+        if params.logits_processor:
+            process_logits(logits[i], request, last_token_ids[i])
 
 
 def _draw(request: Request, row: torch.Tensor, best: torch.Tensor, best_ids: torch.Tensor) -> int:

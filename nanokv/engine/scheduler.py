@@ -15,6 +15,7 @@ No livelock: the oldest running request is never preempted for another, and any 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from nanokv.cache.contract import Cache, Moves
@@ -94,6 +95,13 @@ class Scheduler:
         request.num_scheduled = 0
         if self._events:
             self._events.emit(Preempted(request.id, request.index))
+
+    def restart(self, waiting: Iterable[Request], running: Iterable[Request]) -> None:
+        """Forgets all requests, and takes these, which hold no pages or are in transfer."""
+        self.waiting, self.running = deque(waiting), list(running)
+        self._policy = AdmissionPolicy(self._config, self._cache)
+        for request in self.waiting:
+            request.num_scheduled, request.in_flight, request.in_transfer = 0, None, False
 
     def plan(self) -> StepPlan:
         """The next step; empty when there is nothing to do. Reserves pages, may preempt, may admit."""

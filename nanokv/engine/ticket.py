@@ -10,17 +10,19 @@ from nanokv.core.request import Request, RequestOutput
 
 
 class Inbox:
-    """The outputs of one request that its ticket has not returned yet. Holds no ticket: dropping a ticket cancels."""
+    """The outputs of one request that its ticket has not returned yet. Holds no ticket: dropping a ticket cancels.
+    A `sink` takes the outputs instead, in the thread that steps; it must not raise."""
 
-    def __init__(self) -> None:
+    def __init__(self, sink: Callable[[RequestOutput], None] | None = None) -> None:
         self.outputs: deque[RequestOutput] = deque()
+        self._take = sink or self.outputs.append
         self.num_samples = 0
         self._ended: set[int] = set()
 
     def put(self, output: RequestOutput) -> None:
         """Takes an output of the engine: the sink of the request. The last output of a sample may be repeated."""
         if output.index not in self._ended:
-            self.outputs.append(output)
+            self._take(output)
             if output.finished:
                 self._ended.add(output.index)
 
@@ -85,4 +87,5 @@ class Ticket:
         self._inbox = Inbox()
 
     def __del__(self) -> None:
-        self.cancel()
+        if hasattr(self, "_cancel"):  # set last: an interrupt may have ended the constructor
+            self.cancel()

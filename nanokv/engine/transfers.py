@@ -65,6 +65,10 @@ class Transfers:
             del self._owners[request]
         return is_writing
 
+    def abort_all(self) -> list[Request]:
+        """Cancels every transfer. Returns the requests whose pages stay quarantined until they are collected."""
+        return [request for request in list(self._owners) if self.abort(request)]
+
     def start(self, waiting: list[tuple[Request, int]], cache: CacheManager, events: Events, fail: Fail) -> None:
         """Starts the transfers (request, upto) of a plan, whose moves have run, and removes them from the list.
 
@@ -104,21 +108,12 @@ class Transfers:
             if wait and not any(queues):
                 queues[place] = self._collected(connector, True)
         for arrived in queues:
-            while arrived:  # each leaves the connector alone, so that an error or Ctrl-C loses none behind it
+            while arrived:  # each leaves the connector alone, so that an error loses none behind it
                 request = arrived[0].request
                 try:
                     self._join(arrived[0], scheduler, cache, outputs)
                 except Exception as error:
                     fail([request], error)
-                except BaseException:  # Ctrl-C: released where it has finished, else computed again
-                    if request.finish_reason is not None:
-                        if request in scheduler.running:
-                            scheduler.remove(request)
-                        cache.release(request)
-                    for sample in reversed(outputs.of([request])):
-                        if sample in scheduler.running:
-                            scheduler.preempt(sample)
-                    raise
                 finally:
                     arrived.popleft()
 

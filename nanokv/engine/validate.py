@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from array import array
+from dataclasses import replace
 from operator import index
 
 import numpy as np
 
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import RequestError
-from nanokv.core.request import Request, RequestMetrics, SamplingParams
+from nanokv.core.metrics import RequestMetrics
+from nanokv.core.request import Request, SamplingParams
 from nanokv.models.config import ModelConfig
+from nanokv.text.tokenizer import Tokenizer
 
 
 def validate_request(request: Request, model: ModelConfig, config: EngineConfig, longest: int) -> list[int]:
@@ -54,9 +57,20 @@ def validate_request(request: Request, model: ModelConfig, config: EngineConfig,
     for token in params.stop_token_ids:
         if not 0 <= token < vocab_size:
             raise RequestError(f"stop_token_ids: unknown token id {token}; allowed are 0 to {vocab_size - 1}")
-    if params.logprobs is not None and params.logprobs > vocab_size:
-        raise RequestError(f"logprobs={params.logprobs}: the vocabulary has {vocab_size} tokens")
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > vocab_size:
+            raise RequestError(f"{name}={getattr(params, name)}: the vocabulary has {vocab_size} tokens")
+    if params.prompt_logprobs is not None and not request.wants_all_logits and request.prompt_logprobs is None:
+        raise RequestError("prompt_logprobs: an engine does not score prompts; give the prompt to LLM or AsyncLLM")
     return token_ids
+
+
+def with_stop_ids(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
+    """The params with the ids of stop texts that are special tokens: the text of an answer leaves these out."""
+    if not params.stop or tokenizer is None:
+        return params
+    ids = [token_id for text in params.stop if (token_id := tokenizer.special_id(text)) is not None]
+    return replace(params, stop_token_ids=tuple(dict.fromkeys([*params.stop_token_ids, *ids]))) if ids else params
 
 
 def prepare_request(request: Request, number: int, seed: int, max_length: int) -> None:

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+FIRST_POSITIONS = 1 << 17
+"""Rows of a new model's table on a CPU; it grows with the positions in use, because a context of 10 million would take
+gigabytes."""
+_ROWS_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class RopeConfig:
                 same but interpolates over the pairs of dimensions instead of their wavelengths (Peng et al. 2023; the
                 two factors are called beta_slow and beta_fast there)
     amplitude   factor of cosines and sines (yarn)
+    truncate    whether the first and the last pair between which "yarn" interpolates are whole numbers
     """
 
     dim: int
@@ -32,6 +37,7 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
     amplitude: float = 1.0
+    truncate: bool = True
 
 
 def frequencies(rope: RopeConfig) -> torch.Tensor:
@@ -58,13 +64,40 @@ def _yarn_kept(rope: RopeConfig) -> torch.Tensor:
         """The pair, as a real number, that makes this many turns over the original positions."""
         return rope.dim * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    first = max(math.floor(pair(rope.high_freq_factor)), 0)
-    last = min(math.ceil(pair(rope.low_freq_factor)), rope.dim - 1)
-    ramp = (torch.arange(rope.dim // 2, dtype=torch.float32) - first) / max(last - first, 0.001)
+    first, last = pair(rope.high_freq_factor), pair(rope.low_freq_factor)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rope.dim - 1)
+    ramp = (torch.arange(rope.dim // 2, dtype=torch.float32) - first) / ((last - first) or 0.001)
     return 1 - ramp.clamp(0, 1)
 
 
 def cos_sin_table(rope: RopeConfig, num_positions: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Row p: the cosines, then the sines of the angles at position p; float32 [num_positions, dim]."""
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies(rope))
-    return (torch.cat((angles.cos(), angles.sin()), dim=1) * rope.amplitude).to(device)
+    table = torch.empty(num_positions, rope.dim, device=device)
+    if not table.is_meta:
+        _fill(table, rope, 0)
+    return table
+
+
+def first_positions(max_positions: int, device: torch.device) -> int:
+    """Rows of the table of a new model. A CUDA graph records where the table lies, so that on a GPU it is whole."""
+    return max_positions if device.type == "cuda" else min(max_positions, FIRST_POSITIONS)
+
+
+def extend(table: torch.Tensor, rope: RopeConfig, num_positions: int, max_positions: int) -> None:
+    """Extends a table IN PLACE to at least num_positions rows: all layers share it."""
+    rows = len(table)
+    if num_positions > rows:
+        table.resize_(min(max(num_positions, 2 * rows), max_positions), rope.dim)
+        _fill(table, rope, rows)
+
+
+def _fill(table: torch.Tensor, rope: RopeConfig, first: int) -> None:
+    """Writes the rows from `first` on, some at a time: intermediate results are as large as the rows."""
+    per_position, half = frequencies(rope), rope.dim // 2
+    for start in range(first, len(table), _ROWS_AT_ONCE):
+        rows = table[start : start + _ROWS_AT_ONCE]
+        angles = torch.outer(torch.arange(start, start + len(rows), dtype=torch.float32), per_position)
+        rows[:, :half] = angles.cos() * rope.amplitude
+        rows[:, half:] = angles.sin() * rope.amplitude

@@ -6,14 +6,17 @@ tensor:
     model.language_model.layers...    the text part of a vision-language model: the middle word is dropped
     mtp.*, *visual.*, extra layers    ignored: nanokv takes no images and predicts one token at a time
     mlp.experts.gate_up_proj          all experts in one [E, 2 * inner, width] (and down_proj [E, width, inner]): shown
-                                      as gate_proj, up_proj and down_proj of each expert
+                                      as gate_proj, up_proj and down_proj of each expert. Qwen3-VL stores them
+                                      transposed, and some writers of its files do not: the shape tells
 
-Opening a checkpoint reads the headers of the files only.
+Two stored tensors under one name are an error: neither is chosen. Quantised matrices are joined with their scales and
+decoded when they are read (models/quantized.py). Opening a checkpoint reads the headers of the files only.
 """
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from nanokv.core.errors import CheckpointError
 from nanokv.models.config import ModelConfig
-from nanokv.models.fields import read_json
+from nanokv.models.quantized import Source, pair
+from nanokv.models.shards import find_shards, open_shard
 
 STORED_DTYPES = ("F32", "BF16", "F16")
 """Supported dtypes, as safetensors names them."""
@@ -33,6 +36,11 @@ IGNORED = re.compile(r"(^|\.)(mtp|visual)\.|rotary_emb\.inv_freq$")
 """Names of tensors that nanokv does not use, or that follow from the config."""
 FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 """Names of tensors that hold all experts of a layer."""
+LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.")
+ROWS = 1 << 12
+"""Rows of a matrix that are compared at a time."""
+MOST_NAMES = 40
+"""Names in one complaint, after those that differ only in layer or expert have become one."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Stored:
     shape    of the tensor, or of the part
     expert   index of the expert; None: the whole tensor
     first    first row of the part
+    turned   whether an expert's matrix is stored transposed
     """
 
     file: Any
@@ -51,6 +60,7 @@ class Stored:
     shape: tuple[int, ...]
     expert: int | None = None
     first: int = 0
+    turned: bool = False
 
     @property
     def dtype(self) -> str:
@@ -61,33 +71,45 @@ class Stored:
         """The stored values, mapped from the file."""
         if self.expert is None:
             return self.file.get_tensor(self.name)
-        return self.file.get_slice(self.name)[self.expert, self.first : self.first + self.shape[0]]
+        stored, rows = self.file.get_slice(self.name), slice(self.first, self.first + self.shape[0])
+        return stored[self.expert, :, rows].T.contiguous() if self.turned else stored[self.expert, rows]
 
 
 class Checkpoint:
     """The tensors of a model's folder by name.
 
     folder   holds model.safetensors, or shards with an index, or one *.safetensors
-    config   of the model: which layers are extra ones, and whether the head is the embedding table
-    Raises   CheckpointError naming a file that is missing or cannot be read
+    config   of the model: its layers and experts, which layers are extra ones, whether the head is the embedding table,
+             how matrices are quantised
+    dtype    of matrices that are decoded
+    Raises   CheckpointError naming a file that is missing or cannot be read, or two tensors of the same name
     """
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
         self.folder = folder
         self._config = config
-        self._tensors: dict[str, Stored] = {}
-        ignored = tuple(f"model.layers.{config.num_layers + extra}." for extra in range(config.num_extra_layers))
-        for path in checkpoint_files(folder):
-            try:
-                file = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                missing = "no such file, but the index names it: a part of the model is missing"
-                raise CheckpointError(f"{path}: {missing}") from None
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); the file is damaged") from None
-            names = [name for name in file.keys() if not IGNORED.search(name)]  # noqa: SIM118 (not a dict)
-            named = (pair for name in names for pair in _named(file, name))
-            self._tensors.update((name, stored) for name, stored in named if not name.startswith(ignored))
+        shards, placed = find_shards(folder), defaultdict[str, set[str]](set)
+        for name, owner in shards.owners.items():
+            placed[owner].add(name)
+        found: dict[str, Stored] = {}
+        for path in shards.files:
+            file = open_shard(path)
+            names = set(file.keys())
+            own = placed[path.name]
+            if lost := own - names:
+                raise CheckpointError(f"{path}: lacks tensors that the index places there: {_folded(sorted(lost))}")
+            for name in sorted(names):
+                if name not in own and name in shards.owners:
+                    continue  # a copy: the index gives another file
+                for canonical, stored in _named(file, name, config):
+                    if canonical in found:
+                        twice = f"{_readable(found[canonical].name)} and {_readable(name)} of {path.name}"
+                        raise CheckpointError(f"{folder}: two tensors for {_readable(canonical)}: {twice}")
+                    found[canonical] = stored
+        self._tensors: dict[str, Source] = dict(found)
+        self._broken: dict[str, str] = {}
+        if config.quantization is not None:
+            self._tensors, self._broken = pair(self._tensors, config.quantization, dtype)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The stored tensor. Call `check` first: it compares the shapes."""
@@ -102,14 +124,13 @@ class Checkpoint:
         tensors = dict(self._tensors)
         head, table = "lm_head.weight", "model.embed_tokens.weight"
         if self._config.tie_embeddings and head in tensors and table in tensors:
-            alike = tensors[head].dtype == tensors[table].dtype
-            if not alike or not torch.equal(tensors[head].read(), tensors[table].read()):
+            if not _equal(tensors[head], tensors[table]):
                 differ = f"{head} differs from {table}, but config.json ties them (tie_word_embeddings)"
                 raise CheckpointError(f"{self.folder}: {differ}")
             del tensors[head]
         common = [name for name in shapes if name in tensors]
         complaints = {
-            "missing": [name for name in shapes if name not in tensors],
+            "missing": [name for name in shapes if name not in tensors and name not in self._broken],
             "unexpected": [name for name in tensors if name not in shapes],
             "misshapen": [
                 f"{name} is {list(tensors[name].shape)}, config.json asks for {list(shapes[name])}"
@@ -119,60 +140,64 @@ class Checkpoint:
             f"not of a supported dtype ({', '.join(STORED_DTYPES)})": [
                 f"{name} is {tensors[name].dtype}" for name in common if tensors[name].dtype not in STORED_DTYPES
             ],
+            "quantised in a way that is not decoded": list(self._broken.values()),
         }
         found = [f"{complaint}: {_folded(names)}" for complaint, names in complaints.items() if names]
         if found:
             raise CheckpointError(f"{self.folder}: the tensors do not fit config.json; {'; '.join(found)}")
 
 
-def _named(file: Any, name: str) -> Iterator[tuple[str, Stored]]:
-    """One stored tensor under the names that builders know."""
-    shape = tuple(file.get_slice(name).get_shape())
+def _named(file: Any, name: str, config: ModelConfig) -> Iterator[tuple[str, Stored]]:
+    """One stored tensor under the names that builders know; none for a tensor that is ignored."""
     canonical = name.replace("model.language_model.", "model.", 1)
-    fused = FUSED.fullmatch(canonical)
-    if fused is None or len(shape) != 3:
+    layer = LAYER.match(canonical)
+    extra = layer is not None and 0 <= int(layer[1]) - config.num_layers < config.num_extra_layers
+    if extra or IGNORED.search(name):
+        return
+    shape = tuple(file.get_slice(name).get_shape())
+    fused, experts = FUSED.fullmatch(canonical), 0 if config.moe is None else config.moe.num_experts
+    parts = () if fused is None else ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",)
+    # A fused tensor of another size is left whole: it is then unexpected, and what it ought to hold is missing.
+    if fused is None or len(shape) != 3 or shape[0] != experts or shape[1] % len(parts):
         yield canonical, Stored(file, name, shape)
         return
-    experts, rows, columns = shape
-    names = ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",)
+    assert config.moe is not None
+    inner, width = config.moe.width, config.hidden_size
+    expected = (2 * inner, width) if len(parts) == 2 else (width, inner)
+    turned = shape[1:] != expected and shape[1:] == expected[::-1]
+    rows, columns = expected if turned else shape[1:]
+    own = (rows // len(parts), columns)
     for expert in range(experts):
-        for place, part in enumerate(names):
-            own = (rows // len(names), columns)
-            yield f"{fused[1]}.{expert}.{part}.weight", Stored(file, name, own, expert, place * own[0])
+        for place, part in enumerate(parts):
+            yield f"{fused[1]}.{expert}.{part}.weight", Stored(file, name, own, expert, place * own[0], turned)
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The files of weights: model.safetensors, else the shards in the index, else the only *.safetensors.
+def _equal(one: Source, other: Source) -> bool:
+    """Whether two matrices hold the same numbers, in whatever dtypes: float32 holds those of every supported one."""
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= set(STORED_DTYPES):
+        return False
+    pairs = zip(one.read().split(ROWS), other.read().split(ROWS), strict=True)
+    return all(torch.equal(some.float(), others.float()) for some, others in pairs)
 
-    Raises CheckpointError where there is none, or several without an index.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder; a model is a folder with config.json and *.safetensors")
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-            raise CheckpointError(f"{index}: weight_map does not name a file for each tensor")
-        return [folder / name for name in sorted(set(shards.values()))]
-    others = sorted(folder.glob("*.safetensors"))
-    if len(others) != 1:
-        found = f"{len(others)} files and no {index.name}" if others else "no *.safetensors"
-        raise CheckpointError(f"{folder}: {found}; expected model.safetensors, or shards with their index")
-    return others
+
+def _readable(name: str) -> str:
+    """A name from a file, safe to print on one line."""
+    name = name if len(name) <= 240 else f"{name[:240]}..."
+    return name if name.isprintable() else ascii(name)
 
 
 def _folded(names: Iterable[str]) -> str:
-    """All names; those that differ only in layer or expert become one: model.layers.{3-5,7}.mlp.up_proj.weight"""
+    """The names; those that differ only in layer or expert become one: model.layers.{3-5,7}.mlp.up_proj.weight"""
     for axis in ("layers", "experts"):
         numbers: dict[str, list[int]] = {}
         for name in names:
-            number = re.search(rf"\.{axis}\.(\d+)\.", name)
+            number = re.search(rf"\.{axis}\.([0-9]{{1,6}})\.", name)
             pattern = name if number is None else f"{name[: number.start(1)]}{{}}{name[number.end(1) :]}"
             numbers.setdefault(pattern, []).extend([int(number[1])] if number else [])
         names = [one.replace("{}", _ranges(found), 1) if found else one for one, found in numbers.items()]
-    return ", ".join(names)
+    shown = list(names)
+    more = [f"and {len(shown) - MOST_NAMES} more"] if len(shown) > MOST_NAMES else []
+    return ", ".join([*map(_readable, shown[:MOST_NAMES]), *more])
 
 
 def _ranges(numbers: list[int]) -> str:

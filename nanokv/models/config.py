@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from nanokv.layers.deltanet import DeltaConfig
 from nanokv.layers.mla import MLAConfig
 from nanokv.layers.rotary import RopeConfig
+from nanokv.models.quantized_fields import Quantization
 
 ATTENTION, GATED_DELTA = "full_attention", "linear_attention"
 
@@ -72,11 +73,13 @@ class ModelConfig:
     softmax_scale: float
     """Multiplies the scores before the softmax."""
     max_positions: int
-    """max_position_embeddings: the context the model was trained for, in tokens."""
+    """max_position_embeddings: the context of the model, in tokens; YaRN's scaled one where that is longer."""
     tie_embeddings: bool
     """tie_word_embeddings: whether the head is the embedding table."""
     attention_bias: bool
     """Whether the projections of q, k, v and o have a bias."""
+    qkv_bias: bool = False
+    """Whether those of q, k and v have one, and that of o has none."""
     mlp_bias: bool
     """Whether the gate, up and down projections have a bias."""
     mla: MLAConfig | None = None
@@ -92,6 +95,8 @@ class ModelConfig:
     bos_token_id: int | None
     dtype: str | None
     """Of the checkpoint: "float32", "bfloat16" or "float16"; None where the file does not say."""
+    quantization: Quantization | None = None
+    """quantization_config: how the matrices are stored; None: in `dtype`."""
 
     @property
     def attention_layers(self) -> list[int]:

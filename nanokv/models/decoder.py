@@ -23,6 +23,7 @@ from nanokv.layers.deltanet import GatedDeltaNet
 from nanokv.layers.linear import Linear
 from nanokv.layers.mla import MLA
 from nanokv.layers.norm import RMSNorm
+from nanokv.layers.rotary import extend
 from nanokv.models.config import GATED_DELTA, ModelConfig
 
 
@@ -89,6 +90,7 @@ class Decoder:
     layers      list of Block
     norm        RMSNorm of the last residual stream
     head        Linear to the vocabulary
+    cos_sin     the table of positions that all layers read; in a long context it grows with the positions in use
     """
 
     config: ModelConfig
@@ -97,6 +99,7 @@ class Decoder:
     layers: list[Block]
     norm: RMSNorm
     head: Linear
+    cos_sin: torch.Tensor
 
     def bind(self, layout: PageLayout) -> None:
         """Gives each layer the offsets of its planes. Raises CacheError for another model's layout."""
@@ -118,6 +121,8 @@ class Decoder:
 
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream before the first layer: x and residual, each [rows, width]."""
+        if len(self.cos_sin) < self.config.max_positions:
+            extend(self.cos_sin, self.config.rope, int(batch.positions.max()) + 1, self.config.max_positions)
         x = self.embedding(batch.token_ids)
         return x, torch.zeros_like(x)
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 (DeepSeek-AI 2024): multi-head latent attention, and mixtures of experts after a few dense layers.
+"""DeepSeek-V2 and V3 (DeepSeek-AI 2024), Kimi-K2: multi-head latent attention, mixtures of experts after dense layers.
 
 kv_b_proj holds for each head the rows that expand the latent to a key (W_UK), then the rows that expand it to a value
 (W_UV). They are packed twice: head by head for absorbed attention, and whole for expanded attention (layers/mla.py).
@@ -15,7 +15,7 @@ from nanokv.codecs.kivi import KiviCodec
 from nanokv.layers.linear import Linear
 from nanokv.layers.mla import MLA, MLAConfig
 from nanokv.layers.norm import RMSNorm
-from nanokv.models import parts, shared_fields
+from nanokv.models import parts, rope_fields, shared_fields
 from nanokv.models.config import ModelConfig, MoEConfig
 from nanokv.models.fields import Fields
 from nanokv.models.weights import Weights, join
@@ -30,7 +30,7 @@ def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
     common    fields of ModelConfig that all families share, by name
     Raises    CheckpointError naming the field
     """
-    v3, num_layers = common["family"] == "deepseek_v3", common["num_layers"]
+    v3, num_layers = common["family"] != "deepseek_v2", common["num_layers"]
     if common["num_kv_heads"] != common["num_heads"]:
         raise fields.error("num_key_value_heads", "expected num_attention_heads: keys come out of the latent")
     if common["attention_bias"]:
@@ -38,18 +38,18 @@ def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
     mla = MLAConfig(
         q_rank=fields.integer("q_lora_rank", default=0, least=0) or None,
         kv_rank=fields.integer("kv_lora_rank"),
-        nope_dim=fields.integer("qk_nope_head_dim"),
-        rope_dim=fields.integer("qk_rope_head_dim"),
-        value_dim=fields.integer("v_head_dim"),
+        nope_dim=fields.integer("qk_nope_head_dim", most=shared_fields.MOST_HEAD_DIM),
+        rope_dim=fields.integer("qk_rope_head_dim", most=shared_fields.MOST_HEAD_DIM),
+        value_dim=fields.integer("v_head_dim", most=shared_fields.MOST_HEAD_DIM),
         interleaved=not v3 or fields.flag("rope_interleave", default=True),
     )
-    head_dim = mla.nope_dim + mla.rope_dim
+    head_dim, rope = mla.nope_dim + mla.rope_dim, rope_fields.rope(fields, mla.rope_dim)
     moe = _experts(fields, num_layers, v3)
     return ModelConfig(
         **common,
         head_dim=head_dim,
-        rope=shared_fields.rope(fields, mla.rope_dim),
-        softmax_scale=head_dim**-0.5 * _score_factor(fields),
+        rope=rope,
+        softmax_scale=head_dim**-0.5 * _score_factor(fields, rope.factor),
         intermediate_size=shared_fields.intermediate_size(fields, moe),
         layer_types=shared_fields.layer_types(fields, num_layers),
         mla=mla,
@@ -63,8 +63,10 @@ def _experts(fields: Fields, num_layers: int, v3: bool) -> MoEConfig | None:
     layers = tuple(i >= first and i % step == 0 for i in range(num_layers))
     if not any(layers):
         return None
-    grouped = v3 or fields.choice("topk_method", "greedy", ("greedy", "group_limited_greedy")) != "greedy"
-    num_experts, per_token = fields.integer("n_routed_experts"), fields.integer("num_experts_per_tok")
+    methods = ("noaux_tc",) if v3 else ("greedy", "group_limited_greedy")
+    grouped = fields.choice("topk_method", methods[0], methods) != "greedy"
+    num_experts = shared_fields.count_experts(fields, "n_routed_experts", num_layers)
+    per_token = fields.integer("num_experts_per_tok")
     num_groups, top_groups = (fields.integer("n_group"), fields.integer("topk_group")) if grouped else (1, 1)
     if num_experts % num_groups or top_groups > num_groups:
         raise fields.error("n_group", f"does not divide {num_experts} experts into groups of which {top_groups} stay")
@@ -76,7 +78,7 @@ def _experts(fields: Fields, num_layers: int, v3: bool) -> MoEConfig | None:
         num_experts=num_experts,
         per_token=per_token,
         width=width,
-        shared_width=width * fields.integer("n_shared_experts", default=0, least=0),
+        shared_width=width * fields.integer("n_shared_experts", default=0, least=0, most=shared_fields.MOST_EXPERTS),
         shared_gate=False,
         layers=layers,
         scoring=fields.choice("scoring_func", scoring, (scoring,)),
@@ -87,12 +89,12 @@ def _experts(fields: Fields, num_layers: int, v3: bool) -> MoEConfig | None:
     )
 
 
-def _score_factor(fields: Fields) -> float:
+def _score_factor(fields: Fields, factor: float) -> float:
     """Multiplies the scale of the scores: above 1 where YaRN scales the positions."""
-    scaling = shared_fields.rope_scaling(fields)
-    if shared_fields.rope_kind(scaling) == "default" or not scaling.get("mscale_all_dim"):
+    scaling = rope_fields.rope_scaling(fields)
+    if not scaling.get("mscale_all_dim"):
         return 1.0
-    return shared_fields.yarn_mscale(scaling.number("factor"), scaling.number("mscale_all_dim")) ** 2
+    return rope_fields.yarn_mscale(factor, scaling.number("mscale_all_dim")) ** 2
 
 
 def mixer(weights: Weights, config: ModelConfig, codec: Codec, layer: int, cos_sin: torch.Tensor) -> MLA:

@@ -1,14 +1,37 @@
-"""Fields: one JSON object, read with types. Every error names the file, the field and its value."""
+"""Fields: one JSON object, read with types. Every error names the file, the field and its value.
+
+The files come from strangers: every number has bounds, no error prints a long value, and only a regular file of a
+bounded size is read.
+"""
 
 from __future__ import annotations
 
 import json
-import math
+import reprlib
 from pathlib import Path
 from typing import Any
 
-from nanokv.core.check import check_integer
 from nanokv.core.errors import CheckpointError
+
+MOST = 1 << 20
+"""Of an integer that shapes tensors: a few of them multiplied fit in 64 bits. The widest released layer has 53,248."""
+SMALLEST, LARGEST = 1e-15, 1e15
+"""Of a number: its logarithm, and its products with positions and with others of its kind, are finite."""
+MOST_BYTES = 32 << 20
+"""Of a JSON file. The index of a released model with 140,000 tensors has half of it."""
+MOST_CHARACTERS = 80
+"""Of a value in an error."""
+
+_short = reprlib.Repr()
+_short.maxlist = _short.maxdict = 8
+_short.maxlevel = 2
+_short.maxstring = _short.maxlong = _short.maxother = 60
+
+
+def shown(value: Any) -> str:
+    """A value of a file for an error: its repr, cut."""
+    text = _short.repr(value)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 3]}..."
 
 
 class Fields:
@@ -33,11 +56,11 @@ class Fields:
 
     def inside(self, name: str) -> Fields:
         """The object in a field; an empty one if the field is missing."""
-        return Fields(self.get(name, {}), f"{self.where}: {name}")
+        return Fields(self.get(name, {}), f"{self.where}: {name[:MOST_CHARACTERS]}")
 
     def error(self, name: str, complaint: str) -> CheckpointError:
         """The error to raise for a field: file, field, value and complaint."""
-        value = f"={self.data[name]!r}" if name in self.data else ""
+        value = f"={shown(self.data[name])}" if name in self.data else ""
         return CheckpointError(f"{self.where}: {name}{value}: {complaint}")
 
     def _required(self, name: str, default: Any) -> Any:
@@ -46,17 +69,18 @@ class Fields:
             raise self.error(name, "is missing: the file is incomplete")
         return value
 
-    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """An integer of at least `least`."""
+    def integer(self, name: str, default: int | None = None, least: int = 1, most: int = MOST) -> int:
+        """An integer between `least` and `most`."""
         value = self._required(name, default)
-        check_integer(CheckpointError, f"{self.where}: {name}", value, least)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.error(name, f"expected an integer of at least {least} and at most {most}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+    def number(self, name: str, default: float | None = None, least: float = SMALLEST) -> float:
+        """A number between `least` and LARGEST."""
         value = self._required(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise self.error(name, "expected a number above 0")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= LARGEST:
+            raise self.error(name, f"expected a number above 0, between {least:g} and {LARGEST:g}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -80,21 +104,47 @@ class Fields:
             raise self.error(name, "expected a list of integers of at least 0")
         return tuple(value)
 
+    def text(self, name: str) -> str | None:
+        """A text; None if the field is missing."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, str):
+            raise self.error(name, "expected a text")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of texts; empty if the field is missing."""
+        value = self.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise self.error(name, "expected a list of texts")
+        return tuple(value)
+
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """A token id or a list of them; empty if the field is missing."""
+        """A token id or a list of them; empty if the field is missing.
+
+        Ids outside of the vocabulary are left out: no model says them. Files use -1 for "none", and some count added
+        tokens that the embedding does not have.
+        """
         value = self.get(name, [])
         ids = value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size for i in ids):
-            raise self.error(name, f"expected token ids below vocab_size={vocab_size}")
-        return tuple(ids)
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise self.error(name, "expected a token id or a list of token ids")
+        return tuple(i for i in ids if 0 <= i < vocab_size)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError naming the file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():  # a pipe would be waited for, a device read for ever
+            raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise CheckpointError(f"{path}: larger than {MOST_BYTES >> 20} MiB, which no such file is")
+        data = json.loads(content.decode("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: cannot be read as JSON (its values are nested too deeply)") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data

@@ -1,7 +1,7 @@
 """Builds the Decoder of a folder: lists the tensors of the model, checks all of them, then reads and packs them.
 
 Every fault of a folder is a CheckpointError whose single line names all faults. No tensor is silently zero, converted
-or skipped.
+or skipped. FP8 and NVFP4 matrices are decoded one by one: beside the model, memory holds a chunk of one of them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 
 from nanokv.codecs import Codec, RawCodec
+from nanokv.core.errors import CheckpointError
 from nanokv.kernels.linear import activation_dtype
 from nanokv.kernels.ops import Ops
 from nanokv.models.checkpoint import Checkpoint
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Decoder
 from nanokv.models.parts import decoder
+from nanokv.models.quantized import DECODED
 from nanokv.models.weights import Weights, dummy, recorded
 
 
@@ -41,13 +43,18 @@ def load_model(
     load       "auto" reads the checkpoint; "dummy" fills the model with noise that `seed` determines
     kernels    "auto" or "reference", see `Ops`
     progress   called with (tensors taken, tensors in all) while the model is built
-    Raises     CheckpointError naming the file, or every tensor that is missing, unexpected, misshapen or quantised
+    Raises     CheckpointError naming the file, or every tensor that is missing, unexpected, misshapen or of a dtype or
+               quantisation that is not decoded
     """
     shapes = tensors(config)
     if load == "dummy":
         read = dummy(dtype, seed)
     else:
-        checkpoint = Checkpoint(Path(folder), config)
+        method = None if config.quantization is None else config.quantization.method
+        if method is not None and method not in DECODED:
+            remedy = "not decoded here; use the plain, FP8 or NVFP4 checkpoint"
+            raise CheckpointError(f"{Path(folder).name}/config.json: weights in {method[:40]!r}: {remedy}")
+        checkpoint = Checkpoint(Path(folder), config, dtype)
         checkpoint.check(shapes)
         read = checkpoint.read
     device = torch.device(device)

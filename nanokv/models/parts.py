@@ -21,7 +21,7 @@ from nanokv.layers.linear import Embedding, Linear
 from nanokv.layers.mlp import MLP
 from nanokv.layers.moe import MoE, Router
 from nanokv.layers.norm import RMSNorm
-from nanokv.layers.rotary import cos_sin_table
+from nanokv.layers.rotary import cos_sin_table, first_positions
 from nanokv.models import FAMILIES
 from nanokv.models.config import ModelConfig
 from nanokv.models.decoder import Block, Decoder, layer_specs
@@ -56,7 +56,7 @@ def attention(
 
     query   the rows of q, then those of the output gate; None: q_proj holds the rows of q and there is no gate
     """
-    width, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+    width, dim, bias = config.hidden_size, config.head_dim, config.attention_bias or config.qkv_bias
     q_width, kv_width = config.num_heads * dim, config.num_kv_heads * dim
     if query is None:
         qkv = linear(weights, at, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}, width, bias)
@@ -67,7 +67,7 @@ def attention(
     if config.qk_norm:
         q_norm, k_norm = (norm_weight(weights, f"{at}.{name}_norm", config, dim) for name in "qk")
         norms = HeadNorms(q_norm, k_norm, config.norm_eps)
-    out = linear(weights, at, {"o_proj": width}, q_width, bias)
+    out = linear(weights, at, {"o_proj": width}, q_width, config.attention_bias)
     scale, ops = config.softmax_scale, weights.ops
     heads = Heads(config.num_heads, config.num_kv_heads, dim, scale, cos_sin, norms, ops)
     return Attention(qkv, out, codec, heads)
@@ -105,7 +105,7 @@ def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int)
     """The stack that every family shares. `mixer` of the family builds the half of a block in which families differ."""
     width, mixer = config.hidden_size, import_module(FAMILIES[config.family][1]).mixer
     specs = layer_specs(config, codec, page_size)  # refuses a codec that does not fit, before a tensor is read
-    cos_sin = cos_sin_table(config.rope, config.max_positions, weights.device)
+    cos_sin = cos_sin_table(config.rope, first_positions(config.max_positions, weights.device), weights.device)
     table = weights.matrix("model.embed_tokens.weight", config.vocab_size, width)
     if config.tie_embeddings:
         head = Linear(table, weights.activation, weights.ops, keep=True)
@@ -124,4 +124,4 @@ def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int)
         for layer in range(config.num_layers)
     ]
     last = norm(weights, "model.norm", config, width)
-    return Decoder(config, specs, embedding, layers, last, head)
+    return Decoder(config, specs, embedding, layers, last, head, cos_sin)

@@ -14,7 +14,7 @@ import torch
 from nanokv.codecs import Codec
 from nanokv.layers.deltanet import DeltaConfig, GatedDeltaNet
 from nanokv.layers.linear import Linear
-from nanokv.models import parts, shared_fields
+from nanokv.models import parts, rope_fields, shared_fields
 from nanokv.models.config import ATTENTION, GATED_DELTA, ModelConfig
 from nanokv.models.decoder import Mixer
 from nanokv.models.fields import Fields
@@ -23,6 +23,8 @@ from nanokv.models.weights import Weights, join
 NEXT = "qwen3_next"
 DENSE = ("qwen3_5", "qwen3_5_text")
 """The model_types without experts."""
+MOST_DELTA = 4096
+"""Of the heads of a Gated DeltaNet, their dimensions and its convolution. Released models have up to 128."""
 
 
 def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
@@ -43,7 +45,7 @@ def read(fields: Fields, common: dict[str, Any]) -> ModelConfig:
         head_dim=head_dim,
         qk_norm=True,
         norm_offset=1.0,
-        rope=shared_fields.rope(fields, head_dim, default_part=0.25),
+        rope=rope_fields.rope(fields, head_dim, default_part=0.25),
         softmax_scale=head_dim**-0.5,
         intermediate_size=shared_fields.intermediate_size(fields, moe),
         layer_types=_layer_types(fields, num_layers),
@@ -61,15 +63,15 @@ def _layer_types(fields: Fields, num_layers: int) -> tuple[str, ...]:
 
 
 def _delta_config(fields: Fields) -> DeltaConfig:
-    key_heads, value_heads = fields.integer("linear_num_key_heads"), fields.integer("linear_num_value_heads")
+    key_heads, value_heads = (fields.integer(f"linear_num_{kind}_heads", most=MOST_DELTA) for kind in ("key", "value"))
     if value_heads % key_heads:
         raise fields.error("linear_num_value_heads", f"not a multiple of linear_num_key_heads={key_heads}")
     return DeltaConfig(
         key_heads=key_heads,
         value_heads=value_heads,
-        key_dim=fields.integer("linear_key_head_dim"),
-        value_dim=fields.integer("linear_value_head_dim"),
-        kernel=fields.integer("linear_conv_kernel_dim", least=2),
+        key_dim=fields.integer("linear_key_head_dim", most=MOST_DELTA),
+        value_dim=fields.integer("linear_value_head_dim", most=MOST_DELTA),
+        kernel=fields.integer("linear_conv_kernel_dim", least=2, most=MOST_DELTA),
     )
 
 

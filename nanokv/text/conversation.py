@@ -18,7 +18,7 @@ from nanokv.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class _State:
-    """The chat at one moment: messages, their token ids, and the marked text of these ids (see Tokenizer.MARK)."""
+    """The chat at one moment: messages, their token ids, and the text of these ids."""
 
     messages: tuple[dict, ...] = ()
     token_ids: tuple[int, ...] = field(default=(), repr=False)
@@ -115,9 +115,10 @@ class Conversation:
         questions = [place for place, message in enumerate(self._states[-1].messages) if message["role"] == "user"]
         first = questions[num_turns] if num_turns < len(questions) else len(self._states[-1].messages)
         other._states = [_State(state.messages[first:]) for state in self._states[first:]]
-        text = self.tokenizer.render_marked(other.messages, False, **self._variables) if other.messages else ""
         if other._states[-1].messages:
-            other._states[-1] = _State(other._states[-1].messages, tuple(self.tokenizer.encode_marked(text)), text)
+            text, literal = self.tokenizer.render(other.messages, add_generation_prompt=False, **self._variables)
+            ids = tuple(self.tokenizer.pieces.encode(text, literal))
+            other._states[-1] = _State(other._states[-1].messages, ids, text)
         return other
 
     def set_system(self, system: str | None) -> None:
@@ -147,9 +148,9 @@ class Conversation:
     def _render(self, messages: tuple[dict, ...], before: _State) -> _State:
         """The state that asks for an answer to `messages`. Keeps the ids of `before` where its text is a prefix."""
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
-        text = self.tokenizer.render_marked([*system, *messages], **self._variables)
+        text, literal = self.tokenizer.render([*system, *messages], **self._variables)
         if before.token_ids and text.startswith(before.text):
-            new = self.tokenizer.encode_after(before.text, text[len(before.text) :])
+            new = self.tokenizer.pieces.encode_after(text, literal, len(before.text))
             if new is not None:
                 return _State(messages, before.token_ids + tuple(new), text)
-        return _State(messages, tuple(self.tokenizer.encode_marked(text)), text)
+        return _State(messages, tuple(self.tokenizer.pieces.encode(text, literal)), text)

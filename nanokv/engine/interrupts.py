@@ -1,0 +1,58 @@
+"""Interrupts: Ctrl-C arrives where it can break nothing: between turns of the engine, and inside a forward pass."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Interrupts:
+    """Delays KeyboardInterrupt while an engine changes its books. Python runs signal handlers in the main thread only.
+
+    in_forward   a forward pass runs, or an interrupt has ended it: the books are right then, and the tokens lost
+    """
+
+    def __init__(self) -> None:
+        self.in_forward = False
+        self._is_deferred = False
+        self._is_pending = False
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Ctrl-C waits until this ends; a second one does not wait. A program's own handler of SIGINT is left alone."""
+        handler = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or handler is not signal.default_int_handler:
+            yield
+            return
+        self._is_deferred, self._is_pending, self.in_forward = True, False, False
+        signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+            signal.signal(signal.SIGINT, handler)
+            if self._is_pending:
+                self._is_pending = False
+                raise KeyboardInterrupt
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """The part of a turn in which Ctrl-C need not wait: it may take seconds, and changes no books."""
+        was_deferred, self._is_deferred, self.in_forward = self._is_deferred, False, True
+        if self._is_pending:
+            self._is_pending = False
+            raise KeyboardInterrupt
+        try:
+            yield
+        except Exception:
+            self._is_deferred, self.in_forward = was_deferred, False
+            raise
+        self._is_deferred, self.in_forward = was_deferred, False
+
+    def _handle(self, *_: object) -> None:
+        if not self._is_deferred or self._is_pending:
+            self._is_pending = False
+            raise KeyboardInterrupt
+        self._is_pending = True
