@@ -85,19 +85,28 @@ def test_half_a_character_is_refused_at_load_by_name(terminal, tmp_path, change,
     assert err.startswith(f"error: {path}: {name}") and err.count("\n") == 1 and terminal.said == []
 
 
-def test_every_error_of_load_names_the_file(terminal, tmp_path):
-    cases = sorted(Path("/work/shared/cases/newcomer").glob("d*.json"))
-    documents = [path.read_bytes() for path in cases] or [
-        json.dumps(saved(messages=[{"role": "assistant", "content": "x"}])).encode(),
-        json.dumps(saved(messages=[{"role": "user", "content": [1]}, {"role": "assistant", "content": "x"}])).encode(),
-    ]
-    for number, data in enumerate(documents):
-        path = tmp_path / f"case{number}.json"
-        path.write_bytes(data)
-        _, err = terminal.enter(f"/load {path}")
-        assert err.count("\n") == 1 and str(path) in err and "unexpected" not in err, err
-        terminal.enter("/show messages")
-        assert "saved to" in terminal.enter(f"/save! {tmp_path / 'out'}")[1]
+@pytest.mark.parametrize(
+    "document",
+    [
+        b"",
+        b"[]",
+        b"\x00\xff",
+        saved(version=2),
+        saved(settings={"temperature": float("nan")}),
+        saved(settings={"stop": 3}),
+        saved(messages=[{"role": "assistant", "content": "x"}]),
+        saved(messages=[{"role": "wizard", "content": "x"}]),
+        saved(messages=[{"role": "system", "content": 1}]),
+        saved(messages=[{"role": "user", "content": [1]}, {"role": "assistant", "content": "x"}]),
+        saved(messages=[{"role": "user", "content": "no answer"}]),
+    ],
+)
+def test_every_error_of_load_names_the_file(terminal, tmp_path, document):
+    path = tmp_path / "case.json"
+    path.write_bytes(document if isinstance(document, bytes) else json.dumps(document).encode())
+    _, err = terminal.enter(f"/load {path}")
+    assert err.startswith(f"error: {path}: ") and err.count("\n") == 1 and "unexpected" not in err
+    assert terminal.said == [] and "saved to" in terminal.enter(f"/save {tmp_path / 'out'}")[1]
 
 
 def test_a_chat_that_cannot_be_written_stays(terminal, tmp_path, monkeypatch):
