@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from fake_terminal import VOCABULARY, FakeTerminal, ScriptedLLM, Tty
 
-import nanokv.cli.repl.turn as turn_module
+import nanokv.cli.repl.stop_key as stop_key
 from nanokv import EngineConfig, SamplingParams
 from nanokv.cli.main import main
 from nanokv.cli.repl import reader
@@ -62,7 +62,7 @@ def test_characters_of_several_tokens_are_shown_whole(terminal):
     pieces = []
     terminal.session.terminal.say = pieces.append
     terminal.enter("Hi", "日本 🎉")
-    assert pieces == ["日", "本", " ", "🎉", "\n"]
+    assert pieces == ["日", "本", " ", "🎉"]
 
 
 def test_control_characters_of_a_model_do_not_reach_a_terminal():
@@ -103,7 +103,7 @@ def press_at(terminal: FakeTerminal, *steps: int) -> None:
 
 @pytest.fixture
 def no_grace(monkeypatch):
-    monkeypatch.setattr(turn_module, "SAME_GENERATION_S", 0.0)
+    monkeypatch.setattr(stop_key, "SAME_GENERATION_S", 0.0)
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(terminal, no_grace):
@@ -141,7 +141,7 @@ def test_a_second_ctrl_c_leaves_with_130(terminal, no_grace, monkeypatch):
 
 
 def test_the_prompt_returns_only_after_the_time_of_a_double_press(terminal, monkeypatch):
-    monkeypatch.setattr(turn_module, "SAME_GENERATION_S", 0.2)
+    monkeypatch.setattr(stop_key, "SAME_GENERATION_S", 0.2)
     press_at(terminal, 1)
     began = time.perf_counter()
     terminal.enter("Hi", "abc")
@@ -168,7 +168,7 @@ def test_a_full_context_is_one_error_line_and_nothing_is_lost():
     terminal.enter("Hi", "yes")
     before = terminal.said
     _, err = terminal.enter("x" * 100)
-    assert err.startswith("error: the context is full: ") and "/clear" in err and err.count("\n") == 1
+    assert err.startswith("error: the context is full: ") and "/trim" in err and err.count("\n") == 1
     assert terminal.said == before
     assert terminal.enter("Hm", "ok")[0] == "ok\n"
 
@@ -176,7 +176,7 @@ def test_a_full_context_is_one_error_line_and_nothing_is_lost():
 def test_an_answer_that_fills_the_context_says_so():
     terminal = FakeTerminal(ScriptedLLM(max_positions=60))
     out, err = terminal.enter("Hi", "a" * 100)
-    assert len(out) > 10 and "cut: context full" in err and "the context is full: /clear" in err
+    assert len(out) > 10 and "cut: context full" in err and "the context is full: /trim" in err
 
 
 def test_an_answer_cut_at_max_tokens_says_so(terminal):
@@ -263,7 +263,6 @@ def command(monkeypatch, tmp_path):
         return made[-1]
 
     monkeypatch.setattr("nanokv.llm.LLM", scripted)
-    monkeypatch.setattr("nanokv.kernels.ops.are_compiled", lambda: True)
 
     def run(*options: str, stdin: str | bytes | None = None):
         result = CliRunner().invoke(main, ["chat", str(tmp_path), *options], input=stdin)
@@ -311,6 +310,19 @@ def test_bad_bytes_on_the_pipe_are_one_error_line(command):
     result = command(stdin=b"abc\xff\xfe")
     assert result.exit_code == 1 and result.stdout == "" and result.llm is None
     assert result.stderr == "nanokv: stdin: not valid UTF-8 at byte 3 (0xff)\n"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_prompt(command):
+    assert asked(command(stdin="\ufeffHi\r\nyou".encode())) == "user\nHi\nyou\nassistant\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
+def test_a_pipe_without_an_end_is_one_error_line():
+    call = [sys.executable, "-m", "nanokv.cli.main", "chat", str(ROOT / "weights" / "tiny-gqa")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with open("/dev/zero", "rb") as zeros:
+        result = subprocess.run(call, stdin=zeros, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1 and result.stderr == "nanokv: stdin: more than 64 MiB, which no context holds\n"
 
 
 @pytest.mark.parametrize("options, stdin", [((), ""), ((), " \n"), (("-p", ""), None), (("-p", " "), "")])
@@ -390,15 +402,6 @@ def test_help_imports_nothing_heavy():
         "assert not heavy, heavy"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
-
-
-def test_a_first_run_says_that_it_compiles(command, monkeypatch):
-    assert "compiles kernels" not in command("-p", "Hi").stderr
-    monkeypatch.setattr("nanokv.kernels.ops.are_compiled", lambda: False)
-    result = command("-p", "Hi")
-    assert "compiles kernels" in result.stderr and result.stdout == "An answer.\n"
-    result = command("-p", "Hi", "--kernels", "reference")
-    assert "compiles kernels" not in result.stderr and result.llm.asked_config.kernels == "reference"
 
 
 def test_a_wrong_choice_of_kernels_names_the_allowed_ones(command):

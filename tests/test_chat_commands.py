@@ -7,6 +7,7 @@ from array import array
 
 import pytest
 from fake_terminal import FakeTerminal
+from rich.cells import cell_len
 
 from nanokv import SamplingParams
 from nanokv.cache.radix import RadixTree
@@ -135,7 +136,9 @@ def test_set_changes_one_parameter(terminal, line, name, value):
         ("/set top_k 1.5", "top_k='1.5': expected an integer"),
         ("/set stop 'open", 'stop="\'open": expected texts'),
         ("/set temprature 1", "temprature: no such parameter"),
-        ("/set temperature", "usage: /set NAME VALUE"),
+        ("/undo x", "nothing to undo: the conversation is empty"),
+        ("/clear extra", "/clear extra: /clear takes no argument"),
+        ("/regen 2", "/regen 2: /regen takes no argument"),
         ("/show nothing", "/show nothing: there are params"),
         ("/stats maybe", "usage: /stats, /stats on or /stats off"),
         ("/read", "usage: /read FILE"),
@@ -314,7 +317,7 @@ def test_cache_draws_pages_tree_and_pool(terminal):
 
 
 def width(line: str) -> int:
-    return sum(map(cache_view._columns, line))
+    return cell_len(line)
 
 
 def test_a_drawing_of_any_tree_fits_80_columns():

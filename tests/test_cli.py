@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import nanokv
 from nanokv.cli import common
 from nanokv.cli.main import COMMANDS, main
+from nanokv.core.config import parse_bytes
 from nanokv.core.errors import ConfigError, NanokvError
 from nanokv.hub.home import weights_dir
 
@@ -65,6 +66,38 @@ def test_a_usage_error_is_one_line_and_code_2(arguments):
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert "--help)" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["chat", "--codec", "zip"], "nanokv chat: --codec 'zip': allowed are raw, fp8"),
+        (["chat", "--codec", "kivi4", "--page-size", "16"], "nanokv chat: --page-size 16: codec kivi4"),
+        (["chat", "--device", "tpu"], "nanokv chat: --device 'tpu': allowed are auto, cpu"),
+        (["chat", "--dtype", "int3"], "nanokv chat: Invalid value for '--dtype'"),
+        (["chat", "--kv-memory", "500TiB"], "nanokv chat: --kv-memory '500TiB': 549,755,813,888,000 bytes"),
+        (["chat", "--center-keys"], "nanokv chat: --center-keys: no layer of this model writes keys in codes"),
+        (["bench", "decode", "--device", "tpu"], "nanokv bench decode: --device 'tpu'"),
+        (["disagg", "prefill", "--listen", "a:1", "--page-size", "3"], "nanokv disagg prefill: --page-size 3: allowed"),
+    ],
+)
+def test_a_wrong_value_that_only_loading_finds_is_code_2_too(arguments, line):
+    result = run(*arguments, str(ROOT / "weights" / "tiny-gqa"), input="Hi")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
+
+
+def test_no_line_of_help_is_cut():
+    for arguments in (["--help"], ["bench", "--help"], ["disagg", "--help"], ["learn", "--help"]):
+        help_ = run(*arguments).stdout
+        commands = help_[help_.index("Commands:") :].partition("Example")[0]
+        assert "..." not in commands, arguments
+
+
+def test_a_model_that_comes_along_needs_no_pull():
+    result = run("pull", "tiny-gqa")
+    assert result.exit_code == 0 and Path(result.stdout.strip()).name == "tiny-gqa"
+    assert "comes with nanokv" in result.stderr
 
 
 def test_the_bare_command_shows_its_help():
@@ -171,6 +204,14 @@ def test_a_figure_without_matplotlib_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(NanokvError, match=r"pip install 'nanokv\[bench\]'"):
         common.new_figure(1, 1)
+
+
+def test_a_size_is_bytes_or_a_number_with_a_unit():
+    sizes = {"1T": 10**12, "2TiB": 2**41, "1.5 tb": 1500 * 10**9, "3KB": 3000, "512MiB": 2**29, "7": 7, 9: 9}
+    assert {text: parse_bytes(text) for text in sizes} == sizes
+    for wrong in (1.5, 1e9, True, None, "", "T", "1XB", "-1", 0, "0GiB", [1]):
+        with pytest.raises(ConfigError, match="kv_memory="):
+            parse_bytes(wrong, "kv_memory")
 
 
 def test_bytes_are_printed_in_binary_units():

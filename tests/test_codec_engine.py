@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import with_logprobs
 
-from nanokv import SamplingParams
+from nanokv import EngineConfig, SamplingParams
 from nanokv.codecs import kivi, latents, pages
 from nanokv.codecs.latents import LatentPages
 from nanokv.codecs.pages import AttentionPages
@@ -137,6 +137,7 @@ def test_values_common_to_all_layers_are_computed_once_a_step(family, codec, mod
     monkeypatch.setattr(module, name, lambda batch: calls.append(batch) or own(batch))
     folder = oracles.checkpoint(family, tmp_path)
     with LLM(folder, codec=codec, page_size=32, num_pages=16, max_step_tokens=32) as llm:
+        calls.clear()  # of the step at load that measures keys
         llm.generate([oracles.prompt(50)], GREEDY)
         assert len(calls) == llm.engine.num_steps == 7 and len(set(map(id, calls))) == 7
 
@@ -184,10 +185,11 @@ def test_fast_prefill_attends_to_the_unquantized_numbers_of_its_chunk(wide, code
         assert len(one) == len(fast.generate([text], LONG)[0].token_ids) == 20
 
 
-def test_centered_keys_keep_attention_and_lose_less_of_biased_keys(tmp_path):
+def with_biased_keys(folder):
+    """A checkpoint whose keys have a large constant in common, as the first layers of Qwen2 have."""
     import safetensors.torch
 
-    folder = oracles.llama(tmp_path, head_dim=64, attention_bias=True)
+    folder = oracles.llama(folder, head_dim=64, attention_bias=True)
     (file,) = folder.glob("*.safetensors")
     weights = safetensors.torch.load_file(file)
     for layer in range(2):
@@ -195,6 +197,11 @@ def test_centered_keys_keep_attention_and_lose_less_of_biased_keys(tmp_path):
         bias.zero_()
         bias[:, 30], bias[:, 31] = 60, -40
     safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_centered_keys_keep_attention_and_lose_less_of_biased_keys(tmp_path):
+    folder = with_biased_keys(tmp_path)
     text = oracles.prompt(150, seed=9)
 
     def score(**fields) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -227,6 +234,30 @@ def test_a_kivi_request_hits_whole_pages_and_holds_one_state(wide):
         )  # layers, K and V, heads, tokens, numbers, bytes
 
 
+def test_keys_with_a_large_common_offset_are_named_at_load(tmp_path, wide, caplog):
+    folder = with_biased_keys(tmp_path)
+
+    def warnings(model, **fields) -> list[str]:
+        caplog.clear()
+        LLM(model, num_pages=16, **fields).close()
+        return [record.getMessage() for record in caplog.records if record.name == "nanokv"]
+
+    (line,) = warnings(folder, codec="tq4")
+    assert "the keys of 2 layers have a large common offset" in line
+    assert line.endswith("codec tq4 loses what differs between them; use --center-keys") and "\n" not in line
+    assert "the keys of 1 layer have" in warnings(folder, codec="fp8", native_layers="last1")[0]
+    assert warnings(folder, codec="tq4", center_keys=True) == []
+    assert warnings(folder, codec="raw/tq4") == warnings(folder, codec="kivi4") == warnings(folder) == []
+    assert warnings(wide, codec="tq4") == []
+
+
+def test_the_default_page_size_follows_the_codec(wide):
+    with LLM(wide, codec="kivi4", num_pages=4) as llm:
+        assert llm.engine.layout.page_size == llm.config.page_size == 32
+    assert EngineConfig(codec="tq4").page_size == EngineConfig().page_size == 16
+    assert EngineConfig(codec="kivi2", page_size=64).page_size == 64
+
+
 def test_partial_pages_take_at_most_half_of_the_memory(wide):
     with LLM(wide, codec="kivi2", page_size=32, kv_memory="1MiB") as llm:
         stats = llm.stats()
@@ -245,7 +276,8 @@ def test_partial_pages_take_at_most_half_of_the_memory(wide):
         ({"codec": "tq4/kivi4"}, "allowed are raw, fp8"),
         ({"codec": "tq4/"}, "codec='tq4/': allowed are raw, fp8"),
         ({"codec": "tq4/qjl"}, "codec='tq4/qjl': qjl keeps products with keys only"),
-        ({"codec": "kivi4"}, "page_size=16: codec kivi4 makes a group of a page; allowed are 32 and 64"),
+        ({"codec": "kivi4", "page_size": 16}, "allowed are 32 and 64: use --page-size 32"),
+        ({"native_layers": "foo"}, "native_layers='foo': expected such as 'first2,last2'"),
         ({"codec": "tq4", "native_layers": "some"}, "native_layers='some': expected such as 'first2,last2'"),
         ({"codec": "tq4", "native_layers": "last3"}, "native_layers='last3': this model has 2 layers with attention"),
         ({"native_layers": "first1", "unquantized_layers": "first1"}, "are the same option: give one of them"),

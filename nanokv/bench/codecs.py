@@ -40,8 +40,6 @@ ALL = (
 """The codecs of a full table."""
 KEY_QUANTIZERS = ("fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4", "tqp2", "tqp3", "tqp4", "polar", "qjl")
 VALUE_QUANTIZERS = ("fp8", "int8", "int4", "rot4", "tq2", "tq3", "tq4", "polar")
-GROUP_PAGE = 32
-"""Page of the codecs whose group is a page; their papers' group size."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ Row = dict[str, Any]
 
 def page_size_of(codec: str) -> int:
     """The page that a codec is measured with: 16 tokens, but where the group is the page."""
-    return GROUP_PAGE if codec.startswith("kivi") else EngineConfig.page_size
+    return EngineConfig(codec=codec).page_size
 
 
 def swept(names: Sequence[str]) -> list[str]:

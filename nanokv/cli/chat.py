@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from nanokv.cli.common import model_folder, model_options
+from nanokv.cli.common import codec_options, model_folder, model_options
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError, RequestError
 from nanokv.core.request import SamplingParams
@@ -21,7 +24,12 @@ from nanokv.hub.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from nanokv.cli.repl.session import ChatSession
+    from nanokv.cli.repl.terminal import Terminal
 
+STEP_TOKENS = 512
+"""Tokens that one step of a prompt computes: few, so that progress is seen and Ctrl-C is heard between two steps."""
+MOST_PIPED = 64 * 2**20
+"""Bytes of a text from a pipe."""
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 
 
@@ -38,9 +46,8 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 @click.option("--min-p", type=float, help="Drop tokens below this share of the highest probability.")
 @click.option("--seed", type=int, help="Seed for reproducible answers. Default: a new one each time.")
 @model_options
-@click.option("--codec", default="raw", show_default=True, help="Codec of K and V: raw, fp8, tq4, ..., or a pair K/V.")
+@codec_options
 @click.option("--kv-memory", metavar="SIZE", help="Memory for the pages of K and V, such as 512MiB.")
-@click.option("--page-size", type=int, default=16, show_default=True, help="Tokens in a page.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse K and V of earlier turns. Default: yes.")
 @click.option("--max-model-len", type=int, metavar="N", help="Maximum tokens of a conversation. Default: the model's.")
 @click.option("--disagg", is_flag=False, flag_value="here", metavar="[HOST:PORT]",
@@ -65,28 +72,36 @@ def chat(
     if mine and disagg is not None:
         raise click.UsageError("--mine and --disagg: prefill processes run the engine's own functions; give one")
     chosen = {name: value for name in SAMPLING if (value := options.pop(name)) is not None}
+    SamplingParams(**chosen).validate()
     try:
-        SamplingParams(**chosen).validate()
-        # Without --seed each chat draws differently: requests without a seed use the engine's.
         split = None if disagg is None else DisaggConfig(connect=() if disagg == "here" else disagg)
-        config = EngineConfig(seed=int.from_bytes(os.urandom(4), "little"), **options)
-    except (RequestError, ConfigError) as error:
-        name, _, rest = str(error).partition("=")
-        option = f"--{name.replace('_', '-')} {rest}"
-        raise click.UsageError(option if name in {*chosen, *options} else str(error)) from None
+    except ConfigError as error:
+        raise click.UsageError(f"--disagg {disagg}: {error}") from None
+    # Without --seed each chat draws differently: requests without a seed use the engine's.
+    seed = int.from_bytes(os.urandom(4), "little")
+    config = EngineConfig(seed=seed, max_step_tokens=STEP_TOKENS, **options)
     question = None if prompt is None and _is_terminal(sys.stdin) else _question(prompt)
     if mine:
         _patch_mine()
+    from nanokv.cli.repl.stop_key import Stopped
+
     name = DEFAULT_MODEL if model is None else Path(model).resolve().name if Path(model).is_dir() else model
     session = _open(model_folder(model), name, system, chosen, config, split, stats)
     with session.llm:
         if question is None:
             _converse(session)
-            return
-        with session.stop:
-            turn = session.send(question, time.perf_counter())
-        if turn.stopped:
-            sys.exit(130)
+        else:
+            try:
+                with session.stop:
+                    is_stopped = session.send(question, time.perf_counter()).stopped
+            except Stopped:
+                is_stopped = True
+            if is_stopped:
+                sys.exit(130)
+    if session.warm_up.is_running:  # in machine code, which cannot be interrupted: leave without waiting for it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _patch_mine() -> None:
@@ -112,29 +127,50 @@ def _open(
     """Loads the model and opens a session with it. Raises CheckpointError, ConfigError, RequestError."""
     from dataclasses import replace
 
+    from nanokv.cli.repl.compiling import Compilations
     from nanokv.cli.repl.settings import checked, model_defaults
-    from nanokv.cli.repl.terminal import Terminal
+    from nanokv.cli.repl.terminal import Terminal, wants_colour
 
     params = checked(replace(model_defaults(folder), **chosen))
     terminal = Terminal()
+    compiled = Compilations()
+    if not wants_colour(terminal.err):  # no line that moves: one that stays
+        compiled = Compilations(lambda: terminal.note("compiling kernels, once for each dtype and codec ..."))
     # Imports take most of the time of a short answer. Their objects live as long as the process, so the garbage
     # collector need not visit them: not now, not later, not at the end.
     gc.disable()
     try:
-        with terminal.busy(f"loading {name} ..."):
+        with _log_as_notes(terminal), terminal.busy(lambda: compiled.line() or f"loading {name} ..."):
             Thread(target=_read_ahead, args=(folder,), daemon=True).start()
             from nanokv.cli.repl.session import ChatSession
-            from nanokv.kernels import ops
+            from nanokv.engine.device import choose_device
             from nanokv.llm import LLM
 
-            is_first_run = config.kernels == "auto" and not ops.are_compiled()  # before loading, which compiles some
-            session = ChatSession(LLM(folder, config, split), name, system, params, terminal, stats)
+            if config.kernels == "auto" and choose_device(config.device).device.type == "cpu":
+                compiled.watch()  # before loading, which compiles some
+            session = ChatSession(LLM(folder, config, split), name, system, params, terminal, stats, compiled)
     finally:
         gc.freeze()
         gc.enable()
-    if is_first_run and session.llm.device.type == "cpu":
-        terminal.note("the first run on a machine compiles kernels: the first answer takes some seconds more")
     return session
+
+
+@contextmanager
+def _log_as_notes(terminal: Terminal) -> Iterator[None]:
+    """Warnings of the package are notes, which the line of `busy` makes room for."""
+    from nanokv.cli.main import is_wanted
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            terminal.note(self.format(record))
+
+    handler, logger = Notes(logging.WARNING), logging.getLogger("nanokv")
+    handler.addFilter(is_wanted)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _converse(session: ChatSession) -> None:
@@ -161,10 +197,15 @@ def _question(prompt: str | None) -> str:
 
 
 def _read_pipe() -> str:
-    """All of stdin, without the mark and the line ends of Windows. Raises RequestError where it is not UTF-8."""
+    """All of stdin, without a byte order mark, its line ends as "\\n".
+
+    Raises RequestError where it is not UTF-8, or has no end in sight.
+    """
     if sys.stdin is None:  # started with stdin closed
         return ""
-    data = sys.stdin.buffer.read()
+    data = sys.stdin.buffer.read(MOST_PIPED + 1)
+    if len(data) > MOST_PIPED:
+        raise RequestError(f"stdin: more than {MOST_PIPED >> 20} MiB, which no context holds")
     try:
         return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

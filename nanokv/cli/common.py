@@ -8,8 +8,9 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import click
 
 import nanokv
 from nanokv.core.config import KERNELS
-from nanokv.core.errors import NanokvError
+from nanokv.core.errors import ConfigError, NanokvError, RequestError
 from nanokv.hub.catalog import DEFAULT_MODEL
 from nanokv.hub.home import find_damage, folder_for, resolve_model
 
@@ -34,6 +35,13 @@ _MODEL_OPTIONS = (
     dtype_option,
     click.option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True,
                  help="auto: compiled for the device; reference: readable torch, on any device."),
+)  # fmt: skip
+_CODEC_OPTIONS = (
+    click.option("--codec", default="raw", show_default=True,
+                 help="Codec of K and V: raw, fp8, tq4, ..., or a pair K/V."),
+    click.option("--center-keys", is_flag=True,
+                 help="Subtract the mean of the keys, measured at load, before a codec writes them."),
+    click.option("--page-size", type=int, help="Tokens in a page. Default: 16, or 32 for codecs kivi2 and kivi4."),
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
@@ -59,10 +67,40 @@ plot_option = click.option(
 
 
 def model_options(command: Callable) -> Callable:
-    """Adds MODEL, which may be absent, and how it runs: --device, --dtype, --kernels."""
+    """Adds MODEL, which may be absent, and how it runs: --device, --dtype, --kernels.
+
+    A wrong value of an option is a usage error, also where only a loaded model shows that it is wrong.
+    """
+
+    @wraps(command)
+    def run(**options: Any) -> Any:
+        try:
+            return command(**options)
+        except (ConfigError, RequestError) as error:
+            raise usage_error(error, options)  # noqa: B904 - the error is its context, or itself
+
     for option in reversed(_MODEL_OPTIONS):
+        run = option(run)
+    return run
+
+
+def codec_options(command: Callable) -> Callable:
+    """Adds the options of the cache's codec: --codec, --center-keys, --page-size."""
+    for option in reversed(_CODEC_OPTIONS):
         command = option(command)
     return command
+
+
+def usage_error(error: NanokvError, options: Container[str]) -> Exception:
+    """A UsageError that names the option where `error` begins with the name of one ("page_size=3: ..."), else `error`.
+
+    options   the names of the command's parameters
+    """
+    named = re.match(r"(\w+)(=True(?=:)|=)", str(error))  # a flag has no value
+    if named is None or named[1] not in options:
+        return error
+    option, rest = named[1].replace("_", "-"), str(error)[named.end() :]
+    return click.UsageError(f"--{option}{'' if rest.startswith(':') else ' '}{rest}")
 
 
 def model_folder(name: str | None) -> Path:
@@ -119,13 +157,18 @@ def hardware() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "instructions": _instructions(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": _memory_bytes(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+
+
+def _memory_bytes() -> int | None:
+    """Bytes of main memory; None on a system that does not say (Windows)."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
 def _cpu_name() -> str:

@@ -30,7 +30,7 @@ def disagg() -> None:
     help="As on the other host, such as first2,last2.",
 )  # fmt: skip
 @click.option("--prefill", default="exact", show_default=True, help="As on the other host: exact or fast.")
-@click.option("--page-size", type=int, default=16, show_default=True, help="As on the other host.")
+@click.option("--page-size", type=int, help="As on the other host. Default: as there.")
 @click.option("--kv-memory", metavar="SIZE", help="Memory for the pages of prompts in progress, such as 512MiB.")
 def prefill(model: str | None, listen: str, **options: Any) -> None:
     """Compute prompts for one engine at a time, until Ctrl-C.
@@ -39,9 +39,9 @@ def prefill(model: str | None, listen: str, **options: Any) -> None:
     """
     try:
         address = split_address(listen)
-        config = EngineConfig(**options)
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
+    config = EngineConfig(**options)
     folder = model_folder(model)
     from nanokv.disagg.server import listen as serve
     from nanokv.disagg.transport import bind

@@ -60,7 +60,7 @@ class Nanokv(click.Group):
         """Runs a command line and exits with its code; an error is one line on stderr."""
         self.debug = False
         if logging.lastResort is not None:
-            logging.lastResort.addFilter(_is_wanted)
+            logging.lastResort.addFilter(is_wanted)
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         try:
@@ -91,7 +91,7 @@ class Nanokv(click.Group):
         return code
 
 
-def _is_wanted(record: logging.LogRecord) -> bool:
+def is_wanted(record: logging.LogRecord) -> bool:
     """Whether a log record is shown. One with a traceback only with --debug: the command's own line names the error."""
     return main.debug or record.exc_info is None
 
@@ -112,6 +112,8 @@ def _add_debug(command: click.Command) -> None:
         _debug_option(command)
     if isinstance(command, click.Group):
         for sub in command.commands.values():
+            # click cuts the line that it takes from a docstring, and wraps one that it is given
+            sub.short_help = sub.short_help or (sub.help or "").split("\n\n")[0]
             _add_debug(sub)
 
 

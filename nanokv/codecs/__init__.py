@@ -70,13 +70,13 @@ def resolve_codec(
     layers          indices of the layers with attention
     Raises          ConfigError that lists the allowed names
     """
+    unquantized = _parse_layers(native_layers, layers or [])
     if name == "raw":
         return RawCodec(dtype)
     if name in ("kivi2", "kivi4"):
         codec: PairedCodec | KiviCodec = KiviCodec(name, int(name[-1]), dtype, exact)
     else:
         codec = _paired(name, dtype, exact)
-    unquantized = _parse_layers(native_layers, layers or [])
     return MixedCodec(codec, RawCodec(dtype), unquantized) if unquantized else codec
 
 

@@ -73,7 +73,10 @@ class KiviCodec:
         """The planes of an attention layer. Raises ConfigError for a page_size or a head_dim without groups."""
         if page_size not in GROUPS:
             sizes = " and ".join(map(str, GROUPS))
-            raise ConfigError(f"page_size={page_size}: codec {self.name} makes a group of a page; allowed are {sizes}")
+            raise ConfigError(
+                f"page_size={page_size}: codec {self.name} makes a group of a page; allowed are {sizes}: "
+                f"use --page-size {GROUPS[0]} (page_size={GROUPS[0]})"
+            )
         if head_dim % 16 or head_dim % min(page_size, head_dim):
             raise ConfigError(
                 f"codec={self.name!r}: head_dim={head_dim} of this model; allowed are multiples of 16 that are "
@@ -115,7 +118,7 @@ class KiviPages:
         parts = "codes", "step", "low"
         self._k, self._v = ([layout.paged(layer, f"{side}_{part}") for part in parts] for side in "kv")
         self._partial = [layout.state(layer, f"{side}_tail") for side in "kv"]
-        self.key_mean = KeyMean()
+        self.key_mean = KeyMean(is_lossy=False)  # each channel has a minimum of its own
 
     def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """As AttentionPages.attend."""

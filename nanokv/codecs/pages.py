@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from nanokv.codecs.key_mean import KeyMean
-from nanokv.codecs.quantizer import Quantizer, QuantizerPages, TableEncoder
+from nanokv.codecs.quantizer import Quantizer, QuantizerPages, RawQuantizer, TableEncoder
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
 from nanokv.kernels.ops import AUTO, Ops
@@ -102,7 +102,7 @@ class AttentionPages:
         if isinstance(k_codes, TableEncoder) and isinstance(v_codes, TableEncoder):
             k_plane, v_plane = k_codes.code_plane(self._k.slots), v_codes.code_plane(self._v.slots)
             self._planes = CodePlanes(k_plane, v_plane, layout.page_bytes, layout.page_size, heads.kv_heads)
-        self.key_mean = KeyMean()
+        self.key_mean = KeyMean(is_lossy=not isinstance(k, RawQuantizer))
 
     @property
     def is_recordable(self) -> bool:

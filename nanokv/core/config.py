@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import InitVar, dataclass
+from typing import cast
 
 from nanokv.core.arguments import refuses_unknown
 from nanokv.core.check import check_integer
@@ -16,6 +17,8 @@ from nanokv.core.errors import ConfigError
 _UNITS = {"": 1} | {
     letter + suffix: base**power for power, letter in enumerate("kmgt", 1) for suffix, base in (("", 1000), ("i", 1024))
 }
+_PAGE_SIZES = {"kivi2": 32, "kivi4": 32}
+"""The default page_size of codecs that make a group of a page; that of all others is 16."""
 _SCHEDULES = ("fcfs", "longest-prefix")
 _LOADS = ("auto", "dummy")
 _PREFILLS = ("exact", "fast")
@@ -28,7 +31,7 @@ def parse_bytes(value: int | str, field: str = "size") -> int:
     field    names the value in the error
     Raises   ConfigError unless it is more than 0 bytes
     """
-    if isinstance(value, bool):
+    if isinstance(value, bool | float):
         raise ConfigError(f"{field}={value!r}: expected bytes or a text such as '512MiB'")
     if isinstance(value, int):
         number = value
@@ -60,8 +63,8 @@ class EngineConfig:
     prefix hits; "fast": a prompt reads the keys and values of its own step unquantized. Equal for the raw codec."""
     center_keys: bool = False
     """Subtract the mean of each layer's keys, measured before the first request, from the keys that a codec writes."""
-    page_size: int = 16
-    """Tokens in a page, the unit of allocation, sharing and eviction."""
+    page_size: int = cast(int, None)
+    """Tokens in a page, the unit of allocation, sharing and eviction. None: 16, or 32 for codecs kivi2 and kivi4."""
     kv_memory: int | str | None = None
     """Bytes for pages and states ("512MiB"). Default on a CPU: a quarter of free memory, 4 GiB at most; on a GPU:
     gpu_memory_fraction decides."""
@@ -111,6 +114,8 @@ class EngineConfig:
             if self.native_layers:
                 raise ConfigError("native_layers and unquantized_layers are the same option: give one of them")
             object.__setattr__(self, "native_layers", unquantized_layers)
+        if self.page_size is None:
+            object.__setattr__(self, "page_size", _PAGE_SIZES.get(str(self.codec), 16))
         self._integers(page_size=1, max_step_tokens=1, max_requests=1)
         self._integers(optional=True, num_pages=1, num_states=2, state_interval=1, max_model_len=2)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

@@ -16,7 +16,7 @@ from nanokv.core.errors import ConfigError
 from nanokv.core.event_log import EventLog
 from nanokv.core.events import Events
 from nanokv.core.spec import PageLayout
-from nanokv.engine.calibrate import measure_key_means
+from nanokv.engine.calibrate import measure_key_means, warn_of_offsets
 from nanokv.engine.device import current
 from nanokv.engine.interrupts import Interrupts
 from nanokv.engine.memory import memory_for_pages, pool_size
@@ -89,6 +89,8 @@ def build(
     cache = CacheManager(layout, num_pages, config.prefix_cache, events, num_states, config.state_interval, observers)
     if config.center_keys:
         measure_key_means(model, store, config, longest)
+    elif config.codec != "raw":
+        warn_of_offsets(model, store, config, longest)
     # Any request must fit in the pool alone; its last token is sampled and never written.
     pool_tokens = num_pages * config.page_size
     max_length = min(config.max_model_len or longest, pool_tokens + 1)

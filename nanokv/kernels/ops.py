@@ -32,14 +32,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def are_compiled() -> bool:
-    """Whether machine code of the numba kernels is on disk already; if not, the first calls take seconds."""
-    _numba()
-    from nanokv.kernels.cpu import compiled
-
-    return compiled.any_on_disk()
-
-
 @cache
 def _numba() -> ModuleType:
     from nanokv.kernels import cpu

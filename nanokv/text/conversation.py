@@ -100,6 +100,27 @@ class Conversation:
         """Removes all turns; the system message stays."""
         self._states = [_State()]
 
+    def copy(self) -> Conversation:
+        """Another chat with the same turns, so that a question can be tried."""
+        other = Conversation(self.tokenizer, self.system, **self._variables)
+        other._states = list(self._states)
+        return other
+
+    def without_oldest(self, num_turns: int) -> Conversation:
+        """Another chat without its `num_turns` oldest turns; the system message stays. Encodes the rest again.
+
+        Raises RequestError where the template refuses the rest.
+        """
+        other = self.copy()
+        questions = [place for place, message in enumerate(self._states[-1].messages) if message["role"] == "user"]
+        first = questions[num_turns] if num_turns < len(questions) else len(self._states[-1].messages)
+        other._states = [_State(state.messages[first:]) for state in self._states[first:]]
+        if other._states[-1].messages:
+            text, literal = self.tokenizer.render(other.messages, add_generation_prompt=False, **self._variables)
+            ids = tuple(self.tokenizer.pieces.encode(text, literal))
+            other._states[-1] = _State(other._states[-1].messages, ids, text)
+        return other
+
     def set_system(self, system: str | None) -> None:
         """Replaces the system message, for earlier turns too: the next question encodes them again."""
         self.system = system

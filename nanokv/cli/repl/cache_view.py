@@ -17,6 +17,8 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from rich.cells import cell_len
+
 from nanokv.cache.node import Node
 from nanokv.cache.radix import RadixTree
 from nanokv.cli.common import binary, counted
@@ -170,15 +172,8 @@ def _shortened(text: str, room: int) -> str:
     flat = "".join("⏎" if char == "\n" else char if char.isprintable() else "·" for char in text)
     shown, columns = "", 0
     for char in flat:
-        columns += _columns(char)
+        columns += cell_len(char)
         if columns > room - 1:
             return shown + "…"
         shown += char
     return shown
-
-
-def _columns(char: str) -> int:
-    """Columns of a character on a terminal: two for CJK and emoji."""
-    from unicodedata import combining, east_asian_width
-
-    return 0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1

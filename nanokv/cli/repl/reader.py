@@ -32,8 +32,10 @@ class LineReader:
         self._readline.set_completer(self._candidate)
         self._readline.set_completer_delims("")
         self._readline.parse_and_bind("tab: complete")
-        if wants_colour(sys.stdout):  # escape codes work, so pasted text of several lines is one message
+        if sys.stdout.isatty():  # pasted text of several lines is one message; NO_COLOR says nothing about that
             self._readline.parse_and_bind("set enable-bracketed-paste on")
+            if not wants_colour(sys.stdout):
+                self._readline.parse_and_bind("set enable-active-region off")  # pasted text in reverse video
         if not os.environ.get("NANOKV_NOHISTORY"):
             self._open_history(history_path())
 
@@ -50,6 +52,7 @@ class LineReader:
                 message = f"{message}\n{self._input(CONTINUED)}"
         except EOFError:
             if self._begun:  # inside a block, Ctrl-D acts as Ctrl-C: leaving would lose the typed lines
+                _forget_end_of_input()
                 raise KeyboardInterrupt from None
             return None
         return _without_quotes(message)
@@ -97,6 +100,18 @@ def _import_readline():
     except ImportError:  # on Windows and in a Python built without it: plain input, no history
         return None
     return readline
+
+
+def _forget_end_of_input() -> None:
+    """Without this, GNU readline follows every later line with an empty one: the interface that Python uses never
+    resets its mark of a Ctrl-D."""
+    try:
+        import ctypes
+        import readline
+
+        ctypes.c_int.in_dll(ctypes.CDLL(readline.__file__), "rl_eof_found").value = 0
+    except (ImportError, AttributeError, OSError, TypeError, ValueError):
+        pass  # another line editor, without such a mark
 
 
 def _is_open(message: str) -> bool:

@@ -62,11 +62,22 @@ def canonical(name: str) -> str:
     return ALIASES.get(name, name)
 
 
-def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
-    """`params` with one parameter read from `text`. Raises RequestError naming it, its value and the allowed ones."""
+def known(name: str) -> str:
+    """`canonical`. Raises RequestError where there is no such parameter."""
     name = canonical(name)
     if name not in SETTINGS:
         raise RequestError(f"{name}: no such parameter; there are {', '.join(SETTINGS)} and system")
+    return name
+
+
+def changed(params: SamplingParams, name: str, text: str, defaults: SamplingParams) -> SamplingParams:
+    """`params` with one parameter read from `text`; `none` means no value, or that of `defaults` where one is needed.
+
+    Raises RequestError naming the parameter, its value and the allowed ones.
+    """
+    name = known(name)
+    if text.lower() in ("none", "default") and name not in ("seed", "stop"):
+        return replace(params, **{name: getattr(defaults, name)})
     try:
         value = SETTINGS[name].parse(text)
     except ValueError:

@@ -19,7 +19,6 @@ def _fingerprint() -> str:
 
 
 _STAMP = _fingerprint()
-_cached: list = []  # functions whose machine code is cached on disk
 
 
 def compiled(function: Callable) -> Callable:
@@ -32,13 +31,7 @@ def compiled(function: Callable) -> Callable:
     with contextlib.suppress(RuntimeError):  # numba found no folder: this process compiles for itself
         dispatcher.enable_caching()
         dispatcher._cache._cache_file._source_stamp = _STAMP
-        _cached.append(dispatcher)
     return dispatcher
-
-
-def any_on_disk() -> bool:
-    """Whether machine code of exactly these kernels is on disk."""
-    return any(dispatcher._cache._cache_file._load_index() for dispatcher in _cached)
 
 
 def inner(function: Callable) -> Callable:
