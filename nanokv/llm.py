@@ -18,6 +18,7 @@ from nanokv.core.request import Request, RequestOutput, SamplingParams
 from nanokv.disagg.config import DisaggConfig
 from nanokv.engine.device import choose_device, resolve_dtype
 from nanokv.engine.engine import Engine
+from nanokv.engine.limits import limit_threads
 from nanokv.engine.loop import EngineLoop
 from nanokv.engine.ticket import Ticket
 from nanokv.hub.home import resolve_model
@@ -55,6 +56,7 @@ class LLM:
         self.folder = resolve_model(model)
         chosen = choose_device(self.config.device)
         self.device, self.device_reason = chosen.device, chosen.reason
+        limit_threads()
         self.model_config = read_folder(self.folder)
         self.dtype = resolve_dtype(self.config.dtype, self.model_config)
         codec = codec_of(self.config, self.dtype, self.model_config.attention_layers)

@@ -31,6 +31,7 @@ from nanokv.disagg.config import LONGEST_S, SHORTEST_S, is_heartbeat
 from nanokv.disagg.messages import VERSION, Abort, Failed, Hello, Message, Ping, Prefill, ProtocolError
 from nanokv.disagg.prefill_loop import PrefillLoop
 from nanokv.disagg.shared_buffer import map_pool
+from nanokv.engine.limits import limit_threads
 from nanokv.engine.profile_run import run_small_step
 from nanokv.models.decoder import Decoder
 from nanokv.models.identity import model_identity
@@ -67,6 +68,7 @@ class PrefillModel:
     def __init__(self, folder: Path, config: EngineConfig, device: str, dtype: str) -> None:
         self.config = config
         self.device = torch.device(device)
+        limit_threads()
         described = read_folder(folder)
         kind = getattr(torch, dtype)
         self.decoder: Decoder = load_model(
