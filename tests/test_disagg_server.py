@@ -1,6 +1,7 @@
 """A prefill server and the strangers at its port: what one connection says or sends ends at most its own session."""
 
 import contextlib
+import errno
 import os
 import re
 import select
@@ -209,6 +210,24 @@ def test_hello_has_a_deadline_that_single_bytes_do_not_move(host, monkeypatch, c
             sock.sendall(frame[place : place + 1])
         assert is_closed(sock)
     assert "said no HELLO in 0.4 s" in caplog.text
+
+
+def test_a_server_without_a_free_descriptor_drops_its_oldest_stranger_and_goes_on(caplog):
+    with bind(("127.0.0.1", 0)) as listening:
+        errors = [OSError(errno.EMFILE, "Too many open files")]
+        stand_in = SimpleNamespace(
+            setblocking=listening.setblocking, fileno=listening.fileno,
+            accept=lambda: raise_(errors.pop()) if errors and host._strangers else listening.accept(),
+        )  # fmt: skip
+        host = reception.Reception(stand_in, "digest")
+        first, second = (socket.create_connection(listening.getsockname(), timeout=20) for _ in range(2))
+        with first, second:
+            assert is_closed(first) and isinstance(messages_of(second, 1)[0], Challenge)
+    assert not errors and "gives way to a new connection" in caplog.text
+
+
+def raise_(error: Exception):
+    raise error
 
 
 @pytest.mark.parametrize(
