@@ -8,7 +8,7 @@
 # moment which process may write where, although the other side can fall silent between any two bytes. You will kill a
 # real process, with the signal that cannot be caught, and not one token will be lost.
 #
-# **What to expect.** Two processes on your machine, one pool of pages between them, eight kinds of messages. The lesson
+# **What to expect.** Two processes on your machine, one pool of pages between them, nine kinds of messages. The lesson
 # needs Linux. The model is a toy, as in most lessons.
 
 # %%
@@ -165,7 +165,7 @@ figures.save(figure, "09_two_processes-1")
 # Where are Ben's keys and values now? In *our* pool, in the pages that we chose. These are the recorded messages:
 
 # %%
-assert len(get_args(AnyMessage)) == 8
+assert len(get_args(AnyMessage)) == 9
 said = [(way, message) for way, message in wire if not isinstance(message, Ping)]  # PING: still at work
 kinds = [(way, type(message).__name__) for way, message in said]
 print(kinds)

@@ -440,6 +440,10 @@ def loop(tiny_llama):
         ("sampling", msgspec.structs.replace(SAMPLING, samples=0)),
         ("sampling", msgspec.structs.replace(SAMPLING, seed="five")),
         ("sampling", msgspec.structs.replace(SAMPLING, temperature=-1.0)),
+        ("sampling", msgspec.structs.replace(SAMPLING, stop_token_ids=(10**12,), min_tokens=5)),
+        ("sampling", msgspec.structs.replace(SAMPLING, stop_token_ids=(-1,))),
+        ("sampling", msgspec.structs.replace(SAMPLING, logprobs=257)),
+        ("sampling", msgspec.structs.replace(SAMPLING, index=-1)),
     ],
 )
 def test_an_invalid_prefill_is_answered_with_failed(loop, field, value):
@@ -545,11 +549,15 @@ def raising(error: BaseException):
 
 
 def test_another_version_or_digest_is_refused():
-    hello = Hello(generation=1, version=VERSION, digest="d", num_pages=1, num_states=0, heartbeat_s=10.0)
-    assert refusal(hello, "d") is None
-    assert "version 99" in refusal(msgspec.structs.replace(hello, version=99), "d")
-    assert "another model" in refusal(hello, "e")
-    assert "heartbeat_s=inf" in refusal(msgspec.structs.replace(hello, heartbeat_s=float("inf")), "d")
+    memory = PoolMemory(kind="memfd", num_bytes=1)
+    hello = Hello(generation=1, version=VERSION, digest="d", num_pages=1, num_states=0, heartbeat_s=10.0, memory=memory)
+    assert refusal(hello, "d", ("memfd",)) is None
+    for change, reason in (
+        ({"version": 99}, "version 99"), ({"digest": "e"}, "another model"), ({"memory": None}, "memory None"),
+        *(({"heartbeat_s": seconds}, f"heartbeat_s={seconds}") for seconds in (0.0, 86400.0, torch.inf, torch.nan)),
+    ):  # fmt: skip
+        assert reason in refusal(msgspec.structs.replace(hello, **change), "d", ("memfd",))
+    assert "memory 'memfd' there" in refusal(hello, "d", ("sent",))
 
 
 class Stranger:
@@ -709,6 +717,9 @@ def test_a_pool_of_another_size_is_refused():
         ({"heartbeat_s": 0}, "heartbeat_s=0"),
         ({"heartbeat_s": float("nan")}, "heartbeat_s=nan"),
         ({"heartbeat_s": float("inf")}, "heartbeat_s=inf"),
+        ({"heartbeat_s": 86400}, "heartbeat_s=86400: expected seconds, 0.1 to 600"),
+        ({"secret_file": "secret"}, "secret_file='secret': only prefill processes in connect"),
+        ({"secret_file": 5, "connect": "a:1"}, "secret_file=5: expected a path"),
         ({"connect": "host"}, "address 'host'"),
         ({"connect": ("a:1", "b:99999")}, "address 'b:99999'"),
         ({"connect": 5}, "connect=5"),

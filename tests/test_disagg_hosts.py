@@ -51,6 +51,12 @@ class Server:
         self.process.stderr.close()
 
 
+def write_secret(path: Path, text: str = "an example of a shared secret") -> Path:
+    path.write_text(text + "\n")
+    path.chmod(0o600)
+    return path
+
+
 def free_address() -> str:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return f"127.0.0.1:{server.getsockname()[1]}"
@@ -216,10 +222,10 @@ def remove(names: list[str]) -> None:
 SCRIPT = """
 import os, subprocess, sys
 import test_disagg_hosts as t
-folder, namespace = sys.argv[1:]
+folder, namespace, secret = sys.argv[1:]
 with t.LLM(folder, **t.ROOM) as llm:
     alone = t.answers(llm)
-config = t.DisaggConfig(connect=f"{t.ADDRESSES[0]}:7000", min_tokens=8, heartbeat_s=3.0)
+config = t.DisaggConfig(connect=f"{t.ADDRESSES[0]}:7000", secret_file=secret, min_tokens=8, heartbeat_s=3.0)
 with t.LLM(folder, disagg=config, **t.ROOM) as llm:
     assert t.answers(llm) == alone
     assert llm.stats()["remote_prefills"] == 3 and llm.stats()["remote_lost"] == 0
@@ -248,11 +254,12 @@ def wait_until_ready(llm: LLM) -> None:
         time.sleep(0.01)
 
 
-def test_a_cut_link_costs_no_token_and_is_used_again_when_it_is_back(hosts, tiny_llama):
+def test_a_cut_link_costs_no_token_and_is_used_again_when_it_is_back(hosts, tiny_llama, tmp_path):
     first, second = (["ip", "netns", "exec", name] for name in hosts)
-    with Server(tiny_llama, f"{ADDRESSES[0]}:7000", first):
+    secret = write_secret(tmp_path / "secret")
+    with Server(tiny_llama, f"{ADDRESSES[0]}:7000", first, "--secret-file", str(secret)):
         decode = subprocess.run(
-            [*second, sys.executable, "-c", SCRIPT, str(tiny_llama), hosts[1]],
+            [*second, sys.executable, "-c", SCRIPT, str(tiny_llama), hosts[1], str(secret)],
             env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
     assert decode.stdout == "done\n", decode.stderr
@@ -263,8 +270,7 @@ def test_a_cut_link_costs_no_token_and_is_used_again_when_it_is_back(hosts, tiny
 def test_pages_travel_at_nearly_the_speed_of_a_bare_send(hosts):
     ends = [
         subprocess.Popen(
-            ["ip", "netns", "exec", name, sys.executable, str(HERE / "link_speed.py"), str(rank), ADDRESSES[0], "7001",
-             ADDRESSES[rank]],
+            ["ip", "netns", "exec", name, sys.executable, str(HERE / "link_speed.py"), str(rank), ADDRESSES[0], "7001"],
             stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
         )
         for rank, name in enumerate(hosts)

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import soak
-from soaks.tally import Tally
 
 
 @pytest.fixture(autouse=True)
@@ -32,23 +31,15 @@ def ran(*arguments: str) -> str:
 
 
 def test_every_method_is_safe_from_threads_that_change_every_10_us():
-    assert " 0 violations" in ran("threads", "--seconds", "3")
+    assert "violations 0" in ran("threads", "--seconds", "3")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny-gqa", "tiny-mla", "tiny-hybrid"])
 def test_a_soak_with_faults_and_interrupts_finds_nothing(model):
-    assert " 0 violations" in ran("engine", "--model", model, "--seconds", "20", "--seed", "1")
+    assert "violations 0" in ran("engine", "--model", model, "--seconds", "20", "--seed", "1")
 
 
 @pytest.mark.slow
 def test_ctrl_c_at_random_moments_of_generate_leaves_nothing_behind():
-    assert " 0 violations" in ran("ctrl-c", "--seconds", "20")
-
-
-def test_a_soak_that_finds_a_violation_says_so_and_fails(capsys):
-    tally = Tally(0)
-    tally.violation("a page is lost")
-    with pytest.raises(SystemExit, match="1"):
-        tally.report()
-    assert "VIOLATION a page is lost" in capsys.readouterr().out
+    assert "violations 0" in ran("ctrl-c", "--seconds", "20")

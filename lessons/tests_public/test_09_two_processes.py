@@ -4,7 +4,7 @@ from array import array
 
 from nanokv.core.request import Request
 from nanokv.disagg.granted_cache import GrantedCache, GrantedPages
-from nanokv.disagg.messages import HEADER, MAX_FRAME, Ping, ProtocolError, encode, take_frames
+from nanokv.disagg.messages import HEADER, MAX_FRAME, Layers, Ping, ProtocolError, encode, take_frames
 from nanokv.learn.expect import equal, refuses
 
 
@@ -33,6 +33,14 @@ def test_09_1_the_beginning_of_the_next_frame_stays_in_the_buffer():
 def test_09_1_a_length_above_the_limit_is_refused_at_once():
     buffer = bytearray(HEADER.pack(MAX_FRAME + 1))
     refuses(ProtocolError, lambda: take_frames(buffer), "a frame that claims to be longer than MAX_FRAME")
+    refuses(ProtocolError, lambda: take_frames(bytearray(HEADER.pack(9)), longest=8), "a frame longer than longest=8")
+
+
+def test_09_1_the_bytes_behind_layers_are_no_frame():
+    layers = Layers(generation=1, request="r", attempt=1, places=b"", first=0, last=1)
+    buffer = bytearray(encode(Ping(generation=1)) + encode(layers) + b"\xff\xff\xff\xffpages")
+    equal([message.kind for message in take_frames(buffer)], ["PING", "LAYERS"], "messages up to LAYERS")
+    equal(bytes(buffer), b"\xff\xff\xff\xffpages", "bytes left")
 
 
 def given(checkpoints: dict[int, int], state: int | None = 5) -> tuple[GrantedCache, Request]:

@@ -52,6 +52,7 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 @click.option("--max-model-len", type=int, metavar="N", help="Maximum tokens of a conversation. Default: the model's.")
 @click.option("--disagg", is_flag=False, flag_value="here", metavar="[HOST:PORT]",
               help="Prefill in another process; with HOST:PORT on that host (`nanokv disagg prefill`).")  # fmt: skip
+@click.option("--secret-file", metavar="FILE", help="Secret that the host of --disagg HOST:PORT has as well.")
 @click.option("--stats/--no-stats", default=True, help="Print numbers after each answer, on stderr. Default: yes.")
 @click.option("--event-log", metavar="FILE", help="Write the events of pages and requests to a JSONL file.")
 @click.option("--mine", is_flag=True, help="Patch the engine with your functions from my/ (nanokv learn).")
@@ -61,6 +62,7 @@ def chat(
     system: str | None,
     stats: bool,
     disagg: str | None,
+    secret_file: str | None,
     mine: bool,
     **options: Any,
 ) -> None:
@@ -74,9 +76,12 @@ def chat(
     chosen = {name: value for name in SAMPLING if (value := options.pop(name)) is not None}
     SamplingParams(**chosen).validate()
     try:
-        split = None if disagg is None else DisaggConfig(connect=() if disagg == "here" else disagg)
+        if secret_file is not None and disagg in (None, "here"):
+            raise ConfigError("--secret-file: give --disagg HOST:PORT as well; only another host asks for a secret")
+        connect = () if disagg == "here" else disagg
+        split = None if connect is None else DisaggConfig(connect=connect, secret_file=secret_file)
     except ConfigError as error:
-        raise click.UsageError(f"--disagg {disagg}: {error}") from None
+        raise click.UsageError(str(error)) from None
     # Without --seed each chat draws differently: requests without a seed use the engine's.
     seed = int.from_bytes(os.urandom(4), "little")
     config = EngineConfig(seed=seed, max_step_tokens=STEP_TOKENS, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import sys
@@ -153,22 +152,19 @@ def hardware() -> dict[str, Any]:
     """The machine of the measurements: names and counts of its processors, bytes of its memory, versions."""
     import torch
 
+    from nanokv.engine.limits import processors, total_memory
+
     return {
         "cpu": _cpu_name(),
         "instructions": _instructions(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
+        "cpus": processors(),
+        "memory_bytes": total_memory(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-
-
-def _memory_bytes() -> int | None:
-    """Bytes of main memory; None on a system that does not say (Windows)."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
 def _cpu_name() -> str:

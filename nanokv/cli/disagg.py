@@ -13,14 +13,16 @@ from nanokv.core.errors import ConfigError
 from nanokv.disagg.config import split_address
 
 
-@click.group(cls=Group, epilog="\b\nExample:\n  nanokv disagg prefill --listen 10.0.0.2:7000")
+@click.group(cls=Group, epilog="\b\nExample:\n  nanokv disagg prefill --listen 10.0.0.2:7000 --secret-file secret")
 def disagg() -> None:
     """Prefill on one host and decode on another."""
 
 
 @disagg.command(
-    epilog="\b\nExample:\n  nanokv disagg prefill --listen 10.0.0.2:7000     on one host\n"
-    "  nanokv chat --disagg 10.0.0.2:7000                on the other"
+    epilog="\b\nExample, with a file that both hosts have:\n"
+    "  (umask 077; head -c 32 /dev/urandom | base64 > secret)\n"
+    "  nanokv disagg prefill --listen 10.0.0.2:7000 --secret-file secret     on one host\n"
+    "  nanokv chat --disagg 10.0.0.2:7000 --secret-file secret               on the other"
 )
 @click.option("--listen", required=True, metavar="HOST:PORT", help="Address of this host, for the other one.")
 @model_options
@@ -32,10 +34,12 @@ def disagg() -> None:
 @click.option("--prefill", default="exact", show_default=True, help="As on the other host: exact or fast.")
 @click.option("--page-size", type=int, help="As on the other host. Default: as there.")
 @click.option("--kv-memory", metavar="SIZE", help="Memory for the pages of prompts in progress, such as 512MiB.")
-def prefill(model: str | None, listen: str, **options: Any) -> None:
+@click.option("--secret-file", metavar="FILE", help="Secret that the other host has as well; required beyond loopback.")
+def prefill(model: str | None, listen: str, secret_file: str | None, **options: Any) -> None:
     """Compute prompts for one engine at a time, until Ctrl-C.
 
-    Pages travel unencrypted: use it in trusted networks only.
+    With --secret-file each side proves to the other that it knows the secret. Nothing is encrypted: use it in networks
+    where no other host can read or change what travels.
     """
     try:
         address = split_address(listen)
@@ -43,6 +47,7 @@ def prefill(model: str | None, listen: str, **options: Any) -> None:
         raise click.UsageError(str(error)) from None
     config = EngineConfig(**options)
     folder = model_folder(model)
+    from nanokv.disagg.secret import is_loopback, read_secret
     from nanokv.disagg.server import listen as serve
     from nanokv.disagg.transport import bind
     from nanokv.disagg.worker import PrefillModel
@@ -50,6 +55,7 @@ def prefill(model: str | None, listen: str, **options: Any) -> None:
     from nanokv.models.read import read_folder
 
     logging.basicConfig(format="[prefill] %(message)s")
+    secret = None if secret_file is None else read_secret(secret_file)
     device = choose_device(config.device).device
     dtype = resolve_dtype(config.dtype, read_folder(folder))
     try:
@@ -57,4 +63,8 @@ def prefill(model: str | None, listen: str, **options: Any) -> None:
     except OSError as error:
         raise ConfigError(f"--listen {listen}: {error.strerror or error}") from None
     with server:
-        serve(PrefillModel(folder, config, str(device), str(dtype).removeprefix("torch.")), server)
+        if secret is None and not is_loopback(server.getsockname()[0]):
+            raise ConfigError(
+                f"--listen {listen}: beyond loopback a shared secret is required: give --secret-file FILE"
+            )
+        serve(PrefillModel(folder, config, str(device), str(dtype).removeprefix("torch.")), server, secret)

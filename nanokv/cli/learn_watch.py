@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import select
 import sys
-import termios
-import tty
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 import click
 
@@ -18,6 +19,8 @@ from nanokv.learn.course import Course, Exercise
 from nanokv.learn.progress import MY, Progress
 
 POLL_S = 0.5
+msvcrt: Any = import_module("msvcrt") if sys.platform == "win32" else None
+"""The keyboard of Windows, which has no termios."""
 KEYS = "keys: n next, h hint, l list, r run, q quit"
 
 
@@ -82,13 +85,30 @@ def _saved_at(exercise: Exercise) -> int | None:
 
 def _key(seconds: float) -> str | None:
     """A key pressed within this time, else None."""
+    if msvcrt is not None:
+        return _key_of_windows(seconds)
     ready, _, _ = select.select([sys.stdin], [], [], seconds)
     return os.read(sys.stdin.fileno(), 1).decode("ascii", "ignore").lower() if ready else None
+
+
+def _key_of_windows(seconds: float) -> str | None:
+    deadline = time.monotonic() + seconds
+    while not msvcrt.kbhit():
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(POLL_S / 10)
+    return msvcrt.getwch().lower()
 
 
 @contextmanager
 def _single_keys() -> Iterator[None]:
     """Inside the block each key arrives without Enter; the terminal's modes are restored afterwards."""
+    if msvcrt is not None:
+        yield  # keys come one by one in any case
+        return
+    import termios
+    import tty
+
     before = termios.tcgetattr(sys.stdin)
     try:
         tty.setcbreak(sys.stdin)

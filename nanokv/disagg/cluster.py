@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import threading
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from nanokv.disagg.dispatcher import Dispatcher
 from nanokv.disagg.link import HostLink, connect
 from nanokv.disagg.messages import VERSION, PoolMemory
 from nanokv.disagg.process import LocalWorker
+from nanokv.disagg.secret import read_secret
 from nanokv.disagg.worker import WorkerSpec
 from nanokv.engine.engine import Engine
 from nanokv.models.config import ModelConfig
@@ -34,7 +34,8 @@ class DisaggCluster:
     config         EngineConfig of the decode process
     device, dtype  as the decode process has resolved them
     dispatcher     the connector of the decode process's engine
-    Raises         ConfigError for a configuration that two processes cannot share, or an address that does not answer
+    Raises         ConfigError for a configuration that two processes cannot share, a secret that cannot be read, or an
+                   address that does not answer
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class DisaggCluster:
         self._dtype = str(dtype).removeprefix("torch.")
         fields = asdict(replace(config, event_log=None))
         self._folder, self._config = folder, config
+        self._secret = None if disagg.secret_file is None else read_secret(disagg.secret_file)
+        for address in disagg.connect:  # first: a wrong address is an error before anything is started
+            connect(address, disagg.heartbeat_s).close()
         with ExitStack() as stack:
-            # First: a wrong address is an error before anything is started.
-            socks = [stack.enter_context(connect(address, disagg.heartbeat_s)) for address in disagg.connect]
             stack.callback(self.close)
             for number in range(disagg.prefill_workers or 0):
                 spec = WorkerSpec(
@@ -59,20 +61,19 @@ class DisaggCluster:
                     config=fields, cores=disagg.worker_cores,
                 )  # fmt: skip
                 self.dispatcher.workers.add(partial(LocalWorker, spec))
-            for address, sock in zip(disagg.connect, socks, strict=True):
-                self._reach(address, disagg.heartbeat_s, sock)
+            for address in disagg.connect:
+                self._reach(address, disagg.heartbeat_s)
             stack.pop_all()
 
-    def _reach(self, address: str, seconds: float, sock: socket.socket) -> None:
-        """Adds a prefill process of another host, over this connection first and over new ones after it."""
-        socks = [sock]
+    def _reach(self, address: str, seconds: float) -> None:
+        """Adds a prefill process of another host."""
 
         def store() -> CacheStore:
             assert self._store is not None
             return self._store
 
         def start() -> HostLink:
-            return HostLink(address, store, seconds, socks.pop() if socks else None)
+            return HostLink(address, store, seconds, self._secret)
 
         self.dispatcher.workers.add(start, PoolMemory(kind="sent", num_bytes=0))
 

@@ -148,7 +148,7 @@ class Dispatcher:
     def _close_attempt(self, slot: WorkerSlot, message: AnyMessage) -> None:
         """Raises ProtocolError for a message that no prefill process may send."""
         if not isinstance(message, (Done, Failed, AbortAck)):
-            raise ProtocolError(f"{type(message).__name__} is not for a decode process")
+            raise ProtocolError(f"{message.kind} is not for a decode process")
         grant = slot.grants.get(message.attempt)
         if grant is None or grant.request.request_id != message.request:
             self._counters["stale_messages"] += 1

@@ -1,10 +1,11 @@
-"""HostLink: a prefill process on another host, as a peer. A thread relays its messages and receives its pages.
+"""HostLink: a prefill process on another host, as a peer. A thread relays its messages and writes its pages.
 
-    engine thread <-- Channel over a socket pair --> link thread <-- TCP: messages --> prefill process
-                   (a PING for each LAYERS)          writes pages <-- gloo / NCCL: layers --
+    engine thread <-- Channel over a socket pair --> link thread <-- Channel over TCP --> prefill process
+                   (a PING while pages come)                         messages, pages
 
-The link is gone when its thread has ended: nothing is written into the pool after that. Pages that arrive for an
-attempt are written only into pages and states that were granted to it.
+It connects when the engine says HELLO, so that a prefill process waits for no model that is still being loaded. The
+link is gone when its thread has ended: nothing is written into the pool after that. Pages that arrive for an attempt
+are written only into pages and states that were granted to it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 
+import msgspec
+
 from nanokv.cache.store import CacheStore
-from nanokv.core.errors import ConfigError
-from nanokv.disagg.channel import Channel, wait
+from nanokv.core.errors import ConfigError, NanokvError
+from nanokv.disagg.channel import MAX_UNREAD, Channel, wait
 from nanokv.disagg.config import split_address
 from nanokv.disagg.messages import (
     AbortAck,
+    Challenge,
     Done,
     Failed,
     Hello,
@@ -32,14 +37,15 @@ from nanokv.disagg.messages import (
     ProtocolError,
     unpack_ints,
 )
-from nanokv.disagg.transport import PageReceiver, join_group, join_store
+from nanokv.disagg.secret import is_signed, new_nonce, signed
+from nanokv.disagg.transport import PageReceiver
 
 logger = logging.getLogger("nanokv")
 
 RETRY_S = 1.0
 """Seconds between two attempts to connect to a host that was lost."""
 PING_S = 2.0
-"""Seconds between two PINGs before HELLO, while the decode process loads its model."""
+"""Seconds between two PINGs to the prefill process, from HELLO on: it drops a decode process that is silent."""
 
 
 def connect(address: str, seconds: float) -> socket.socket:
@@ -57,26 +63,28 @@ class HostLink:
 
     address   HOST:PORT
     store     returns the pool of the decode process; called after HELLO is sent
-    seconds   after which a send or receive without progress fails
-    sock      a connection; None: the thread connects, and tries until `kill`
+    seconds   for which pages may stand still
+    secret    that both hosts share, or None
     why       why it ended; read after its end
     """
 
     def __init__(
-        self, address: str, store: Callable[[], CacheStore], seconds: float, sock: socket.socket | None = None
+        self, address: str, store: Callable[[], CacheStore], seconds: float, secret: bytes | None = None
     ) -> None:
-        near, far = socket.socketpair()
+        self._near, far = socket.socketpair()
         self.name = f"prefill {address}"
         self.why: str | None = None
-        self.channel = Channel(near)
-        self._address, self._store, self._seconds = address, store, seconds
-        self._engine = Channel(far)
+        self.channel = Channel(self._near)
+        self._address, self._store, self._seconds, self._secret = address, store, seconds, secret
+        self._engine = Channel(far, most_unread=MAX_UNREAD)
         self._ended, self._end = os.pipe()
         self._closing = threading.Event()
         self._granted: dict[int, tuple[set[int], set[int]]] = {}
-        self._receiver: PageReceiver | None = None
-        self._sock = sock
-        self._is_known = False  # a message of the protocol has come
+        self._hello: Hello | None = None  # as the engine has said it; with a nonce once it is sent
+        self._challenge: bytes | None = None
+        self._receiver: PageReceiver | None = None  # once HELLO is answered
+        self._sock: socket.socket | None = None
+        self._pinged = self._told = time.monotonic()  # the prefill process, the engine
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
 
@@ -92,6 +100,8 @@ class HostLink:
     def kill(self) -> None:
         """Closes the connection. Pages in flight may still be written until `gone`."""
         self._closing.set()
+        with contextlib.suppress(OSError):
+            self._near.shutdown(socket.SHUT_WR)  # wakes the thread
         sock = self._sock
         if sock is not None:
             with contextlib.suppress(OSError):
@@ -104,24 +114,28 @@ class HostLink:
 
     # -- the thread
 
+    @property
+    def _is_ending(self) -> bool:
+        return self._engine.closed or self._closing.is_set()
+
     def _run(self) -> None:
         far: Channel | None = None
         try:
-            while self._sock is None and not self._closing.is_set():
+            self._await_hello()
+            while self._sock is None and not self._is_ending:
                 try:
                     self._sock = connect(self._address, self._seconds)
                 except ConfigError:
                     self._closing.wait(RETRY_S)
             if self._sock is not None:
-                self._here, self._there = self._sock.getsockname()[0], self._sock.getpeername()[0]
                 far = Channel(self._sock)
                 self._relay(far)
                 self.why = f"connect={self._address!r}: closed the connection before it was ready"
-        except (ProtocolError, RuntimeError, OSError) as error:  # RuntimeError: from torch.distributed
+        except (NanokvError, EOFError, OSError) as error:
             # The supervisor warns that the worker is gone; this line has the cause.
             what = " ".join(str(error).split())[:200]
             logger.info("%s: %s", self.name, what)
-            is_stranger = isinstance(error, ProtocolError) and not self._is_known
+            is_stranger = isinstance(error, ProtocolError) and self._challenge is None
             self.why = f"connect={self._address!r}: {'no nanokv prefill process there' if is_stranger else what}"
         finally:
             self._receiver = None
@@ -130,46 +144,85 @@ class HostLink:
             self._engine.close()
             os.close(self._end)
 
-    def _relay(self, far: Channel) -> None:
-        is_greeted = False
-        while not (far.closed or self._engine.closed or self._closing.is_set()):
-            writing = [channel for channel in (far, self._engine) if channel.is_backed_up]
-            if not wait([far, self._engine], writing, None if is_greeted else PING_S):
-                far.send(Ping(generation=0))
+    def _await_hello(self) -> None:
+        while self._hello is None and not self._is_ending:
+            wait([self._engine])
             for message in self._engine.receive():
-                is_greeted = is_greeted or isinstance(message, Hello)
+                self._hello = message if isinstance(message, Hello) else self._hello
+
+    def _relay(self, far: Channel) -> None:
+        while not (far.closed or self._is_ending):
+            writing = [channel for channel in (far, self._engine) if channel.is_backed_up]
+            wait([far, self._engine], writing, PING_S)
+            self._ping(far)
+            for message in self._engine.receive():
                 if isinstance(message, Prefill):
                     cached = message.cached_length // self._store().layout.page_size
                     self._granted[message.attempt] = set(unpack_ints(message.pages)[cached:]), set(message.states)
                 far.send(message)
-            for message in far.receive():
-                self._is_known = True
-                self._hear(message)
+            messages = far.receive()
+            while messages:
+                for message in messages:
+                    self._hear(far, message)
+                # Behind LAYERS and its bytes messages may be here already, for which no `wait` would return.
+                messages = far.receive() if isinstance(messages[-1], Layers) else []
             far.flush()
             self._engine.flush()
 
-    def _hear(self, message: Message) -> None:
-        if isinstance(message, Layers):
-            if self._receiver is None:
-                raise ProtocolError("LAYERS came before HELLO")
-            pages, states = self._granted.get(message.attempt, (set(), set()))
-            if not set(unpack_ints(message.places)) <= (states if message.states else pages):
-                raise ProtocolError("LAYERS for places that were not granted to that attempt")
-            self._engine.send(Ping(generation=message.generation))  # LAYERS is not relayed, but shows life
-            self._receiver.post(message)
-            return
-        if self._receiver is not None:
-            self._receiver.drain()  # the pages of an attempt are written before a message about it is relayed
-        if isinstance(message, Hello):
-            self._join(message)
-        elif isinstance(message, (Done, AbortAck)) or (isinstance(message, Failed) and message.request is not None):
-            self._granted.pop(message.attempt, None)
-        self._engine.send(message)
+    def _ping(self, far: Channel) -> None:
+        """Sends PING if it is due: once HELLO is sent, before which the prefill process takes none."""
+        now = time.monotonic()
+        if self._challenge is not None and now - self._pinged >= PING_S:
+            self._pinged = now
+            far.send(Ping(generation=0))
 
-    def _join(self, hello: Hello) -> None:
-        if hello.memory is None or hello.memory.kind != "sent" or self._receiver is not None:
-            raise ProtocolError("HELLO without a data connection, or a second one")
-        pool = self._store()
-        rendezvous = join_store(self._there, hello.memory.port, self._seconds)
-        group = join_group(rendezvous, 1, pool.device, self._here, self._seconds)
-        self._receiver = PageReceiver(group, pool)
+    def _hear(self, far: Channel, message: Message) -> None:
+        if isinstance(message, Challenge):
+            self._prove(far, message)
+        elif isinstance(message, Hello):
+            self._check(far, message)
+            self._engine.send(message)
+        elif isinstance(message, Failed) and message.request is None:
+            self._engine.send(message)
+        elif self._receiver is None:
+            raise ProtocolError(f"{message.kind} came before HELLO")
+        elif isinstance(message, Layers):
+            self._receive(far, message)
+        else:
+            if isinstance(message, (Done, AbortAck, Failed)):
+                self._granted.pop(message.attempt, None)
+            self._engine.send(message)
+
+    def _prove(self, far: Channel, message: Challenge) -> None:
+        """Answers CHALLENGE with HELLO."""
+        if self._challenge is not None:
+            raise ProtocolError("a second CHALLENGE")
+        assert self._hello is not None
+        self._challenge, self._pinged = message.nonce, time.monotonic()
+        self._hello = msgspec.structs.replace(self._hello, nonce=new_nonce())
+        far.send(signed(self._hello, "decode", self._secret, self._challenge))
+
+    def _check(self, far: Channel, answer: Hello) -> None:
+        """The answer to HELLO: from now on pages are received. Raises ProtocolError where it proves nothing."""
+        if self._hello is None or self._challenge is None or self._receiver is not None:
+            raise ProtocolError("HELLO out of turn")
+        if answer.nonce != self._hello.nonce or not is_signed(answer, "prefill", self._secret, self._challenge):
+            raise ProtocolError("the prefill process there does not know the secret of this secret_file")
+        if answer.memory is None or answer.memory.kind != "sent":
+            raise ProtocolError("HELLO of a process that sends no pages")
+        self._receiver = PageReceiver(far, self._store(), self._seconds)
+
+    def _receive(self, far: Channel, layers: Layers) -> None:
+        pages, states = self._granted.get(layers.attempt, (set(), set()))
+        if not set(unpack_ints(layers.places)) <= (states if layers.states else pages):
+            raise ProtocolError("LAYERS for places that were not granted to that attempt")
+        assert self._receiver is not None
+
+        def tick(has_come: bool) -> None:
+            self._ping(far)
+            if has_come and time.monotonic() - self._told >= min(PING_S, self._seconds / 4):
+                self._told = time.monotonic()
+                self._engine.send(Ping(generation=layers.generation))  # pages are not relayed, but show life
+
+        tick(True)
+        self._receiver.receive(layers, tick)

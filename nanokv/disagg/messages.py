@@ -3,16 +3,17 @@
 A frame is a length (4 bytes, big-endian) and as many bytes of msgpack: one map, whose key "type" names the message and
 whose other keys are the fields below. Unknown keys are ignored, missing or mistyped ones are an error.
 
-    decode -> prefill    PING     (between hosts only) HELLO comes when the model is loaded
+    prefill -> decode    CHALLENGE  (between hosts only) a random number, which the proof of HELLO covers
     decode -> prefill    HELLO    version, digest, where the pool is (on one host with its descriptor, SCM_RIGHTS)
     prefill -> decode    HELLO    the same digest and generation, mapped: ready for prompts
     decode -> prefill    PREFILL  these pages may be written until DONE, FAILED or ABORT_ACK
-    prefill -> decode    LAYERS   (between hosts only) the data connection carries these pages of these layers next
+    prefill -> decode    LAYERS   (between hosts only) the bytes of these layers of these pages follow the frame
     prefill -> decode    DONE     every page and state is written: first token of each sample
     prefill -> decode    FAILED   nothing more will be written for this attempt; without a request: HELLO is refused
     decode -> prefill    ABORT    stop this attempt
     prefill -> decode    ABORT_ACK  nothing more will be written for this attempt
     prefill -> decode    PING     still at work, between two layers
+    decode -> prefill    PING     (between hosts only) every few seconds after HELLO: still there
 
 Every message after HELLO carries the generation of the pool; those about a request also its attempt, a number that is
 never used twice in a generation and ascends at each prefill process. A message about another generation, or about an
@@ -25,15 +26,18 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterable
+from typing import Annotated
 
 import msgspec
 
 from nanokv.core.errors import NanokvError
 
-VERSION = 3
+VERSION = 4
 HEADER = struct.Struct(">I")
 MAX_FRAME = 16 << 20
 """Bytes of a frame at most. A prompt of a million tokens takes 4 MiB; a greater length is a malformed one."""
+Few = msgspec.Meta(max_length=1 << 16)
+"""The most elements of a list of objects, which take up to a hundred times the bytes of their frame."""
 
 
 class ProtocolError(NanokvError):
@@ -48,20 +52,32 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
     generation: int
 
+    @property
+    def kind(self) -> str:
+        """Its name on the wire, such as "HELLO"."""
+        return str(self.__struct_config__.tag)
+
 
 class PoolMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Where the pool is.
 
     kind     "memfd": its descriptor comes with the frame; "cuda": `handle` is what torch exports; "sent": on another
-             host, and pages are sent over the data connection whose rendezvous is at `port`
+             host, and pages are sent behind LAYERS
     handle   msgpack of torch's CUDA IPC handle, else empty
-    port     TCP port of the rendezvous of the data connection, else 0
     """
 
     kind: str
     num_bytes: int
     handle: bytes = b""
-    port: int = 0
+
+
+class Challenge(Message, tag="CHALLENGE", frozen=True, kw_only=True):
+    """The first message between hosts.
+
+    nonce   random bytes, used once
+    """
+
+    nonce: bytes
 
 
 class Hello(Message, tag="HELLO", frozen=True, kw_only=True):
@@ -70,6 +86,8 @@ class Hello(Message, tag="HELLO", frozen=True, kw_only=True):
     version, digest   must be equal on both sides; digest covers weights, config, codec, page size and layout
     heartbeat_s       seconds of silence after which the decode process kills (0: version 1 had none)
     memory            None in the answer of a prefill process of the same host
+    nonce, proof      between hosts: random bytes of the decode process, and what shows that the sender knows the shared
+                      secret (secret.py); no proof without one
     """
 
     version: int
@@ -78,6 +96,8 @@ class Hello(Message, tag="HELLO", frozen=True, kw_only=True):
     num_states: int
     heartbeat_s: float = 0.0
     memory: PoolMemory | None = None
+    nonce: bytes = b""
+    proof: bytes = b""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,7 +113,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float
     min_p: float
     min_tokens: int
-    stop_token_ids: tuple[int, ...]
+    stop_token_ids: Annotated[tuple[int, ...], Few]
     ignore_eos: bool
     logprobs: int | None
     repetition_penalty: float
@@ -125,7 +145,7 @@ class Prefill(Attempt, tag="PREFILL", frozen=True, kw_only=True):
     cached_length: int
     pages: bytes
     state: int | None
-    checkpoints: tuple[tuple[int, int], ...]
+    checkpoints: Annotated[tuple[tuple[int, int], ...], Few]
     sampling: Sampling
 
     @property
@@ -136,7 +156,7 @@ class Prefill(Attempt, tag="PREFILL", frozen=True, kw_only=True):
 
 
 class Layers(Attempt, tag="LAYERS", frozen=True, kw_only=True):
-    """Announces layers first .. last - 1 of these pages, or of these states, on the data connection.
+    """Layers first .. last - 1 of these pages, or of these states. Their bytes follow the frame, place after place.
 
     places   ids in the pool of the decode process, int32, little-endian
     """
@@ -155,8 +175,8 @@ class Done(Attempt, tag="DONE", frozen=True, kw_only=True):
     finished   CLOCK_MONOTONIC seconds when the last kernel had ended (on one host it measures the transfer)
     """
 
-    tokens: tuple[int | None, ...]
-    logprobs: tuple[dict[int, float] | None, ...]
+    tokens: Annotated[tuple[int | None, ...], Few]
+    logprobs: Annotated[tuple[dict[int, float] | None, ...], Few]
     finished: float
 
 
@@ -188,9 +208,11 @@ class Ping(Message, tag="PING", frozen=True, kw_only=True):
     """A sign of life."""
 
 
-AnyMessage = Hello | Prefill | Layers | Done | Failed | Abort | AbortAck | Ping
+AnyMessage = Challenge | Hello | Prefill | Layers | Done | Failed | Abort | AbortAck | Ping
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(AnyMessage)
+ANY = msgspec.msgpack.Decoder(AnyMessage)
+FROM_DECODE = msgspec.msgpack.Decoder(Hello | Prefill | Abort | Ping)
+"""Reads what a decode process sends, and builds no objects of other messages."""
 
 
 def encode(message: Message) -> bytes:
@@ -201,25 +223,32 @@ def encode(message: Message) -> bytes:
     return HEADER.pack(len(body)) + body
 
 
-def decode(body: bytes | bytearray) -> AnyMessage:
+def decode(body: bytes | bytearray, decoder: msgspec.msgpack.Decoder = ANY) -> AnyMessage:
     """The message of one frame, without its length. Raises ProtocolError."""
     try:
-        return _decoder.decode(body)
+        return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"malformed message: {error}") from None
 
 
-def take_frames(buffer: bytearray) -> list[AnyMessage]:
-    """Removes every whole frame from the front of `buffer`. Raises ProtocolError; the buffer is then unusable."""
-    messages = []
-    while len(buffer) >= HEADER.size:
+def take_frames(
+    buffer: bytearray, longest: int = MAX_FRAME, decoder: msgspec.msgpack.Decoder = ANY
+) -> list[AnyMessage]:
+    """Removes whole frames from the front of `buffer`, up to the first LAYERS: other bytes follow it.
+
+    longest   bytes of a frame
+    decoder   of the messages that may come
+    Raises    ProtocolError; the buffer is then unusable
+    """
+    messages: list[AnyMessage] = []
+    while len(buffer) >= HEADER.size and not (messages and isinstance(messages[-1], Layers)):
         (length,) = HEADER.unpack_from(buffer)
-        if length > MAX_FRAME:
+        if length > longest:
             raise ProtocolError(f"malformed frame: its length says {length:,} bytes")
         end = HEADER.size + length
         if len(buffer) < end:
             break
-        messages.append(decode(bytes(buffer[HEADER.size : end])))
+        messages.append(decode(bytes(buffer[HEADER.size : end]), decoder))
         del buffer[:end]
     return messages
 

@@ -192,6 +192,9 @@ class PrefillLoop:
             "checkpoints": len(set(states)) == len(states)
             and all(0 <= state < num_states for state in states)
             and all(message.cached_length < position < len(tokens) for position in checkpoints),
+            "stop_token_ids": all(0 <= token < vocab for token in message.sampling.stop_token_ids),
+            "logprobs": message.sampling.logprobs is None or message.sampling.logprobs <= vocab,
+            "index": 0 <= message.sampling.index < 1 << 20,
             "samples": 0 < message.sampling.samples <= 1024
             and message.sampling.seed.removeprefix("-").isdecimal()
             and len(message.sampling.seed) < 64,

@@ -1,8 +1,10 @@
 """A prefill process for other hosts: `nanokv disagg prefill --listen HOST:PORT`. One decode process at a time.
 
-It computes into pages of its own and sends them (transport.py). The cached pages of the decode process are not here, so
-a prompt is computed from its first token, and only the pages that the decode process lacks are sent. It has no prefix
-cache: a second tree would pay only for a long new text behind a long cached one.
+Others are heard meanwhile, and wait for their turn (reception.py). It computes into pages of its own and sends them
+(transport.py). The cached pages of the decode process are not here, so a prompt is computed from its first token, and
+only the pages that the decode process lacks are sent. Pages and states are zeroed before they get an owner: behind the
+end of a prompt no byte of an earlier one is sent. It has no prefix cache: a second tree would pay only for a long new
+text behind a long cached one.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -17,7 +20,7 @@ import msgspec
 from torch import Tensor
 
 from nanokv.cache.pool import PagePool, StatePool
-from nanokv.cache.store import CacheStore
+from nanokv.cache.store import CacheStore, Slots
 from nanokv.core.batch import Batch
 from nanokv.core.errors import NanokvError
 from nanokv.core.request import Request
@@ -28,24 +31,26 @@ from nanokv.disagg.messages import (
     AbortAck,
     Done,
     Failed,
+    Hello,
     Layers,
     Message,
-    PoolMemory,
     Prefill,
     failed,
     pack_ints,
     unpack_ints,
 )
 from nanokv.disagg.prefill_loop import PrefillLoop
-from nanokv.disagg.transport import GROUP_BYTES, PageSender, join_group, open_store
-from nanokv.disagg.worker import PrefillModel, Session, shake_hands
+from nanokv.disagg.reception import SILENCE_S, Reception
+from nanokv.disagg.transport import GROUP_BYTES, PageSender
+from nanokv.disagg.worker import PrefillModel, Session
 from nanokv.engine.memory import memory_for_pages, pool_size
 
 logger = logging.getLogger("nanokv")
 
-HELLO_S = 30.0
-"""Seconds of silence before HELLO, after which the next connection is served. A decode process that still loads its
-model sends PING (link.py)."""
+MAX_HELD = 64 << 20
+"""Bytes of the messages of open prompts. Beyond it a prompt fails, and the decode process computes it."""
+MAX_SAMPLES = 128
+"""Samples of the prompts that are computed at once: each has a row of logits, as long as the vocabulary."""
 
 
 @dataclass
@@ -60,16 +65,17 @@ class ServedAttempt:
 class SendingSession(Session):
     """A Session over a pool of its own, where prompts wait until there are pages for them.
 
-    sender   None until the decode process has joined the data connection; it sends no prompt before
+    sender   of pages, on the connection of the messages
     """
 
-    def __init__(self, channel: Channel, loop: PrefillLoop, heartbeat_s: float) -> None:
-        super().__init__(channel, loop, heartbeat_s)
-        self.sender: PageSender | None = None
+    def __init__(self, channel: Channel, loop: PrefillLoop, heartbeat_s: float, silence_s: float | None = None) -> None:
+        super().__init__(channel, loop, heartbeat_s, silence_s)
         store, layout = loop.store, loop.store.layout
+        self.sender = PageSender(channel, store, self.send_at_once, heartbeat_s)
         self._pages, self._states = PagePool(len(store.pages)), StatePool(len(store.states))
         self._waiting: deque[Prefill] = deque()
         self._attempts: dict[int, ServedAttempt] = {}
+        self._held = 0  # bytes of the messages of both
         self._highest = 0  # attempt that came or was aborted, as in PrefillLoop, which gets it later
         self._first, self._last = 0, layout.num_layers - 1
         self._per_layer = max(1, layout.page_bytes // layout.num_layers)
@@ -81,11 +87,14 @@ class SendingSession(Session):
         if isinstance(message, Prefill):
             if message.attempt > self._highest:
                 self._highest = message.attempt
-                self._waiting.append(message)
+                self._take(message)
         elif isinstance(message, Abort):
             self._highest = max(self._highest, message.attempt)
-            about = (message.request, message.attempt)
-            self._waiting = deque(one for one in self._waiting if (one.request, one.attempt) != about)
+            for one in [
+                one for one in self._waiting if (one.request, one.attempt) == (message.request, message.attempt)
+            ]:
+                self._waiting.remove(one)
+                self._held -= _weight(one)
             attempt = self._attempts.get(message.attempt)
             if attempt is not None and attempt.message.request == message.request:
                 self.send(self.loop.abort(message))
@@ -102,8 +111,6 @@ class SendingSession(Session):
             attempt = self._attempts[message.attempt]
             if attempt.states:
                 self._send(attempt, attempt.message.states, attempt.states, 0, self._last + 1, states=True)
-            assert self.sender is not None
-            self.sender.drain()
         self.send_at_once(message)
         if isinstance(message, (Done, Failed)):
             self._free(message.attempt)
@@ -147,36 +154,55 @@ class SendingSession(Session):
             generation=message.generation, request=message.request, attempt=message.attempt,
             places=pack_ints(there), first=first, last=last, states=states,
         )  # fmt: skip
-        assert self.sender is not None
         self.sender.send(announced, here)
+
+    def _take(self, message: Prefill) -> None:
+        """Queues a prompt, or sends FAILED at once where it can never be computed or too many wait."""
+        refused = self._refusal(message)
+        if refused is None and self._held + _weight(message) > MAX_HELD:
+            refused = failed(message, f"the prompts that wait here have {MAX_HELD:,} bytes")
+        if refused is not None:
+            self.send_at_once(refused)
+        else:
+            self._held += _weight(message)
+            self._waiting.append(message)
 
     def _admit(self) -> None:
         """Prompts in order of arrival, as long as there are pages and states."""
         while self._waiting:
             message = self._waiting[0]
             num_pages, num_states = self.loop.cache.pages_for(len(message.tokens) // 4), len(message.states)
-            refused = self._refusal(message, num_pages)
-            if refused is None and (num_pages > self._pages.num_free or num_states > self._states.num_free):
+            samples = sum(one.sampling.samples for one in (message, *(two.message for two in self._attempts.values())))
+            if num_pages > self._pages.num_free or num_states > self._states.num_free or samples > MAX_SAMPLES:
                 return
             self._waiting.popleft()
-            if refused is None:
-                states = [state for _ in range(num_states) if (state := self._states.allocate()) is not None]
-                attempt = ServedAttempt(message, self._pages.allocate(num_pages), states)
-                self._attempts[message.attempt] = attempt
-                refused = self.loop.accept(self._translated(attempt))
+            states = [state for _ in range(num_states) if (state := self._states.allocate()) is not None]
+            attempt = ServedAttempt(message, self._pages.allocate(num_pages), states)
+            _clear(self.loop.store.pages, attempt.pages)
+            _clear(self.loop.store.states, attempt.states)
+            self._attempts[message.attempt] = attempt
+            refused = self.loop.accept(self._translated(attempt))
             if refused is not None:
                 self.send_at_once(refused)
                 self._free(message.attempt)
 
-    def _refusal(self, message: Prefill, num_pages: int) -> Failed | None:
+    def _refusal(self, message: Prefill) -> Failed | None:
         """FAILED of a prompt for which no pages can be allocated. PrefillLoop checks the other fields."""
         cached, size = message.cached_length, self.loop.store.layout.page_size
+        num_pages = self.loop.cache.pages_for(len(message.tokens) // 4)
         if len(message.pages) != 4 * num_pages or cached % size or not 0 <= cached < len(message.tokens) // 4:
             return failed(message, "pages and cached_length do not fit the tokens")
+        if (message.state is None) != (self._states.num_states == 0):
+            has = "no recurrent states" if message.state is not None else "recurrent states, and the prompt names none"
+            return failed(message, f"this model has {has}")
         if message.state is None and message.checkpoints:
             return failed(message, "checkpoints of a state that does not exist")
-        if num_pages > self._pages.num_pages or len(message.states) > self._states.num_states:
+        if not 0 < message.sampling.samples <= MAX_SAMPLES:
+            return failed(message, f"a prompt has 1 to {MAX_SAMPLES} samples here")
+        if num_pages > self._pages.num_pages:
             return failed(message, "the prompt is longer than the pool of this prefill process")
+        if len(message.states) > self._states.num_states:
+            return failed(message, "the prompt has more checkpoints than this prefill process has states")
         return None
 
     def _translated(self, attempt: ServedAttempt) -> Prefill:
@@ -191,56 +217,60 @@ class SendingSession(Session):
     def _free(self, number: int) -> None:
         attempt = self._attempts.pop(number, None)
         if attempt is not None:
+            self._held -= _weight(attempt.message)
             self._pages.release(attempt.pages)
             for state in attempt.states:
                 self._states.release(state)
 
 
-def serve_one(model: PrefillModel, store: CacheStore, sock: socket.socket) -> None:
+def _weight(message: Prefill) -> int:
+    """Bytes that a prompt takes here, about."""
+    numbers = len(message.checkpoints) + len(message.sampling.stop_token_ids)
+    return len(message.tokens) + len(message.pages) + len(message.request) + 64 * numbers
+
+
+def _clear(slots: Slots, ids: Sequence[int]) -> None:
+    for one in ids:
+        slots.data[one].zero_()
+
+
+def serve_one(model: PrefillModel, store: CacheStore, channel: Channel, answer: Hello) -> None:
     """Serves one decode process until it closes the connection.
 
-    store    for prompts in progress; pages written for another decode process are never read
-    Raises   ProtocolError, EOFError, RuntimeError (no group)
+    store    for prompts in progress; its bytes of another decode process are zeroed before they are sent
+    answer   to HELLO
+    Raises   ProtocolError, EOFError
     """
-    here = sock.getsockname()[0]
     session: SendingSession
-    with closing(Channel(sock)) as channel:
-        hello = shake_hands(channel, model.digest, ("sent",), HELLO_S)
-        rendezvous = open_store(here, hello.heartbeat_s)
-        loop = PrefillLoop(
-            model.decoder, store, model.config, hello.generation, lambda *stream: session.between(*stream)
-        )
-        session = SendingSession(channel, loop, hello.heartbeat_s)
-        try:
-            memory = PoolMemory(kind="sent", num_bytes=0, port=rendezvous.port)
-            session.send(msgspec.structs.replace(hello, memory=memory))
-            group = join_group(rendezvous, 0, model.device, here, hello.heartbeat_s)
-            session.sender = PageSender(group, store, session.send_at_once)
-            session.serve()
-        finally:  # both refer to the session: sockets and threads of the group must not wait for a garbage collection
-            session.sender = None
-            del session.loop
+    loop = PrefillLoop(model.decoder, store, model.config, answer.generation, lambda *stream: session.between(*stream))
+    session = SendingSession(channel, loop, answer.heartbeat_s, SILENCE_S)
+    try:
+        session.send(answer)
+        session.serve()
+    finally:  # both refer to the session: its buffers must not wait for a garbage collection
+        del session.sender, session.loop
 
 
-def listen(model: PrefillModel, server: socket.socket) -> None:
+def listen(model: PrefillModel, server: socket.socket, secret: bytes | None = None) -> None:
     """Serves one decode process after the other, for ever.
 
     server   from `bind`
+    secret   that decode processes must know, or None
     Raises   ConfigError where the pages do not fit in memory: before a decode process connects, never later
     """
     memory = memory_for_pages(model.config, model.decoder, model.layout, model.device)
     num_pages, num_states = pool_size(model.config, model.layout, memory)
     store = CacheStore(model.layout, num_pages, model.device, num_states=num_states)
     logger.warning("listening on %s", join_address(*server.getsockname()[:2]))
+    reception = Reception(server, model.digest, secret)
     while True:
-        sock, (host, port, *_) = server.accept()
-        peer = join_address(host, port)
-        logger.warning("%s connected", peer)
+        guest = reception.next()
         try:
-            serve_one(model, store, sock)
-            logger.warning("%s disconnected", peer)
+            with closing(guest.channel):
+                serve_one(model, store, guest.channel, reception.answer(guest))
+            logger.warning("%s disconnected", guest.name)
         except Exception as error:  # ends this session; the next decode process is served
             known = isinstance(error, (NanokvError, EOFError, OSError))
             what = str(error) if known else f"{type(error).__name__}: {error}"
             debug = logger.isEnabledFor(logging.DEBUG)
-            logger.warning("%s: %s", peer, " ".join(what.split())[:200], exc_info=debug)
+            logger.warning("%s: %s", guest.name, " ".join(what.split())[:200], exc_info=debug)

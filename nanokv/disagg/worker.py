@@ -27,10 +27,11 @@ from nanokv.core.config import EngineConfig
 from nanokv.core.errors import NanokvError
 from nanokv.core.spec import PageLayout
 from nanokv.disagg.channel import Channel, wait
-from nanokv.disagg.config import LONGEST_S
+from nanokv.disagg.config import LONGEST_S, SHORTEST_S, is_heartbeat
 from nanokv.disagg.messages import VERSION, Abort, Failed, Hello, Message, Ping, Prefill, ProtocolError
 from nanokv.disagg.prefill_loop import PrefillLoop
 from nanokv.disagg.shared_buffer import map_pool
+from nanokv.engine.limits import limit_threads
 from nanokv.engine.profile_run import run_small_step
 from nanokv.models.decoder import Decoder
 from nanokv.models.identity import model_identity
@@ -67,6 +68,7 @@ class PrefillModel:
     def __init__(self, folder: Path, config: EngineConfig, device: str, dtype: str) -> None:
         self.config = config
         self.device = torch.device(device)
+        limit_threads()
         described = read_folder(folder)
         kind = getattr(torch, dtype)
         self.decoder: Decoder = load_model(
@@ -79,67 +81,55 @@ class PrefillModel:
         self.digest = model_identity(folder, described, config, dtype, self.layout, VERSION)
 
 
-def refusal(hello: Hello, digest: str) -> str | None:
-    """Why a process with this digest cannot work with the sender of HELLO; None where it can."""
+def refusal(hello: Hello, digest: str, kinds: tuple[str, ...]) -> str | None:
+    """Why a process with this digest cannot work with the sender of HELLO; None where it can.
+
+    kinds   of memory that this process can use
+    """
     if hello.version != VERSION:
         return f"protocol version {hello.version} there, {VERSION} here"
     if hello.digest != digest:
         return "another model, dtype, codec or page size there than here"
-    if not 0 < hello.heartbeat_s <= LONGEST_S:
-        return f"heartbeat_s={hello.heartbeat_s!r} there"
+    if not is_heartbeat(hello.heartbeat_s):
+        return f"heartbeat_s={hello.heartbeat_s!r} there: expected {SHORTEST_S:g} to {LONGEST_S:g}"
+    if hello.memory is None or hello.memory.kind not in kinds:
+        kind = None if hello.memory is None else hello.memory.kind
+        return f"memory {kind!r} there; expected here is {' or '.join(kinds)}"
     return None
 
 
-def receive_hello(channel: Channel, seconds: float | None = None) -> Hello:
-    """Waits for HELLO. PING says that HELLO is still to come.
+def receive_hello(channel: Channel, digest: str) -> Hello:
+    """Waits for HELLO of a decode process of this host; the answer, which the caller sends, repeats it.
 
-    seconds   of silence at most
-    Raises    ProtocolError for another message and for silence, EOFError where the other side closes the connection
+    Raises ProtocolError for another message, and for a HELLO that does not fit, after FAILED was sent; EOFError where
+    the other side closes the connection.
     """
-    heard = time.monotonic()
     while not channel.closed:
-        left = None if seconds is None else max(0.0, heard + seconds - time.monotonic())
-        if not wait([channel], seconds=left):
-            raise ProtocolError(f"sent nothing for {seconds:g} s")
+        wait([channel])
         for message in channel.receive():
-            heard = time.monotonic()
-            if isinstance(message, Ping):
-                continue
-            if not isinstance(message, Hello) or message.memory is None:
-                raise ProtocolError(f"{type(message).__name__} came before HELLO")
+            if not isinstance(message, Hello):
+                raise ProtocolError(f"{message.kind} came before HELLO")
+            reason = refusal(message, digest, ("memfd", "cuda"))
+            if reason is not None:
+                channel.send(Failed(generation=message.generation, reason=reason))
+                raise ProtocolError(reason)
             return message
     raise EOFError("the decode process closed the connection before HELLO")
-
-
-def shake_hands(channel: Channel, digest: str, kinds: tuple[str, ...], seconds: float | None = None) -> Hello:
-    """Receives HELLO of a decode process that fits; the answer, which the caller sends, repeats it.
-
-    kinds     of memory that this process can use
-    seconds   of silence at most
-    Raises    ProtocolError for a HELLO that does not fit, after FAILED was sent; what `receive_hello` raises
-    """
-    hello = receive_hello(channel, seconds)
-    reason = refusal(hello, digest)
-    assert hello.memory is not None
-    if reason is None and hello.memory.kind not in kinds:
-        reason = f"memory {hello.memory.kind!r} there; expected here is {' or '.join(kinds)}"
-    if reason is not None:
-        channel.send(Failed(generation=hello.generation, reason=reason))
-        raise ProtocolError(reason)
-    return hello
 
 
 class Session:
     """The exchange with one decode process: computes its prompts, and answers its messages between steps.
 
     heartbeat_s   seconds of silence after which the decode process kills this one; PING is sent after a quarter of it
+    silence_s     seconds of silence of the decode process that end the session; None: it says nothing while it is idle
     """
 
-    def __init__(self, channel: Channel, loop: PrefillLoop, heartbeat_s: float) -> None:
+    def __init__(self, channel: Channel, loop: PrefillLoop, heartbeat_s: float, silence_s: float | None = None) -> None:
         self.channel = channel
         self.loop = loop
         self._every = heartbeat_s / 4
-        self._spoke = time.monotonic()
+        self._silence_s = silence_s
+        self._spoke = self._heard = time.monotonic()
 
     def send(self, message: Message) -> None:
         """Sends a message."""
@@ -157,13 +147,21 @@ class Session:
         return x, residual, batch
 
     def serve(self) -> None:
-        """Runs until the decode process closes the connection. Raises ProtocolError for a message it may not send."""
+        """Runs until the decode process closes the connection.
+
+        Raises ProtocolError for a message it may not send, EOFError where it is silent for too long.
+        """
         while True:
             self._wait()
-            for message in self.channel.receive():
+            messages = self.channel.receive()
+            for message in messages:
                 self.hear(message)
             if self.channel.closed:
                 return
+            if messages:
+                self._heard = time.monotonic()
+            elif self._silence_s is not None and time.monotonic() - self._heard > self._silence_s:
+                raise EOFError(f"sent nothing for {self._silence_s:g} s")
             if self.loop.has_work:
                 self.beat()
                 for answer in self.loop.step():
@@ -180,19 +178,19 @@ class Session:
         elif isinstance(message, Abort):
             self.send(self.loop.abort(message))
         elif not isinstance(message, Ping):
-            raise ProtocolError(f"{type(message).__name__} is not for a prefill process")
+            raise ProtocolError(f"{message.kind} is not for a prefill process")
 
     def _wait(self) -> None:
         """Waits for a message, unless there is work."""
         self.channel.flush()
         writing = [self.channel] if self.channel.is_backed_up else []
-        wait([self.channel], writing, 0 if self.loop.has_work else None)
+        wait([self.channel], writing, 0 if self.loop.has_work else self._silence_s)
 
 
 def run(spec: WorkerSpec, channel: Channel, make_session: Callable[..., Session] = Session) -> None:
     """Loads the model, answers HELLO, and serves. Raises ProtocolError, EOFError."""
     model = PrefillModel(Path(spec.folder), EngineConfig(**spec.config), spec.device, spec.dtype)
-    hello = shake_hands(channel, model.digest, ("memfd", "cuda"))
+    hello = receive_hello(channel, model.digest)
     assert hello.memory is not None
     layout = model.layout
     num_bytes = hello.num_pages * layout.page_bytes + hello.num_states * layout.state_bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from nanokv.core.config import EngineConfig, parse_bytes
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import PageLayout
+from nanokv.engine.limits import free_memory
 from nanokv.engine.profile_run import run_largest_step, run_reading_step
 from nanokv.models.decoder import Decoder
 
@@ -145,15 +145,3 @@ def pool_size(config: EngineConfig, layout: PageLayout, free: MemoryBudget) -> t
     if total > free.limit:
         raise ConfigError(f"{asked}: {total:,} bytes for pages and states, but only {free.limit:,} bytes are free")
     return num_pages, num_states
-
-
-def free_memory() -> int:
-    """Bytes of main memory that can be allocated without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux: ask sysconf
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -119,15 +119,23 @@ def _run(job: CheckJob, printed: Path) -> int | None:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            with suppress(ProcessLookupError):  # the process has ended and left no child behind
-                os.killpg(process.pid, signal.SIGKILL)
+            _kill_group(process)
             process.wait()
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    """Ends a process and the children that it left behind; on Windows, which has no process groups, the process."""
+    if not hasattr(os, "killpg"):
+        process.kill()
+        return
+    with suppress(ProcessLookupError):  # the process has ended and left no child behind
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _cut_short(stage: str, ended: int | None, cpu_limit: int, said: str) -> Failure:
     kind, _, test = stage.partition(": ")
     where = {"start": "before your file was run", "load": "while your file was being loaded"}.get(kind, "")
-    if ended == -signal.SIGXCPU:
+    if ended is not None and -ended == getattr(signal, "SIGXCPU", None):
         spent = f"stopped after {cpu_limit} s of processor time {where}".rstrip()
         return Failure("timeout", f"{spent}: an endless loop?", test)
     if ended is None:

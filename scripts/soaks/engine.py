@@ -16,7 +16,7 @@ import torch
 from nanokv import SamplingParams
 from nanokv.core.request import Request, RequestOutput
 from nanokv.llm import LLM
-from soaks.tally import Tally
+from soaks.common import Record
 
 WORDS = ["the", " a", "e", " is", "\n", "is the", "o"]
 FAULTY = ("runner.run", "_sample", "cache.commit", "scheduler.plan", "cache.match", "cache.reserve", "model.forward")
@@ -59,25 +59,25 @@ class Soak:
         for name in FAULTY:
             self._wrap(name)
 
-    def run(self, tally: Tally) -> None:
+    def run(self, record: Record, seconds: float) -> None:
         """Steps until the time is over, then to the end of all requests."""
         signal.signal(signal.SIGALRM, _raise)
-        while not tally.is_over:
-            self._feed(tally)
-            self._disturb(tally)
-            self._step(tally)
+        while not record.is_over(seconds):
+            self._feed(record)
+            self._disturb(record)
+            self._step(record)
         self.armed = None
-        while self.llm.engine.has_work and not tally.violations:
-            self._step(tally, interrupting=False)
+        while self.llm.engine.has_work and not record.violations:
+            self._step(record, interrupting=False)
         for name in ("preemptions", "evictions"):
-            tally[name] += int(self.llm.stats()[name])
+            record.counts[name] += int(self.llm.stats()[name])
         if held := self.llm.stats()["pages_held"]:
-            tally.violation(f"{held} pages are held at the end")
+            record.violation(f"{held} pages are held at the end")
 
     def _ids(self, count: int) -> list[int]:
         return [self.rng.randrange(5, self.vocab) for _ in range(count)]
 
-    def _feed(self, tally: Tally) -> None:
+    def _feed(self, record: Record) -> None:
         rng = self.rng
         while len(self.asked) < 14 and rng.random() < 0.35:
             stem = rng.choice(self.stems)
@@ -91,27 +91,29 @@ class Soak:
                 stop=tuple(rng.sample(WORDS, rng.choice([0, 0, 0, 1, 2]))),
                 repetition_penalty=rng.choice([1.0, 1.0, 1.3]), top_p=rng.choice([1.0, 0.8]), top_k=rng.choice([0, 20]),
             )  # fmt: skip
-            tally["requests"] += 1
-            request = Request(ids, SamplingParams(max_tokens=1) if is_scored else params, f"q{tally['requests']}")
+            record.count("requests")
+            request = Request(
+                ids, SamplingParams(max_tokens=1) if is_scored else params, f"q{record.counts['requests']}"
+            )
             if is_scored:
                 request.logit_blocks = []
-                tally["scores"] += 1
+                record.count("scores")
             self.llm.engine.add_request(request)
             self.asked[request.id] = request
 
-    def _disturb(self, tally: Tally) -> None:
+    def _disturb(self, record: Record) -> None:
         rng, engine = self.rng, self.llm.engine
         if self.asked and rng.random() < 0.02 and (name := rng.choice(list(self.asked))) in engine:
             engine.abort(name)
-            tally["aborts"] += 1
+            record.count("aborts")
         if rng.random() < 0.01:
             self.llm.reset_prefix_cache()
-            tally["resets"] += 1
+            record.count("resets")
         self.armed = (rng.choice(FAULTY), rng.random() < 0.5) if rng.random() < 0.06 else None
 
-    def _step(self, tally: Tally, interrupting: bool = True) -> None:
+    def _step(self, record: Record, interrupting: bool = True) -> None:
         rng, outputs, engine = self.rng, [], self.llm.engine
-        tally["steps"] += 1
+        record.count("steps")
         try:
             try:
                 if interrupting and rng.random() < 0.1:
@@ -121,28 +123,28 @@ class Soak:
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
-            tally["interrupts"] += 1
-        tally["faults"] += self.armed == ("", False)
+            record.count("interrupts")
+        record.counts["faults"] += self.armed == ("", False)
         try:
             engine.cache.check()
         except Exception as error:
-            tally.violation(f"step {tally['steps']}: {error}")
+            record.violation(f"step {record.counts['steps']}: {error}")
         for output in outputs:
             if output.finished:
                 self.ends.setdefault(output.request_id, {})[output.index] = output
         self._idle = 0 if outputs else self._idle + 1
         if self._idle > 400 and engine.has_work:
-            tally.violation(f"no output in {self._idle} steps: {engine.scheduler.running}")
+            record.violation(f"no output in {self._idle} steps: {engine.scheduler.running}")
         for name in [name for name in self.asked if name not in engine and name in self.ends]:
-            self._compare(self.asked.pop(name), self.ends.pop(name), tally)
+            self._compare(self.asked.pop(name), self.ends.pop(name), record)
 
-    def _compare(self, request: Request, ends: dict[int, RequestOutput], tally: Tally) -> None:
+    def _compare(self, request: Request, ends: dict[int, RequestOutput], record: Record) -> None:
         if len(ends) != request.params.n:
-            tally.violation(f"{request}: {len(ends)} ends, expected {request.params.n}")
+            record.violation(f"{request}: {len(ends)} ends, expected {request.params.n}")
             return
         expected = self._alone(request)
         for index, end in ends.items():
-            tally["compared"] += 1
+            record.count("compared")
             is_whole = end.finish_reason in ("stop", "length")
             if request.logit_blocks is not None:
                 rows = torch.cat([*request.logit_blocks, expected[:0]])
@@ -154,7 +156,7 @@ class Soak:
                     parts = ("token_ids", "text", "finish_reason", "logprobs")
                     is_right = all(getattr(end, part) == getattr(other, part) for part in parts)
             if not is_right:
-                tally.violation(f"{request} {request.params}: {end.finish_reason} with another answer than alone")
+                record.violation(f"{request} {request.params}: {end.finish_reason} with another answer than alone")
 
     def _alone(self, request: Request) -> Any:
         key = (tuple(request.prompt_token_ids), request.params, request.logit_blocks is None)
@@ -193,6 +195,7 @@ def run(model: str, seconds: float, seed: int, codec: str, overlap: bool) -> Non
     """The soak; exits with 1 where it finds a violation."""
     torch.set_num_threads(1)
     logging.getLogger("nanokv").setLevel(logging.CRITICAL)  # faults are injected, and each would log a traceback
-    tally = Tally(seconds)
-    Soak(model, seed, codec, overlap).run(tally)
-    tally.report()
+    record = Record()
+    Soak(model, seed, codec, overlap).run(record, seconds)
+    print(record)
+    raise SystemExit(record.exit_code)

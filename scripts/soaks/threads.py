@@ -15,7 +15,7 @@ import torch
 
 from nanokv import SamplingParams
 from nanokv.llm import LLM
-from soaks.tally import Tally
+from soaks.common import Record
 
 KINDS = ("generate", "stream", "stream", "close", "drop", "unread", "score", "two", "cycle")
 SWITCH_S = 1e-5
@@ -42,41 +42,41 @@ class Threads:
         ]
         self.scores = [(stem, alone.score(stem)) for stem in stems]
 
-    def run(self, tally: Tally) -> None:
+    def run(self, record: Record, seconds: float) -> None:
         """Threads until the time is over; then everything has to be given back."""
         sys.setswitchinterval(SWITCH_S)
-        threads = [threading.Thread(target=self._work, args=(tally, number), daemon=True) for number in range(8)]
-        threads.append(threading.Thread(target=self._meddle, args=(tally,), daemon=True))
+        threads = [threading.Thread(target=self._work, args=(record, number), daemon=True) for number in range(8)]
+        threads.append(threading.Thread(target=self._meddle, args=(record,), daemon=True))
         for thread in threads:
             thread.start()
-        while not tally.is_over:
+        while not record.is_over(seconds):
             time.sleep(0.25)
             try:
                 self.llm.loop.call(lambda engine: engine.cache.check())
-                tally["checks"] += 1
+                record.count("checks")
             except Exception as error:
-                tally.violation(f"books: {error}")
+                record.violation(f"books: {error}")
         self.over.set()
         for thread in threads:
             thread.join(60)
             if thread.is_alive():
-                tally.violation(f"{thread.name} hangs")
+                record.violation(f"{thread.name} hangs")
         gc.collect()
         self.llm.loop.call(lambda engine: engine.cache.check())
         stats = self.llm.stats()
         if left := stats["pages_held"] + stats["requests_running"] + stats["requests_waiting"]:
-            tally.violation(f"{left} pages or requests are left at the end")
+            record.violation(f"{left} pages or requests are left at the end")
 
-    def _work(self, tally: Tally, number: int) -> None:
+    def _work(self, record: Record, number: int) -> None:
         rng = random.Random(self.seed * 100 + number)
         while not self.over.is_set():
             kind = rng.choice(KINDS)
             try:
                 if not self._ask(kind, rng):
-                    tally.violation(f"{kind}: another answer than alone")
+                    record.violation(f"{kind}: another answer than alone")
             except Exception:
-                tally.violation(f"{kind}: {traceback.format_exc(limit=-4)}")
-            tally[kind] += 1
+                record.violation(f"{kind}: {traceback.format_exc(limit=-4)}")
+            record.counts[kind] += 1
 
     def _ask(self, kind: str, rng: random.Random) -> bool:
         """One use of the LLM. False where its answer is wrong."""
@@ -103,17 +103,17 @@ class Threads:
             cycle.append(cycle)
         return True
 
-    def _meddle(self, tally: Tally) -> None:
+    def _meddle(self, record: Record) -> None:
         rng = random.Random(self.seed)
         while not self.over.is_set():
             try:
                 if rng.random() < 0.5:
                     self.llm.reset_prefix_cache()
-                    tally["resets"] += 1
+                    record.count("resets")
                 else:
                     self.llm.stats()
             except Exception as error:
-                tally.violation(f"stats or reset: {error!r}")
+                record.violation(f"stats or reset: {error!r}")
             time.sleep(rng.random() * 0.0006)
 
 
@@ -133,13 +133,13 @@ class CtrlC:
         self.params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
         self.expected = self._answers()
 
-    def run(self, tally: Tally) -> None:
+    def run(self, record: Record, seconds: float) -> None:
         """Interrupts by SIGINT and by a handler of the program itself, in turns."""
         signal.signal(signal.SIGALRM, self._interrupt)
         begin = time.monotonic()
         self._answers()
         whole = time.monotonic() - begin
-        while not tally.is_over:
+        while not record.is_over(seconds):
             self.is_raised = self.rng.random() < 0.5
             if self.rng.random() < 0.3:
                 self.llm.reset_prefix_cache()
@@ -148,28 +148,28 @@ class CtrlC:
                 self._answers()
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
-                tally["raised" if self.is_raised else "signals"] += 1
+                record.counts["raised" if self.is_raised else "signals"] += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            tally["generates"] += 1
-            self._check(tally)
+            record.count("generates")
+            self._check(record)
 
     def _interrupt(self, *_: object) -> None:
         if self.is_raised:
             raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
 
-    def _check(self, tally: Tally) -> None:
+    def _check(self, record: Record) -> None:
         gc.collect()
         try:
             self.llm.loop.call(lambda engine: engine.cache.check())
         except Exception as error:
-            tally.violation(f"books: {error}")
+            record.violation(f"books: {error}")
         stats = self.llm.stats()
         if left := stats["pages_held"] + stats["pages_locked"] + stats["requests_running"] + stats["requests_waiting"]:
-            tally.violation(f"{left} pages or requests are left")
-        if tally["generates"] % 10 == 0 and self._answers() != self.expected:
-            tally.violation("another answer than before the interrupts")
+            record.violation(f"{left} pages or requests are left")
+        if record.counts["generates"] % 10 == 0 and self._answers() != self.expected:
+            record.violation("another answer than before the interrupts")
 
     def _answers(self) -> list[list[int]]:
         return [output.token_ids for output in self.llm.generate(self.prompts, self.params)]
@@ -178,6 +178,7 @@ class CtrlC:
 def run(kind: type[Threads] | type[CtrlC], model: str, seconds: float, seed: int) -> None:
     """The soak; exits with 1 where it finds a violation."""
     torch.set_num_threads(1)
-    tally = Tally(seconds)
-    kind(model, seed).run(tally)
-    tally.report()
+    record = Record()
+    kind(model, seed).run(record, seconds)
+    print(record)
+    raise SystemExit(record.exit_code)
