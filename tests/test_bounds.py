@@ -52,6 +52,7 @@ LARGE = {
     "slice": "{{ range(10) | slice(200000000) | list | length }}",
     "round": "{{ 1.5 | round(2000000000, 'floor') }}",
     "sum": "{{ ([[1]] * 99999) | sum(start=[]) | length }}",
+    "indent of a number": "{{ 1 | tojson(indent=2000000000) }}",
     "json indent": "{{ ([[1]] * 9999) | tojson(indent=99999) }}",
     "concatenation": GROW + "{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
     "addition": GROW + "{% set ns.s = ns.s + ns.s %}{% endfor %}",

@@ -116,7 +116,9 @@ def _sum(environment: Any, iterable: Iterable, attribute: Any = None, start: flo
 
 def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     """jinja's own escapes <, > and & for HTML."""
-    weight(value, max(0, indent) if isinstance(indent, int) else len(indent or ""))
+    width = max(0, indent) if isinstance(indent, int) else len(indent or "")
+    allow(width)  # the library makes the indentation even for a number
+    weight(value, width)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
