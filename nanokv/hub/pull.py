@@ -22,7 +22,8 @@ from nanokv.hub.gguf_file import GGUFFile, model_name
 from nanokv.hub.home import find_damage, folder_for, is_hub_id, read_manifest
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
-             "hf_quant_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "LICENSE*"]  # fmt: skip
+             "hf_quant_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "chat_template.jinja", "LICENSE*"]  # fmt: skip
 
 
 def _silent(stage: str, done: int, total: int | None) -> None:
