@@ -259,7 +259,7 @@ def test_contexts_beyond_the_model_are_left_out_and_named(tiny_llama):
         (["request", "--plot", "figure.pdf"], 2, ".png or .svg"),
         (["request", "--prompt-tokens", "600"], 1, "at most 512"),
         (["decode", "--context", "600"], 1, "at most 512"),
-        (["request", "--device", "tpu"], 1, "device"),
+        (["request", "--device", "tpu"], 2, "device"),
     ],
 )
 def test_a_wrong_call_is_one_line(arguments, code, words, tiny_llama):

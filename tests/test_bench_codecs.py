@@ -323,7 +323,7 @@ def test_the_answer_of_a_recall_is_counted_to_the_last_token(monkeypatch):
         def __exit__(self, *_):
             pass
 
-        def generate(self, prompts, params):
+        def generate(self, prompts, params, progress=None):
             assert [one.max_tokens for one in params] == [4, 4]
             return [SimpleNamespace(token_ids=[ord(letter) for letter in text]) for text in (" 4 2", " 4 3")]
 

@@ -82,7 +82,7 @@ def test_a_loader_that_breaks_a_bound_is_found(valid, monkeypatch, fault, kind, 
     source = f"from nanokv.core.errors import CheckpointError\ndef read_folder(folder):\n    {fault}\n"
     space = {}
     exec(source, space)
-    monkeypatch.setattr("nanokv.llm.read_folder", space["read_folder"])
+    monkeypatch.setattr("nanokv.open_model.read_folder", space["read_folder"])
     verdict = worker.judge(valid["llama"], seconds=0.05 if kind == "takes long" else 30, wait=wait)
     assert not verdict.ok and verdict.kind == kind
 
