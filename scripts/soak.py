@@ -5,6 +5,8 @@ Each prints what it did and every violation, and exits with 1 if there was one.
 
 from __future__ import annotations
 
+import signal
+
 import click
 from soaks import engine as engine_soak
 from soaks import interrupts as interrupt_soak
@@ -18,7 +20,7 @@ model = click.option("--model", default="tiny-gqa", type=MODELS, show_default=Tr
 
 @click.group(help=__doc__, epilog="Example: python scripts/soak.py engine --model tiny-hybrid --seconds 600 --seed 3")
 def main() -> None:
-    pass
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
 
 @main.command()
