@@ -7,6 +7,7 @@ import re
 import select
 import socket
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,6 +225,22 @@ def test_a_server_without_a_free_descriptor_drops_its_oldest_stranger_and_goes_o
         with first, second:
             assert is_closed(first) and isinstance(messages_of(second, 1)[0], Challenge)
     assert not errors and "gives way to a new connection" in caplog.text
+
+
+def test_a_server_without_a_descriptor_and_without_strangers_pauses(monkeypatch):
+    """A connection that cannot be accepted stays readable, so that no wait would last."""
+    pauses = []
+    monkeypatch.setattr(reception, "time", SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic))
+    with bind(("127.0.0.1", 0)) as listening:
+        errors = [OSError(errno.EMFILE, "Too many open files")] * 3
+        stand_in = SimpleNamespace(
+            setblocking=listening.setblocking, fileno=listening.fileno,
+            accept=lambda: raise_(errors.pop()) if errors else listening.accept(),
+        )  # fmt: skip
+        reception.Reception(stand_in, "digest")
+        with socket.create_connection(listening.getsockname(), timeout=20) as sock:
+            assert isinstance(messages_of(sock, 1)[0], Challenge)
+    assert pauses == [reception.TICK_S] * 3
 
 
 def raise_(error: Exception):
