@@ -381,6 +381,14 @@ def test_prompts_that_wait_have_a_limit_in_bytes(session, monkeypatch):
     assert session._held == 0
 
 
+def test_whatever_a_prompt_that_waits_keeps_counts_against_the_limit():
+    """Texts, numbers, and the objects of a prompt of one token."""
+    least, long = numbered(1, tokens=b"1234", pages=b"1234"), msgspec.structs.replace(PREFILL, request="r" * 100_000)
+    long_seed = msgspec.structs.replace(SAMPLING, seed="7" * 100_000)
+    assert server._weight(least) >= 1000 and server._weight(long) > 100_000
+    assert server._weight(numbered(1, sampling=long_seed)) > 100_000
+
+
 def test_samples_that_are_computed_at_once_have_a_limit(session, monkeypatch):
     session, heard = session
     monkeypatch.setattr(server, "MAX_SAMPLES", 3)

@@ -49,6 +49,8 @@ logger = logging.getLogger("nanokv")
 
 MAX_HELD = 64 << 20
 """Bytes of the messages of open prompts. Beyond it a prompt fails, and the decode process computes it."""
+OBJECTS = 1 << 10
+"""Bytes of the objects of one open prompt, however short it is."""
 MAX_SAMPLES = 128
 """Samples of the prompts that are computed at once: each has a row of logits, as long as the vocabulary."""
 
@@ -225,8 +227,9 @@ class SendingSession(Session):
 
 def _weight(message: Prefill) -> int:
     """Bytes that a prompt takes here, about."""
+    texts = len(message.request) + len(message.sampling.seed)
     numbers = len(message.checkpoints) + len(message.sampling.stop_token_ids)
-    return len(message.tokens) + len(message.pages) + len(message.request) + 64 * numbers
+    return OBJECTS + len(message.tokens) + len(message.pages) + 4 * texts + 64 * numbers  # a letter: up to 4 bytes
 
 
 def _clear(slots: Slots, ids: Sequence[int]) -> None:
