@@ -265,7 +265,16 @@ def test_anything_but_hello_ends_the_connection(host, said, line, caplog):
     assert any(message.startswith(name) and line in message for message in caplog.messages)
 
 
-def test_a_long_heartbeat_of_a_peer_that_hangs_up_holds_nobody(host, served):
+def test_a_stranger_writes_no_line_of_its_own_into_the_log(host, caplog):
+    said = msgspec.msgpack.encode({"type": "A\n127.0.0.1:9 connected \x1b[2J" + "B" * 5000})
+    with host.connect() as sock:
+        sock.sendall(len(said).to_bytes(4, "big") + said)
+        assert is_closed(sock)
+    (line,) = [message for message in caplog.messages if "malformed message" in message]
+    assert line.isprintable() and len(line) < 400 and "A 127.0.0.1:9 connected \\x1b[2JB" in line
+
+
+def test_a_long_heartbeat_of_a_peer_that_hangs_up_delays_no_other(host, served):
     sock, (answer,) = host.joined(heartbeat_s=86400.0)
     assert isinstance(answer, Failed) and "heartbeat_s=86400.0 there: expected 0.1 to 600" in answer.reason
     sock.close()

@@ -37,6 +37,7 @@ from nanokv.disagg.messages import (
     Prefill,
     failed,
     pack_ints,
+    printable,
     unpack_ints,
 )
 from nanokv.disagg.prefill_loop import PrefillLoop
@@ -274,6 +275,5 @@ def listen(model: PrefillModel, server: socket.socket, secret: bytes | None = No
             logger.warning("%s disconnected", guest.name)
         except Exception as error:  # ends this session; the next decode process is served
             known = isinstance(error, (NanokvError, EOFError, OSError))
-            what = str(error) if known else f"{type(error).__name__}: {error}"
-            debug = logger.isEnabledFor(logging.DEBUG)
-            logger.warning("%s: %s", guest.name, " ".join(what.split())[:200], exc_info=debug)
+            what = printable(error if known else f"{type(error).__name__}: {error}")
+            logger.warning("%s: %s", guest.name, what, exc_info=logger.isEnabledFor(logging.DEBUG))
