@@ -7,6 +7,7 @@ import re
 import select
 import socket
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,6 +227,22 @@ def test_a_server_without_a_free_descriptor_drops_its_oldest_stranger_and_goes_o
     assert not errors and "gives way to a new connection" in caplog.text
 
 
+def test_a_server_without_a_descriptor_and_without_strangers_pauses(monkeypatch):
+    """A connection that cannot be accepted stays readable, so that no wait would last."""
+    pauses = []
+    monkeypatch.setattr(reception, "time", SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic))
+    with bind(("127.0.0.1", 0)) as listening:
+        errors = [OSError(errno.EMFILE, "Too many open files")] * 3
+        stand_in = SimpleNamespace(
+            setblocking=listening.setblocking, fileno=listening.fileno,
+            accept=lambda: raise_(errors.pop()) if errors else listening.accept(),
+        )  # fmt: skip
+        reception.Reception(stand_in, "digest")
+        with socket.create_connection(listening.getsockname(), timeout=20) as sock:
+            assert isinstance(messages_of(sock, 1)[0], Challenge)
+    assert pauses == [reception.TICK_S] * 3
+
+
 def raise_(error: Exception):
     raise error
 
@@ -248,7 +265,16 @@ def test_anything_but_hello_ends_the_connection(host, said, line, caplog):
     assert any(message.startswith(name) and line in message for message in caplog.messages)
 
 
-def test_a_long_heartbeat_of_a_peer_that_hangs_up_holds_nobody(host, served):
+def test_a_stranger_writes_no_line_of_its_own_into_the_log(host, caplog):
+    said = msgspec.msgpack.encode({"type": "A\n127.0.0.1:9 connected \x1b[2J" + "B" * 5000})
+    with host.connect() as sock:
+        sock.sendall(len(said).to_bytes(4, "big") + said)
+        assert is_closed(sock)
+    (line,) = [message for message in caplog.messages if "malformed message" in message]
+    assert line.isprintable() and len(line) < 400 and "A 127.0.0.1:9 connected \\x1b[2JB" in line
+
+
+def test_a_long_heartbeat_of_a_peer_that_hangs_up_delays_no_other(host, served):
     sock, (answer,) = host.joined(heartbeat_s=86400.0)
     assert isinstance(answer, Failed) and "heartbeat_s=86400.0 there: expected 0.1 to 600" in answer.reason
     sock.close()
@@ -362,6 +388,14 @@ def test_prompts_that_wait_have_a_limit_in_bytes(session, monkeypatch):
     answers = {(type(message), message.attempt) for message in heard.receive()}
     assert answers == {(Failed, 5), (AbortAck, 4), *((Done, attempt) for attempt in (1, 2, 3, 6))}
     assert session._held == 0
+
+
+def test_whatever_a_prompt_that_waits_keeps_counts_against_the_limit():
+    """Texts, numbers, and the objects of a prompt of one token."""
+    least, long = numbered(1, tokens=b"1234", pages=b"1234"), msgspec.structs.replace(PREFILL, request="r" * 100_000)
+    long_seed = msgspec.structs.replace(SAMPLING, seed="7" * 100_000)
+    assert server._weight(least) >= 1000 and server._weight(long) > 100_000
+    assert server._weight(numbered(1, sampling=long_seed)) > 100_000
 
 
 def test_samples_that_are_computed_at_once_have_a_limit(session, monkeypatch):

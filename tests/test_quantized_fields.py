@@ -11,41 +11,45 @@ WEIGHTS8 = {"weights": {"num_bits": 8, "type": "float", "dynamic": False}, "targ
 CASES = {
     "DeepSeek-V3": (
         {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
-        Quantization(method="fp8", layout="fp8", block=(128, 128)),
+        Quantization(method="fp8", block=(128, 128)),
     ),
     "Qwen3-30B-A3B-FP8": (
         {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head", "gate"]},
-        Quantization(method="fp8", layout="fp8", block=(128, 128), excluded=("lm_head", "gate")),
+        Quantization(method="fp8", block=(128, 128)),
     ),
     "Qwen3-32B-FP8-Static-PerTensor": (
         {"quant_algo": "FP8", "ignore": ["lm_head"], "config_groups": {"group_0": WEIGHTS8}, "kv_cache_scheme": "FP8"},
-        Quantization(method="fp8", layout="modelopt", excluded=("lm_head",)),
+        Quantization(method="fp8"),
     ),
     "Qwen3.5-122B-A10B-NVFP4": (
         {"quant_algo": "NVFP4", "quant_method": "modelopt", "ignore": ["lm_head"], "config_groups": {"g": WEIGHTS4}},
-        Quantization(method="nvfp4", layout="modelopt", group_size=16, excluded=("lm_head",)),
+        Quantization(method="nvfp4", group_size=16),
     ),
     "Qwen3.6-27B-NVFP4": (
         {"quant_algo": "MIXED_PRECISION", "quant_method": "modelopt", "ignore": ["mtp*"]},
-        Quantization(method="mixed_precision", layout="modelopt", excluded=("mtp*",)),
+        Quantization(method="mixed_precision"),
     ),
     "hf_quant_config.json": (
         {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16, "exclude_modules": ["lm_head"]},
-        Quantization(method="nvfp4", layout="modelopt", group_size=16, excluded=("lm_head",)),
+        Quantization(method="nvfp4", group_size=16),
     ),
     "compressed-tensors fp8": (
         {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": WEIGHTS8}},
-        Quantization(method="fp8", layout="compressed-tensors"),
+        Quantization(method="fp8"),
     ),
     "compressed-tensors nvfp4": (
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {"g": WEIGHTS4}},
-        Quantization(method="nvfp4", layout="compressed-tensors", group_size=16),
+        Quantization(method="nvfp4", group_size=16),
     ),
     "Kimi-K2.5": (
         {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["re:.*self_attn.*"]},
-        Quantization(method="pack-quantized", layout="compressed-tensors", excluded=("re:.*self_attn.*",)),
+        Quantization(method="pack-quantized"),
     ),
-    "gpt-oss": ({"quant_method": "mxfp4"}, Quantization(method="mxfp4", layout="mxfp4")),
+    "a GPTQ file with a scale for each row": (
+        {"quant_method": "gptq", "bits": 4, "group_size": -1, "desc_act": False},
+        Quantization(method="gptq"),
+    ),
+    "gpt-oss": ({"quant_method": "mxfp4"}, Quantization(method="mxfp4")),
 }
 
 
@@ -62,7 +66,6 @@ def test_the_quantisations_of_all_writers_become_one_vocabulary(name):
         ({"quant_method": ["fp8"]}, "quant_method"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size"),
-        ({"quant_method": "fp8", "modules_to_not_convert": "lm_head"}, "modules_to_not_convert"),
         ({"quant_method": "fp8", "config_groups": {"group_0": 5}}, "group_0"),
         ({"quant_method": "fp8", "group_size": "16"}, "group_size"),
     ],

@@ -23,7 +23,7 @@ from nanokv.cache.store import CacheStore
 from nanokv.core.request import Request
 from nanokv.disagg.config import DisaggConfig
 from nanokv.disagg.grants import Grant, WorkerSlot, prefill_message
-from nanokv.disagg.messages import Abort, AbortAck, AnyMessage, Done, Failed, ProtocolError
+from nanokv.disagg.messages import Abort, AbortAck, AnyMessage, Done, Failed, ProtocolError, printable
 from nanokv.disagg.shared_buffer import SharedBuffer
 from nanokv.disagg.supervisor import WAIT_S, Supervisor
 from nanokv.engine.connector import Delivery
@@ -166,7 +166,7 @@ class Dispatcher:
             if not grant.aborted:
                 delivery = Delivery(request, request.num_tokens, message.tokens, message.logprobs)
         elif isinstance(message, Failed):
-            logger.warning("%s: request %s failed: %s", slot.name, message.request, message.reason)
+            logger.warning("%s: request %s failed: %s", slot.name, message.request, printable(message.reason))
             self._counters["remote_lost"] += 1
         elif not grant.aborted:
             raise ProtocolError("ABORT_ACK of an attempt that was not aborted")

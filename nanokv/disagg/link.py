@@ -35,6 +35,7 @@ from nanokv.disagg.messages import (
     Ping,
     Prefill,
     ProtocolError,
+    printable,
     unpack_ints,
 )
 from nanokv.disagg.secret import is_signed, new_nonce, signed
@@ -133,7 +134,7 @@ class HostLink:
                 self.why = f"connect={self._address!r}: closed the connection before it was ready"
         except (NanokvError, EOFError, OSError) as error:
             # The supervisor warns that the worker is gone; this line has the cause.
-            what = " ".join(str(error).split())[:200]
+            what = printable(error)
             logger.info("%s: %s", self.name, what)
             is_stranger = isinstance(error, ProtocolError) and self._challenge is None
             self.why = f"connect={self._address!r}: {'no nanokv prefill process there' if is_stranger else what}"
@@ -182,8 +183,8 @@ class HostLink:
         elif isinstance(message, Hello):
             self._check(far, message)
             self._engine.send(message)
-        elif isinstance(message, Failed) and message.request is None:
-            self._engine.send(message)
+        elif isinstance(message, Failed) and message.request is None:  # of a process that has proven nothing yet
+            self._engine.send(msgspec.structs.replace(message, reason=printable(message.reason)))
         elif self._receiver is None:
             raise ProtocolError(f"{message.kind} came before HELLO")
         elif isinstance(message, Layers):

@@ -36,8 +36,16 @@ VERSION = 4
 HEADER = struct.Struct(">I")
 MAX_FRAME = 16 << 20
 """Bytes of a frame at most. A prompt of a million tokens takes 4 MiB; a greater length is a malformed one."""
+MAX_SAID = 300
+"""Characters of a peer that a log line or an error repeats."""
 Few = msgspec.Meta(max_length=1 << 16)
 """The most elements of a list of objects, which take up to a hundred times the bytes of their frame."""
+
+
+def printable(said: object) -> str:
+    """What a peer has said, for a log line or an error: on one line, without control characters, cut."""
+    line = " ".join(str(said).split())[:MAX_SAID]
+    return line if line.isprintable() else ascii(line)[1:-1]
 
 
 class ProtocolError(NanokvError):
@@ -228,7 +236,7 @@ def decode(body: bytes | bytearray, decoder: msgspec.msgpack.Decoder = ANY) -> A
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"malformed message: {error}") from None
+        raise ProtocolError(f"malformed message: {printable(error)}") from None
 
 
 def take_frames(

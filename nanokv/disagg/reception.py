@@ -126,6 +126,8 @@ class Reception:
                 logger.info("accept: %s", error.strerror or error)
                 if self._strangers:
                     self._end(self._strangers[0], "gives way to a new connection")
+                else:
+                    time.sleep(TICK_S)  # the connection stays readable: without a pause this thread would spin
                 return
             if len(self._strangers) == MAX_STRANGERS:
                 self._end(self._strangers[0], "gives way to a new connection")

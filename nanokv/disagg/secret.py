@@ -5,8 +5,8 @@
     prefill -> decode    HELLO      proof over the same and the answer
 
 The label of a side stands in front, so that no side can send back what it was sent, and fresh nonces make a recorded
-HELLO worthless. It says who opened the connection. What travels afterwards is neither encrypted nor signed: a host on
-the path can read and change it.
+HELLO worthless. It covers the opening of the connection. What travels afterwards is neither encrypted nor signed: a
+host on the path can read and change it.
 Source: RFC 2104 (HMAC); the challenge and response of RFC 5802 (SCRAM), without passwords.
 """
 

@@ -37,6 +37,7 @@ from nanokv.disagg.messages import (
     Prefill,
     failed,
     pack_ints,
+    printable,
     unpack_ints,
 )
 from nanokv.disagg.prefill_loop import PrefillLoop
@@ -49,6 +50,8 @@ logger = logging.getLogger("nanokv")
 
 MAX_HELD = 64 << 20
 """Bytes of the messages of open prompts. Beyond it a prompt fails, and the decode process computes it."""
+OBJECTS = 1 << 10
+"""Bytes of the objects of one open prompt, however short it is."""
 MAX_SAMPLES = 128
 """Samples of the prompts that are computed at once: each has a row of logits, as long as the vocabulary."""
 
@@ -225,8 +228,9 @@ class SendingSession(Session):
 
 def _weight(message: Prefill) -> int:
     """Bytes that a prompt takes here, about."""
+    texts = len(message.request) + len(message.sampling.seed)
     numbers = len(message.checkpoints) + len(message.sampling.stop_token_ids)
-    return len(message.tokens) + len(message.pages) + len(message.request) + 64 * numbers
+    return OBJECTS + len(message.tokens) + len(message.pages) + 4 * texts + 64 * numbers  # a letter: up to 4 bytes
 
 
 def _clear(slots: Slots, ids: Sequence[int]) -> None:
@@ -271,6 +275,5 @@ def listen(model: PrefillModel, server: socket.socket, secret: bytes | None = No
             logger.warning("%s disconnected", guest.name)
         except Exception as error:  # ends this session; the next decode process is served
             known = isinstance(error, (NanokvError, EOFError, OSError))
-            what = str(error) if known else f"{type(error).__name__}: {error}"
-            debug = logger.isEnabledFor(logging.DEBUG)
-            logger.warning("%s: %s", guest.name, " ".join(what.split())[:200], exc_info=debug)
+            what = printable(error if known else f"{type(error).__name__}: {error}")
+            logger.warning("%s: %s", guest.name, what, exc_info=logger.isEnabledFor(logging.DEBUG))

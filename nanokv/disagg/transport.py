@@ -3,8 +3,8 @@
     prefill process                                    decode process
     PageSender: Slots.read -> LAYERS, then bytes --->  PageReceiver: LAYERS -> bytes -> Slots.write
 
-The bytes of layers follow the frame of LAYERS, so no second port is open and no second connection has to prove who
-opened it. Layers travel in groups while later layers are still being computed: the socket takes what it has room for,
+The bytes of layers follow the frame of LAYERS, so no second port is open and no second connection needs a proof of
+its own. Layers travel in groups while later layers are still being computed: the socket takes what it has room for,
 and the rest at the next message. DONE comes behind the pages that it reports, so the order of the bytes is the proof
 that they are there. The pages of a GPU pass through the memory of the host.
 """

@@ -94,7 +94,7 @@ def refusal(hello: Hello, digest: str, kinds: tuple[str, ...]) -> str | None:
         return f"heartbeat_s={hello.heartbeat_s!r} there: expected {SHORTEST_S:g} to {LONGEST_S:g}"
     if hello.memory is None or hello.memory.kind not in kinds:
         kind = None if hello.memory is None else hello.memory.kind
-        return f"memory {kind!r} there; expected here is {' or '.join(kinds)}"
+        return f"memory {kind!r:.40} there; expected here is {' or '.join(kinds)}"
     return None
 
 

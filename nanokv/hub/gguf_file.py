@@ -137,8 +137,8 @@ class GGUFFile:
 
     def _unfit(self, key: str, expected: str) -> PullError:
         value = self._fields.get(key)
-        shown = f"a list of {len(value)}" if isinstance(value, (list, np.ndarray)) else f"{value!r:.60}"
-        return PullError(f"{self.path}: {key}={shown}: expected {expected}")
+        found = f"a list of {len(value)}" if isinstance(value, (list, np.ndarray)) else f"{value!r:.60}"
+        return PullError(f"{self.path}: {key}={found}: expected {expected}")
 
     # ---- tensors ----
 

@@ -111,13 +111,6 @@ class Fields:
             raise self.error(name, "expected a text")
         return value
 
-    def texts(self, name: str) -> tuple[str, ...]:
-        """A list of texts; empty if the field is missing."""
-        value = self.get(name, [])
-        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-            raise self.error(name, "expected a list of texts")
-        return tuple(value)
-
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
         """A token id or a list of them; empty if the field is missing.
 

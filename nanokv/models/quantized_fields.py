@@ -17,7 +17,6 @@ _ALGORITHMS = {"FP8": FP8, "FP8_PB_WO": FP8, "FP8_PER_CHANNEL_PER_TOKEN": FP8, "
 BLOCKS = "FP8_PB_WO"
 _FORMATS = {"float-quantized": FP8, "naive-quantized": FP8, "nvfp4-pack-quantized": NVFP4}
 """format of compressed-tensors -> method."""
-_EXCLUDED = ("modules_to_not_convert", "ignore", "exclude_modules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +25,10 @@ class Quantization:
 
     method: str
     """"fp8", "nvfp4", or the file's own name of another format, such as "gptq" or "mixed_precision"."""
-    layout: str
-    """The convention of the names and scales of tensors: "fp8" (transformers), "modelopt", "compressed-tensors", ..."""
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale; None: the tensor or a row does, as the shape of the scales says."""
     group_size: int | None = None
     """Neighbouring numbers of a row that share a scale (nvfp4)."""
-    excluded: tuple[str, ...] = ()
-    """Patterns of modules that are not quantised, as the file has them: a name, a glob, or "re:" and an expression."""
 
 
 def quantization(fields: Fields) -> Quantization | None:
@@ -45,17 +40,16 @@ def quantization(fields: Fields) -> Quantization | None:
     if not fields.data:
         return None
     weights = _weights(fields)
-    algorithm, layout = fields.text("quant_algo"), fields.text("quant_method")
+    algorithm, writer = fields.text("quant_algo"), fields.text("quant_method")
     if algorithm is not None:
         method = _ALGORITHMS.get(algorithm.upper(), algorithm.lower())
-        layout = layout if layout not in (None, FP8) else "modelopt"
-    elif layout == "compressed-tensors":
-        form = fields.text("format") or layout
+    elif writer == "compressed-tensors":
+        form = fields.text("format") or writer
         method = _FORMATS.get(form, form)
         if method == FP8 and (weights.get("type"), weights.get("num_bits")) != ("float", 8):
             method = form  # integers are stored the same way
-    elif layout is not None:
-        method = layout.lower()
+    elif writer is not None:
+        method = writer.lower()
     else:
         raise fields.error("quant_method", "is missing, and quant_algo as well")
     block = fields.integers("weight_block_size") or weights.integers("block_structure")
@@ -66,10 +60,8 @@ def quantization(fields: Fields) -> Quantization | None:
     grouped = fields if fields.get("group_size") is not None else weights
     return Quantization(
         method=method,
-        layout=layout,
         block=(block[0], block[1]) if block else None,
-        group_size=grouped.integer("group_size", default=0, least=0) or None,
-        excluded=tuple(name for field in _EXCLUDED for name in fields.texts(field)),
+        group_size=max(0, grouped.integer("group_size", default=0, least=-1)) or None,  # GPTQ: -1, a whole row
     )
 
 
