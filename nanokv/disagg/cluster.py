@@ -52,7 +52,7 @@ class DisaggCluster:
         self._folder, self._config = folder, config
         self._secret = None if disagg.secret_file is None else read_secret(disagg.secret_file)
         for address in disagg.connect:  # first: a wrong address is an error before anything is started
-            connect(address, disagg.heartbeat_s).close()
+            connect(address, disagg.heartbeat_s, self._secret).close()
         with ExitStack() as stack:
             stack.callback(self.close)
             for number in range(disagg.prefill_workers or 0):

@@ -38,8 +38,8 @@ from nanokv.disagg.messages import (
     printable,
     unpack_ints,
 )
-from nanokv.disagg.secret import is_signed, new_nonce, signed
-from nanokv.disagg.transport import PageReceiver
+from nanokv.disagg.secret import is_loopback, is_signed, new_nonce, signed
+from nanokv.disagg.transport import Arrivals, PageReceiver
 
 logger = logging.getLogger("nanokv")
 
@@ -49,14 +49,19 @@ PING_S = 2.0
 """Seconds between two PINGs to the prefill process, from HELLO on: it drops a decode process that is silent."""
 
 
-def connect(address: str, seconds: float) -> socket.socket:
-    """A connection to HOST:PORT. Raises ConfigError where none is made within `seconds`."""
+def connect(address: str, seconds: float, secret: bytes | None) -> socket.socket:
+    """A connection to HOST:PORT. Raises ConfigError where none is made within `seconds`, or where prompts would go to
+    another host that proves nothing."""
     try:
-        return socket.create_connection(split_address(address), timeout=seconds)
+        sock = socket.create_connection(split_address(address), timeout=seconds)
     except OSError as error:
         raise ConfigError(
             f"connect={address!r}: {error.strerror or error}; is `nanokv disagg prefill` running?"
         ) from None
+    if secret is None and not is_loopback(sock.getpeername()[0]):
+        sock.close()
+        raise ConfigError(f"connect={address!r}: another host has to prove itself; give a secret_file (--secret-file)")
+    return sock
 
 
 class HostLink:
@@ -80,7 +85,7 @@ class HostLink:
         self._engine = Channel(far, most_unread=MAX_UNREAD)
         self._ended, self._end = os.pipe()
         self._closing = threading.Event()
-        self._granted: dict[int, tuple[set[int], set[int]]] = {}
+        self._granted: dict[int, Arrivals] = {}
         self._hello: Hello | None = None  # as the engine has said it; with a nonce once it is sent
         self._challenge: bytes | None = None
         self._receiver: PageReceiver | None = None  # once HELLO is answered
@@ -125,7 +130,7 @@ class HostLink:
             self._await_hello()
             while self._sock is None and not self._is_ending:
                 try:
-                    self._sock = connect(self._address, self._seconds)
+                    self._sock = connect(self._address, self._seconds, self._secret)
                 except ConfigError:
                     self._closing.wait(RETRY_S)
             if self._sock is not None:
@@ -158,8 +163,8 @@ class HostLink:
             self._ping(far)
             for message in self._engine.receive():
                 if isinstance(message, Prefill):
-                    cached = message.cached_length // self._store().layout.page_size
-                    self._granted[message.attempt] = set(unpack_ints(message.pages)[cached:]), set(message.states)
+                    pages = unpack_ints(message.pages)[message.cached_length // self._store().layout.page_size :]
+                    self._granted[message.attempt] = Arrivals(pages, message.states, self._store())
                 far.send(message)
             messages = far.receive()
             while messages:
@@ -191,7 +196,9 @@ class HostLink:
             self._receive(far, message)
         else:
             if isinstance(message, (Done, AbortAck, Failed)):
-                self._granted.pop(message.attempt, None)
+                arrivals = self._granted.pop(message.attempt, None)
+                if isinstance(message, Done) and arrivals is not None and not arrivals.are_complete:
+                    raise ProtocolError("DONE before all pages have come")
             self._engine.send(message)
 
     def _prove(self, far: Channel, message: Challenge) -> None:
@@ -214,10 +221,11 @@ class HostLink:
         self._receiver = PageReceiver(far, self._store(), self._seconds)
 
     def _receive(self, far: Channel, layers: Layers) -> None:
-        pages, states = self._granted.get(layers.attempt, (set(), set()))
-        if not set(unpack_ints(layers.places)) <= (states if layers.states else pages):
-            raise ProtocolError("LAYERS for places that were not granted to that attempt")
         assert self._receiver is not None
+        arrivals = self._granted.get(layers.attempt)
+        if arrivals is None:
+            raise ProtocolError("LAYERS for places that were not granted to that attempt")
+        arrivals.add(layers)
 
         def tick(has_come: bool) -> None:
             self._ping(far)

@@ -74,7 +74,7 @@ class SendingSession(Session):
     def __init__(self, channel: Channel, loop: PrefillLoop, heartbeat_s: float, silence_s: float | None = None) -> None:
         super().__init__(channel, loop, heartbeat_s, silence_s)
         store, layout = loop.store, loop.store.layout
-        self.sender = PageSender(channel, store, self.send_at_once, heartbeat_s)
+        self.sender = PageSender(channel, store, self.send_at_once, min(heartbeat_s, silence_s or heartbeat_s))
         self._pages, self._states = PagePool(len(store.pages)), StatePool(len(store.states))
         self._waiting: deque[Prefill] = deque()
         self._attempts: dict[int, ServedAttempt] = {}

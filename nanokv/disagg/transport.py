@@ -5,16 +5,17 @@
 
 The bytes of layers follow the frame of LAYERS, so no second port is open and no second connection needs a proof of
 its own. Layers travel in groups while later layers are still being computed: the socket takes what it has room for,
-and the rest at the next message. DONE comes behind the pages that it reports, so the order of the bytes is the proof
-that they are there. The pages of a GPU pass through the memory of the host.
+and the rest at the next message. DONE comes behind the pages that it reports, and counts
+only if every layer of every page has come. The pages of a GPU pass through the memory of the host.
 """
 
 from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 
 from nanokv.cache.store import CacheStore, Slots
@@ -80,6 +81,35 @@ class PageSender:
         self._announce(layers)
         self._channel.send_bytes(buffer.numpy().data[:size])
         self._pending.append((self._channel.queued, buffer))
+
+
+class Arrivals:
+    """Which layers of the pages and states of one attempt have come.
+
+    pages, states   ids that were granted to the attempt
+    """
+
+    def __init__(self, pages: Iterable[int], states: Iterable[int], store: CacheStore) -> None:
+        self._kinds = [self._none_of(pages, store.pages, store), self._none_of(states, store.states, store)]
+
+    @staticmethod
+    def _none_of(places: Iterable[int], slots: Slots, store: CacheStore) -> tuple[dict[int, int], np.ndarray]:
+        rows = {place: row for row, place in enumerate(places)}
+        layers = range(store.layout.num_layers)
+        empty = [slots.width(layer, layer + 1) == 0 for layer in layers] if rows else []  # nothing of them is sent
+        return rows, np.tile(np.array(empty, bool), (len(rows), 1))
+
+    def add(self, layers: Layers) -> None:
+        """Notes what a message brings. Raises ProtocolError for places that were not granted."""
+        rows, arrived = self._kinds[layers.states]
+        places = unpack_ints(layers.places)
+        if not rows.keys() >= set(places):
+            raise ProtocolError("LAYERS for places that were not granted to that attempt")
+        arrived[[rows[place] for place in places], layers.first : layers.last] = True
+
+    @property
+    def are_complete(self) -> bool:
+        return all(arrived.all() for _, arrived in self._kinds)
 
 
 class PageReceiver:

@@ -6,13 +6,31 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from nanokv.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     import tokenizers
 
-_MOST_BYTES = 1 << 28  # of a file; the largest tokenizer.json has an eighth of it
+_MOST_BYTES = 1 << 26  # of a file; the largest tokenizer.json has half of it
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class _Added(msgspec.Struct):
+    content: str
+    id: int
+
+
+class _Model(msgspec.Struct):
+    vocab: dict[str, int] | list | None = None
+
+
+class _File(msgspec.Struct):
+    """The parts of tokenizer.json that name tokens: the rest, which is most of it, makes no objects."""
+
+    added_tokens: list[_Added] = []
+    model: msgspec.Raw = msgspec.Raw(b"{}")
 
 
 def read_text(path: Path) -> str | None:
@@ -109,13 +127,18 @@ def end_ids(folder: Path) -> tuple[int, ...]:
     text = special_tokens(folder).get("eos_token")
     if text is None:
         return ()
-    data = read_json(folder / "tokenizer.json")
-    added, model = data.get("added_tokens"), data.get("model")
-    tokens = [one for one in added if isinstance(one, dict)] if isinstance(added, list) else []
-    ids = {one.get("content"): one.get("id") for one in tokens if isinstance(one.get("content"), str)}
-    if text not in ids and isinstance(model, dict) and isinstance(model.get("vocab"), dict):
-        ids = model["vocab"]
-    token_id = ids.get(text)
+    path = folder / "tokenizer.json"
+    source = read_text(path)
+    if source is None:
+        return ()
+    try:
+        file = msgspec.json.decode(source, type=_File)
+        ids = {token.content: token.id for token in file.added_tokens}
+        if text not in ids:
+            ids = msgspec.json.decode(file.model, type=_Model).vocab
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {one_line(error)}") from error
+    token_id = ids.get(text, -1) if isinstance(ids, dict) else -1
     return (token_id,) if isinstance(token_id, int) and token_id >= 0 else ()
 
 
