@@ -116,6 +116,22 @@ def test_a_second_ctrl_c_does_not_wait(llm):
     assert llm.generate([prompt(20)], GREEDY)[0].token_ids == expected
 
 
+def test_ctrl_c_at_the_end_of_a_turn_leaves_the_handler_of_the_program_in_its_place(llm, monkeypatch):
+    set_handler = signal.signal
+
+    def signalled(number, handler):
+        if handler is signal.default_int_handler:
+            monkeypatch.undo()
+            signal.raise_signal(signal.SIGINT)
+        return set_handler(number, handler)
+
+    monkeypatch.setattr(signal, "signal", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        llm.stats()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(llm.generate([prompt(8)], GREEDY)[0].token_ids) == 6
+
+
 def test_a_handler_of_the_program_stays_in_its_place(llm):
     seen = []
     before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
