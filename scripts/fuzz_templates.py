@@ -98,6 +98,8 @@ def fault(source: str) -> tuple[str, str | None]:
     except NanokvError as error:
         text = str(error)
         outcome, wrong = "refused", "a long message" if "\n" in text or len(text) > CHARACTERS else None
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:
         outcome, wrong = "raised", f"{type(error).__name__}: {error}"[:200]
     if (seconds := time.process_time() - start) > CPU_SECONDS:
