@@ -172,8 +172,14 @@ def test_pipes_and_devices_are_refused_at_once(terminal, tmp_path):
 def test_ctrl_c_is_heard_while_a_text_is_encoded(terminal, monkeypatch, tmp_path):
     done = threading.Event()
     tokenizer = terminal.session.conversation.tokenizer
+
+    def encode(*_: object) -> list[int]:  # in the thread of StopKey.run
+        signal.raise_signal(signal.SIGINT)
+        done.wait(60)
+        return [1]
+
     for name in ("encode", "render"):
-        monkeypatch.setattr(tokenizer, name, lambda *args: signal.raise_signal(signal.SIGINT) or done.wait(60) and [1])
+        monkeypatch.setattr(tokenizer, name, encode)
     (tmp_path / "notes").write_text("a text")
     for line in ("a long text", f"/read {tmp_path / 'notes'}"):
         began = time.perf_counter()
