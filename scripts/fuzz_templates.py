@@ -90,7 +90,7 @@ def memory() -> int:
 
 
 def fault(source: str) -> tuple[str, str | None]:
-    """What became of a template, and what is wrong with that."""
+    """The outcome of a template, and its violation or None."""
     start, before = time.process_time(), memory()
     try:
         ChatTemplate(source).render(MESSAGES)

@@ -1,4 +1,4 @@
-"""Parts that the soaks share: random requests, the right answers to them, and what a process holds."""
+"""Parts that the soaks share: random requests, the right answers to them, and the resources of a process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 class Record:
-    """What has happened, counted by name. A violation is printed at once.
+    """Counts of events, by name. A violation is printed at once.
 
     exit_code   0 where there was none
     """
@@ -134,18 +134,18 @@ class Alone:
 
 
 class Holdings:
-    """What this process holds: memory, descriptors, files in /dev/shm. Made before an engine is."""
+    """Resources of this process: memory, descriptors, files in /dev/shm. Made before an engine is."""
 
     def __init__(self) -> None:
         self._descriptors, self._files = descriptors(), shared_files()
         self._memory: float | None = None
 
     def settle(self) -> None:
-        """Takes the memory of now as what the process needs."""
+        """Notes the memory that the process needs."""
         self._memory = memory_mib()
 
     def leaks(self) -> list[str]:
-        """What the process holds too much of, once every engine is closed."""
+        """The resources that are still held once every engine is closed."""
         found = []
         if self._memory is not None and (now := memory_mib()) > self._memory + GROWTH_MIB:
             found.append(f"{now:.0f} MiB of memory, {self._memory:.0f} after the first quarter")
