@@ -79,6 +79,24 @@ def test_ctrl_c_waits_for_the_forward_pass_or_the_end_of_the_step(llm, monkeypat
     llm.engine.cache.check()
 
 
+def test_ctrl_c_in_a_step_of_the_loop_loses_no_output(llm, monkeypatch):
+    commit = llm.engine.cache.commit
+
+    def signalled(*arguments, **more):
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        return commit(*arguments, **more)
+
+    monkeypatch.setattr(llm.engine.cache, "commit", signalled)
+    llm.engine.add_request(Request(prompt(14), GREEDY, "r"))
+    with pytest.raises(KeyboardInterrupt):
+        llm.loop.step()
+    outputs = llm.loop.step()
+    while llm.engine.has_work:
+        outputs += llm.loop.step()
+    assert [len(output.token_ids) for output in outputs] == [1, 2, 3, 4, 5, 6]
+
+
 def test_ctrl_c_in_a_forward_pass_acts_at_once_and_keeps_the_prefix_tree(llm):
     llm.generate([prompt(20)], GREEDY)
     cached, forward = llm.stats()["pages_cached"], llm.engine.model.forward
