@@ -90,7 +90,7 @@ def memory() -> int:
 
 
 def fault(source: str) -> tuple[str, str | None]:
-    """What became of a template, and what is wrong with that."""
+    """The outcome of a template, and its violation or None."""
     start, before = time.process_time(), memory()
     try:
         ChatTemplate(source).render(MESSAGES)
@@ -98,6 +98,8 @@ def fault(source: str) -> tuple[str, str | None]:
     except NanokvError as error:
         text = str(error)
         outcome, wrong = "refused", "a long message" if "\n" in text or len(text) > CHARACTERS else None
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:
         outcome, wrong = "raised", f"{type(error).__name__}: {error}"[:200]
     if (seconds := time.process_time() - start) > CPU_SECONDS:

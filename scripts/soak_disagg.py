@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
-from soaks.common import Alone, Holdings, RandomRequests, Record, descriptors, memory_mib, parser_of
+from soaks.common import Alone, Holdings, RandomRequests, Record, parser_of
 
 from nanokv import LLM, DisaggConfig, NanokvError, RequestOutput, SamplingParams
 from nanokv.core.request import Request
@@ -29,7 +29,6 @@ AT_ONCE = 8
 """Requests that run or wait at the same time."""
 STUCK_S = 60.0
 """Seconds without an output, with requests open, after which the engine is stuck."""
-TELL_S = 60.0
 KILL, STOP, START = 0.012, 0.04, 0.4
 """Probabilities of one turn: SIGKILL, SIGSTOP, a new request while fewer than AT_ONCE run."""
 ABORT = RESET = 0.02
@@ -94,8 +93,8 @@ def run(llm: LLM, alone: Alone, rng: random.Random, record: Record, holdings: Ho
     """The soak. Returns the process ids of the workers."""
     make, faults = RandomRequests(rng, llm.model_config.vocab_size), Faults(llm, rng, record)
     running: list[Open] = []
-    told, heard, is_settled = 0.0, record.seconds, False
-    while record.seconds < seconds:
+    heard, is_settled = record.seconds, False
+    while not record.is_over(seconds):
         while len(running) < AT_ONCE and rng.random() < START:
             prompt, params = make()
             running.append(Open(prompt, params, llm.loop.submit(Request(prompt, params))))
@@ -131,9 +130,6 @@ def run(llm: LLM, alone: Alone, rng: random.Random, record: Record, holdings: Ho
         if not is_settled and record.seconds > seconds / 4:
             is_settled = True
             holdings.settle()
-        if record.seconds - told > TELL_S:
-            told = record.seconds
-            print(f"{record}; {memory_mib():.0f} MiB, {descriptors()} descriptors", flush=True)
     faults.wake()
     return faults.pids
 
@@ -165,7 +161,7 @@ def main() -> None:
             record.violation(f"worker {pid} has outlived its engine")
     for leak in holdings.leaks():
         record.violation(leak)
-    print(f"seed {options.seed}, {record}; {memory_mib():.0f} MiB, {descriptors()} descriptors")
+    print(f"seed {options.seed}, {record}")
     sys.exit(record.exit_code)
 
 

@@ -272,14 +272,3 @@ def test_codecs_are_told_apart_by_colour_and_marker():
     from nanokv.bench.codecs import ALL
 
     assert len({(labels.colour(name, ALL), labels.marker(name)) for name in ALL}) == len(ALL)
-
-
-# ---- help ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["bench", "learn", "disagg"])
-def test_no_summary_of_a_command_is_cut(name):
-    shown = CliRunner().invoke(main, [name, "--help"], terminal_width=50).stdout
-    words = " ".join(shown.partition("Commands:")[2].split())
-    for command in main.get_command(None, name).commands.values():
-        assert " ".join(command.help.partition("\n\n")[0].split()) in words

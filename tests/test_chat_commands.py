@@ -293,10 +293,17 @@ def test_defaults_come_from_generation_config(tmp_path):
     assert settings.model_defaults(tmp_path).temperature == 0
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"temperature": "warm"}', '{"top_p": 3}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"a":' * 100_000, '{"temperature": "warm"}', '{"top_p": 3}'])
 def test_a_broken_generation_config_is_an_error_that_names_it(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match="generation_config"):
+        settings.model_defaults(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_generation_config_that_is_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "generation_config.json")
+    with pytest.raises(CheckpointError, match="generation_config.json: not a regular file"):
         settings.model_defaults(tmp_path)
 
 

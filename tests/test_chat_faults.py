@@ -172,15 +172,35 @@ def test_pipes_and_devices_are_refused_at_once(terminal, tmp_path):
 def test_ctrl_c_is_heard_while_a_text_is_encoded(terminal, monkeypatch, tmp_path):
     done = threading.Event()
     tokenizer = terminal.session.conversation.tokenizer
+
+    def encode(*_: object) -> list[int]:  # in the thread of StopKey.run
+        signal.raise_signal(signal.SIGINT)
+        done.wait(60)
+        return [1]
+
     for name in ("encode", "render"):
-        monkeypatch.setattr(tokenizer, name, lambda *args: done.wait(60) and [1])
+        monkeypatch.setattr(tokenizer, name, encode)
     (tmp_path / "notes").write_text("a text")
     for line in ("a long text", f"/read {tmp_path / 'notes'}"):
-        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
         began = time.perf_counter()
         assert "stopped before the answer began" in terminal.enter(line)[1]
         assert time.perf_counter() - began < 30 and terminal.said == []
     done.set()
+
+
+def test_ctrl_c_while_typing_is_hidden_stops_the_entry_alone(terminal, monkeypatch):
+    restored = []
+
+    def hide():
+        signal.raise_signal(signal.SIGINT)
+        return lambda: restored.append(True)
+
+    monkeypatch.setattr(stop_key, "hide_typing", hide)
+    before = signal.getsignal(signal.SIGTERM)
+    err = terminal.enter("Hi", "Hello")[1]
+    assert ("stopped before the answer began" in err or "^C after 1 tok" in err) and restored == [True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_growing_file_is_cut_off(tmp_path):

@@ -13,7 +13,10 @@ import nanokv.cli.repl.terminal as terminal_module
 from nanokv import EngineConfig
 from nanokv.cli.repl.compiling import Compilations
 from nanokv.cli.repl.terminal import Terminal
+from nanokv.cli.repl.turn import _turn, stats_line
 from nanokv.cli.repl.wrapping import WordWrap, wrapped
+from nanokv.core.metrics import RequestMetrics
+from nanokv.core.request import RequestOutput
 
 
 @pytest.fixture(autouse=True)
@@ -117,9 +120,16 @@ def test_a_busy_line_is_gone_before_the_answer_begins_and_stays_away():
 def test_a_long_prompt_shows_how_much_of_it_is_computed(monkeypatch):
     terminal = FakeTerminal(ScriptedLLM(EngineConfig(num_pages=200, max_step_tokens=64)))
     screen = terminal.session.terminal.err = Tty()
-    terminal.llm.model.before_step = lambda step: time.sleep(0.15) if step < 9 else None
+    monkeypatch.setattr(terminal_module, "REDRAW_S", 0.01)
+
+    def wait_for_the_line(step: int) -> None:
+        deadline = time.monotonic() + 60
+        while step == 3 and "prefill 128 / 719\x1b[0m" not in screen.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    terminal.llm.model.before_step = wait_for_the_line
     terminal.enter("x" * 700, "ok")
-    assert " / 719\x1b[0m" in screen.getvalue() and "prefill 64 / 719" in screen.getvalue()
+    assert "prefill 128 / 719\x1b[0m" in screen.getvalue()
     terminal.enter("y", "ok")  # a short one shows nothing
     assert " / 7" not in screen.getvalue().rpartition(" tok · ")[2]
 
@@ -159,15 +169,17 @@ def test_time_of_compiling_is_neither_in_tok_s_nor_in_ttft():
     def compile_in(step: int) -> None:
         if step in (1, 3):
             compiled._on_start()
-            time.sleep(0.3)
             compiled._on_end()
 
     terminal.llm.model.before_step = compile_in
-    _, err = terminal.enter("Hi", "abcdef")
-    assert " · compiling 6" in err and " ms apart" in err
-    speed = float(err.split(" · ")[1].split()[0])
-    ttft = err.split("TTFT ")[1].split(" ·")[0]
-    assert speed > 6 / 0.3 and (ttft.endswith(" ms") and float(ttft.split()[0]) < 300)
+    assert " · compiling " in terminal.enter("Hi", "abcdef")[1]
+    compiled._spans = [(98.0, 99.0), (101.5, 102.5), (200.0, 201.0)]
+    metrics = RequestMetrics(arrival=97.0, token_times=[101.0, 102.0, 104.0])
+    output = RequestOutput("r", 0, [1, 2], [3, 4, 5], "abc", "abc", "length", None, 0, 0, None, metrics)
+    turn = _turn(output, 4, 97.0, compiled)
+    assert (turn.first_s, turn.decode_s, turn.compiling_s) == (3.0, 2.0, 2.0)
+    numbers = stats_line(turn, 16, 64)
+    assert "1.0 tok/s · TTFT 3.00 s" in numbers and numbers.endswith("compiling 2.00 s apart")
 
 
 def test_a_question_waits_for_the_kernels_and_ctrl_c_ends_the_wait(monkeypatch):
@@ -176,9 +188,17 @@ def test_a_question_waits_for_the_kernels_and_ctrl_c_ends_the_wait(monkeypatch):
     is_ready = threading.Event()
     monkeypatch.setattr("nanokv.engine.warm_up.warm_up", lambda engine: is_ready.wait(60))
     terminal.session.warm_up.start(terminal.llm)
-    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+    wait = terminal.session.stop.wait
+
+    def signalled(is_done, *look):
+        if not look:  # the wait for the kernels
+            signal.raise_signal(signal.SIGINT)
+        wait(is_done, *look)
+
+    monkeypatch.setattr(terminal.session.stop, "wait", signalled)
     assert "stopped before the answer began" in terminal.enter("Hi")[1]
     assert terminal.said == []
+    monkeypatch.setattr(terminal.session.stop, "wait", wait)
     threading.Timer(0.2, is_ready.set).start()
     assert terminal.enter("Hi", "Hello")[0] == "Hello\n"
 

@@ -79,6 +79,24 @@ def test_ctrl_c_waits_for_the_forward_pass_or_the_end_of_the_step(llm, monkeypat
     llm.engine.cache.check()
 
 
+def test_ctrl_c_in_a_step_of_the_loop_loses_no_output(llm, monkeypatch):
+    commit = llm.engine.cache.commit
+
+    def signalled(*arguments, **more):
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        return commit(*arguments, **more)
+
+    monkeypatch.setattr(llm.engine.cache, "commit", signalled)
+    llm.engine.add_request(Request(prompt(14), GREEDY, "r"))
+    with pytest.raises(KeyboardInterrupt):
+        llm.loop.step()
+    outputs = llm.loop.step()
+    while llm.engine.has_work:
+        outputs += llm.loop.step()
+    assert [len(output.token_ids) for output in outputs] == [1, 2, 3, 4, 5, 6]
+
+
 def test_ctrl_c_in_a_forward_pass_acts_at_once_and_keeps_the_prefix_tree(llm):
     llm.generate([prompt(20)], GREEDY)
     cached, forward = llm.stats()["pages_cached"], llm.engine.model.forward
@@ -114,6 +132,22 @@ def test_a_second_ctrl_c_does_not_wait(llm):
     llm.engine.cache.check()
     assert llm.stats()["pages_held"] == llm.stats()["pages_cached"] == 0  # made anew
     assert llm.generate([prompt(20)], GREEDY)[0].token_ids == expected
+
+
+def test_ctrl_c_at_the_end_of_a_turn_leaves_the_handler_of_the_program_in_its_place(llm, monkeypatch):
+    set_handler = signal.signal
+
+    def signalled(number, handler):
+        if handler is signal.default_int_handler:
+            monkeypatch.undo()
+            signal.raise_signal(signal.SIGINT)
+        return set_handler(number, handler)
+
+    monkeypatch.setattr(signal, "signal", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        llm.stats()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(llm.generate([prompt(8)], GREEDY)[0].token_ids) == 6
 
 
 def test_a_handler_of_the_program_stays_in_its_place(llm):

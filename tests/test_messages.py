@@ -135,6 +135,7 @@ NESTED.append(NESTED)
         ([{"role": "user", "content": ["a"]}], r"messages\[0\]\['content'\]\[0\]: 'a'; expected"),
         ([{"role": "user", "content": "Hi", "image": object()}], "object is no text"),
         ([{"role": "user", "content": "Hi", "extra": NESTED}], "nested too deep"),
+        ([{"role": "user", "content": "Hi", "extra": {(1, 2): 3}}], "a tuple is no key of a dictionary"),
     ],
 )  # fmt: skip
 def test_an_invalid_message_is_named(messages, complaint):

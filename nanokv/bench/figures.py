@@ -31,7 +31,7 @@ def draw_request(figure: Figure, rows: Sequence[Row]) -> None:
     places = range(len(rows))
     saved = [row["prefill_share"] * row["total_s"] for row in rows]
     rest = [row["total_s"] - part for row, part in zip(rows, saved, strict=True)]
-    axes.barh(places, saved, color="tab:orange", label="prefill: what a perfect hit saves")
+    axes.barh(places, saved, color="tab:orange", label="prefill: the most that a hit can save")
     axes.barh(places, rest, left=saved, color="tab:blue", label="the rest", xerr=_bars(rows, "total_s"),
               error_kw={"elinewidth": 1})  # fmt: skip
     hits = [row["hit_total_s"] for row in rows]

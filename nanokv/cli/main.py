@@ -112,8 +112,6 @@ def _add_debug(command: click.Command) -> None:
         _debug_option(command)
     if isinstance(command, click.Group):
         for sub in command.commands.values():
-            # click cuts the line that it takes from a docstring, and wraps one that it is given
-            sub.short_help = sub.short_help or (sub.help or "").split("\n\n")[0]
             _add_debug(sub)
 
 

@@ -31,8 +31,8 @@ class Interrupts:
         try:
             yield
         finally:
+            signal.signal(signal.SIGINT, handler)  # while interrupts still wait, so that none keeps it away
             self._is_deferred = False
-            signal.signal(signal.SIGINT, handler)
             if self._is_pending:
                 self._is_pending = False
                 raise KeyboardInterrupt

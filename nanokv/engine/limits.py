@@ -1,4 +1,4 @@
-"""What this process may use of the machine: memory and processors, within the limits of its container.
+"""Memory and processors that this process may use, within the limits of its container.
 
 Linux limits groups of processes (cgroups), and a group cannot exceed the groups around it. Both versions are read, the
 group of this process and all around it, and the least room counts. Other systems have no such limits here.

@@ -105,7 +105,8 @@ class EngineLoop:
         """One step, in the calling thread. Returns the outputs of requests that were added without a ticket."""
         self._check_process()
         with self._turn():
-            return self._step(self.engine.step)
+            self._step(self.engine.advance)
+        return self.engine.outputs.take_outputs()  # after the turn, whose end may raise KeyboardInterrupt
 
     def cancel(self, request: Request, inbox: Inbox) -> None:
         """Aborts a request between two steps. Never blocks, so a finalizer may call it at any point."""

@@ -60,7 +60,7 @@ class Recovery:
         self._outputs.drop_ended()
 
     def _rewind(self, sample: Request) -> None:
-        """Takes back what no output has shown: a token, its text, and a fork that has begun."""
+        """Takes back everything that no output has shown: a token, its text, and a fork that has begun."""
         num_shown = sample.num_delivered
         del sample.tokens[sample.num_prompt + num_shown :]
         del sample.metrics.token_times[num_shown:]

@@ -1,4 +1,4 @@
-"""What a chat template may cost: CPU time, and the sizes of values. A template comes with the weights: foreign code.
+"""Bounds of a chat template: CPU time, and the sizes of values. A template comes with the weights: foreign code.
 
     time     CPU seconds of the rendering thread, checked at the lines of Python that it runs (sys.settrace; a debugger
              gets its own function back afterwards). It is CPU time, so that a busy machine refuses no template
@@ -35,7 +35,7 @@ class _OutOfTime(BaseException):
 
 
 class Budget:
-    """What a rendering may take; `chars` of input widen it."""
+    """The bounds of one rendering; `chars` of input widen them."""
 
     def __init__(self, chars: int) -> None:
         self.seconds = _SECONDS + 2e-5 * chars

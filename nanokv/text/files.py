@@ -143,7 +143,7 @@ def end_ids(folder: Path) -> tuple[int, ...]:
 
 
 def raise_unless_of_library(error: BaseException) -> None:
-    """Raises what is no fault of a file: the library raises plain Exception, and panics as a BaseException."""
+    """Raises `error` unless the library did: it raises plain Exception, and panics as a BaseException."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 

@@ -60,10 +60,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {_key(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     raise RequestError(f"messages: a {type(value).__name__} is no text, number, list or dictionary")
+
+
+def _key(key: Any) -> Any:
+    if isinstance(key, (tuple, Mapping)):
+        raise RequestError(f"messages: a {type(key).__name__} is no key of a dictionary")
+    return _plain(key)
 
 
 def join_parts(messages: list[dict]) -> list[dict]:

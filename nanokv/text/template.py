@@ -74,7 +74,7 @@ class ChatTemplate:
         return self.open(messages, add_generation_prompt, **variables).text
 
     def open(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **variables: Any) -> Chat:
-        """`render`, as a Chat: the text, and what it was made of."""
+        """`render`, as a Chat: the text, its template and its values."""
         values = {"tools": None, "documents": None, **self.special_tokens, **plain(variables)}
         values["strftime_now"] = datetime.now().strftime  # one time for all renderings of a chat
         template = self._choose(bool(values["tools"]))
@@ -138,7 +138,7 @@ def _with_arguments(chat: Chat) -> Chat:
 
 
 class _Template:
-    """One template, compiled when it is first asked, and what it can mean."""
+    """One template, compiled at its first use, and the variables, roles and parts that it knows."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], where: str) -> None:
         self.source = source

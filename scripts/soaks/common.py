@@ -1,4 +1,4 @@
-"""Parts that the soaks share: random requests, the right answers to them, and what a process holds."""
+"""Parts that the soaks share: random requests, the right answers to them, and the resources of a process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 class Record:
-    """What has happened, counted by name. A violation is printed at once.
+    """Counts of events, by name. A violation is printed at once.
 
     exit_code   0 where there was none
     """
@@ -67,7 +67,8 @@ class Record:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{name} {number:,}" for name, number in sorted(self.counts.items()))
-        return f"{self.seconds:.0f} s: {counts}; {memory_mib():.0f} MiB; violations {self.violations}"
+        holds = f"{memory_mib():.0f} MiB, {descriptors()} descriptors"
+        return f"{self.seconds:.0f} s: {counts}; {holds}; violations {self.violations}"
 
 
 class RandomRequests:
@@ -107,38 +108,44 @@ class Alone:
         self._llm = llm
         self._remembered: dict[tuple[tuple[int, ...], str], list[RequestOutput]] = {}
 
-    def difference(self, prompt: list[int], params: SamplingParams, output: RequestOutput) -> str | None:
-        """How a finished output differs from the right one, bit for bit; None where it does not. An aborted output is
-        compared as far as it goes."""
+    def difference(
+        self, prompt: list[int], params: SamplingParams, output: RequestOutput, cut: Sequence[str] = ("abort",)
+    ) -> str | None:
+        """How a finished output differs from the right one, bit for bit; None where it does not.
+
+        cut   finish reasons of outputs that are compared as far as they go
+        """
         key = tuple(prompt), repr(params)
         if key not in self._remembered:
             if len(self._remembered) == MAX_REMEMBERED:
                 del self._remembered[next(iter(self._remembered))]
             self._remembered[key] = self._llm.generate([prompt], params)
         right = self._remembered[key][output.index]
+        if output.finish_reason in cut:
+            tokens = right.token_ids[: len(output.token_ids)]
+            return None if output.token_ids == tokens else f"{output.token_ids} before its end, not {tokens}"
         if output.finish_reason == "error":
             return f"error: {output.error}"
-        if output.finish_reason == "abort":
-            tokens = right.token_ids[: len(output.token_ids)]
-            return None if output.token_ids == tokens else f"{output.token_ids} before its abort, not {tokens}"
-        if (output.token_ids, output.finish_reason) != (right.token_ids, right.finish_reason):
-            return f"{output.token_ids} ({output.finish_reason}), not {right.token_ids} ({right.finish_reason})"
-        return None if output.logprobs == right.logprobs else f"logprobs {output.logprobs}, not {right.logprobs}"
+        for name in ("token_ids", "finish_reason", "text", "logprobs"):
+            found, expected = getattr(output, name), getattr(right, name)
+            if found != expected:
+                return f"{name} {found!r}, not {expected!r}"
+        return None
 
 
 class Holdings:
-    """What this process holds: memory, descriptors, files in /dev/shm. Made before an engine is."""
+    """Resources of this process: memory, descriptors, files in /dev/shm. Made before an engine is."""
 
     def __init__(self) -> None:
         self._descriptors, self._files = descriptors(), shared_files()
         self._memory: float | None = None
 
     def settle(self) -> None:
-        """Takes the memory of now as what the process needs."""
+        """Notes the memory that the process needs."""
         self._memory = memory_mib()
 
     def leaks(self) -> list[str]:
-        """What the process holds too much of, once every engine is closed."""
+        """The resources that are still held once every engine is closed."""
         found = []
         if self._memory is not None and (now := memory_mib()) > self._memory + GROWTH_MIB:
             found.append(f"{now:.0f} MiB of memory, {self._memory:.0f} after the first quarter")

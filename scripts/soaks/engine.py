@@ -16,7 +16,7 @@ import torch
 from nanokv import SamplingParams
 from nanokv.core.request import Request, RequestOutput
 from nanokv.llm import LLM
-from soaks.common import Record
+from soaks.common import Alone, Record
 
 WORDS = ["the", " a", "e", " is", "\n", "is the", "o"]
 FAULTY = ("runner.run", "_sample", "cache.commit", "scheduler.plan", "cache.match", "cache.reserve", "model.forward")
@@ -45,7 +45,7 @@ class Soak:
             max_step_tokens=rng.choice([7, 24, 64]), max_requests=8, schedule=rng.choice(["fcfs", "longest-prefix"]),
             overlap=overlap, graphs=False, **states,
         )  # fmt: skip
-        self.alone = LLM(
+        self._reference = LLM(
             model, dtype="float32", device="cpu", codec=codec, page_size=size, num_pages=max(40, 1200 // size),
             prefix_cache=False, max_requests=8, **({"num_states": 20} if needs_states else {}),
         )  # fmt: skip
@@ -54,7 +54,7 @@ class Soak:
         self.asked: dict[str, Request] = {}
         self.ends: dict[str, dict[int, RequestOutput]] = {}
         self.armed: tuple[str, bool] | None = None  # a faulty function, and whether it raises after it has run
-        self._expected: dict[Any, Any] = {}
+        self._alone = Alone(self._reference)
         self._idle = 0
         for name in FAULTY:
             self._wrap(name)
@@ -142,33 +142,18 @@ class Soak:
         if len(ends) != request.params.n:
             record.violation(f"{request}: {len(ends)} ends, expected {request.params.n}")
             return
-        expected = self._alone(request)
-        for index, end in ends.items():
+        prompt = list(request.prompt_token_ids)
+        for end in ends.values():
             record.count("compared")
-            is_whole = end.finish_reason in ("stop", "length")
             if request.logit_blocks is not None:
+                expected = self._reference.score(prompt)
                 rows = torch.cat([*request.logit_blocks, expected[:0]])
-                is_right = torch.equal(rows, expected[: len(rows)]) and (not is_whole or len(rows) == len(expected))
+                is_right = torch.equal(rows, expected if end.finish_reason == "length" else expected[: len(rows)])
+                difference = None if is_right else "other rows than alone"
             else:
-                other = expected[index]
-                is_right = end.token_ids == other.token_ids[: len(end.token_ids)]
-                if is_whole:
-                    parts = ("token_ids", "text", "finish_reason", "logprobs")
-                    is_right = all(getattr(end, part) == getattr(other, part) for part in parts)
-            if not is_right:
-                record.violation(f"{request} {request.params}: {end.finish_reason} with another answer than alone")
-
-    def _alone(self, request: Request) -> Any:
-        key = (tuple(request.prompt_token_ids), request.params, request.logit_blocks is None)
-        if key not in self._expected:
-            if len(self._expected) > 3000:
-                self._expected.clear()
-            prompt = list(request.prompt_token_ids)
-            is_scored = request.logit_blocks is not None
-            self._expected[key] = (
-                self.alone.score(prompt) if is_scored else self.alone.generate([prompt], request.params)
-            )
-        return self._expected[key]
+                difference = self._alone.difference(prompt, request.params, end, cut=("abort", "error"))
+            if difference is not None:
+                record.violation(f"{request} {request.params}: {end.finish_reason}: {difference}")
 
     def _wrap(self, name: str) -> None:
         owner: Any = self.llm.engine

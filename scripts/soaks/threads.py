@@ -1,4 +1,4 @@
-"""Soak of threads and of Ctrl-C: what a program with threads, or a person at a notebook, does to one LLM."""
+"""Soak of threads and of Ctrl-C, as a program with threads and a user of a notebook cause them."""
 
 from __future__ import annotations
 

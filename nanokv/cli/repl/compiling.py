@@ -1,4 +1,4 @@
-"""Compiling: what of the CPU kernels is compiled now, and a thread that has it done while the user types."""
+"""Compiling: progress of the compilation of CPU kernels, and a thread that runs them once while the user types."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Compilations:
         self._began = 0.0
 
     def watch(self) -> None:
-        """Hears of compilations from now on. Imports numba, which takes a moment."""
+        """Counts compilations from now on. Imports numba, which takes a moment."""
         from numba.core import event
 
         on_start, on_end = self._on_start, self._on_end
@@ -62,7 +62,7 @@ class Compilations:
             self._is_silent = False
 
     def line(self) -> str:
-        """What is compiled now, as one line; empty where nothing is."""
+        """The progress of a compilation, as one line; empty where none is under way."""
         if not self._depth:
             return ""
         seconds = time.perf_counter() - self._began

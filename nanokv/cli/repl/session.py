@@ -41,7 +41,7 @@ class ChatSession:
     params        SamplingParams of the next answer; `/set` replaces them. `defaults`: those of the start
     terminal      receives answers and notes
     show_stats    whether a line of numbers follows each answer
-    compiled      hears of compiled kernels; None: of none
+    compiled      counts compiled kernels; None: counts none
     conversation  the turns so far
     attached      files of `/read`, (path, text), sent before the next message
     leaving       whether `run` returns after this line

@@ -11,6 +11,7 @@ from typing import Any
 
 from nanokv.core.errors import CheckpointError, NanokvError, RequestError
 from nanokv.core.request import SamplingParams
+from nanokv.text.files import read_json
 
 DEFAULTS = SamplingParams(max_tokens=1024)
 """The parameters of a model without recommendations."""
@@ -97,14 +98,7 @@ def model_defaults(folder: Path) -> SamplingParams:
     Raises CheckpointError where the file is not JSON or recommends an invalid value.
     """
     path = folder / "generation_config.json"
-    if not path.exists():
-        return DEFAULTS
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
+    values = read_json(path)
     names = {ALIASES.get(name, name): name for name in values}
     chosen = {name: values[names[name]] for name in SETTINGS if name in names and values[names[name]] is not None}
     if values.get("do_sample") is False:

@@ -42,11 +42,12 @@ class StopKey:
         self.farewell = ""
         self._pressed_at = 0.0
         self._before: list[Any] = []
+        self._echo: Callable[[], None] | None = None
 
     def __enter__(self) -> StopKey:
-        self.pressed = False
-        self._echo = hide_typing()
+        self.pressed, self._echo = False, None
         self._before = [signal.signal(signal.SIGINT, self._on_interrupt), None]
+        self._echo = hide_typing()  # after the handler: Ctrl-C from here on cannot leave the typing hidden
         if self._echo is not None:
             self._before[1] = signal.signal(signal.SIGTERM, self._on_terminate)
         return self
