@@ -169,8 +169,11 @@ class Engine:
         try:
             return self.scheduler.plan()
         except Exception as error:
-            # The cause is a running request, or the one that was about to be admitted.
-            self._recovery.fail(self.scheduler.running or list(self.scheduler.waiting)[:1], error)
+            # The cause is a running request, or the one that was about to be admitted. Half a plan may be in the books.
+            suspects = list(self.scheduler.running) or list(self.scheduler.waiting)[:1]
+            self._steps.clear()
+            self._recovery.rebuild()
+            self._recovery.fail(suspects, error)
             return StepPlan()
 
     def _move(self, plan: StepPlan) -> None:

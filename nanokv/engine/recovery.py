@@ -42,12 +42,13 @@ class Recovery:
                 self._scheduler.preempt(request)
 
     def rebuild(self) -> None:
-        """Makes the books anew from the live requests, after an interrupt between any two lines of the engine.
+        """Makes the books anew from the live requests, after an interrupt between any two lines of the engine, or an
+        exception in the middle of a plan.
 
         Every live request is queued and computes the same tokens again. The prefix tree is empty. Pages into which a
         connector may still write stay with their requests.
         """
-        logger.warning("an interrupt came while the engine changed its books: the prefix cache starts again, empty")
+        logger.warning("a change of the cache was cut short: the prefix cache starts again, empty")
         kept = self._transfers.abort_all()
         self._cache.rebuild(kept)
         samples = [sample for request_id in self._outputs for sample in self._outputs.of_id(request_id)]
