@@ -40,7 +40,8 @@ class AsyncLLM:
     """An LLM whose methods are coroutines and async generators, for any number of tasks and event loops.
 
     Arguments and errors are those of LLM, and loading blocks as there. `llm` is that LLM; it may be used beside this,
-    from other threads. A task that is cancelled, and a generator that is closed, abort their requests.
+    from other threads. A task that is cancelled, and a generator that is closed, abort their requests; a prompt whose
+    prompt_logprobs are asked for is scored to its end first.
     """
 
     def __init__(

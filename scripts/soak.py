@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 
 import click
+from soaks import disagg as disagg_soak
 from soaks import engine as engine_soak
 from soaks import interrupts as interrupt_soak
 from soaks import threads as thread_soak
@@ -69,6 +70,15 @@ def threads(model: str, seconds: float, seed: int) -> None:
 def ctrl_c(model: str, seconds: float, seed: int) -> None:
     """Ctrl-C at random moments of generate()."""
     thread_soak.run(thread_soak.CtrlC, model, seconds, seed)
+
+
+@main.command()
+@model
+@seconds
+@seed
+def disagg(model: str, seconds: float, seed: int) -> None:
+    """Kills, stops and wakes a prefill process at random."""
+    disagg_soak.run(model, seconds, seed)
 
 
 if __name__ == "__main__":

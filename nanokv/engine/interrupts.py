@@ -37,6 +37,13 @@ class Interrupts:
                 self._is_pending = False
                 raise KeyboardInterrupt
 
+    def forget(self) -> None:
+        """In a forked child: another thread may have forked in the middle of a turn of the main thread."""
+        self._is_deferred = self._is_pending = self.in_forward = False
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGINT) == self._handle:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
         """The part of a turn in which Ctrl-C need not wait: it may take seconds, and changes no books."""

@@ -258,6 +258,7 @@ class EngineLoop:
         torch.set_num_threads(1)  # OpenMP would wait for the threads of the parent for ever
         logger.warning("this process was forked after the model was loaded: it computes with one thread")
         was_busy = self._has_turn
+        self.engine.interrupts.forget()
         self.__init__(self.engine)  # type: ignore[misc]  # the locks may belong to threads of the parent
         self.engine.forget_requests(was_busy)
 

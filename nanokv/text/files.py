@@ -134,12 +134,12 @@ def end_ids(folder: Path) -> tuple[int, ...]:
     try:
         file = msgspec.json.decode(source, type=_File)
         ids = {token.content: token.id for token in file.added_tokens}
-        if text not in ids:
-            ids = msgspec.json.decode(file.model, type=_Model).vocab
+        if text not in ids and isinstance(vocab := msgspec.json.decode(file.model, type=_Model).vocab, dict):
+            ids = vocab
     except (msgspec.MsgspecError, RecursionError) as error:
         raise CheckpointError(f"{path}: {one_line(error)}") from error
-    token_id = ids.get(text, -1) if isinstance(ids, dict) else -1
-    return (token_id,) if isinstance(token_id, int) and token_id >= 0 else ()
+    token_id = ids.get(text, -1)
+    return (token_id,) if token_id >= 0 else ()
 
 
 def raise_unless_of_library(error: BaseException) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import random
@@ -17,15 +16,6 @@ MAX_REMEMBERED = 256
 """Requests whose right answers are kept."""
 GROWTH_MIB = 64
 """Memory that a process may gain after its first quarter; a leak of a page a step gains more in a minute."""
-
-
-def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """A parser with --seconds, --seed and --model. `description`: the module's docstring, with an example."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120.0, help="how long faults are made (%(default)g)")
-    parser.add_argument("--seed", type=int, default=1, help="of the requests and the faults (%(default)s)")
-    parser.add_argument("--model", default="tiny-gqa", help="a name, or a folder (%(default)s)")
-    return parser
 
 
 class Record:

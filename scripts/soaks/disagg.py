@@ -1,9 +1,7 @@
 """Kills, stops and wakes a prefill process at random moments, and compares every answer with that of one process.
 
 Requests are aborted and the prefix cache is reset meanwhile. After each step the books of the cache are checked. At the
-end the workers, the descriptors and /dev/shm must be as before. A violation is printed, and the exit code is 1.
-
-    nice python scripts/soak_disagg.py --seconds 600 --seed 7
+end the workers, the descriptors and /dev/shm must be as before.
 """
 
 from __future__ import annotations
@@ -18,12 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
-from soaks.common import Alone, Holdings, RandomRequests, Record, parser_of
 
 from nanokv import LLM, DisaggConfig, NanokvError, RequestOutput, SamplingParams
 from nanokv.core.request import Request
 from nanokv.disagg import supervisor
 from nanokv.engine.ticket import Ticket
+from soaks.common import Alone, Holdings, RandomRequests, Record
 
 AT_ONCE = 8
 """Requests that run or wait at the same time."""
@@ -89,7 +87,7 @@ class Faults:
             self._record.count(number.name)
 
 
-def run(llm: LLM, alone: Alone, rng: random.Random, record: Record, holdings: Holdings, seconds: float) -> set[int]:
+def _run(llm: LLM, alone: Alone, rng: random.Random, record: Record, holdings: Holdings, seconds: float) -> set[int]:
     """The soak. Returns the process ids of the workers."""
     make, faults = RandomRequests(rng, llm.model_config.vocab_size), Faults(llm, rng, record)
     running: list[Open] = []
@@ -134,7 +132,7 @@ def run(llm: LLM, alone: Alone, rng: random.Random, record: Record, holdings: Ho
     return faults.pids
 
 
-def soak(model: str, rng: random.Random, record: Record, holdings: Holdings, seconds: float) -> set[int]:
+def _soak(model: str, rng: random.Random, record: Record, holdings: Holdings, seconds: float) -> set[int]:
     """Two engines, one of them with a prefill process, from start to end. Returns the process ids of its workers."""
     room = {"dtype": "float32", "page_size": 4, "device": "cpu", "num_states": 20}
     disagg = DisaggConfig(min_tokens=12, heartbeat_s=HEARTBEAT_S)
@@ -142,28 +140,24 @@ def soak(model: str, rng: random.Random, record: Record, holdings: Holdings, sec
         LLM(model, num_pages=400, prefix_cache=False, **room) as reference,
         LLM(model, num_pages=120, max_requests=6, max_step_tokens=64, disagg=disagg, **room) as llm,
     ):
-        pids = run(llm, Alone(reference), rng, record, holdings, seconds)
+        pids = _run(llm, Alone(reference), rng, record, holdings, seconds)
         stats = llm.stats()
     numbers = ("remote_prefills", "remote_lost", "worker_deaths", "stale_messages", "preemptions")
     print(", ".join(f"{name} {stats[name]:,}" for name in numbers))
     return pids
 
 
-def main() -> None:
-    options = parser_of(__doc__).parse_args()
+def run(model: str, seconds: float, seed: int) -> None:
+    """The soak; exits with 1 where it finds a violation."""
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
     torch.set_num_threads(1)
     logging.getLogger("nanokv").setLevel(logging.CRITICAL)  # a death a second is not worth a line each
     supervisor.MAX_DEATHS = sys.maxsize  # three deaths in a row end the restarts, and the soak
     record, holdings = Record(), Holdings()
-    for pid in soak(options.model, random.Random(options.seed), record, holdings, options.seconds):
+    for pid in _soak(model, random.Random(seed), record, holdings, seconds):
         if os.path.exists(f"/proc/{pid}"):
             record.violation(f"worker {pid} has outlived its engine")
     for leak in holdings.leaks():
         record.violation(leak)
-    print(f"seed {options.seed}, {record}")
-    sys.exit(record.exit_code)
-
-
-if __name__ == "__main__":
-    main()
+    print(record)
+    raise SystemExit(record.exit_code)
