@@ -21,7 +21,7 @@ from test_disagg_hosts import ENVIRONMENT, ROOM, free_address
 from nanokv import LLM, DisaggConfig, EngineConfig, SamplingParams
 from nanokv.core.errors import ConfigError
 from nanokv.core.request import Request
-from nanokv.disagg import cluster, dispatcher, link, prefill_loop, server, supervisor
+from nanokv.disagg import cluster, dispatcher, link, prefill_loop, server, supervisor, transport
 from nanokv.disagg.channel import Channel
 from nanokv.disagg.cluster import DisaggCluster
 from nanokv.disagg.config import split_address
@@ -356,3 +356,28 @@ def test_layers_before_hello_end_the_connection(caplog):
             peer._thread.join(60.0)
     assert peer.gone and f"prefill {address}: LAYERS came before HELLO" in caplog.messages
     peer.close()
+
+
+def test_a_done_whose_pages_have_not_all_come_ends_the_connection_and_costs_no_token(address, tiny_llama, monkeypatch):
+    """Otherwise the zeros of a new page, or another prompt's keys, would be published."""
+    prompt = oracles.prompt(40, seed=3)
+    with LLM(tiny_llama, **ROOM) as alone:
+        expected = alone.generate([prompt], GREEDY)[0].token_ids
+    send, calls = transport.PageSender.send, []
+
+    def forgetful(self, layers, ids):
+        calls.append(layers.first)
+        if len(calls) > 1:
+            send(self, layers, ids)
+
+    monkeypatch.setattr(transport.PageSender, "send", forgetful)
+    with LLM(tiny_llama, disagg=DisaggConfig(connect=address, min_tokens=8), **ROOM) as llm:
+        assert llm.generate([prompt], GREEDY)[0].token_ids == expected
+        assert calls and llm.stats()["worker_deaths"] == 1
+
+
+def test_a_host_beyond_loopback_is_not_sent_prompts_without_a_secret(address, monkeypatch):
+    monkeypatch.setattr(link, "is_loopback", lambda host: False)
+    with pytest.raises(ConfigError, match="give a secret_file"):
+        link.connect(address, 10.0, None)
+    link.connect(address, 10.0, b"a secret of the two hosts").close()

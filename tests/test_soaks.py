@@ -1,4 +1,4 @@
-"""scripts/soak.py and scripts/fuzz_templates.py, for a moment: each finds a fault that is there. Long runs are commands."""
+"""The soaks and the fuzzer of templates in scripts/, for a moment: each finds a fault that is there."""
 
 import logging
 import os
