@@ -142,3 +142,15 @@ def test_an_invalid_message_is_named(messages, complaint):
     with pytest.raises(RequestError, match=complaint) as caught:
         ChatTemplate("x").render(messages)
     assert "\n" not in str(caught.value)
+
+
+def test_tool_calls_and_variables_that_the_template_never_reads_are_refused():
+    template = ChatTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ mood }}")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(RequestError, match=r"messages\[1\]\['tool_calls'\]: .* has no place for them"):
+        template.render([{"role": "user", "content": "Hi"}, call])
+    with pytest.raises(RequestError, match="temprature: no such argument"):
+        template.render([{"role": "user", "content": "Hi"}], temprature=0)
+    assert template.render([{"role": "user", "content": "Hi"}], mood="!") == "[user]Hi!"
+    with pytest.raises(RequestError, match="tools='x': expected a list"):
+        template.render([{"role": "user", "content": "Hi"}], tools="x")

@@ -39,7 +39,11 @@ def test_a_scored_prompt_is_computed_once_and_answered_as_any_other(llm):
     llm.reset_prefix_cache()
     scored = llm.generate([prompt(24, 1)], SCORED)[0]
     assert (scored.token_ids, scored.logprobs) == (plain.token_ids, plain.logprobs)
-    assert scored.cached_tokens == 20 and plain.prompt_logprobs is None
+    assert scored.cached_tokens == 0 and plain.prompt_logprobs is None  # its own scoring is no hit
+    steps = llm.stats()["steps"]
+    llm.reset_prefix_cache()
+    llm.generate([prompt(24, 1)], SCORED)
+    assert llm.stats()["steps"] - steps <= 1 + 5  # the answer finds the pages of the scoring
 
 
 def test_a_prompt_that_is_cached_has_the_same_prompt_logprobs(llm):

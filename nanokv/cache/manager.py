@@ -98,11 +98,9 @@ class CacheManager(Sharing):
         """
         if request in self._live:
             raise CacheError(f"{request} is matched twice without a release between")
-        if request.wants_all_logits:
-            self._open(request, b"")
-            request.held.admitted = True  # neither a hit nor a query is counted
-        else:
-            self._open(request, self._matchable(request))
+        # A text that is scored, or was scored before its answer, counts as neither a hit nor a query.
+        request.held.admitted |= request.wants_all_logits or request.prompt_logprobs is not None
+        self._open(request, b"" if request.wants_all_logits else self._matchable(request))
         self._log(Matched, request, request.held.pages)
         return request.num_computed
 

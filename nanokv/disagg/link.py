@@ -45,6 +45,8 @@ logger = logging.getLogger("nanokv")
 
 RETRY_S = 1.0
 """Seconds between two attempts to connect to a host that was lost."""
+CHALLENGE_S = 10.0
+"""Seconds within which a prefill process says CHALLENGE, also while it serves another decode process."""
 PING_S = 2.0
 """Seconds between two PINGs to the prefill process, from HELLO on: it drops a decode process that is silent."""
 
@@ -90,7 +92,7 @@ class HostLink:
         self._challenge: bytes | None = None
         self._receiver: PageReceiver | None = None  # once HELLO is answered
         self._sock: socket.socket | None = None
-        self._pinged = self._told = time.monotonic()  # the prefill process, the engine
+        self._pinged = self._told = self._connected = time.monotonic()  # the prefill process, the engine
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
 
@@ -135,6 +137,7 @@ class HostLink:
                     self._closing.wait(RETRY_S)
             if self._sock is not None:
                 far = Channel(self._sock)
+                self._connected = time.monotonic()
                 self._relay(far)
                 self.why = f"connect={self._address!r}: closed the connection before it was ready"
         except (NanokvError, EOFError, OSError) as error:
@@ -161,6 +164,8 @@ class HostLink:
             writing = [channel for channel in (far, self._engine) if channel.is_backed_up]
             wait([far, self._engine], writing, PING_S)
             self._ping(far)
+            if self._challenge is None and time.monotonic() - self._connected > CHALLENGE_S:
+                raise ProtocolError("no CHALLENGE came")
             for message in self._engine.receive():
                 if isinstance(message, Prefill):
                     pages = unpack_ints(message.pages)[message.cached_length // self._store().layout.page_size :]

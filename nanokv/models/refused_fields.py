@@ -43,9 +43,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def refuse(fields: Fields, config: ModelConfig) -> None:
     """Raises CheckpointError for the first field that asks for other numbers than a model of `config` computes."""
-    scale = config.softmax_scale
+    scale, window = config.softmax_scale, fields.get("sliding_window")
+    is_wide = isinstance(window, int) and window >= config.max_positions  # no key ever leaves it
     neutral = NEUTRAL | {
-        "sliding_window": () if fields.get("use_sliding_window") is None else (fields.get("sliding_window"),),
+        "sliding_window": (window,) if fields.get("use_sliding_window") is not None or is_wide else (),
         "use_qk_norm": (config.qk_norm,),
         "qkv_bias": (config.attention_bias or config.qkv_bias,),
         "attn_output_gate": (config.delta is not None,),

@@ -79,12 +79,19 @@ class ChatTemplate:
         values["strftime_now"] = datetime.now().strftime  # one time for all renderings of a chat
         template = self._choose(bool(values["tools"]))
         for name in ("tools", "documents"):
+            if not isinstance(values[name], (list, type(None))):
+                raise RequestError(f"{name}={values[name]!r:.60}: expected a list")
             if values[name] and not template.reads(name):
                 raise RequestError(f"{name}: the model's chat template has no place for {name}")
+        for name in variables.keys() - {"tools", "documents"}:
+            if not template.reads(name):
+                raise RequestError(f"{name}: no such argument, and no variable that the model's chat template reads")
         checked = check_messages(messages)
         for place, message in enumerate(checked):
             if not template.knows(message["role"]):
                 raise RequestError(f"messages[{place}]['role']={message['role']!r:.40}: unknown to the chat template")
+            if message.get("tool_calls") and "tool_calls" not in template.source:
+                raise RequestError(f"messages[{place}]['tool_calls']: the model's chat template has no place for them")
         if any(isinstance(message.get("content"), list) for message in checked) and not template.takes_parts:
             checked = join_parts(checked)
         return _with_arguments(
