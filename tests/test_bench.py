@@ -107,14 +107,14 @@ def test_prompts_share_exactly_the_requested_tokens():
 
 
 def test_a_closed_loop_keeps_its_clients_busy_and_no_more(llm, monkeypatch):
-    running, ticks, step = [], [], llm.engine.step
+    running, ticks, advance = [], [], llm.engine.advance
 
     def watched_step():
         stats = llm.engine.stats()
         running.append(stats["requests_running"] + stats["requests_waiting"])
-        return step()
+        advance()
 
-    monkeypatch.setattr(llm.engine, "step", watched_step)
+    monkeypatch.setattr(llm.engine, "advance", watched_step)
     loop = closed_loop(llm, random_prompts(7, 40, 256), 5, concurrency=3, tick=lambda: ticks.append(1))
     assert max(running) == 3
     assert len(loop.requests) == len(ticks) == 7
