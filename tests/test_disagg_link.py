@@ -281,14 +281,15 @@ def test_a_server_uses_the_heartbeat_of_the_decode_process(address, tiny_llama, 
     assert told == [2.0]
 
 
-def test_a_lost_host_is_logged_once(address, tiny_llama, monkeypatch, caplog):
+def test_each_loss_of_a_host_is_logged_once(address, tiny_llama, monkeypatch, caplog):
     with LLM(tiny_llama, disagg=DisaggConfig(connect=address, min_tokens=8), **ROOM) as llm:
         monkeypatch.setattr(link.PageReceiver, "receive", raising(EOFError("Connection reset by peer")))
         llm.generate([oracles.prompt(40, seed=1)], GREEDY)
-        assert llm.stats()["worker_deaths"] == 1
+        deaths = llm.stats()["worker_deaths"]  # the prompt goes there again, if the connection is made in time
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    (line,) = [message for message in warnings if message.startswith(f"prefill {address} is gone")]
-    assert line.endswith(": 1 prompts are computed here, tried again")
+    lines = [message for message in warnings if message.startswith(f"prefill {address} ") and "is back" not in message]
+    assert len(lines) == deaths in (1, 2)
+    assert lines[0].endswith(": 1 prompts are computed here, tried again")
 
 
 @pytest.mark.parametrize(("memory", "lived_s", "starts"), [(SENT, 60.0, 7), (None, 60.0, 3), (None, -1.0, 7)])

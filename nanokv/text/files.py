@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from nanokv.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -15,22 +13,6 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 1 << 26  # of a file; the largest tokenizer.json has half of it
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
-class _Added(msgspec.Struct):
-    content: str
-    id: int
-
-
-class _Model(msgspec.Struct):
-    vocab: dict[str, int] | list | None = None
-
-
-class _File(msgspec.Struct):
-    """The parts of tokenizer.json that name tokens: the rest, which is most of it, makes no objects."""
-
-    added_tokens: list[_Added] = []
-    model: msgspec.Raw = msgspec.Raw(b"{}")
 
 
 def read_text(path: Path) -> str | None:
@@ -127,19 +109,15 @@ def end_ids(folder: Path) -> tuple[int, ...]:
     text = special_tokens(folder).get("eos_token")
     if text is None:
         return ()
+    from nanokv.text.token_ids import id_of
+
     path = folder / "tokenizer.json"
     source = read_text(path)
-    if source is None:
-        return ()
     try:
-        file = msgspec.json.decode(source, type=_File)
-        ids = {token.content: token.id for token in file.added_tokens}
-        if text not in ids and isinstance(vocab := msgspec.json.decode(file.model, type=_Model).vocab, dict):
-            ids = vocab
-    except (msgspec.MsgspecError, RecursionError) as error:
+        token_id = None if source is None else id_of(text, source)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {one_line(error)}") from error
-    token_id = ids.get(text, -1)
-    return (token_id,) if token_id >= 0 else ()
+    return () if token_id is None else (token_id,)
 
 
 def raise_unless_of_library(error: BaseException) -> None:
