@@ -193,8 +193,8 @@ class Request:
         self.request_id = request_id
         self.index = 0  # number of this sample, 0 .. n - 1
         self.seed = 0  # of the request; equal for its samples
-        self.logit_blocks: list[Any] | None = None  # score(): float32 [rows, vocab] of each step, instead of sampling
-        self.num_scored = 0  # rows of logits delivered so far: a preempted request computes some rows twice
+        # score(): (first row, float32 [rows, vocab]) of each step, instead of samples; a preemption repeats rows
+        self.logit_blocks: list[tuple[int, Any]] | None = None
         self.num_delivered = 0  # sampled tokens that an output has shown
         self.num_forks = 0  # samples that share this request's prompt and do not run yet
 

@@ -28,11 +28,15 @@ def score_blocks(
     scored = replace(params or SamplingParams(), max_tokens=1, n=1)
     request = Request(token_ids, scored)
     blocks = request.logit_blocks = []
+    seen = 0
     with closing(loop.submit(request)) as ticket:
         while ticket.advance() or blocks:
             ticket.take()
             while blocks:
-                yield blocks.pop(0)
+                first, rows = blocks.pop(0)
+                if first + len(rows) > seen:
+                    yield rows[seen - first :]
+                    seen = first + len(rows)
         if request.finish_reason != "length":
             raise NanokvError(f"scoring ended early: {request.error or request.finish_reason}")
 

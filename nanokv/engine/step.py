@@ -149,8 +149,8 @@ def resolve(step: Step, following: Step | None, cache: Cache, outputs: Outputs) 
             continue
         if not is_preempted:
             cache.commit(request, in_flight=request.num_computed - part.end)
-        if part.logits is not None:
-            _deliver(request, part.logits, part.end)
+        if part.logits is not None and request.logit_blocks is not None:
+            request.logit_blocks.append((part.end - len(part.logits), part.logits))
         elif gets_tokens:
             if len(part.samples) > 1:
                 outputs.fork(request, part.samples[1:])
@@ -161,11 +161,3 @@ def resolve(step: Step, following: Step | None, cache: Cache, outputs: Outputs) 
         request = part.request
         if part.logits is not None and request.finish_reason is None and part.end == request.num_tokens:
             outputs.finish(request, "length")
-
-
-def _deliver(request: Request, logits: torch.Tensor, end: int) -> None:
-    """Appends the logits of rows that were not delivered before: a preempted request computes some rows twice."""
-    assert request.logit_blocks is not None
-    again = max(0, request.num_scored - (end - len(logits)))
-    request.logit_blocks.append(logits[again:])
-    request.num_scored = max(request.num_scored, end)

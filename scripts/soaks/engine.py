@@ -55,7 +55,7 @@ class Soak:
         self.ends: dict[str, dict[int, RequestOutput]] = {}
         self.armed: tuple[str, bool] | None = None  # a faulty function, and whether it raises after it has run
         self._alone = Alone(self._reference)
-        self._idle = 0
+        self._idle = self._delivered = 0
         for name in FAULTY:
             self._wrap(name)
 
@@ -98,8 +98,12 @@ class Soak:
             if is_scored:
                 request.logit_blocks = []
                 record.count("scores")
-            self.llm.engine.add_request(request)
+            self.llm.engine.add_request(request, self._take)
             self.asked[request.id] = request
+
+    def _take(self, output: RequestOutput) -> None:
+        if output.finished:
+            self.ends.setdefault(output.request_id, {})[output.index] = output
 
     def _disturb(self, record: Record) -> None:
         rng, engine = self.rng, self.llm.engine
@@ -112,14 +116,14 @@ class Soak:
         self.armed = (rng.choice(FAULTY), rng.random() < 0.5) if rng.random() < 0.06 else None
 
     def _step(self, record: Record, interrupting: bool = True) -> None:
-        rng, outputs, engine = self.rng, [], self.llm.engine
+        rng, engine = self.rng, self.llm.engine
         record.count("steps")
         try:
             try:
                 if interrupting and rng.random() < 0.1:
                     longest = rng.choice([5e-5, 2e-4, 1e-3, 3e-3, 8e-3])
                     signal.setitimer(signal.ITIMER_REAL, longest * rng.random() + 1e-6)
-                outputs = engine.step()
+                engine.advance()
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
@@ -129,10 +133,8 @@ class Soak:
             engine.cache.check()
         except Exception as error:
             record.violation(f"step {record.counts['steps']}: {error}")
-        for output in outputs:
-            if output.finished:
-                self.ends.setdefault(output.request_id, {})[output.index] = output
-        self._idle = 0 if outputs else self._idle + 1
+        self._idle = 0 if engine.outputs.num_delivered > self._delivered else self._idle + 1
+        self._delivered = engine.outputs.num_delivered
         if self._idle > 400 and engine.has_work:
             record.violation(f"no output in {self._idle} steps: {engine.scheduler.running}")
         for name in [name for name in self.asked if name not in engine and name in self.ends]:
@@ -147,7 +149,9 @@ class Soak:
             record.count("compared")
             if request.logit_blocks is not None:
                 expected = self._reference.score(prompt)
-                rows = torch.cat([*request.logit_blocks, expected[:0]])
+                rows = expected[:0]
+                for first, block in request.logit_blocks:
+                    rows = torch.cat([rows[:first], block, rows[first + len(block) :]])
                 is_right = torch.equal(rows, expected if end.finish_reason == "length" else expected[: len(rows)])
                 difference = None if is_right else "other rows than alone"
             else:
