@@ -206,7 +206,7 @@ def _recurrent(key_heads: int, value_heads: int, dtype: torch.dtype, batch: Batc
 
 
 def _experts(count: int, per_token: int, width: int, hidden: int, dtype: torch.dtype, batch: Batch) -> None:
-    experts, rows = Experts(*([PackedLinear(shape, dtype, dtype, "plain", _empty(*shape, dtype=dtype))] * count
+    experts, rows = Experts(*([PackedLinear(shape, dtype, dtype, None, _empty(*shape, dtype=dtype))] * count
                                   for shape in ((2 * hidden, width), (width, hidden)))), batch.num_rows  # fmt: skip
     x, weights = _empty(rows, width, dtype=dtype), _empty(rows, per_token, dtype=torch.float32)
     cuda.add_experts(x, x, weights, _empty(rows, per_token, dtype=torch.int64), experts)

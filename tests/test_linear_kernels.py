@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import noise, same_bits
 
+from nanokv.kernels import forms
 from nanokv.kernels import linear as kernels
 from nanokv.kernels.linear import (
     activation_dtype,
@@ -143,7 +144,7 @@ def test_packing_copies_so_that_a_checkpoint_can_be_dropped():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_a_dtype_without_a_packed_form_falls_back_to_torch(dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(forms, "multiplies_bfloat16", lambda: False)
     weight, x = noise(20, 64).to(dtype), noise(3, 64, seed=1).to(dtype)
     packed = pack_linear(weight, dtype)
     assert packed.form == "plain"
@@ -159,9 +160,9 @@ def test_x_of_the_wrong_width_or_dtype_is_refused():
 
 
 def test_activations_take_the_dtype_that_the_device_multiplies(monkeypatch):
-    monkeypatch.setattr(kernels, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     assert activation_dtype("cpu", torch.bfloat16) == torch.bfloat16
-    monkeypatch.setattr(kernels, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
     assert activation_dtype("cpu", torch.bfloat16) == torch.float32
     assert activation_dtype("cpu", torch.float16) == torch.float32
     assert activation_dtype("cpu", torch.float32) == torch.float32
@@ -221,7 +222,8 @@ def test_an_x_that_does_not_fit_the_heads_is_refused():
 def onednn_form(weight: torch.Tensor, keep: bool):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
-    return kernels._pack_onednn(weight, keep)
+    form = forms.OneDNN()
+    return kernels.PackedLinear(tuple(weight.shape), weight.dtype, weight.dtype, form, *form.pack(weight, keep))
 
 
 def test_the_onednn_form_keeps_a_rows_bits_for_any_number_of_rows():
@@ -241,12 +243,12 @@ def test_the_onednn_form_serves_as_a_table_only_when_its_rows_were_kept():
         embed(onednn_form(weight, keep=False), ids)
 
 
-@pytest.mark.skipif(not kernels._multiplies_bfloat16(), reason="needs a CPU with bfloat16 instructions")
+@pytest.mark.skipif(not forms.multiplies_bfloat16(), reason="needs a CPU with bfloat16 instructions")
 @pytest.mark.parametrize("shape", [(960, 576), (576, 1536)], ids=str)
 def test_bfloat16_throughout_agrees_with_sums_in_float64(shape):
     weight = noise(*shape).bfloat16()
     packed = pack_linear(weight, torch.bfloat16)
-    assert packed.form == "onednn"
+    assert packed.form in ("tiles", "onednn")
     for rows in (1, 2, 3, 17, 64):
         x = noise(rows, shape[1], seed=rows).bfloat16()
         torch.testing.assert_close(linear(x, packed), reference.linear(x, weight), rtol=2e-2, atol=0.3)
@@ -255,3 +257,47 @@ def test_bfloat16_throughout_agrees_with_sums_in_float64(shape):
 def test_numba_is_imported_only_when_a_weight_is_packed():
     code = "import sys, nanokv.kernels.linear; assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+needs_tiles = pytest.mark.skipif(not forms.Tiles().fits(noise(16, 32).bfloat16(), torch.bfloat16), reason="needs AMX")
+
+
+@needs_tiles
+@pytest.mark.parametrize("shape", [(7, 32), (200, 576), (960, 576), (64, 1536)], ids=str)
+def test_a_product_on_tiles_is_that_of_float64_rounded_once(shape):
+    weight, bias = noise(*shape).bfloat16(), noise(shape[0], seed=9).bfloat16()
+    packed = pack_linear(weight, torch.bfloat16)
+    assert packed.form == "tiles" and torch.equal(packed.unpack(), weight)
+    ids = torch.tensor([0, shape[0] - 1, 3])
+    assert torch.equal(embed(packed, ids), weight[ids]) and packed.num_bytes < 1.1 * weight.nbytes + 2048 * 32
+    for rows in (0, 1, 15, 16, 17, 33, 64):
+        x = noise(rows, shape[1], seed=rows).bfloat16()
+        expected = x.double() @ weight.double().T + bias.double()
+        assert torch.allclose(
+            linear(x, packed, bias).double(), expected, rtol=2**-8, atol=1e-3
+        )  # half a unit, and sums
+        assert same_bits(linear(x, packed), linear(x, packed, torch.zeros_like(bias)))
+
+
+@needs_tiles
+def test_a_row_of_a_product_on_tiles_has_the_same_bits_with_any_other_rows_and_threads():
+    packed, x = pack_linear(noise(1000, 96).bfloat16(), torch.bfloat16), noise(1100, 96, seed=1).bfloat16()
+    whole, before = linear(x, packed), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for start, end in ((0, 1), (1, 3), (3, 16), (5, 22), (0, 33), (7, 600), (40, 1100)):
+                assert same_bits(linear(x[start:end], packed), whole[start:end])
+    finally:
+        torch.set_num_threads(before)
+    assert row_invariant(torch.bfloat16, "cpu")
+
+
+@needs_tiles
+def test_where_linux_refuses_tiles_the_next_form_is_taken(monkeypatch):
+    from nanokv.kernels.cpu import amx
+
+    monkeypatch.setattr(amx, "has_tiles", lambda: False)
+    assert pack_linear(noise(64, 64).bfloat16(), torch.bfloat16).form == "onednn"
+    monkeypatch.undo()
+    assert pack_linear(noise(64, 33).bfloat16(), torch.bfloat16).form == "onednn"

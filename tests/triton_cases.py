@@ -247,7 +247,7 @@ def experts(twins: Twins) -> None:
     count, width, hidden = 6, 48, 40
     weights = [noise(2 * hidden, width, seed=e) / 7 for e in range(count)]
     downs = [noise(width, hidden, seed=9 + e) / 7 for e in range(count)]
-    packed = Experts(*([PackedLinear(tuple(one.shape), twins.dtype, twins.dtype, "plain", one.to(twins.dtype))
+    packed = Experts(*([PackedLinear(tuple(one.shape), twins.dtype, twins.dtype, None, one.to(twins.dtype))
                             for one in many] for many in (weights, downs)))  # fmt: skip
     for rows in (1, 70):
         chosen = noise(rows, count, seed=5).topk(2).indices

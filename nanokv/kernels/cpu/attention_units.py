@@ -39,7 +39,7 @@ def unit_of(index, start, end, cut):
 
 
 @inner
-def _row_and_head(n, unit, group):
+def row_and_head(n, unit, group):
     """The row and the head of query n of a unit, in q and in out."""
     start, first_head, first, members, queries = unit
     return start + n % queries // members, (first_head + n // queries) * group + first + n % members
@@ -50,7 +50,7 @@ def load_queries(unit, cut, q, q_stride, depth, format, wide_q, best, acc, padde
     """The queries of a unit, widened, to float32 [KV heads, queries, depth]; and what an online softmax starts from."""
     count = cut[1] * unit[4]
     for n in range(count):
-        row, head = _row_and_head(n, unit, cut[0])
+        row, head = row_and_head(n, unit, cut[0])
         source = q + (row * q_stride + head * depth) * size_of(format)
         widen_row(source, wide_q + 4 * n * depth, depth, format)
     view(best, count, F32)[:] = MASKED
@@ -71,7 +71,7 @@ def set_limits(unit, positions, tile_start, limits):
 def store_results(unit, cut, acc, padded, total, out, heads, value_dim, format):
     """Divides the results of a unit by their sums of weights and writes them to out [rows, heads, value_dim]."""
     for n in range(cut[1] * unit[4]):
-        row, head = _row_and_head(n, unit, cut[0])
+        row, head = row_and_head(n, unit, cut[0])
         target = view(out + (row * heads + head) * value_dim * size_of(format), value_dim, format)
         result, weights = view(acc + 4 * n * padded, padded, F32), ZERO
         for lane_sum in view(total + 4 * n * LANES, LANES, F32):

@@ -13,7 +13,7 @@ from nanokv.kernels.cpu.emit import INT, constant, like
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 LOG2E = np.float32(1 / math.log(2))
-_SHIFT = 1.5 * 2**23  # a float32 of that size has no room for fractions: adding it rounds to the nearest integer
+SHIFT = 1.5 * 2**23  # a float32 of that size has no room for fractions: adding it rounds to the nearest integer
 # Minimax coefficients of 2**r on [-1/2, 1/2], the constant exactly 1: the error in float32 is below 1.6e-7.
 _COEFFICIENTS = (0.0013264727, 0.0096715126, 0.0555073374, 0.2402224209, 0.6931469776, 1.0)
 
@@ -24,8 +24,8 @@ def emit_exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     def number(value: float) -> ir.Constant:
         return constant(x.type, value)
 
-    shifted = builder.fadd(x, number(_SHIFT))
-    r = builder.fsub(x, builder.fsub(shifted, number(_SHIFT)))
+    shifted = builder.fadd(x, number(SHIFT))
+    r = builder.fsub(x, builder.fsub(shifted, number(SHIFT)))
     p = number(_COEFFICIENTS[0])
     for coefficient in _COEFFICIENTS[1:]:
         p = emit.fma(builder, p, r, number(coefficient))

@@ -47,7 +47,7 @@ def locate(keys, start, count, plane, table, page_bytes, page_size, token_stride
 
 
 @inner
-def _prefetch(keys, first, end, offset, num_bytes):
+def prefetch(keys, first, end, offset, num_bytes):
     """Prefetches a part of the keys (or values, by the offset) first .. end - 1 of a tile."""
     keys = view(keys, KV_TILE, I64)
     for j in range(first, end):
@@ -100,9 +100,7 @@ def qk(keys, count, next_keys, next_count, shift, dims, q, depth, queries, limit
         part_dims = min(dims - start, DIM_TILE)
         for j in range(0, count, 8):
             _widen_keys(keys, j, start, part_dims, k, format)
-            _prefetch(
-                next_keys, j, min(j + 8, next_count), shift + start * size_of(format), part_dims * size_of(format)
-            )
+            prefetch(next_keys, j, min(j + 8, next_count), shift + start * size_of(format), part_dims * size_of(format))
         for n in range(0, queries, Q_TILE):
             end = min(n + Q_TILE, queries)
             limit = last_visible(limits, n, end)
@@ -148,7 +146,7 @@ def pv(keys, count, next_keys, next_count, shift, from_key, dims, queries, limit
             for n in range(j, min(j + 8, count)):
                 widen_row(view(keys, KV_TILE, I64)[n] + offset, v + 4 * DIM_TILE * n, part_dims, format)
             if from_key != 0:  # else values are the keys (MLA), which are prefetched already
-                _prefetch(next_keys, j, min(j + 8, next_count), shift + offset, part_dims * size_of(format))
+                prefetch(next_keys, j, min(j + 8, next_count), shift + offset, part_dims * size_of(format))
         for n in range(0, queries, Q_TILE):
             end = min(n + Q_TILE, queries)
             limit = last_visible(limits, n, end)

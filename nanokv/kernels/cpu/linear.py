@@ -12,17 +12,13 @@ whatever the other rows and the tiles are, so the bits of a row depend on that r
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
-import threading
-
 import torch
 from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 
 from nanokv.kernels.cpu import emit
+from nanokv.kernels.cpu.arena import allocate
 from nanokv.kernels.cpu.compiled import compiled
 from nanokv.kernels.cpu.emit import FLOAT
 from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, view
@@ -38,8 +34,6 @@ X_BYTES = 256 * 1024
 # Blocks of a unit of work: long runs of memory for one row, few enough to balance the load.
 UNIT_BLOCKS = 12
 SQUARE = 64  # side of the squares in which weights are transposed
-# Bytes that the arena of weights maps at once.
-ARENA_BYTES = 64 * 1024 * 1024
 
 
 def _emit_tile(builder, rows, x, x_stride, w, y, y_stride, depth, element):
@@ -122,42 +116,6 @@ def _multiply(gomp, threads, x, x_stride, x_head, w, y, rows, depth, heads, bloc
     parallel_for(gomp, threads, _work, args)
 
 
-class _Arena:
-    """Memory for weights, side by side in pages of 2 MiB where the system has them.
-
-    A decode reads every weight; looking up a small page for every 4 KiB of them costs 7 % of its time. A mapping is
-    freed with its last weight.
-    """
-
-    def __init__(self) -> None:
-        self._room = torch.empty(0, dtype=torch.uint8)
-        self._lock = threading.Lock()
-
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor, aligned to 64 bytes."""
-        size = math.prod(shape) * dtype.itemsize
-        with self._lock:
-            if size > ARENA_BYTES // 4:
-                memory = self._map(size)
-            else:
-                if self._room.numel() < size:
-                    self._room = self._map(ARENA_BYTES)
-                memory, self._room = self._room[:size], self._room[-(-size // 64) * 64 :]
-        return memory.view(dtype).view(shape)
-
-    @staticmethod
-    def _map(size: int) -> torch.Tensor:
-        if not hasattr(mmap, "MADV_HUGEPAGE"):
-            return torch.empty(size, dtype=torch.uint8)
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a system without large pages gives small ones
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-_arena = _Arena()
-
-
 @njit
 def _pack_work(counter, w, blocks, out, depth, format):
     """One thread of the kernel: transposes blocks of 16 outputs, in small squares that stay in cache."""
@@ -187,7 +145,7 @@ def _pack(gomp, threads, w, blocks, out, depth, format):
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """[out, in] -> [ceil(out / 16), in, 16], a copy; missing outputs are 0."""
     (out, depth), weight = weight.shape, weight.contiguous()
-    blocks = _arena.allocate((-(-out // LANES), depth, LANES), weight.dtype)
+    blocks = allocate((-(-out // LANES), depth, LANES), weight.dtype)
     threads = threads_for(weight.numel() / 1e3)
     _pack(GOMP, threads, weight.data_ptr(), blocks.data_ptr(), out, depth, FORMAT[weight.dtype])
     return blocks
