@@ -6,6 +6,8 @@ from nanokv import LLM, AsyncLLM, EngineConfig, SamplingParams
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from nanokv.core.spin import bound_spins
+
 if TYPE_CHECKING:
     from nanokv.async_llm import AsyncLLM
     from nanokv.core.config import EngineConfig
@@ -34,6 +36,8 @@ def __getattr__(name: str) -> Any:
     """Names are imported when they are first used: `nanokv --help` should not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'nanokv' has no attribute {name!r}")
+    if name in ("LLM", "AsyncLLM"):
+        bound_spins()  # before they import torch
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -14,6 +14,9 @@ import click
 
 import nanokv
 from nanokv.core.errors import NanokvError
+from nanokv.core.spin import bound_spins
+
+bound_spins()  # before a command imports torch
 
 COMMANDS = {
     "chat": "Chat with a model in this terminal, or answer one prompt.",
