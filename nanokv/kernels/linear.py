@@ -119,19 +119,22 @@ def head_linear(x: torch.Tensor, packed: PackedHeadLinear) -> torch.Tensor:
 
 
 @cache
-def row_invariant(dtype: torch.dtype, device: torch.device | str, plain: bool = False) -> bool:
+def row_invariant(
+    dtype: torch.dtype, device: torch.device | str, plain: bool = False, widths: tuple[int, ...] = (576, 1536)
+) -> bool:
     """Whether the bits of a row of `linear` are independent of the other rows: measured once in a process.
 
     oneDNN's form counts as dependent: its kernels differ with the number of rows, for some shapes and threads.
 
     dtype    of the weights; activations take `activation_dtype(device, dtype)`
     plain    as of `pack_linear`
+    widths   of x, on which the form of a weight depends
     """
     device = torch.device(device)
     noise = torch.Generator().manual_seed(0)
     activation = activation_dtype(device, dtype)
-    for out, width in ((200, 576), (64, 1536)):
-        packed = pack_linear(torch.randn(out, width, generator=noise).to(device, dtype), activation, plain=plain)
+    for width in widths:
+        packed = pack_linear(torch.randn(200, width, generator=noise).to(device, dtype), activation, plain=plain)
         if packed.form == "onednn":
             return False
         x = torch.randn(130, width, generator=noise).to(device, activation)

@@ -117,9 +117,9 @@ class Ops:
         """`linear.pack_head_linear`; the reference choice keeps the weight as it is."""
         return linear.pack_head_linear(weight, activation_dtype, plain=self.are_reference)
 
-    def row_invariant(self, dtype: torch.dtype, device: torch.device | str) -> bool:
+    def row_invariant(self, dtype: torch.dtype, device: torch.device | str, widths: tuple[int, ...]) -> bool:
         """`linear.row_invariant` of the weights that this choice packs."""
-        return linear.row_invariant(dtype, device, plain=self.are_reference)
+        return linear.row_invariant(dtype, device, self.are_reference, widths)
 
     def add_experts(
         self, out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: Experts

@@ -102,3 +102,15 @@ class ModelConfig:
     def attention_layers(self) -> list[int]:
         """Indices of the layers that keep keys and values, or latents, for each token."""
         return [layer for layer, kind in enumerate(self.layer_types) if kind == ATTENTION]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The numbers of inputs that its matrices have, each once."""
+        inputs = {self.hidden_size, self.num_heads * self.head_dim, self.intermediate_size}
+        if self.mla is not None:
+            inputs |= {self.mla.kv_rank, self.mla.q_rank or 0, self.num_heads * self.mla.value_dim}
+        if self.delta is not None:
+            inputs.add(self.delta.value_heads * self.delta.value_dim)
+        if self.moe is not None:
+            inputs |= {self.moe.width, self.moe.shared_width}
+        return tuple(sorted(inputs - {0}))
