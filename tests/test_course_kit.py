@@ -140,6 +140,7 @@ def in_tree(tree: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_an_exported_tree_names_other_gaps_and_the_students_functions_fill_them(tree):
     course = load_course()
     (tree / "my").mkdir(exist_ok=True)

@@ -139,6 +139,7 @@ def test_a_step_that_fails_in_the_worker_is_computed_again(llm, shared, right):
     assert after["remote_lost"] > before["remote_lost"] and after["worker_deaths"] == before["worker_deaths"]
 
 
+@pytest.mark.slow
 def test_pages_of_a_stopped_worker_are_not_reused_before_its_death(llm, shared, right):
     """Aborted or not, they stay quarantined; and the worker never wakes up to write into them."""
     plan(shared, "layer stop")
@@ -304,6 +305,7 @@ time.sleep(120)
 """
 
 
+@pytest.mark.slow
 def test_a_forked_child_ends_no_worker_and_keeps_none(tiny_llama):
     """The first child closes its copy of the LLM and ends; the second lives on when the decode process is killed."""
     here = Path(__file__).parent.parent

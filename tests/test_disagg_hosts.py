@@ -155,6 +155,7 @@ def test_a_wrong_address_and_a_wrong_model_are_refused(tiny_llama, tmp_path):
         LLM(oracles.llama(tmp_path, seed=1), disagg=DisaggConfig(connect=address), **ROOM)
 
 
+@pytest.mark.slow
 def test_codes_are_sent_between_hosts_with_the_same_codec_options(tmp_path):
     folder, address = oracles.llama(tmp_path, head_dim=32), free_address()
     chosen = {"codec": "tq4", "native_layers": "first1", "prefill": "fast"}
@@ -254,6 +255,7 @@ def wait_until_ready(llm: LLM) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_cut_link_costs_no_token_and_is_used_again_when_it_is_back(hosts, tiny_llama, tmp_path):
     first, second = (["ip", "netns", "exec", name] for name in hosts)
     secret = write_secret(tmp_path / "secret")

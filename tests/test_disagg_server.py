@@ -240,7 +240,7 @@ def test_a_server_without_a_descriptor_and_without_strangers_pauses(monkeypatch)
         reception.Reception(stand_in, "digest")
         with socket.create_connection(listening.getsockname(), timeout=20) as sock:
             assert isinstance(messages_of(sock, 1)[0], Challenge)
-    assert pauses == [reception.TICK_S] * 3
+    assert pauses.count(reception.TICK_S) >= 3  # other servers of this process may pause meanwhile
 
 
 def raise_(error: Exception):

@@ -153,7 +153,7 @@ def test_batch_mates_change_no_bit(model):
         assert torch.equal(torch.cat((got, row)), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_half_precision_logits_stay_close_to_transformers(model, dtype):
     expected = oracles.logits(oracles.reference(model), PROMPT)
     got = Rig(load(model, dtype)).run(PROMPT, 50)
