@@ -311,9 +311,8 @@ def test_hello_of_a_host_and_a_long_life_reset_the_count_of_deaths(memory, lived
         for _ in range(2):
             ours.collect(wait=False)
     assert len(strangers) == starts
-    assert (
-        caplog.messages[0] == f"stranger {'has died: a new one starts' if memory is None else 'is gone: tried again'}"
-    )
+    ours_alone = [message for message in caplog.messages if message.startswith("stranger ")]  # other servers log, too
+    assert ours_alone[0] == f"stranger {'has died: a new one starts' if memory is None else 'is gone: tried again'}"
     ours.close()
 
 
