@@ -93,7 +93,8 @@ def multiplies_bfloat16() -> bool:
 
 
 @cache
-def _numba() -> ModuleType:
+def block_kernels() -> ModuleType:
+    """The kernels of the form "blocks", which import numba."""
     from nanokv.kernels.cpu import linear
 
     return linear
@@ -137,17 +138,17 @@ class Blocks:
         return activation_dtype == torch.float32 and weight.dtype in FORMATS
 
     def pack(self, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return _numba().pack(weight), None
+        return block_kernels().pack(weight), None
 
     def multiply(self, x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
-        y = _numba().multiply(x, packed.data, packed.shape[0])
+        y = block_kernels().multiply(x, packed.data, packed.shape[0])
         return y if bias is None else y.add_(bias)
 
     def embed(self, packed: PackedLinear, ids: torch.Tensor) -> torch.Tensor:
-        return _numba().embed(packed.data, ids)
+        return block_kernels().embed(packed.data, ids)
 
     def unpack(self, packed: PackedLinear) -> torch.Tensor:
-        return _numba().unpack(packed.data, packed.shape[0])
+        return block_kernels().unpack(packed.data, packed.shape[0])
 
 
 class OneDNN:

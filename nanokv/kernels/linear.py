@@ -8,19 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 
-from nanokv.kernels.forms import CPU_FORMS, FORMATS, PackedLinear, multiplies_bfloat16
-
-
-@cache
-def _blocks() -> ModuleType:
-    from nanokv.kernels.cpu import linear
-
-    return linear
+from nanokv.kernels.forms import CPU_FORMS, FORMATS, PackedLinear, block_kernels, multiplies_bfloat16
 
 
 def activation_dtype(device: torch.device | str, weight_dtype: torch.dtype) -> torch.dtype:
@@ -98,7 +90,7 @@ def pack_head_linear(weight: torch.Tensor, activation_dtype: torch.dtype, plain:
     shape = heads, out, width
     may_pack = weight.device.type == "cpu" and not plain
     if may_pack and weight.dtype in FORMATS and activation_dtype in FORMATS:
-        return PackedHeadLinear(shape, activation_dtype, "blocks", _blocks().pack_heads(weight))
+        return PackedHeadLinear(shape, activation_dtype, "blocks", block_kernels().pack_heads(weight))
     return PackedHeadLinear(shape, activation_dtype, "plain", weight.to(activation_dtype).contiguous())
 
 
@@ -114,7 +106,7 @@ def head_linear(x: torch.Tensor, packed: PackedHeadLinear) -> torch.Tensor:
     if x.dtype is not packed.activation_dtype:
         raise TypeError(f"head_linear: x is {x.dtype}, expected {packed.activation_dtype}")
     if packed.form == "blocks":
-        return _blocks().multiply_heads(x.float(), packed.data, packed.shape[1]).to(x.dtype)
+        return block_kernels().multiply_heads(x.float(), packed.data, packed.shape[1]).to(x.dtype)
     return (x.transpose(0, 1) @ packed.data.transpose(1, 2)).transpose(0, 1).contiguous()
 
 

@@ -41,6 +41,7 @@ _SHAPES = np.array(
         [amx.shapes([16, 16, rows, rows, 16, rows, 16, 16]) for rows in range(17)],
     ]
 )
+_SHAPES_AT = _SHAPES.ctypes.data
 
 
 def _emit_strip(builder, tall, wide, x, x_stride, w, block_bytes, sums, steps):
@@ -189,6 +190,6 @@ def multiply(x: torch.Tensor, tiles: torch.Tensor, out: int, bias: torch.Tensor 
         threads = threads_for(rows * blocks * pairs / 1e4 + blocks * pairs / 1e3)
         _multiply(
             GOMP, threads, x.data_ptr(), 2 * x.stride(0), tiles.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            y.data_ptr(), rows, pairs // 16, blocks, _SHAPES.ctypes.data,
+            y.data_ptr(), rows, pairs // 16, blocks, _SHAPES_AT,
         )  # fmt: skip
     return y if blocks * COLUMNS == out else y[:, :out].contiguous()
