@@ -61,8 +61,9 @@ def open_model(
     folder = resolve_model(model)
     chosen = choose_device(config.device)
     device = chosen.device
-    warn_of_spins()
     set_threads(config.threads)
+    if torch.get_num_threads() > 1:
+        warn_of_spins()
     model_config = read_folder(folder)
     dtype = resolve_dtype(config.dtype, model_config)
     codec = codec_of(config, dtype, model_config.attention_layers)

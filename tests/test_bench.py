@@ -1,16 +1,18 @@
 """nanokv bench and the comparison with peers: formulas, rows, figures, tables."""
 
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from nanokv import LLM
-from nanokv.bench import report
+from nanokv.bench import measure, report
 from nanokv.bench.decode import bytes_per_step, fits, measure_decode
 from nanokv.bench.measure import (
     closed_loop,
@@ -223,6 +225,22 @@ def test_every_bench_prints_a_table_for_people(what, title, tiny_llama):
     assert result.exit_code == 0, result.stderr
     assert title in result.stdout
     assert "…" not in result.stdout
+
+
+def test_decoding_names_the_forms_and_the_read_that_it_is_compared_with(tiny_llama):
+    arguments = "decode", tiny_llama, *SMALL["decode"], "--threads", 1
+    printed, found = bench(*arguments), json.loads(bench(*arguments, "--json").stdout)
+    settings, (row, *_) = found["settings"], found["rows"]
+    assert found["hardware"]["threads"] == 1 and found["hardware"]["instructions"] in printed.stdout
+    assert (settings["weight_forms"], settings["attention_form"]) == ({"blocks": 9}, "float32")
+    assert "weights: 9 blocks (float32 weights); attention: float32" in printed.stdout
+    assert row["read_bytes"] == row["weight_bytes"]  # all that fits in a plain read
+    assert re.search(r"^limit: \S+ GB/s, a plain read of ", printed.stdout, re.MULTILINE)
+
+
+def test_bandwidth_is_that_of_as_many_bytes_as_were_asked_for_with_an_upper_bound():
+    assert [measure.read_bytes(size) for size in (1, 4097, 1 << 40)] == [4, 4096, measure.BANDWIDTH_BYTES]
+    assert measure.bandwidth(torch.device("cpu"), 4096) > 0
 
 
 def test_dummy_weights_need_no_checkpoint(tiny_llama, tmp_path):

@@ -6,6 +6,7 @@ import torch
 from nanokv import LLM
 from nanokv.kernels import forms
 from nanokv.kernels.cpu import amx
+from nanokv.kernels.instructions import instructions
 from nanokv.kernels.linear import pack_linear
 from nanokv.models.forms import forms_of
 
@@ -45,6 +46,12 @@ def test_attention_is_named_by_what_it_reads(config, attention, tiny_llama):
 def test_weights_and_attention_on_tiles_need_no_reason(tiny_llama):
     assert reason((64, 96)) == ("tiles", None)
     assert set(chosen(tiny_llama, dtype="bfloat16")[0].weights) <= {"tiles", "onednn"}
+
+
+def test_the_instructions_of_a_machine_are_those_that_its_forms_use():
+    found = instructions()
+    assert ("AMX" in found) == amx.has_tiles() and ("AVX-512 bf16" in found) >= forms.multiplies_bfloat16()
+    assert not {"AVX2", "AVX-512"} <= set(found)
 
 
 @needs_bfloat16

@@ -51,3 +51,20 @@ def test_the_command_line_and_the_library_bound_it_before_torch(statement):
     environment = {"PATH": "", "PYTHONPATH": ":".join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == str(SPINS), done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prefill processes need Linux")
+def test_a_prefill_process_is_started_with_a_bound(monkeypatch):
+    from nanokv.disagg import process
+
+    class Started(Exception):
+        pass
+
+    def start(*arguments, env, **options):
+        raise Started(env["GOMP_SPINCOUNT"])
+
+    for name in CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(process.subprocess, "Popen", start)
+    with pytest.raises(Started, match=str(SPINS)):
+        process.LocalWorker(process.WorkerSpec(name="one", folder=".", device="cpu", dtype="float32", config={}))

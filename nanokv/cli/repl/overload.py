@@ -11,8 +11,8 @@ from glob import glob
 
 BEGINS, ENDS = 0.2, 0.1
 """Shares of the processors' time that others take: from BEGINS a machine is overloaded, below ENDS no longer."""
-LEAST_S = 1.0
-"""Seconds of an answer, waiting included and summed over threads, from which the share is more than noise."""
+LEAST_S = 0.2
+"""Seconds that the threads must have run, together, for a share that is more than noise."""
 
 
 def thread_times(root: str = "") -> tuple[float, float]:
@@ -48,7 +48,7 @@ class Overload:
         """Ends an answer. The line for the first one of an overload; empty for all others."""
         (ran, waited), now = self._before, thread_times(self._root)
         ran, waited = now[0] - ran, now[1] - waited
-        if self._is_silent or ran + waited < LEAST_S:
+        if self._is_silent or ran < LEAST_S:
             return ""
         share, was_overloaded = waited / (ran + waited), self._is_overloaded
         self._is_overloaded = share >= (ENDS if was_overloaded else BEGINS)
