@@ -44,7 +44,7 @@ def processors(root: str = "") -> int:
 
 def set_threads(threads: int | None = None, root: str = "") -> None:
     """Sets the threads of torch, whose number the compiled kernels take too. It counts for the whole process: the
-    engine that was built last decides for all.
+    engine that was built last decides for all. Only a Python thread that has run torch before keeps its number.
 
     threads   None: those that torch has, but no more than `processors`. More would take turns, and spin meanwhile.
               OMP_NUM_THREADS is the user's choice, and stays
