@@ -18,6 +18,7 @@ from nanokv.engine import scoring
 from nanokv.engine.output_processor import Sink
 from nanokv.engine.ticket import Ticket
 from nanokv.kernels.ops import Ops
+from nanokv.models.forms import forms_of
 from nanokv.open_model import open_model
 from nanokv.progress import MANY, advance_with_bar
 
@@ -123,10 +124,16 @@ class LLM:
         """`score` as an iterator of blocks float32 [rows, vocab]: the logits of a long text need not fit in memory."""
         return scoring.score_blocks(self.loop, self._encode(prompt))
 
-    def stats(self) -> dict[str, int | float | bool]:
-        """Numbers about pages, requests and steps, by the names of core/stats.py."""
+    def stats(self) -> dict[str, int | float | bool | str]:
+        """Numbers about pages, requests and steps, and the chosen forms, by the names of core/stats.py."""
         invariant = Ops(self.config.kernels).row_invariant(self.dtype, self.device, self.model_config.widths)
-        return {**self.loop.call(lambda engine: engine.stats()), "row_invariant": invariant}
+        forms = forms_of(self.engine.model)
+        return {
+            **self.loop.call(lambda engine: engine.stats()),
+            "weight_forms": forms.of_weights,
+            "attention_form": forms.of_attention,
+            "row_invariant": invariant,
+        }
 
     def reset_prefix_cache(self) -> None:
         """Drops every cached page that no request holds."""

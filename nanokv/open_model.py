@@ -14,10 +14,11 @@ from nanokv.codecs import codec_of
 from nanokv.core.arguments import check_optional
 from nanokv.core.config import EngineConfig
 from nanokv.core.errors import ConfigError
+from nanokv.core.spin import warn_of_spins
 from nanokv.disagg.config import DisaggConfig
 from nanokv.engine.device import choose_device, resolve_dtype
 from nanokv.engine.engine import Engine
-from nanokv.engine.limits import limit_threads
+from nanokv.engine.limits import set_threads
 from nanokv.engine.loop import EngineLoop
 from nanokv.hub.home import resolve_model
 from nanokv.models.config import ModelConfig
@@ -60,7 +61,9 @@ def open_model(
     folder = resolve_model(model)
     chosen = choose_device(config.device)
     device = chosen.device
-    limit_threads()
+    set_threads(config.threads)
+    if torch.get_num_threads() > 1:
+        warn_of_spins()
     model_config = read_folder(folder)
     dtype = resolve_dtype(config.dtype, model_config)
     codec = codec_of(config, dtype, model_config.attention_layers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import bounded_spins  # noqa: F401
 import torch
 
 from nanokv.codecs.raw import RawCodec

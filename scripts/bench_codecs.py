@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bounded_spins  # noqa: F401
 import codecs_report
 import torch
 

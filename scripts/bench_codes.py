@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+import bounded_spins  # noqa: F401
 import torch
 from bench_attention import LAYERS, PAGE_SIZE, REPEATS, batch_of, smollm2
 

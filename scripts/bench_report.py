@@ -1,10 +1,11 @@
-"""Tables of docs/benchmarks.md and the README's figure, from the JSON of bench_peers.py, bench_families.py,
-bench_codecs.py and `nanokv bench disagg`.
+"""Tables of docs/benchmarks.md and its figures, from the JSON of bench_peers.py, bench_families.py, bench_codecs.py
+and `nanokv bench disagg`.
 
-    python scripts/bench_report.py            rewrites the generated blocks of docs/benchmarks.md, draws cpu.svg
+    python scripts/bench_report.py            rewrites the generated blocks of docs/benchmarks.md, draws cpu-KIND.svg
     python scripts/bench_report.py --check    exit code 1 when the blocks do not match the JSON
 
-A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; all other text is written by hand and kept.
+A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; all other text is written by hand and kept. Each
+kind of machine, docs/benchmarks/cpu-KIND.json, has a section; that of a new kind is added before `<!-- next kind -->`.
 """
 
 from __future__ import annotations
@@ -20,30 +21,15 @@ from pathlib import Path
 import codecs_report
 import disagg_report
 from peers.figure import NAMES, UNITS, draw, is_less_better, markdown, number
+from peers.targets import CEILING_LEAST, KINDS, least_ratios
 
 from nanokv.bench.measure import is_noise
 
 ROOT = Path(__file__).resolve().parents[1]
-JSON = ROOT / "docs/benchmarks/cpu.json"
+FOLDER = ROOT / "docs/benchmarks"
 FAMILIES = ROOT / "docs/benchmarks/families.json"
 PAGE = ROOT / "docs/benchmarks.md"
-FIGURE = ROOT / "docs/benchmarks/cpu.svg"
-
-CEILING_LEAST = 0.85
-
-
-def least_ratios(row: dict) -> dict[str, float]:
-    """Peer -> the ratio that nanokv should reach in this row (for seconds: the highest allowed)."""
-    if row["measure"] == "seconds":
-        return {"transformers": 0.5}
-    if row["measure"] == "requests_per_s":
-        part = row["shared_tokens"] / row["prompt_tokens"]
-        return {"vllm": 0.9 if part == 0 else 1.0 if part < 0.75 else 1.1}
-    if row["measure"] == "prefill_tokens_per_s":
-        return {"vllm": 0.9}
-    if row["measure"] == "decode_tokens_per_s":
-        return {"vllm": 1.3, "llama": 0.7}
-    return {"vllm": 1.1} if row["requests"] == 16 else {}
+NEXT = "<!-- next kind -->"
 
 
 # ---- numbers ------------------------------------------------------------------------------------------------------
@@ -68,7 +54,8 @@ def ratios(result: dict) -> Iterator[tuple[dict, str, str, float, float | None]]
             for other, theirs in row["engines"].items():
                 peer, peer_dtype = other.split()
                 if peer != "nanokv" and peer_dtype == dtype:
-                    yield row, own, other, mine["median"] / theirs["median"], least_ratios(row).get(peer)
+                    least = least_ratios(result["kind"], row, dtype).get(peer)
+                    yield row, own, other, mine["median"] / theirs["median"], least
 
 
 def is_reached(row: dict, ratio: float, least: float) -> bool:
@@ -83,9 +70,10 @@ def machine(result: dict) -> str:
     """The machine, the settings and the versions."""
     hardware, settings = result["hardware"], result["settings"]
     memory = hardware["memory_bytes"] / 2**30
+    instructions = f", {hardware['instructions']}" if "instructions" in hardware else ""
     lines = [
-        f"{result['date']}, {hardware['cpu']}, {settings['threads']} threads, {memory:.0f} GiB, {hardware['system']}, "
-        f"Python {hardware['python']}. Model {result['model']}; each engine has "
+        f"{result['date']}, {hardware['cpu']}{instructions}, {settings['threads']} threads, {memory:.0f} GiB, "
+        f"{hardware['system']}, Python {hardware['python']}. Model {result['model']}; each engine has "
         f"{settings['kv_bytes'] / 2**30:.0f} GiB for KV, {settings['max_model_len']:,} tokens of length, steps of "
         f"{settings['max_step_tokens']:,} tokens. Median of {settings['repeats']} runs (lowest to highest); "
         f"what took more than {settings['once_s']:.0f} s was run once.",
@@ -205,7 +193,7 @@ def prefix(result: dict) -> str:
     return markdown([*header, "TTFT p50"], rows)
 
 
-def families(result: dict) -> str:
+def families(_result: dict) -> str:
     """Two implementations side by side, from families.json, which names its own machine."""
     result = json.loads(FAMILIES.read_text(encoding="utf-8"))
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
@@ -232,24 +220,52 @@ def _milliseconds(times: list[float]) -> str:
     return f"{1e3 * statistics.median(times):.3g} ms"
 
 
-BLOCKS: dict[str, Callable[[dict], str]] = {
-    "machine": machine,
-    "targets": targets,
-    "losses": losses,
-    "speed": speed,
-    "prefix": prefix,
-    "families": families,
-    **codecs_report.BLOCKS,
-    **disagg_report.BLOCKS,
-}
+Make = Callable[[dict], str]
+OF_A_KIND: dict[str, Make] = {
+    "machine": machine, "targets": targets, "losses": losses, "speed": speed, "prefix": prefix,
+}  # fmt: skip
+OTHERS: dict[str, Make] = {"families": families, **codecs_report.BLOCKS, **disagg_report.BLOCKS}
+SECTION = """## {title}
+
+<!-- begin machine_{kind} --><!-- end machine_{kind} -->
+
+![nanokv and its peers](benchmarks/cpu-{kind}.svg)
+
+### {title}: numbers to reach
+
+<!-- begin targets_{kind} --><!-- end targets_{kind} -->
+
+### {title}: where nanokv loses
+
+<!-- begin losses_{kind} --><!-- end losses_{kind} -->
+
+### {title}: all rows
+
+<!-- begin speed_{kind} --><!-- end speed_{kind} -->
+
+### {title}: prefix caching under load
+
+<!-- begin prefix_{kind} --><!-- end prefix_{kind} -->
+
+"""
 
 
-def fill(page: str, result: dict) -> str:
-    """The page with every block replaced. Raises ValueError unless the page has exactly the blocks of BLOCKS."""
+def fill(page: str, results: dict[str, dict]) -> str:
+    """The page with every block replaced.
+
+    results   of bench_peers.py, by kind of machine; one without a section gets one
+    Raises    ValueError where the page has other blocks than these results and OTHERS have
+    """
+    for kind in results:
+        if f"<!-- begin machine_{kind} -->" not in page:
+            page = page.replace(NEXT, SECTION.format(title=KINDS[kind], kind=kind) + NEXT)
+    blocks = {name: (make, {}) for name, make in OTHERS.items()}
+    for kind, result in results.items():
+        blocks |= {f"{name}_{kind}": (make, {**result, "kind": kind}) for name, make in OF_A_KIND.items()}
     found = re.findall(r"<!-- begin (\w+) -->", page)
-    if sorted(found) != sorted(BLOCKS):
-        raise ValueError(f"the page has the blocks {', '.join(found)}; expected {', '.join(BLOCKS)}, each once")
-    for name, make in BLOCKS.items():
+    if sorted(found) != sorted(blocks):
+        raise ValueError(f"the page has the blocks {', '.join(found)}; expected {', '.join(blocks)}, each once")
+    for name, (make, result) in blocks.items():
         block = f"<!-- begin {name} -->\n\n{make(result)}\n\n<!-- end {name} -->"
         page, count = re.subn(rf"<!-- begin {name} -->.*?<!-- end {name} -->", lambda _: block, page, flags=re.DOTALL)  # noqa: B023
         if count != 1:
@@ -257,20 +273,26 @@ def fill(page: str, result: dict) -> str:
     return page
 
 
+def read(folder: Path) -> dict[str, dict]:
+    """The results of bench_peers.py in a folder, by kind of machine."""
+    paths = {kind: folder / f"cpu-{kind}.json" for kind in KINDS}
+    return {kind: json.loads(path.read_text(encoding="utf-8")) for kind, path in paths.items() if path.exists()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=JSON, help="(%(default)s)")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="with cpu-KIND.json (%(default)s)")
     parser.add_argument("--page", type=Path, default=PAGE, help="(%(default)s)")
-    parser.add_argument("--figure", type=Path, default=FIGURE, help="(%(default)s)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail when the page is out of date")
     options = parser.parse_args()
-    result = json.loads(options.json.read_text(encoding="utf-8"))
+    results = read(options.folder)
     old = options.page.read_text(encoding="utf-8")
-    new = fill(old, result)
+    new = fill(old, results)
     if options.check:
         sys.exit(0 if new == old else f"{options.page} is out of date: run scripts/bench_report.py")
     options.page.write_text(new, encoding="utf-8")
-    draw(result, options.figure)
+    for kind, result in results.items():
+        draw(result, options.folder / f"cpu-{kind}.svg")
     codecs_report.draw(codecs_report.JSON)
 
 

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from nanokv.core.spin import bound_spins
+
 ROOT = Path(__file__).resolve().parents[1]
+
+bound_spins()  # before a test imports torch
 
 # The package may be installed elsewhere; its tests, and the commands they start, use the checkout's weights.
 os.environ.setdefault("NANOKV_HOME", str(ROOT / "weights"))

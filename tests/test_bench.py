@@ -1,16 +1,18 @@
 """nanokv bench and the comparison with peers: formulas, rows, figures, tables."""
 
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from nanokv import LLM
-from nanokv.bench import report
+from nanokv.bench import measure, report
 from nanokv.bench.decode import bytes_per_step, fits, measure_decode
 from nanokv.bench.measure import (
     closed_loop,
@@ -225,6 +227,22 @@ def test_every_bench_prints_a_table_for_people(what, title, tiny_llama):
     assert "…" not in result.stdout
 
 
+def test_decoding_names_the_forms_and_the_read_that_it_is_compared_with(tiny_llama):
+    arguments = "decode", tiny_llama, *SMALL["decode"], "--threads", 1
+    printed, found = bench(*arguments), json.loads(bench(*arguments, "--json").stdout)
+    settings, (row, *_) = found["settings"], found["rows"]
+    assert found["hardware"]["threads"] == 1 and found["hardware"]["instructions"] in printed.stdout
+    assert (settings["weight_forms"], settings["attention_form"]) == ({"blocks": 9}, "float32")
+    assert "weights: 9 blocks (float32 weights); attention: float32" in printed.stdout
+    assert row["read_bytes"] == row["weight_bytes"]  # all that fits in a plain read
+    assert re.search(r"^limit: \S+ GB/s, a plain read of ", printed.stdout, re.MULTILINE)
+
+
+def test_bandwidth_is_that_of_as_many_bytes_as_were_asked_for_with_an_upper_bound():
+    assert [measure.read_bytes(size) for size in (1, 4097, 1 << 40)] == [4, 4096, measure.BANDWIDTH_BYTES]
+    assert measure.bandwidth(torch.device("cpu"), 4096) > 0
+
+
 def test_dummy_weights_need_no_checkpoint(tiny_llama, tmp_path):
     (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
     result = bench("request", tmp_path, *SMALL["request"], "--dummy", "--json", "--kernels", "reference")
@@ -284,9 +302,12 @@ def test_numbers_in_tables_keep_three_digits():
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import bench_report
-    from peers import client, figure, overhead, rows
+    from peers import client, figure, overhead, rows, targets
 
-    return {"report": bench_report, "client": client, "figure": figure, "overhead": overhead, "rows": rows}
+    return {
+        "report": bench_report, "client": client, "figure": figure, "overhead": overhead, "rows": rows,
+        "targets": targets,
+    }  # fmt: skip
 
 
 def runs(*values):
@@ -349,9 +370,9 @@ def test_cpus_are_named_as_vllm_reads_them(scripts):
 
 
 def test_blocks_come_from_the_json_alone_and_other_text_stays(scripts, result):
-    page = (ROOT / "docs/benchmarks.md").read_text() + "\nA verdict.\n"
-    filled = scripts["report"].fill(page, result)
-    assert scripts["report"].fill(filled, result) == filled
+    page, results = (ROOT / "docs/benchmarks.md").read_text() + "\nA verdict.\n", committed(scripts) | {"avx2": result}
+    filled = scripts["report"].fill(page, results)
+    assert scripts["report"].fill(filled, results) == filled
     assert filled.endswith("\nA verdict.\n")
     assert "| 2.1 (2 to 2.2) | 1.1 (1 to 1.2) |" in filled
     assert (
@@ -365,13 +386,42 @@ def test_blocks_come_from_the_json_alone_and_other_text_stays(scripts, result):
     assert "llama.cpp bfloat16 4" in losses
     assert len(losses.splitlines()) == 3
     with pytest.raises(ValueError, match="blocks"):
-        scripts["report"].fill("# no blocks", result)
+        scripts["report"].fill("# no blocks", results)
+
+
+def test_a_new_kind_of_machine_gets_a_section_with_targets_of_its_own_beside_the_others(scripts, result):
+    page, report = (ROOT / "docs/benchmarks.md").read_text(), scripts["report"]
+    here = committed(scripts)
+    kind = next(kind for kind in scripts["targets"].KINDS if kind not in here)
+    filled = report.fill(page, here | {kind: result})
+    title = scripts["targets"].KINDS[kind]
+    section = filled[filled.index(f"## {title}\n") :]
+    assert section.count(f"### {title}: ") == 4 and "| 2.1 (2 to 2.2) | 1.1 (1 to 1.2) |" in section
+    assert filled.replace(filled[filled.index(f"## {title}\n") : filled.index(report.NEXT)], "") == page
+    assert report.fill(filled, here | {kind: result}) == filled
+
+
+def test_each_kind_of_machine_has_its_own_targets(scripts):
+    targets, rows = scripts["targets"], [row.shape | {"measure": row.measure} for row in scripts["rows"].all_rows()]
+
+    def of(kind, dtype):
+        return [targets.least_ratios(kind, row, dtype) for row in rows]
+
+    sweep = [{"vllm": 1.1}] * 6 + [{"vllm": 1.25}] * 3
+    assert of("amx", "bfloat16") == [{"vllm": 1.9, "llama": 1.7}, {"vllm": 1.4}, {"vllm": 1.25}, {"vllm": 1.25}, *sweep]
+    assert of("amx", "float32") == [{"vllm": 1.1}] * len(rows)
+    assert of("avx2", "float32")[:4] == [{"vllm": 1.3, "llama": 0.7}, {}, {"vllm": 1.1}, {"vllm": 0.9}]
+    kinds = [targets.kind_of(found) for found in ("AVX-512, AVX-512 bf16, AMX", "AVX-512", "AVX2", "NEON", "none")]
+    assert kinds == ["amx", "avx512", "avx2", "neon", "other"]
+
+
+def committed(scripts):
+    return scripts["report"].read(ROOT / "docs/benchmarks")
 
 
 def test_the_page_is_that_of_the_committed_numbers(scripts):
-    committed = json.loads((ROOT / "docs/benchmarks/cpu.json").read_text())
     page = (ROOT / "docs/benchmarks.md").read_text()
-    assert scripts["report"].fill(page, committed) == page, "run scripts/bench_report.py"
+    assert scripts["report"].fill(page, committed(scripts)) == page, "run scripts/bench_report.py"
 
 
 def test_the_figure_is_the_same_bytes_for_the_same_json(scripts, result, tmp_path):

@@ -194,7 +194,7 @@ def test_throughput_beyond_its_ceiling_is_marked(tiny_llama, tmp_path, monkeypat
 
 @pytest.mark.parametrize("cache", [None, 1 << 40])
 def test_bandwidth_beyond_the_limit_is_marked_unless_a_step_fits_in_the_cache(cache, tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(decode, "bandwidth", lambda device: 1.0)
+    monkeypatch.setattr(decode, "bandwidth", lambda device, num_bytes: 1.0)
     monkeypatch.setattr(decode, "cache_bytes", lambda device: cache)
     rows, table, figure = noisy("decode", tiny_llama, tmp_path)
     assert all((row["noise"], row["in_cache"]) == (cache is None, cache is not None) for row in rows)

@@ -45,6 +45,15 @@ def test_an_answer_goes_to_stdout_and_its_numbers_to_stderr(terminal):
     )  # 32, not 33: the last token has no K and V
 
 
+def test_an_overload_is_one_line_under_the_numbers(terminal, monkeypatch):
+    lines = iter(["other programs take about 60 % of the processors' time: answers are slower", ""])
+    monkeypatch.setattr(terminal.session.overload, "line", lambda: next(lines))
+    _, first = terminal.enter("Hi", "Hello")
+    _, second = terminal.enter("Hi", "Hello")
+    assert first.splitlines()[1:] == ["other programs take about 60 % of the processors' time: answers are slower"]
+    assert second.count("\n") == 1
+
+
 def test_numbers_have_the_form_that_the_help_describes(terminal):
     _, err = terminal.enter("Hi", "Hello")
     assert re.fullmatch(STATS, err.strip())

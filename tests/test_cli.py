@@ -40,6 +40,13 @@ def test_every_command_has_help_with_an_example(command):
     assert "--debug" in result.stdout
 
 
+@pytest.mark.parametrize("command", ["chat", "bench decode", "bench codecs", "disagg prefill"])
+def test_every_command_that_runs_a_model_takes_a_number_of_threads(command):
+    assert "--threads N" in run(*command.split(), "--help").stdout
+    wrong = run(*command.split(), "--threads", "0", *(["--listen", "127.0.0.1:7000"] if "disagg" in command else []))
+    assert wrong.exit_code == 2 and "--threads 0: expected an integer of at least 1" in wrong.stderr
+
+
 def test_help_and_version_import_nothing_heavy():
     code = (
         "import sys, nanokv.cli.main as m\n"

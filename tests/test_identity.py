@@ -63,7 +63,7 @@ IGNORED = [
     {"event_log": "events.jsonl"}, {"max_requests": 2}, {"max_step_tokens": 64}, {"max_model_len": 99},
     {"num_pages": 8}, {"num_states": 8}, {"state_interval": 32}, {"kv_memory": "1MiB"}, {"gpu_memory_fraction": 0.5},
     {"prefix_cache": False}, {"overlap": False}, {"graphs": False}, {"schedule": "longest-prefix"},
-    {"debug_checks": True}, {"device": "cpu"}, {"seed": 1}, {"prefill": "fast"},
+    {"debug_checks": True}, {"device": "cpu"}, {"seed": 1}, {"prefill": "fast"}, {"threads": 1},
 ]  # fmt: skip
 """Settings that change no byte; a seed or a kind of prefill does not where weights are read and pages are raw."""
 

@@ -8,8 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanokv import LLM, EngineConfig
+from nanokv.core.errors import ConfigError
 from nanokv.engine import limits, memory
-from nanokv.engine.limits import free_memory, limit_threads, processors, total_memory
+from nanokv.engine.limits import free_memory, processors, set_threads, total_memory
+from nanokv.kernels.cpu.omp import threads_for
 
 MIB, GIB = 2**20, 2**30
 
@@ -107,11 +110,36 @@ def test_torch_gets_no_more_threads_than_there_are_processors(tmp_path, monkeypa
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     for threads in (64, 3, 2, 1):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        limit_threads(root)
+        set_threads(None, root)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
-    limit_threads(root)
+    set_threads(None, root)
     assert set_to == [2, 2]
+
+
+def test_a_chosen_number_of_threads_counts_and_one_beyond_the_processors_is_named(tmp_path, monkeypatch, caplog):
+    root, set_to = tree(tmp_path, V2, {"system.slice/box/cpu.max": "200000 100000"}), []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    set_threads(1, root)
+    set_threads(2, root)
+    assert set_to == [1, 2] and not caplog.records
+    set_threads(3, root)
+    (record,) = caplog.records
+    assert set_to == [1, 2, 3] and "threads=3: this process may use 2 processors" in record.getMessage()
+
+
+def test_kernels_run_on_as_many_threads_as_the_engine_was_given(tiny_llama):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1):
+            with LLM(tiny_llama, threads=threads, num_pages=20):
+                assert torch.get_num_threads() == threads_for(1e6) == threads
+        with pytest.raises(ConfigError, match="threads=0: expected an integer of at least 1"):
+            EngineConfig(threads=0)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_engine_takes_its_default_pool_from_the_memory_of_its_container(monkeypatch):

@@ -259,7 +259,8 @@ def test_numba_is_imported_only_when_a_weight_is_packed():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-needs_tiles = pytest.mark.skipif(not forms.Tiles().fits(noise(16, 32).bfloat16(), torch.bfloat16), reason="needs AMX")
+refused = forms.Tiles().refusal(noise(16, 32).bfloat16(), torch.bfloat16)
+needs_tiles = pytest.mark.skipif(refused is not None, reason=f"tiles: {refused}")
 
 
 @needs_tiles

@@ -6,6 +6,7 @@ most machines that bounds it:
     bytes of a step = weights + batch * (context * bytes per token + 2 * state bytes)
     share = bytes of a step / time of a step / bandwidth measured in the same run
 
+The bandwidth is that of a plain read of as many bytes as the weights have, on the same threads.
 The computation of a step grows with the batch, so the share falls where computing takes longer than reading. A step
 whose bytes fit in the last-level cache may read none of them from memory: it is marked `in_cache`, and may exceed
 100 %. Any other share over 105 % is marked as noise.
@@ -27,10 +28,12 @@ from nanokv.bench.measure import (
     no_tick,
     not_kept,
     ranged,
+    read_bytes,
     warm_up,
     weight_bytes,
 )
 from nanokv.llm import LLM
+from nanokv.models.forms import forms_of
 
 
 def bytes_per_step(weights: int, batch: int, context: int, bytes_per_token: int, state_bytes: int = 0) -> int:
@@ -56,7 +59,8 @@ def measure_decode(
     """
     check_length(llm, min(contexts), steps + 8)
     warm_up(llm, 64)
-    limit = bandwidth(llm.device)
+    read = read_bytes(weight_bytes(llm, max(batches)))
+    limit = bandwidth(llm.device, read)
     rows = []
     for batch in batches:
         for context in contexts:
@@ -64,7 +68,7 @@ def measure_decode(
                 speeds: list[float] = []
                 for _ in range(repeat):
                     speeds.append(decode_speed(llm, batch, context, steps))
-                    row = _row(llm, batch, context, speeds, limit)
+                    row = _row(llm, batch, context, speeds, limit, read)
                     found(row)
                 rows.append(row)
             tick()
@@ -78,7 +82,16 @@ def fits(llm: LLM, batch: int, context: int, steps: int) -> bool:
     return tokens <= engine.max_length and pages <= len(engine.store.pages) and batch <= engine.config.max_requests
 
 
-def _row(llm: LLM, batch: int, context: int, speeds: list[float], limit: float) -> dict[str, Any]:
+def notes(llm: LLM, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What was chosen for this model on this machine, and the limit that the rows are compared with."""
+    limits = [
+        f"limit: {row['bandwidth_bytes_per_s'] / 1e9:.3g} GB/s, a plain read of {row['read_bytes'] / 1e6:,.0f} MB"
+        for row in rows[-1:]
+    ]
+    return [str(forms_of(llm.engine.model)), *limits]
+
+
+def _row(llm: LLM, batch: int, context: int, speeds: list[float], limit: float, read: int) -> dict[str, Any]:
     layout, weights = llm.engine.layout, weight_bytes(llm, batch)
     per_token, per_sequence = layout.bytes_per_token, layout.state_payload
     moved = bytes_per_step(weights, batch, context, per_token, per_sequence)
@@ -97,6 +110,7 @@ def _row(llm: LLM, batch: int, context: int, speeds: list[float], limit: float) 
         "bytes_per_step": moved,
         "bytes_per_s": moved / step,
         "bandwidth_bytes_per_s": limit,
+        "read_bytes": read,
         **ranged("bandwidth_share", [moved * speed / batch / limit for speed in speeds], share),
         "in_cache": in_cache,
         "noise": is_noise(share) and not in_cache,

@@ -87,7 +87,8 @@ def measure_disagg(
         with _cores(cores[: max(1, len(cores) // 2)] if mode == "split" else cores) as threads:
             worker_cores = tuple(cores[len(cores) // 2 :])
             disagg = DisaggConfig(worker_cores=worker_cores) if mode == "split" else None
-            with load(disagg, max_step_tokens=chunk if mode == "chunked" else whole, prefix_cache=True) as llm:
+            step = chunk if mode == "chunked" else whole
+            with load(disagg, max_step_tokens=step, prefix_cache=True, threads=threads) as llm:
                 run_trace(llm, min(prompt_tokens, 256), 1, running, context, seed=99)  # compiles
                 transfers: dict[int, list[float]] = {}
                 for tokens in (prompt_tokens, prompt_tokens // 4):

@@ -32,7 +32,7 @@ Ticker = Callable[[], None]
 """Called after each answered request, for progress bars."""
 
 BANDWIDTH_BYTES = 1 << 29
-"""Read to measure memory bandwidth: far more than any last-level cache holds."""
+"""The most that is read to measure memory bandwidth: more than most last-level caches hold."""
 FILLER = 0x3C
 """The byte that fills pages that were not computed: a harmless number in float32, bfloat16 and float16."""
 
@@ -247,15 +247,30 @@ def declare(cache: CacheManager, prompt: list[int]) -> list[int]:
     return pages
 
 
-def bandwidth(device: torch.device, repeat: int = 5) -> float:
-    """Bytes per second that this process can read from memory: the fastest of several sums over a large buffer."""
-    buffer = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
+def read_bytes(num_bytes: int) -> int:
+    """Bytes that `bandwidth` reads in the place of so many."""
+    return max(4, min(num_bytes, BANDWIDTH_BYTES) // 4 * 4)
+
+
+def bandwidth(device: torch.device, num_bytes: int = 1 << 62, repeat: int = 5) -> float:
+    """Bytes per second that torch's threads read from memory: the fastest of several sums over a buffer, which is
+    memory as weights have it, in large pages where the system has them.
+
+    num_bytes   that are read, such as those of the weights; BANDWIDTH_BYTES at most
+    """
+    count = read_bytes(num_bytes) // 4
+    if device.type == "cpu":
+        from nanokv.kernels.cpu.arena import allocate
+
+        buffer = allocate((count,), torch.float32).fill_(1.0)
+    else:
+        buffer = torch.ones(count, dtype=torch.float32, device=device)
     times = []
     for _ in range(repeat + 1):
         begin = time.perf_counter()
         buffer.sum().item()  # item() waits for a GPU
         times.append(time.perf_counter() - begin)
-    return BANDWIDTH_BYTES / min(times[1:])
+    return 4 * count / min(times[1:])
 
 
 def cache_bytes(device: torch.device) -> int | None:

@@ -82,11 +82,9 @@ def legend(rows: Sequence[Row]) -> list[str]:
 
 
 def caption(result: Mapping[str, Any]) -> str:
-    """What a figure shows, of a command's JSON object: the model and how it ran, the machine, versions and the date."""
-    settings, machine = result["settings"], result["hardware"]
-    device, codec = settings.get("device", "cpu"), settings.get("codec") if "codecs" not in settings else None
-    instructions = machine.get("instructions")
-    cpu = f"{machine['cpu']}, {machine['cpus']} cores" + (f", {instructions}" if instructions else "")
+    """What a figure shows, of a command's JSON object: the model and how it ran, and the line of `machine`."""
+    settings = result["settings"]
+    codec = settings.get("codec") if "codecs" not in settings else None
     repeat = settings.get("repeat", 1)
     words = [
         f"{result['command']}: {result['model']}",
@@ -97,12 +95,20 @@ def caption(result: Mapping[str, Any]) -> str:
         f"median of {repeat} (lowest to highest)" if repeat > 1 else "",
         "interrupted" if settings.get("interrupted") else "",
     ]
+    return "\n".join([", ".join(filter(None, words)), machine(result)])
+
+
+def machine(result: Mapping[str, Any]) -> str:
+    """Where a command ran, of its JSON object: processor and instructions, threads, versions and the date."""
+    machine, device = result["hardware"], result["settings"].get("device", "cpu")
+    instructions = machine.get("instructions")
+    cpu = f"{machine['cpu']}, {machine['cpus']} cores" + (f", {instructions}" if instructions else "")
     versions = [f"nanokv {result['version']}" if "version" in result else "", f"torch {machine['torch']}"]
     where = [
         ", ".join(machine["gpus"]) if device.startswith("cuda") else cpu, f"{machine['threads']} threads",
         machine["system"], *versions, f"Python {machine['python']}", result.get("date", ""),
     ]  # fmt: skip
-    return "\n".join(", ".join(filter(None, part)) for part in (words, where))
+    return ", ".join(filter(None, where))
 
 
 def _spread(name: str, digits: str) -> Callable[[Row], str]:

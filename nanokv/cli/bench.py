@@ -78,10 +78,11 @@ def decode(**options: Any) -> None:
     """Measure decoding over batch size and context.
 
     A step must read all weights and the keys and values of every request. The table has the share of the memory
-    bandwidth that this reaches; the bandwidth is measured in the same run.
+    bandwidth that this reaches; a plain read of as many bytes as the weights measures it in the same run. Below stand
+    the forms of the weights and of attention, with the reason where a weight has another form than the preferred one.
     """
     from nanokv.bench import figures, report
-    from nanokv.bench.decode import fits, measure_decode
+    from nanokv.bench.decode import fits, measure_decode, notes
 
     batch, context, steps = options["batch"], options["context"], options["steps"]
     with Bench("decode", options, max_requests=max(batch)) as at:
@@ -94,7 +95,7 @@ def decode(**options: Any) -> None:
         points = ", ".join(f"{b} x {c:,}" for b, c in left_out)
         limits = f"the {binary(pool)} of pages (--kv-memory) or the model's {longest:,} tokens"
         click.echo(f"left out, beyond {limits}: {points}", err=True)
-    at.show([(report.DECODE, at.rows, "batch")], figures.draw_decode, (9, 4.4))
+    at.show([(report.DECODE, at.rows, "batch")], figures.draw_decode, (9, 4.4), notes(at.llm, at.rows))
 
 
 @bench.command(epilog="Example: nanokv bench disagg --plot disagg.png")

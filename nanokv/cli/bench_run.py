@@ -51,7 +51,7 @@ class Numbers(click.ParamType):
 
 COUNT = click.IntRange(min=1)
 COUNTS = Numbers(int, 1)
-_ENGINE = ("device", "dtype", "kernels", "kv_memory")
+_ENGINE = ("device", "dtype", "kernels", "threads", "kv_memory")
 
 
 def bench_options(command: Callable) -> Callable:
@@ -105,13 +105,18 @@ class Bench:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> bool:
+        from nanokv.models.forms import forms_of
+
         self.interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        forms = forms_of(self.llm.engine.model)
         self.settings |= {
             "repeat": self.repeat,
             "device": str(self.llm.device),
             "dtype": str(self.llm.dtype).removeprefix("torch."),
             "codec": self.llm.config.codec,
             "kernels": self.llm.config.kernels,
+            "weight_forms": forms.weights,
+            "attention_form": forms.of_attention,
             "dummy": self._dummy,
             "page_size": self.llm.config.page_size,
             "max_step_tokens": self.llm.config.max_step_tokens,
@@ -198,6 +203,7 @@ class Bench:
         weights = "random weights" if self._dummy else "its weights"
         median = f"; median of {self.repeat}, lowest to highest below" if self.repeat > 1 else ""
         click.echo(f"{self._name}: {self.settings['device']}, {self.settings['dtype']}, {weights}{median}")
+        click.echo(report.machine(common.envelope(self.what, self._name, self.settings, [])))
         for columns, rows, group in tables:
             made = report.table(columns, rows, group)
             width = Console(width=1000).measure(made).maximum

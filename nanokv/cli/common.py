@@ -34,6 +34,7 @@ _MODEL_OPTIONS = (
     dtype_option,
     click.option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True,
                  help="auto: compiled for the device; reference: readable torch, on any device."),
+    click.option("--threads", type=int, metavar="N", help="Threads on a CPU. Default: the processors it may use."),
 )  # fmt: skip
 _CODEC_OPTIONS = (
     click.option("--codec", default="raw", show_default=True,
@@ -66,7 +67,7 @@ plot_option = click.option(
 
 
 def model_options(command: Callable) -> Callable:
-    """Adds MODEL, which may be absent, and how it runs: --device, --dtype, --kernels.
+    """Adds MODEL, which may be absent, and how it runs: --device, --dtype, --kernels, --threads.
 
     A wrong value of an option is a usage error, also where only a loaded model shows that it is wrong.
     """
@@ -153,10 +154,11 @@ def hardware() -> dict[str, Any]:
     import torch
 
     from nanokv.engine.limits import processors, total_memory
+    from nanokv.kernels.instructions import instructions
 
     return {
         "cpu": _cpu_name(),
-        "instructions": _instructions(),
+        "instructions": ", ".join(instructions()) or "no vector instructions",
         "cpus": processors(),
         "memory_bytes": total_memory(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -172,15 +174,6 @@ def _cpu_name() -> str:
     text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
     named = re.search(r"^model name.*?:(.*)", text, re.MULTILINE)
     return named[1].strip() if named else platform.processor() or platform.machine()
-
-
-def _instructions() -> str:
-    """The vector instructions that torch uses on this processor, and AMX where it has it, such as "AVX512, AMX"."""
-    import torch
-
-    cpuinfo = Path("/proc/cpuinfo")
-    has_amx = cpuinfo.exists() and " amx_tile" in cpuinfo.read_text(encoding="utf-8", errors="replace")
-    return torch.backends.cpu.get_cpu_capability() + ", AMX" * has_amx
 
 
 def emit_json(command: str, model: str | list[str], settings: dict, rows: list[dict]) -> None:

@@ -107,6 +107,7 @@ class KiviCodec:
 class KiviPages:
     """Keys and values of one layer: full pages in codes, partial ones unquantized."""
 
+    planes = None
     is_recordable = False
     """Only the device knows which pages become full, and pages are decoded: see AttentionPages."""
 

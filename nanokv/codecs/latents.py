@@ -137,6 +137,7 @@ class RawLatentPages:
 class LatentPages:
     """Coded latents of one layer, keys and values at once."""
 
+    planes = None
     is_recordable = False
     """Pages are decoded: see AttentionPages."""
 

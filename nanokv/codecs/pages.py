@@ -105,6 +105,11 @@ class AttentionPages:
         self.key_mean = KeyMean(is_lossy=not isinstance(k, RawQuantizer))
 
     @property
+    def planes(self) -> CodePlanes | None:
+        """Where a kernel reads the codes; None where pages are decoded."""
+        return self._planes
+
+    @property
     def is_recordable(self) -> bool:
         """Whether a decode step may be recorded in a CUDA graph. Not where pages are decoded: the host waits for the
         device to learn how many there are, each counted once."""

@@ -104,6 +104,10 @@ class EngineConfig:
     kernels: str = "auto"
     """"auto": compiled kernels for the device (numba, Triton); "reference": the readable torch ones on any device, to
     step through with a debugger. Much slower; float32 tokens are the same, except where two logits almost tie."""
+    threads: int | None = None
+    """Threads that compute on a CPU, of torch and of the compiled kernels. Torch has one number for the whole process:
+    the engine built last decides. Default: OMP_NUM_THREADS, else at most the processors that the process may use
+    (affinity, quota of its container)."""
     unquantized_layers: InitVar[str] = ""
     """An alias of native_layers, in which its value is kept."""
 
@@ -117,7 +121,7 @@ class EngineConfig:
         if self.page_size is None:
             object.__setattr__(self, "page_size", _PAGE_SIZES.get(str(self.codec), 16))
         self._integers(page_size=1, max_step_tokens=1, max_requests=1)
-        self._integers(optional=True, num_pages=1, num_states=2, state_interval=1, max_model_len=2)
+        self._integers(optional=True, num_pages=1, num_states=2, state_interval=1, max_model_len=2, threads=1)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}: expected an integer")
         if self.page_size & (self.page_size - 1) or self.page_size > 64:

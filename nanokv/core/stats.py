@@ -1,7 +1,8 @@
-"""The numbers of `LLM.stats`: a table of names, kinds, units and meanings, for documentation and metrics.
+"""The values of `LLM.stats`: a table of names, kinds, units and meanings, for documentation and metrics.
 
 gauge     the present value, or a constant of the engine
 counter   a count since the engine was made; never falls
+text      a constant of the engine, in words
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stat:
-    """One number. `only` names the engines that have it; "": all."""
+    """One value. `only` names the engines that have it; "": all."""
 
     name: str
     kind: str
@@ -53,12 +54,14 @@ STATS = (
     Stat("remote_lost", "counter", "attempts", "remote prefills that failed or whose process died", _DISAGG),
     Stat("worker_deaths", "counter", "processes", "prefill processes that died or were killed", _DISAGG),
     Stat("stale_messages", "counter", "messages", "dropped messages of an old attempt or an old pool", _DISAGG),
+    Stat("weight_forms", "text", "", "the forms of the weights (kernels/forms.py), matrices of each"),
+    Stat("attention_form", "text", "", "what computes attention: tiles, float32, codes, decoded, reference or triton"),
     Stat(
         "row_invariant", "gauge", "bool",
         "whether matrix products on this machine give a row the same bits for any other rows; exactness needs it",
     ),
 )  # fmt: skip
-"""Every number of `LLM.stats`."""
+"""Every value of `LLM.stats`."""
 
 
 def markdown() -> str:

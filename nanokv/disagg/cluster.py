@@ -48,7 +48,8 @@ class DisaggCluster:
         self.dispatcher = Dispatcher(disagg)
         self._store: CacheStore | None = None
         self._dtype = str(dtype).removeprefix("torch.")
-        fields = asdict(replace(config, event_log=None))
+        threads = config.threads if disagg.worker_cores is None else len(disagg.worker_cores)
+        fields = asdict(replace(config, event_log=None, threads=threads))
         self._folder, self._config = folder, config
         self._secret = None if disagg.secret_file is None else read_secret(disagg.secret_file)
         for address in disagg.connect:  # first: a wrong address is an error before anything is started

@@ -14,6 +14,7 @@ import sys
 
 import msgspec
 
+from nanokv.core.spin import bounded
 from nanokv.disagg.channel import Channel, wait
 from nanokv.disagg.worker import WorkerSpec
 
@@ -39,6 +40,7 @@ class LocalWorker:
                 pass_fds=[far.fileno()],
                 stdin=subprocess.DEVNULL,
                 process_group=0,
+                env=bounded(os.environ),
             )
         self.name = spec.name
         self.why: str | None = None

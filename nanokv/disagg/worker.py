@@ -31,7 +31,7 @@ from nanokv.disagg.config import LONGEST_S, SHORTEST_S, is_heartbeat
 from nanokv.disagg.messages import VERSION, Abort, Failed, Hello, Message, Ping, Prefill, ProtocolError
 from nanokv.disagg.prefill_loop import PrefillLoop
 from nanokv.disagg.shared_buffer import map_pool
-from nanokv.engine.limits import limit_threads
+from nanokv.engine.limits import set_threads
 from nanokv.engine.profile_run import run_small_step
 from nanokv.models.decoder import Decoder
 from nanokv.models.identity import model_identity
@@ -68,7 +68,7 @@ class PrefillModel:
     def __init__(self, folder: Path, config: EngineConfig, device: str, dtype: str) -> None:
         self.config = config
         self.device = torch.device(device)
-        limit_threads()
+        set_threads(config.threads)
         described = read_folder(folder)
         kind = getattr(torch, dtype)
         self.decoder: Decoder = load_model(
@@ -230,7 +230,6 @@ def main(arguments: list[str], make_session: Callable[..., Session] = Session) -
     logging.basicConfig(format=f"[{spec.name}] %(message)s", stream=sys.stderr)
     if spec.cores is not None:
         os.sched_setaffinity(0, spec.cores)
-        torch.set_num_threads(len(spec.cores))
     sock = socket.socket(fileno=int(arguments[0]))
     parent, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     channel = Channel(sock)

@@ -13,11 +13,14 @@ Source: cgroup-v2.rst and cgroup-v1/memory.rst of the Linux kernel's documentati
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import os
 from collections.abc import Iterator
 
 import torch
+
+logger = logging.getLogger("nanokv")
 
 
 def free_memory(root: str = "") -> int:
@@ -39,13 +42,21 @@ def processors(root: str = "") -> int:
     return max(1, min([mine, *_quotas(root)]))
 
 
-def limit_threads(root: str = "") -> None:
-    """Takes threads from torch that this container has no processors for: they would take turns, and spin meanwhile.
+def set_threads(threads: int | None = None, root: str = "") -> None:
+    """Sets the threads of torch, whose number the compiled kernels take too. It counts for the whole process: the
+    engine that was built last decides for all. Only a Python thread that has run torch before keeps its number.
 
-    OMP_NUM_THREADS is the user's choice, and stays.
+    threads   None: those that torch has, but no more than `processors`. More would take turns, and spin meanwhile.
+              OMP_NUM_THREADS is the user's choice, and stays
     """
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > processors(root):
-        torch.set_num_threads(processors(root))
+    available, present = processors(root), torch.get_num_threads()
+    if threads is None:
+        threads = present if "OMP_NUM_THREADS" in os.environ else min(present, available)
+    elif threads > available:
+        logger.warning("threads=%d: this process may use %d processors, so threads wait for each other",
+                       threads, available)  # fmt: skip
+    if threads != present:
+        torch.set_num_threads(threads)
 
 
 # -- control groups

@@ -36,6 +36,7 @@ class PackedLinear:
     packing            the form; None: plain
     data               the weight in that form
     table              a plain copy [out, in] beside it, or None
+    refusal            why the preferred form, the first of the list, was not taken; None where it was
     """
 
     shape: tuple[int, int]
@@ -44,6 +45,7 @@ class PackedLinear:
     packing: Form | None
     data: torch.Tensor
     table: torch.Tensor | None = None
+    refusal: str | None = None
 
     @property
     def form(self) -> str:
@@ -66,8 +68,8 @@ class Form(Protocol):
 
     name: str
 
-    def fits(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> bool:
-        """Whether this CPU multiplies such a weight in this form."""
+    def refusal(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> str | None:
+        """Why this CPU does not multiply such a weight in this form, in few words; None where it does."""
 
     def pack(self, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The packed weight, and with `keep` a plain copy where `embed` needs one."""
@@ -92,6 +94,20 @@ def multiplies_bfloat16() -> bool:
     )
 
 
+def _no_bfloat16(weight_dtype: torch.dtype, activation_dtype: torch.dtype) -> str | None:
+    """Why this CPU does not multiply in bfloat16 throughout; None where it does."""
+    if weight_dtype != torch.bfloat16:
+        return f"{_name(weight_dtype)} weights"
+    if not multiplies_bfloat16():
+        has_onednn = torch.backends.mkldnn.is_available()
+        return "the CPU has no bfloat16 instructions" if has_onednn else "this build of torch has no oneDNN"
+    return None if activation_dtype == torch.bfloat16 else f"{_name(activation_dtype)} activations"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @cache
 def block_kernels() -> ModuleType:
     """The kernels of the form "blocks", which import numba."""
@@ -110,13 +126,16 @@ def _tile_kernels() -> ModuleType:
 class Tiles:
     name = "tiles"
 
-    def fits(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> bool:
-        return (
-            activation_dtype == weight.dtype == torch.bfloat16
-            and weight.shape[1] % 32 == 0
-            and multiplies_bfloat16()
-            and _tile_kernels().amx.has_tiles()
-        )
+    def refusal(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> str | None:
+        width, refused = weight.shape[1], _no_bfloat16(weight.dtype, activation_dtype)
+        if refused is not None:
+            return refused
+        if width % 32:
+            return f"width {width} is no multiple of 32"
+        amx = _tile_kernels().amx
+        if amx.has_tiles():
+            return None
+        return "the system does not grant AMX" if amx.cpu_has_tiles() else "the CPU has no AMX"
 
     def pack(self, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         return _tile_kernels().pack(weight), None
@@ -134,8 +153,10 @@ class Tiles:
 class Blocks:
     name = "blocks"
 
-    def fits(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> bool:
-        return activation_dtype == torch.float32 and weight.dtype in FORMATS
+    def refusal(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> str | None:
+        if activation_dtype == torch.float32 and weight.dtype in FORMATS:
+            return None
+        return f"{_name(weight.dtype)} weights and {_name(activation_dtype)} activations"
 
     def pack(self, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         return block_kernels().pack(weight), None
@@ -154,8 +175,8 @@ class Blocks:
 class OneDNN:
     name = "onednn"
 
-    def fits(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> bool:
-        return activation_dtype == weight.dtype == torch.bfloat16 and multiplies_bfloat16()
+    def refusal(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> str | None:
+        return _no_bfloat16(weight.dtype, activation_dtype)
 
     def pack(self, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         data = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _EXPECTED_ROWS)

@@ -35,11 +35,13 @@ def pack_linear(
     """
     weight = weight.detach()
     shape, dtype = (weight.shape[0], weight.shape[1]), weight.dtype
-    if weight.device.type == "cpu" and not plain:
-        for form in CPU_FORMS:
-            if form.fits(weight, activation_dtype):
-                return PackedLinear(shape, dtype, activation_dtype, form, *form.pack(weight, keep))
-    return PackedLinear(shape, dtype, activation_dtype, None, weight.to(activation_dtype).contiguous())
+    first = None
+    for form in CPU_FORMS if weight.device.type == "cpu" and not plain else ():
+        refusal = form.refusal(weight, activation_dtype)
+        if refusal is None:
+            return PackedLinear(shape, dtype, activation_dtype, form, *form.pack(weight, keep), first)
+        first = first or refusal
+    return PackedLinear(shape, dtype, activation_dtype, None, weight.to(activation_dtype).contiguous(), None, first)
 
 
 def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:

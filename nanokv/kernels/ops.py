@@ -27,6 +27,7 @@ from nanokv.core.errors import ConfigError
 from nanokv.kernels import linear, reference
 from nanokv.kernels.experts import Experts
 from nanokv.kernels.linear import PackedHeadLinear, PackedLinear
+from nanokv.kernels.planes import CodePlanes, KVPlanes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -116,6 +117,22 @@ class Ops:
     def pack_head_linear(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> PackedHeadLinear:
         """`linear.pack_head_linear`; the reference choice keeps the weight as it is."""
         return linear.pack_head_linear(weight, activation_dtype, plain=self.are_reference)
+
+    def attention_form(self, x: torch.Tensor, planes: KVPlanes | CodePlanes | None) -> str:
+        """What computes attention: "tiles" or "float32" over raw pages, "codes" over coded ones, "decoded" over pages
+        that are decoded first; "reference", "triton".
+
+        x        of the activations' dtype and device
+        planes   of keys and values in a page; None: pages are decoded
+        """
+        module = self.implementations(x)
+        if module is reference or x.is_cuda:
+            return "reference" if module is reference else "triton"
+        if not isinstance(planes, KVPlanes):
+            return "decoded" if planes is None else "codes"
+        from nanokv.kernels.cpu.tile_attention import is_for
+
+        return "tiles" if is_for(x, planes) else "float32"
 
     def row_invariant(self, dtype: torch.dtype, device: torch.device | str, widths: tuple[int, ...]) -> bool:
         """`linear.row_invariant` of the weights that this choice packs."""

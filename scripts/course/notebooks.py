@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanokv.core.errors import CourseError
+from nanokv.core.spin import bounded
 
 ROOT = Path(__file__).resolve().parents[2]
 LESSONS = ROOT / "lessons"
@@ -42,7 +43,7 @@ def run(path: Path, mine: bool = False, images: Path | None = None, quiet: bool 
     Raises   CourseError with its last line where it fails
     """
     command = [sys.executable, *(["-m", "course.with_mine"] if mine else []), str(path)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
+    environment = bounded(os.environ) | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
     if images is not None:
         environment["NANOKV_LESSONS_IMG"] = str(images)
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if quiet else {}

@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from nanokv.core.spin import bounded
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 LOAD_S, ANSWER_S = 900, 900
@@ -75,11 +77,12 @@ class Worker:
 
 
 def environment(engine: str, settings: dict) -> dict[str, str]:
-    """The environment of a worker: threads, no network, and the settings that vLLM reads only from there."""
+    """The environment of a worker: threads, no network, and the settings that vLLM reads only from there; the bound
+    on spins that the command line sets for nanokv, whose worker imports torch first."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     variables |= {"OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1"}
     if engine == "nanokv":
-        variables["PYTHONPATH"] = str(ROOT)
+        variables = bounded(variables | {"PYTHONPATH": str(ROOT)})
     if engine == "vllm":  # it runs on Linux only, where the affinity is known
         variables |= {
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, settings["kv_bytes"] >> 30)),

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from overhead import match_time, step_overhead
 from protocol import serve
 
@@ -28,16 +27,16 @@ TINY = {
 
 class Engine:
     def __init__(self, settings: dict) -> None:
-        torch.set_num_threads(settings["threads"])
         self.llm = LLM(
             settings["model"],
             dtype=settings["dtype"],
+            threads=settings["threads"],
             kv_memory=settings["kv_bytes"],
             max_model_len=settings["max_model_len"],
             max_step_tokens=settings["max_step_tokens"],
             max_requests=settings["max_requests"],
         )
-        versions = {"nanokv": nanokv.__version__, "torch": torch.__version__, "numba": version("numba")}
+        versions = {"nanokv": nanokv.__version__, "torch": version("torch"), "numba": version("numba")}
         self.about = {"versions": versions, "flags": asdict(self.llm.config)}
 
     def forget(self) -> None:

@@ -7,13 +7,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from nanokv.cli.repl.commands import run_command
 from nanokv.cli.repl.compiling import Compilations, WarmUp
 from nanokv.cli.repl.fitting import longest_token
+from nanokv.cli.repl.overload import Overload
 from nanokv.cli.repl.stop_key import StopKey
 from nanokv.cli.repl.turn import Turn, answer, stats_line
 from nanokv.core.errors import NanokvError, RequestError
 from nanokv.core.request import RequestOutput, SamplingParams
+from nanokv.engine.limits import processors
 from nanokv.text.conversation import Conversation
 
 if TYPE_CHECKING:
@@ -69,6 +73,7 @@ class ChatSession:
         self.leaving = False
         self.compiled = Compilations() if compiled is None else compiled
         self.warm_up = WarmUp()
+        self.overload = Overload(torch.get_num_threads(), processors())
 
     def run(self, reader: LineReader) -> None:
         """Reads and answers lines until the user leaves. Meanwhile the kernels run once, which may compile them."""
@@ -184,6 +189,7 @@ class ChatSession:
             self.compiled.announce()
             with self.terminal.busy(lambda: self.compiled.line() or "preparing kernels ..."):
                 self.stop.wait(lambda: not self.warm_up.is_running)
+        self.overload.begin()
         turn = answer(self.llm, token_ids, self.params, self.terminal, self.stop, entered, self.compiled)
         output = turn.output
         if output.text or output.finish_reason != "error":
@@ -195,6 +201,8 @@ class ChatSession:
             layout = engine.layout
             numbers = stats_line(turn, layout.page_size, layout.page_bytes, layout.state_bytes)
             self.terminal.note(numbers + self._why_cut(output))
+        if line := self.overload.line():
+            self.terminal.note(line)
         return turn
 
     def _why_cut(self, output: RequestOutput) -> str:

@@ -31,12 +31,16 @@ _BYTE, _INT64 = ir.IntType(8), ir.IntType(64)
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
+def cpu_has_tiles() -> bool:
+    """Whether the CPU has tile registers for bfloat16."""
+    features = binding.get_host_cpu_features()
+    return all(features.get(name, False) for name in ("amx-tile", "amx-bf16", "avx512bf16"))
+
+
 @cache
 def has_tiles() -> bool:
     """Whether this process may use tile registers: the CPU has them, and Linux grants them."""
-    features = binding.get_host_cpu_features()
-    has = features.get("amx-tile", False) and features.get("amx-bf16", False) and features.get("avx512bf16", False)
-    if not has or sys.platform != "linux" or platform.machine() != "x86_64":
+    if not cpu_has_tiles() or sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
 
