@@ -125,7 +125,9 @@ class LLM:
 
     def stats(self) -> dict[str, int | float | bool]:
         """Numbers about pages, requests and steps, by the names of core/stats.py."""
-        invariant = Ops(self.config.kernels).row_invariant(self.dtype, self.device, self.model_config.widths)
+        invariant = Ops(self.config.kernels).row_invariant(
+            self.dtype, self.device, self.model_config.widths, self.config.weights == "q8"
+        )
         return {**self.loop.call(lambda engine: engine.stats()), "row_invariant": invariant}
 
     def reset_prefix_cache(self) -> None:

@@ -51,7 +51,7 @@ class Numbers(click.ParamType):
 
 COUNT = click.IntRange(min=1)
 COUNTS = Numbers(int, 1)
-_ENGINE = ("device", "dtype", "kernels", "kv_memory")
+_ENGINE = ("device", "dtype", "weights", "kernels", "kv_memory")
 
 
 def bench_options(command: Callable) -> Callable:
@@ -111,6 +111,7 @@ class Bench:
             "device": str(self.llm.device),
             "dtype": str(self.llm.dtype).removeprefix("torch."),
             "codec": self.llm.config.codec,
+            "weights": self.llm.config.weights,
             "kernels": self.llm.config.kernels,
             "dummy": self._dummy,
             "page_size": self.llm.config.page_size,

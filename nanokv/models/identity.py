@@ -28,7 +28,7 @@ _BLOCKS = 64
 def model_identity(
     folder: Path, model: ModelConfig, config: EngineConfig, dtype: str, layout: PageLayout, version: int
 ) -> str:
-    """Digests the weights, the model's config, codec, dtype, kernels, page size and layout.
+    """Digests the weights and their form, the model's config, codec, dtype, kernels, page size and layout.
 
     folder    holds the *.safetensors; not read when config.load is "dummy", and then their quantisation does not count
     config    of the engine; only the fields that change the bytes of a page count
@@ -48,6 +48,7 @@ def model_identity(
         "dtype": dtype,
         "codec": ["raw"] if config.codec == "raw" else [config.codec, config.native_layers, config.prefill],
         "kernels": config.kernels,
+        "matrices": config.weights,
         "page_size": layout.page_size,
         "page_bytes": layout.page_bytes,
         "state_bytes": layout.state_bytes,
