@@ -1,15 +1,21 @@
 """8-bit weights: the numbers of GGUF's Q8_0, and products with the bits of the decoded weight."""
 
+import shutil
+
 import numpy as np
 import oracles
 import pytest
+import tiny_gguf
 import torch
 from gguf import GGMLQuantizationType, quants
 from helpers import noise, same_bits
+from safetensors.torch import load_file, save_file
 from test_exactness import answers
 
 from nanokv.core.config import EngineConfig
-from nanokv.core.errors import ConfigError
+from nanokv.core.errors import CheckpointError, ConfigError
+from nanokv.hub.gguf import convert
+from nanokv.hub.home import Q8_FILE
 from nanokv.kernels.cpu import amx
 from nanokv.kernels.linear import embed, linear, pack_linear, row_invariant
 from nanokv.kernels.ops import Ops
@@ -168,3 +174,53 @@ def test_q8_is_refused_in_one_line_where_it_cannot_run(tiny_llama):
     codec = RawCodec(torch.bfloat16)
     with pytest.raises(ConfigError, match=r"weights='q8': 8-bit weights are for CPUs, and the device is cuda"):
         load_model(tiny_llama, read_folder(tiny_llama), torch.bfloat16, "cuda", codec, 16, weights="q8")
+
+
+@pytest.fixture(scope="module")
+def q8_file(tmp_path_factory):
+    """The checkpoint of a GGUF file whose matrices are in blocks Q8_0, and the blocks by name."""
+    folder = tmp_path_factory.mktemp("q8-gguf")
+    kind = GGMLQuantizationType.Q8_0
+    original = tiny_gguf.write(folder / "tiny.gguf", quantise=True, kinds=(kind, kind))
+    (folder / "model").mkdir()
+    convert(folder / "tiny.gguf", folder / "model", {}, lambda stage, done, total: None)
+    return folder / "model", {name: quants.quantize(one, kind) for name, one in original.items() if one.ndim == 2}
+
+
+def test_blocks_of_a_gguf_file_reach_the_weights_bit_for_bit(q8_file):
+    folder, blocks = q8_file
+    expected = {
+        name: torch.from_numpy(quants.dequantize(one, GGMLQuantizationType.Q8_0)) for name, one in blocks.items()
+    }
+    with LLM(folder, num_pages=16, dtype="float32", weights="q8") as llm:
+        model = llm.engine.model
+        for number, layer in enumerate(model.layers):
+            at = f"model.layers.{number}.mlp"
+            both = torch.cat([expected[f"{at}.{part}_proj.weight"] for part in ("gate", "up")])
+            assert torch.equal(layer.mlp.gate_up.packed.unpack(), both)
+            assert torch.equal(layer.mlp.down.packed.unpack(), expected[f"{at}.down_proj.weight"])
+        assert torch.equal(model.head.packed.unpack(), expected["model.embed_tokens.weight"])
+
+
+def test_without_q8_the_rounded_numbers_of_a_gguf_file_are_read(q8_file, tmp_path):
+    folder, _ = q8_file
+    without = shutil.copytree(folder, tmp_path / "without")
+    (without / Q8_FILE).unlink()
+    with LLM(folder, num_pages=16) as llm, LLM(without, num_pages=16) as other:
+        assert torch.equal(llm.score([3, 4, 5]), other.score([3, 4, 5]))
+
+
+@pytest.mark.parametrize("fault", ["scales are missing", "scales are misshapen", "codes are floats"])
+def test_a_damaged_file_of_codes_is_refused_in_one_line(q8_file, tmp_path, fault):
+    folder = shutil.copytree(q8_file[0], tmp_path / "model")
+    tensors, name = load_file(folder / Q8_FILE), "model.layers.0.mlp.down_proj.weight"
+    if fault == "codes are floats":
+        tensors[name] = tensors[name].float()
+    else:
+        scales = tensors.pop(f"{name}_scale")
+        if fault == "scales are misshapen":
+            tensors[f"{name}_scale"] = scales[:, :-1].contiguous()
+    save_file(tensors, folder / Q8_FILE)
+    with pytest.raises(CheckpointError, match=r"down_proj.weight': expected codes I8 .* with scales F16") as caught:
+        LLM(folder, num_pages=16, weights="q8")
+    assert "\n" not in str(caught.value)

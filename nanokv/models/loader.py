@@ -13,6 +13,7 @@ import torch
 
 from nanokv.codecs import Codec, RawCodec
 from nanokv.core.errors import CheckpointError, ConfigError
+from nanokv.hub.home import Q8_FILE
 from nanokv.kernels.linear import activation_dtype
 from nanokv.kernels.ops import Ops
 from nanokv.models.checkpoint import Checkpoint
@@ -60,7 +61,8 @@ def load_model(
         if method is not None and method not in DECODED:
             remedy = "not decoded here; use the plain, FP8 or NVFP4 checkpoint"
             raise CheckpointError(f"{Path(folder).name}/config.json: weights in {method[:40]!r}: {remedy}")
-        checkpoint = Checkpoint(Path(folder), config, torch.float32 if q8 else dtype)
+        codes = Path(folder) / Q8_FILE if q8 else None
+        checkpoint = Checkpoint(Path(folder), config, torch.float32 if q8 else dtype, codes)
         checkpoint.check(shapes)
         read = checkpoint.read
     count = None if progress is None else lambda taken: progress(taken, len(shapes))
