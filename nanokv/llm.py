@@ -126,7 +126,8 @@ class LLM:
 
     def stats(self) -> dict[str, int | float | bool | str]:
         """Numbers about pages, requests and steps, and the chosen forms, by the names of core/stats.py."""
-        invariant = Ops(self.config.kernels).row_invariant(self.dtype, self.device, self.model_config.widths)
+        is_q8 = self.config.weights == "q8"
+        invariant = Ops(self.config.kernels).row_invariant(self.dtype, self.device, self.model_config.widths, is_q8)
         forms = forms_of(self.engine.model)
         return {
             **self.loop.call(lambda engine: engine.stats()),

@@ -77,7 +77,7 @@ def open_model(
             stack.callback(cluster.close)
         decoder = load_model(
             folder, model_config, dtype=dtype, device=device, codec=codec, page_size=config.page_size,
-            load=config.load, seed=config.seed, kernels=config.kernels,
+            load=config.load, seed=config.seed, kernels=config.kernels, weights=config.weights,
         )  # fmt: skip
         connectors = () if cluster is None else (cluster.dispatcher,)
         allocate = None if cluster is None else cluster.dispatcher.allocate

@@ -57,6 +57,7 @@ COUNTS = [
     (CODED, {"prefill": "fast"}),
     (DUMMY, {"seed": 1}),
     ({}, {"kernels": "reference"}),
+    ({}, {"weights": "q8"}),
 ]
 """Settings, and a change of them that changes the bytes of pages."""
 IGNORED = [

@@ -140,6 +140,7 @@ def write(
     arch: str = "llama",
     seed: int = 0,
     quantise: bool = False,
+    kinds: tuple[gguf.GGMLQuantizationType, ...] = (gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0),
     pre: str = "smollm",
     leave_out: tuple[str, ...] = (),
     more: dict[str, np.ndarray] | None = None,
@@ -149,6 +150,7 @@ def write(
 ) -> dict[str, np.ndarray]:
     """Writes a llama and returns weights(seed).
 
+    quantise, kinds         store projections and other matrices in blocks of these kinds
     leave_out, more, only   tensors of the file that are left out, added, or the only ones
     edit, without           change and drop keys
     """
@@ -173,7 +175,7 @@ def write(
         elif name.endswith("k_proj.weight"):
             value = permute(value, KV_HEADS)
         if quantise and value.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q4_1 if "proj" in name else gguf.GGMLQuantizationType.Q8_0
+            kind = kinds[0] if "proj" in name else kinds[1]
             writer.add_tensor(source, gguf.quants.quantize(value, kind), raw_dtype=kind)
         else:
             writer.add_tensor(source, np.ascontiguousarray(value))

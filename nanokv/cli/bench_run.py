@@ -51,7 +51,7 @@ class Numbers(click.ParamType):
 
 COUNT = click.IntRange(min=1)
 COUNTS = Numbers(int, 1)
-_ENGINE = ("device", "dtype", "kernels", "threads", "kv_memory")
+_ENGINE = ("device", "dtype", "weights", "kernels", "threads", "kv_memory")
 
 
 def bench_options(command: Callable) -> Callable:
@@ -114,6 +114,7 @@ class Bench:
             "device": str(self.llm.device),
             "dtype": str(self.llm.dtype).removeprefix("torch."),
             "codec": self.llm.config.codec,
+            "weights": self.llm.config.weights,
             "kernels": self.llm.config.kernels,
             "weight_forms": forms.weights,
             "attention_form": forms.of_attention,

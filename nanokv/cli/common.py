@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import nanokv
-from nanokv.core.config import KERNELS
+from nanokv.core.config import KERNELS, WEIGHTS
 from nanokv.core.errors import ConfigError, NanokvError, RequestError
 from nanokv.hub.catalog import DEFAULT_MODEL
 from nanokv.hub.home import find_damage, folder_for, resolve_model
@@ -32,6 +32,8 @@ _MODEL_OPTIONS = (
     click.argument("model", required=False),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     dtype_option,
+    click.option("--weights", type=click.Choice(WEIGHTS), default="auto", show_default=True,
+                 help="auto: in the dtype; q8: 8 bits for a number, on a CPU."),
     click.option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True,
                  help="auto: compiled for the device; reference: readable torch, on any device."),
     click.option("--threads", type=int, metavar="N", help="Threads on a CPU. Default: the processors it may use."),
@@ -67,7 +69,7 @@ plot_option = click.option(
 
 
 def model_options(command: Callable) -> Callable:
-    """Adds MODEL, which may be absent, and how it runs: --device, --dtype, --kernels, --threads.
+    """Adds MODEL, which may be absent, and how it runs: --device, --dtype, --weights, --kernels, --threads.
 
     A wrong value of an option is a usage error, also where only a loaded model shows that it is wrong.
     """

@@ -23,6 +23,7 @@ _SCHEDULES = ("fcfs", "longest-prefix")
 _LOADS = ("auto", "dummy")
 _PREFILLS = ("exact", "fast")
 KERNELS = ("auto", "reference")
+WEIGHTS = ("auto", "q8")
 
 
 def parse_bytes(value: int | str, field: str = "size") -> int:
@@ -54,6 +55,9 @@ class EngineConfig:
     """Where the model runs: "auto", "cpu", "cuda" or "cuda:N"."""
     dtype: str = "auto"
     """Weights and activations: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"."""
+    weights: str = "auto"
+    """How a CPU holds matrices: "auto" (in dtype), or "q8": rounded to 8 bits a number, with a scale for each 32. A
+    decode then reads about half as many bytes as in bfloat16."""
     codec: str = "raw"
     """The codec that writes keys and values into pages: a name, or "K/V" for two; "raw" keeps the model's dtype."""
     native_layers: str = ""
@@ -134,7 +138,7 @@ class EngineConfig:
             parse_bytes(self.kv_memory, "kv_memory")
             if self.num_pages is not None:
                 raise ConfigError("kv_memory and num_pages both size the pool: give one of them")
-        choices = {"schedule": _SCHEDULES, "load": _LOADS, "prefill": _PREFILLS, "kernels": KERNELS}
+        choices = {"schedule": _SCHEDULES, "load": _LOADS, "prefill": _PREFILLS, "kernels": KERNELS, "weights": WEIGHTS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")

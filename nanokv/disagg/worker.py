@@ -74,6 +74,7 @@ class PrefillModel:
         self.decoder: Decoder = load_model(
             folder, described, dtype=kind, device=self.device, codec=codec_of(config, kind, described.attention_layers),
             page_size=config.page_size, load=config.load, seed=config.seed, kernels=config.kernels,
+            weights=config.weights,
         )  # fmt: skip
         self.layout = PageLayout(self.decoder.specs, config.page_size)
         self.decoder.bind(self.layout)

@@ -151,6 +151,10 @@ class GGUFFile:
         """The shape of a tensor, rows first, as checkpoints list it."""
         return self._tensors[name].shape
 
+    def is_q8(self, name: str) -> bool:
+        """Whether a tensor is stored in blocks Q8_0."""
+        return self._tensors[name].kind.name == "Q8_0"
+
     def rows(self, name: str) -> np.ndarray:
         """The bytes of a tensor by row, uint8 [..., bytes of a row]; of a vector by number where it can be divided."""
         from gguf.constants import GGML_QUANT_SIZES

@@ -57,10 +57,23 @@ class Tensor:
             keys, values = file.tensor(self.source), file.tensor(self.values)
             yield np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(-1)
             return
+        yield from file.decode(self.source, self._rows(file))
+
+    def blocks(self, file: GGUFFile) -> np.ndarray | None:
+        """A matrix in blocks Q8_0, uint8 [out, in / 32, 34], in the order of the checkpoint; None for other tensors.
+
+        A block is a float16 scale, then 32 codes int8.
+        """
+        if self.values or self.exact or len(self.shape) != 2 or not file.is_q8(self.source):
+            return None
+        return self._rows(file).reshape(self.shape[0], -1, 34)
+
+    def _rows(self, file: GGUFFile) -> np.ndarray:
+        """The stored bytes of each row, in the order of the checkpoint."""
         rows = file.rows(self.source)
         if self.expert is not None:
             rows = rows[self.expert]
-        yield from file.decode(self.source, undo_permutation(rows, self.heads) if self.heads else rows)
+        return undo_permutation(rows, self.heads) if self.heads else rows
 
 
 class _Table:

@@ -13,6 +13,8 @@ from nanokv.core.errors import CheckpointError
 from nanokv.hub.catalog import CATALOG, SHIPPED
 
 MANIFEST = "nanokv.json"
+Q8_FILE = "model.q8_0"
+"""The blocks Q8_0 of a GGUF file, in the form of safetensors. Programs that read every *.safetensors pass over it."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

@@ -4,9 +4,11 @@
     blocks   CPU, float32 activations, weights float32, bfloat16 or float16 in their own width: cpu/linear.py; the bits
              of a row depend on it alone
     onednn   CPU with bfloat16 instructions, bfloat16 throughout: oneDNN's packed product (torch.ops.mkldnn)
+    q8       CPU, where asked for, 8 bits a weight (q8.py): the product of tiles, with the bits of the decoded weight in
+             bfloat16; without tile registers or bfloat16 that of blocks, with the bits of the decoded weight in float32
     plain    everything else, and every weight of a model with the reference kernels: torch.nn.functional.linear
 
-numba is imported when the first weight is packed into tiles or blocks.
+numba is imported when the first weight is packed into tiles, blocks or q8.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class PackedLinear:
         return table + (self.data.numel() * self.data.element_size())
 
     def unpack(self) -> torch.Tensor:
-        """The weight [out, in] again, in its own dtype; may share memory with the packed form."""
+        """The weight [out, in] again (q8: decoded) in its own dtype; may share memory with the packed form."""
         return self.data.to(self.weight_dtype) if self.packing is None else self.packing.unpack(self)
 
 
@@ -123,6 +125,21 @@ def _tile_kernels() -> ModuleType:
     return tile_linear
 
 
+@cache
+def _q8_groups() -> ModuleType:
+    from nanokv.kernels.cpu import q8_groups
+
+    return q8_groups
+
+
+def _no_tiles() -> str | None:
+    """Why products in bfloat16 do not run on tile registers; None where they do."""
+    amx = _tile_kernels().amx
+    if amx.has_tiles():
+        return None
+    return "the system does not grant AMX" if amx.cpu_has_tiles() else "the CPU has no AMX"
+
+
 class Tiles:
     name = "tiles"
 
@@ -132,10 +149,7 @@ class Tiles:
             return refused
         if width % 32:
             return f"width {width} is no multiple of 32"
-        amx = _tile_kernels().amx
-        if amx.has_tiles():
-            return None
-        return "the system does not grant AMX" if amx.cpu_has_tiles() else "the CPU has no AMX"
+        return _no_tiles()
 
     def pack(self, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         return _tile_kernels().pack(weight), None
@@ -199,5 +213,36 @@ class OneDNN:
         return packed.data.to_dense() if packed.table is None else packed.table
 
 
+class Q8:
+    """On AMX tiles where `tiled`; else in float32, whatever the activations are."""
+
+    name = "q8"
+
+    def __init__(self, tiled: bool) -> None:
+        self.tiled = tiled
+
+    def refusal(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> str | None:
+        if not self.tiled:
+            return None
+        return _no_tiles() if activation_dtype == torch.bfloat16 else f"{_name(activation_dtype)} activations"
+
+    def pack(self, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return _q8_groups().pack(weight), None
+
+    def multiply(self, x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.tiled:
+            return _tile_kernels().multiply(x, packed.data, packed.shape[0], bias)
+        y = block_kernels().multiply(x.float(), packed.data, packed.shape[0])
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+    def embed(self, packed: PackedLinear, ids: torch.Tensor) -> torch.Tensor:
+        return _q8_groups().embed(packed.data, ids).to(packed.activation_dtype)
+
+    def unpack(self, packed: PackedLinear) -> torch.Tensor:
+        return _q8_groups().unpack(packed.data, packed.shape[0]).to(packed.weight_dtype)
+
+
 CPU_FORMS: tuple[Form, ...] = (Tiles(), Blocks(), OneDNN())
 """In order of preference."""
+Q8_FORMS: tuple[Form, ...] = (Q8(tiled=True), Q8(tiled=False))
+"""The same, where 8 bits are asked for."""

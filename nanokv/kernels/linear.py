@@ -12,7 +12,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from nanokv.kernels.forms import CPU_FORMS, FORMATS, PackedLinear, block_kernels, multiplies_bfloat16
+from nanokv.kernels.forms import CPU_FORMS, FORMATS, Q8_FORMS, PackedLinear, block_kernels, multiplies_bfloat16
+from nanokv.kernels.q8 import GROUP, dequantise, quantise
 
 
 def activation_dtype(device: torch.device | str, weight_dtype: torch.dtype) -> torch.dtype:
@@ -23,7 +24,7 @@ def activation_dtype(device: torch.device | str, weight_dtype: torch.dtype) -> t
 
 
 def pack_linear(
-    weight: torch.Tensor, activation_dtype: torch.dtype, keep: bool = False, plain: bool = False
+    weight: torch.Tensor, activation_dtype: torch.dtype, keep: bool = False, plain: bool = False, q8: bool = False
 ) -> PackedLinear:
     """Packs a weight for its device.
 
@@ -32,15 +33,19 @@ def pack_linear(
     keep               `embed` reads its rows too: a table that the output layer shares is then held once, but twice in
                        oneDNN's form
     plain              takes the form "plain" on every device
+    q8                 8 bits for a weight, whose `in` is a multiple of 32: the form "q8", or "plain" with the decoded
+                       numbers
     """
     weight = weight.detach()
     shape, dtype = (weight.shape[0], weight.shape[1]), weight.dtype
     first = None
-    for form in CPU_FORMS if weight.device.type == "cpu" and not plain else ():
+    for form in (Q8_FORMS if q8 else CPU_FORMS) if weight.device.type == "cpu" and not plain else ():
         refusal = form.refusal(weight, activation_dtype)
         if refusal is None:
             return PackedLinear(shape, dtype, activation_dtype, form, *form.pack(weight, keep), first)
         first = first or refusal
+    if q8:
+        weight = dequantise(*quantise(weight))
     return PackedLinear(shape, dtype, activation_dtype, None, weight.to(activation_dtype).contiguous(), None, first)
 
 
@@ -50,7 +55,7 @@ def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = No
     x        [rows, in], activation dtype; any number of rows, including 0
     bias     [out], activation dtype, or None
     Returns  [rows, out], activation dtype, a new contiguous tensor
-    Raises   TypeError for an x of another width or dtype in the forms tiles and blocks; torch raises for the others
+    Raises   TypeError for an x of another width or dtype in the forms tiles, blocks and q8; torch raises for the others
     """
     if packed.packing is None:
         return F.linear(x, packed.data, bias)
@@ -114,7 +119,11 @@ def head_linear(x: torch.Tensor, packed: PackedHeadLinear) -> torch.Tensor:
 
 @cache
 def row_invariant(
-    dtype: torch.dtype, device: torch.device | str, plain: bool = False, widths: tuple[int, ...] = (576, 1536)
+    dtype: torch.dtype,
+    device: torch.device | str,
+    plain: bool = False,
+    widths: tuple[int, ...] = (576, 1536),
+    q8: bool = False,
 ) -> bool:
     """Whether the bits of a row of `linear` are independent of the other rows: measured once in a process.
 
@@ -123,12 +132,14 @@ def row_invariant(
     dtype    of the weights; activations take `activation_dtype(device, dtype)`
     plain    as of `pack_linear`
     widths   of x, on which the form of a weight depends
+    q8       whether weights have 8 bits where their width allows it
     """
     device = torch.device(device)
     noise = torch.Generator().manual_seed(0)
     activation = activation_dtype(device, dtype)
     for width in widths:
-        packed = pack_linear(torch.randn(200, width, generator=noise).to(device, dtype), activation, plain=plain)
+        weight = torch.randn(200, width, generator=noise).to(device, dtype)
+        packed = pack_linear(weight, activation, plain=plain, q8=q8 and width % GROUP == 0)
         if packed.form == "onednn":
             return False
         x = torch.randn(130, width, generator=noise).to(device, activation)

@@ -110,9 +110,11 @@ class Ops:
     delta_rule_step = op("delta_rule_step", reference.delta_rule_step)
     delta_rule_chunk = op("delta_rule_chunk", reference.delta_rule_chunk)
 
-    def pack_linear(self, weight: torch.Tensor, activation_dtype: torch.dtype, keep: bool = False) -> PackedLinear:
-        """`linear.pack_linear`; the reference choice keeps the weight as it is."""
-        return linear.pack_linear(weight, activation_dtype, keep, plain=self.are_reference)
+    def pack_linear(
+        self, weight: torch.Tensor, activation_dtype: torch.dtype, keep: bool = False, q8: bool = False
+    ) -> PackedLinear:
+        """`linear.pack_linear`; the reference choice keeps the weight as it is, with `q8` the decoded one."""
+        return linear.pack_linear(weight, activation_dtype, keep, self.are_reference, q8)
 
     def pack_head_linear(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> PackedHeadLinear:
         """`linear.pack_head_linear`; the reference choice keeps the weight as it is."""
@@ -134,9 +136,11 @@ class Ops:
 
         return "tiles" if is_for(x, planes) else "float32"
 
-    def row_invariant(self, dtype: torch.dtype, device: torch.device | str, widths: tuple[int, ...]) -> bool:
+    def row_invariant(
+        self, dtype: torch.dtype, device: torch.device | str, widths: tuple[int, ...], q8: bool = False
+    ) -> bool:
         """`linear.row_invariant` of the weights that this choice packs."""
-        return linear.row_invariant(dtype, device, self.are_reference, widths)
+        return linear.row_invariant(dtype, device, self.are_reference, widths, q8)
 
     def add_experts(
         self, out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: Experts

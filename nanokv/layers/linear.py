@@ -19,6 +19,7 @@ class Linear:
     ops          Ops
     bias         [out] in the activation dtype, or None
     keep         whether `embed` reads the weight's rows too
+    q8           whether the weight takes 8 bits for a number
     Call         [rows, in] -> [rows, out]
     """
 
@@ -29,8 +30,9 @@ class Linear:
         ops: Ops,
         bias: torch.Tensor | None = None,
         keep: bool = False,
+        q8: bool = False,
     ) -> None:
-        self.packed = ops.pack_linear(weight, activation, keep)
+        self.packed = ops.pack_linear(weight, activation, keep, q8)
         self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ import torch
 
 from nanokv.core.errors import CheckpointError
 from nanokv.models.config import ModelConfig
-from nanokv.models.quantized import Source, pair
+from nanokv.models.quantized import Source, pair, q8_matrices
 from nanokv.models.shards import find_shards, open_shard
 
 STORED_DTYPES = ("F32", "BF16", "F16")
@@ -83,10 +83,12 @@ class Checkpoint:
     config   of the model: its layers and experts, which layers are extra ones, whether the head is the embedding table,
              how matrices are quantised
     dtype    of matrices that are decoded
+    codes    a file with the codes of some matrices (hub/home.py:Q8_FILE), which count instead of the stored numbers
+             where it exists; None: no such file counts
     Raises   CheckpointError naming a file that is missing or cannot be read, or two tensors of the same name
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, dtype: torch.dtype, codes: Path | None = None) -> None:
         self.folder = folder
         self._config = config
         shards, placed = find_shards(folder), defaultdict[str, set[str]](set)
@@ -111,6 +113,10 @@ class Checkpoint:
         self._broken: dict[str, str] = {}
         if config.quantization is not None:
             self._tensors, self._broken = pair(self._tensors, config.quantization, dtype)
+        if codes is not None and codes.exists():
+            file = open_shard(codes)
+            parts = {name: Stored(file, name, tuple(file.get_slice(name).get_shape())) for name in set(file.keys())}
+            self._tensors |= q8_matrices(parts)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The stored tensor. Call `check` first: it compares the shapes."""

@@ -105,15 +105,19 @@ def mixer(weights: Weights, config: ModelConfig, codec: Codec, layer: int, cos_s
     q_width, rank = heads * (mla.nope_dim + mla.rope_dim), mla.kv_rank
     activation, ops = weights.activation, weights.ops
     if mla.q_rank is None:
-        q_down, q_norm, q_up = _by_part(weights.matrix(f"{at}.q_proj.weight", q_width, width), heads, mla), None, None
+        q_down, q_norm, q_up = (
+            _by_part(weights.projection(f"{at}.q_proj.weight", q_width, width), heads, mla),
+            None,
+            None,
+        )
     else:
-        q_down = weights.matrix(f"{at}.q_a_proj.weight", mla.q_rank, width)
+        q_down = weights.projection(f"{at}.q_a_proj.weight", mla.q_rank, width)
         q_norm = RMSNorm(weights.vector(f"{at}.q_a_layernorm.weight", mla.q_rank), NORM_EPS, ops)
-        stored = weights.matrix(f"{at}.q_b_proj.weight", q_width, mla.q_rank)
-        q_up = Linear(_by_part(stored, heads, mla), activation, ops)
-    kv_a = weights.matrix(f"{at}.kv_a_proj_with_mqa.weight", rank + mla.rope_dim, width)
+        stored = weights.projection(f"{at}.q_b_proj.weight", q_width, mla.q_rank)
+        q_up = weights.linear(_by_part(stored, heads, mla))
+    kv_a = weights.projection(f"{at}.kv_a_proj_with_mqa.weight", rank + mla.rope_dim, width)
     latent, k_rope = kv_a.split((rank, mla.rope_dim))
-    down = Linear(join([q_down, latent, _halves(k_rope, mla)]), activation, ops)
+    down = weights.linear(join([q_down, latent, _halves(k_rope, mla)]))
     kv_b = weights.matrix(f"{at}.kv_b_proj.weight", heads * (mla.nope_dim + mla.value_dim), rank)
     k_rows, v_rows = kv_b.view(heads, -1, rank).split((mla.nope_dim, mla.value_dim), dim=1)
     kv_norm = RMSNorm(weights.vector(f"{at}.kv_a_layernorm.weight", rank), NORM_EPS, ops)

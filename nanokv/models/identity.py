@@ -18,6 +18,7 @@ import msgspec
 
 from nanokv.core.config import EngineConfig
 from nanokv.core.spec import PageLayout
+from nanokv.hub.home import Q8_FILE
 from nanokv.models.config import ModelConfig
 from nanokv.models.shards import Shards, find_shards, shard_size
 
@@ -28,7 +29,7 @@ _BLOCKS = 64
 def model_identity(
     folder: Path, model: ModelConfig, config: EngineConfig, dtype: str, layout: PageLayout, version: int
 ) -> str:
-    """Digests the weights, the model's config, codec, dtype, kernels, page size and layout.
+    """Digests the weights and their form, the model's config, codec, dtype, kernels, page size and layout.
 
     folder    holds the *.safetensors; not read when config.load is "dummy", and then their quantisation does not count
     config    of the engine; only the fields that change the bytes of a page count
@@ -48,20 +49,22 @@ def model_identity(
         "dtype": dtype,
         "codec": ["raw"] if config.codec == "raw" else [config.codec, config.native_layers, config.prefill],
         "kernels": config.kernels,
+        "matrices": config.weights,
         "page_size": layout.page_size,
         "page_bytes": layout.page_bytes,
         "state_bytes": layout.state_bytes,
         "planes": [[[plane.name, list(plane.shape), str(plane.dtype)] for plane in layer] for layer in layers],
-        "weights": ["dummy", config.seed] if config.load == "dummy" else _weights(folder),
+        "weights": ["dummy", config.seed] if config.load == "dummy" else _weights(folder, config.weights == "q8"),
     }
     return hashlib.sha256(msgspec.msgpack.encode(fields, enc_hook=str, order="deterministic")).hexdigest()
 
 
-def _weights(folder: Path) -> list[Any]:
+def _weights(folder: Path, with_codes: bool = False) -> list[Any]:
     """[name, bytes, SHA-256 of the samples] of each file of weights, then the file of each tensor as an index says."""
     shards = find_shards(folder) if any(folder.glob("*.safetensors")) else Shards([])
     files: list[Any] = []
-    for path in shards.files:
+    codes = [folder / Q8_FILE] if with_codes and (folder / Q8_FILE).exists() else []
+    for path in [*shards.files, *codes]:
         size, digest = shard_size(path), hashlib.sha256()
         with open(path, "rb") as file:
             for place in range(_BLOCKS):

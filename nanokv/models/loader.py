@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from nanokv.codecs import Codec, RawCodec
-from nanokv.core.errors import CheckpointError
+from nanokv.core.errors import CheckpointError, ConfigError
+from nanokv.hub.home import Q8_FILE
 from nanokv.kernels.linear import activation_dtype
 from nanokv.kernels.ops import Ops
 from nanokv.models.checkpoint import Checkpoint
@@ -33,6 +34,7 @@ def load_model(
     load: str = "auto",
     seed: int = 0,
     kernels: str = "auto",
+    weights: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """The model of a folder; the caller binds it to a PageLayout.
@@ -42,10 +44,15 @@ def load_model(
     codec      Codec of pages: it and page_size determine the planes of each layer
     load       "auto" reads the checkpoint; "dummy" fills the model with noise that `seed` determines
     kernels    "auto" or "reference", see `Ops`
+    weights    "auto", or "q8": 8 bits for a number of a projection
     progress   called with (tensors taken, tensors in all) while the model is built
-    Raises     CheckpointError naming the file, or every tensor that is missing, unexpected, misshapen or of a dtype or
+    Raises     ConfigError for q8 on another device than a CPU;
+               CheckpointError naming the file, or every tensor that is missing, unexpected, misshapen or of a dtype or
                quantisation that is not decoded
     """
+    device, q8 = torch.device(device), weights == "q8"
+    if q8 and device.type != "cpu":
+        raise ConfigError(f"weights='q8': 8-bit weights are for CPUs, and the device is {device}")
     shapes = tensors(config)
     if load == "dummy":
         read = dummy(dtype, seed)
@@ -54,13 +61,13 @@ def load_model(
         if method is not None and method not in DECODED:
             remedy = "not decoded here; use the plain, FP8 or NVFP4 checkpoint"
             raise CheckpointError(f"{Path(folder).name}/config.json: weights in {method[:40]!r}: {remedy}")
-        checkpoint = Checkpoint(Path(folder), config, dtype)
+        codes = Path(folder) / Q8_FILE if q8 else None
+        checkpoint = Checkpoint(Path(folder), config, torch.float32 if q8 else dtype, codes)
         checkpoint.check(shapes)
         read = checkpoint.read
-    device = torch.device(device)
     count = None if progress is None else lambda taken: progress(taken, len(shapes))
-    weights = Weights(read, dtype, activation_dtype(device, dtype), device, Ops(kernels), count)
-    return decoder(config, weights, codec, page_size)
+    taken = Weights(read, dtype, activation_dtype(device, dtype), device, Ops(kernels), count, q8=q8)
+    return decoder(config, taken, codec, page_size)
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

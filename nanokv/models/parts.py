@@ -30,10 +30,10 @@ from nanokv.models.weights import Weights, join
 
 def linear(weights: Weights, at: str, outs: dict[str, int], width: int, bias: bool = False) -> Linear:
     """The projections `outs` (name -> rows) of one input as one product; their results follow each other in a row."""
-    parts = [weights.matrix(f"{at}.{name}.weight", rows, width) for name, rows in outs.items()]
+    parts = [weights.projection(f"{at}.{name}.weight", rows, width) for name, rows in outs.items()]
     biases = [weights.vector(f"{at}.{name}.bias", rows) for name, rows in outs.items()] if bias else []
     weight = parts[0] if len(parts) == 1 else join(parts)
-    return Linear(weight, weights.activation, weights.ops, join(biases) if biases else None)
+    return weights.linear(weight, join(biases) if biases else None)
 
 
 def norm(weights: Weights, name: str, config: ModelConfig, size: int) -> RMSNorm:
@@ -61,8 +61,8 @@ def attention(
     if query is None:
         qkv = linear(weights, at, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}, width, bias)
     else:
-        k, v = (weights.matrix(f"{at}.{name}_proj.weight", kv_width, width) for name in "kv")
-        qkv = Linear(join([query[:q_width], k, v, query[q_width:]]), weights.activation, weights.ops)
+        k, v = (weights.projection(f"{at}.{name}_proj.weight", kv_width, width) for name in "kv")
+        qkv = weights.linear(join([query[:q_width], k, v, query[q_width:]]))
     norms = None
     if config.qk_norm:
         q_norm, k_norm = (norm_weight(weights, f"{at}.{name}_norm", config, dim) for name in "qk")
@@ -106,14 +106,13 @@ def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int)
     width, mixer = config.hidden_size, import_module(FAMILIES[config.family][1]).mixer
     specs = layer_specs(config, codec, page_size)  # refuses a codec that does not fit, before a tensor is read
     cos_sin = cos_sin_table(config.rope, first_positions(config.max_positions, weights.device), weights.device)
-    table = weights.matrix("model.embed_tokens.weight", config.vocab_size, width)
+    name, vocab = "model.embed_tokens.weight", config.vocab_size
     if config.tie_embeddings:
-        head = Linear(table, weights.activation, weights.ops, keep=True)
+        head = weights.linear(weights.projection(name, vocab, width), keep=True)
         embedding: Callable[[torch.Tensor], torch.Tensor] = partial(embed, head.packed)
     else:
-        head = Linear(weights.matrix("lm_head.weight", config.vocab_size, width), weights.activation, weights.ops)
-        embedding = Embedding(table, weights.activation)
-    del table
+        embedding = Embedding(weights.matrix(name, vocab, width), weights.activation)
+        head = weights.linear(weights.projection("lm_head.weight", vocab, width))
     layers = [
         Block(
             norm(weights, f"model.layers.{layer}.input_layernorm", config, width),

@@ -13,6 +13,8 @@ to a byte, the even column in the low half. A matrix without scales beside it is
 config excludes need no list. Scales of activations and of a quantised KV cache are not read: here both keep the dtype
 of the engine.
 
+The codes of a GGUF file (hub/home.py:Q8_FILE) are x.weight I8 [out, in] and x.weight_scale F16 [out, in / 32].
+
 Sources: README_WEIGHTS of DeepSeek-V3; the documentation of NVIDIA ModelOpt and NeMo AutoModel (NVFP4), and of
 compressed-tensors.
 """
@@ -21,12 +23,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from nanokv.core.errors import CheckpointError
+from nanokv.kernels.q8 import GROUP
 from nanokv.models.quantized_fields import Quantization
 
 DECODED = ("fp8", "nvfp4", "fbgemm_fp8", "w4a16_nvfp4", "mixed_precision", "mixed-precision")
@@ -144,6 +148,23 @@ def pair(
         except CheckpointError as error:
             complaints[weight] = f"{name} {error}"
     return joined, complaints
+
+
+def q8_matrices(tensors: Mapping[str, Source]) -> dict[str, Source]:
+    """The matrices of codes I8 [out, in] with scales F16 [out, in / 32] beside them, which decode to float32, exactly.
+
+    tensors   all of a file, by name
+    Raises    CheckpointError naming a tensor that is neither
+    """
+    found: dict[str, Source] = {}
+    for name in (name for name in tensors if not name.endswith("_scale")):
+        codes, scale = tensors[name], tensors.get(f"{name}_scale")
+        whole = codes.dtype == "I8" and len(codes.shape) == 2 and not codes.shape[1] % GROUP
+        expected = (codes.shape[0], codes.shape[1] // GROUP) if whole else ()
+        if not whole or scale is None or (scale.dtype, scale.shape) != ("F16", expected):
+            raise CheckpointError(f"{name[:80]!r}: expected codes I8 [out, in] with scales F16 [out, in / {GROUP}]")
+        found[name] = Quantized(name, codes, scale, (1, GROUP), torch.float32)
+    return found
 
 
 def _matrix(tensors: dict[str, Source], weight: str, name: str, how: Quantization, target: torch.dtype) -> Quantized:

@@ -13,7 +13,6 @@ import torch
 
 from nanokv.codecs import Codec
 from nanokv.layers.deltanet import DeltaConfig, GatedDeltaNet
-from nanokv.layers.linear import Linear
 from nanokv.models import parts, rope_fields, shared_fields
 from nanokv.models.config import ATTENTION, GATED_DELTA, ModelConfig
 from nanokv.models.decoder import Mixer
@@ -87,7 +86,7 @@ def mixer(weights: Weights, config: ModelConfig, codec: Codec, layer: int, cos_s
 def _query_and_gate(weights: Weights, at: str, config: ModelConfig) -> torch.Tensor:
     """q_proj with the rows of all queries, then of all gates; it stores query and gate of one head after the other."""
     heads, head_dim, width = config.num_heads, config.head_dim, config.hidden_size
-    stored = weights.matrix(f"{at}.q_proj.weight", heads * 2 * head_dim, width)
+    stored = weights.projection(f"{at}.q_proj.weight", heads * 2 * head_dim, width)
     return stored.view(heads, 2, head_dim, width).transpose(0, 1).reshape(-1, width)
 
 
@@ -96,7 +95,7 @@ def _delta(weights: Weights, at: str, config: ModelConfig) -> GatedDeltaNet:
     assert delta is not None
     inner = delta.value_heads * delta.value_dim
     projections = (_grouped if config.family == NEXT else _flat)(weights, at, delta, width)
-    in_proj = Linear(projections, weights.activation, weights.ops)
+    in_proj = weights.linear(projections)
     stored = weights.take(f"{at}.conv1d.weight", (delta.channels, 1, delta.kernel), torch.float32)
     conv = stored.squeeze(1).contiguous()
     each = (delta.value_heads,)
@@ -110,15 +109,15 @@ def _flat(weights: Weights, at: str, delta: DeltaConfig, width: int) -> torch.Te
     """Qwen3.5: one matrix for q, k and v, one each for z, b and a."""
     inner = delta.value_heads * delta.value_dim
     rows = {"qkv": delta.channels, "z": inner, "b": delta.value_heads, "a": delta.value_heads}
-    return join([weights.matrix(f"{at}.in_proj_{name}.weight", count, width) for name, count in rows.items()])
+    return join([weights.projection(f"{at}.in_proj_{name}.weight", count, width) for name, count in rows.items()])
 
 
 def _grouped(weights: Weights, at: str, delta: DeltaConfig, width: int) -> torch.Tensor:
     """Qwen3-Next: one matrix with q, k, v and z of one key head after the other, another with their b and a."""
     inner, ratio = delta.value_heads * delta.value_dim, delta.value_heads // delta.key_heads
     keys, values = delta.key_heads * delta.key_dim, ratio * delta.value_dim
-    qkvz = weights.matrix(f"{at}.in_proj_qkvz.weight", 2 * keys + 2 * inner, width)
-    ba = weights.matrix(f"{at}.in_proj_ba.weight", 2 * delta.value_heads, width)
+    qkvz = weights.projection(f"{at}.in_proj_qkvz.weight", 2 * keys + 2 * inner, width)
+    ba = weights.projection(f"{at}.in_proj_ba.weight", 2 * delta.value_heads, width)
     by_head = qkvz.view(delta.key_heads, -1, width).split((delta.key_dim, delta.key_dim, values, values), dim=1)
     gates = ba.view(delta.key_heads, -1, width).split((ratio, ratio), dim=1)
     return join([part.reshape(-1, width) for part in (*by_head, *gates)])

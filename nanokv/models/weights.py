@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from nanokv.kernels.ops import AUTO, Ops
+from nanokv.kernels.q8 import GROUP
+from nanokv.layers.linear import Linear
 
 BANK = 4_194_301
 """Random numbers of which dummy weights are slices; a prime, so that no two rows of a matrix are the same slice."""
@@ -27,6 +29,7 @@ class Weights:
 
     read         returns a tensor of the shape that the builder states
     dtype        of matrices
+    q8           whether projections take 8 bits for a number
     activation   dtype of vectors (norms, biases): that of the activations they meet
     ops          Ops of the layers
     progress     called with `taken`, or None
@@ -40,17 +43,30 @@ class Weights:
     ops: Ops
     progress: Callable[[int], None] | None = None
     taken: int = 0
+    q8: bool = False
 
     def matrix(self, name: str, rows: int, columns: int) -> torch.Tensor:
-        """A matrix [rows, columns]: [out, in] of a projection."""
+        """A matrix [rows, columns]."""
         return self.take(name, (rows, columns), self.dtype)
+
+    def projection(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        """A matrix [out, in] for `linear`. For 8 bits it keeps the stored dtype: only one rounding comes after it."""
+        return self.take(name, (rows, columns), None if self.q8 else self.dtype)
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, keep: bool = False) -> Linear:
+        """The layer of a weight made of projections, in 8 bits where they are asked for and `in` has whole groups.
+
+        bias, keep   as of Linear
+        """
+        q8 = self.q8 and weight.shape[1] % GROUP == 0
+        return Linear(weight if q8 else weight.to(self.dtype), self.activation, self.ops, bias, keep, q8)
 
     def vector(self, name: str, size: int) -> torch.Tensor:
         """A vector [size] in the dtype of activations."""
         return self.take(name, (size,), self.activation)
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of any shape in any dtype."""
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
+        """A tensor of any shape in any dtype; None: the stored one."""
         tensor = self.read(name, shape).to(self.device, dtype)
         self.taken += 1
         if self.progress is not None:

@@ -24,6 +24,7 @@ from numba import types
 from numba.core import cgutils
 
 from nanokv.kernels.cpu import emit
+from nanokv.kernels.cpu.emit import FLOAT, SHORT
 
 ROWS, COLUMNS, DEPTH = 16, 16, 32  # of a tile: rows of A and C, columns of B and C, numbers of a row of A
 TILE_BYTES = 1024
@@ -93,6 +94,26 @@ def store(builder: ir.IRBuilder, register: int, address: ir.Value, stride: ir.Va
 def multiply(builder: ir.IRBuilder, c: int, a: int, b: int) -> None:
     """Emits: register c += register a @ register b."""
     _call(builder, "tdpbf16ps", _BYTE(c), _BYTE(a), _BYTE(b))
+
+
+class _BFloat(ir.Type):
+    """bfloat16, a type that llvmlite lacks."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+def round_both(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
+    """Two vectors of 16 float32 as one of 32 bfloat16, rounded to even; numbers below 2**-126 become 0."""
+    kind = ir.FunctionType(ir.VectorType(_BFloat(), 32), [ir.VectorType(FLOAT, 16)] * 2)
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
+    return builder.bitcast(builder.call(function, [high, low]), ir.VectorType(SHORT, 32))
 
 
 def in_turns(builder: ir.IRBuilder, steps: ir.Value, body: Callable[[ir.Value, int], None]) -> None:

@@ -6,7 +6,8 @@ as 16 bits, and no sum runs across lanes. The order of every sum is fixed:
 
     y[r, o] = x[r, 0] * w[o, 0] + x[r, 1] * w[o, 1] + ...        one fused step after the other
 
-whatever the other rows and the tiles are, so the bits of a row depend on that row alone. A product for each head (x
+whatever the other rows and the tiles are, so the bits of a row depend on that row alone. Groups of codes (q8_groups.py)
+are decoded in registers, to the bits that the decoded weight in float32 gives. A product for each head (x
 [rows, heads, in], weights [heads, out, in]) is the same code with a loop over heads around it.
 """
 
@@ -17,12 +18,14 @@ from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 
-from nanokv.kernels.cpu import emit
+from nanokv.kernels.cpu import emit, q8_groups
 from nanokv.kernels.cpu.arena import allocate
 from nanokv.kernels.cpu.compiled import compiled
 from nanokv.kernels.cpu.emit import FLOAT
 from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, view
 from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
+from nanokv.kernels.cpu.q8_groups import CODES, GROUP_BYTES
+from nanokv.kernels.q8 import GROUP
 
 LANES = 16
 # Rows of a tile: as many sums as registers hold beside the weights. AVX2 has 16 registers of half a block.
@@ -36,31 +39,63 @@ UNIT_BLOCKS = 12
 SQUARE = 64  # side of the squares in which weights are transposed
 
 
+def _emit_weights(builder, w, depth, element, use):
+    """use(weights): 16 weights as float32, for each of `depth` numbers of x in order. w: address of a block."""
+    index = depth.type
+    if element == types.int8:
+        with cgutils.for_range(builder, builder.udiv(depth, index(GROUP))) as step:
+            group = builder.add(w, builder.mul(step.index, index(GROUP_BYTES)))
+            for line in range(0, GROUP_BYTES, 64):
+                _prefetch(builder, group, line)
+            scales = q8_groups.emit_scales(builder, group)
+            with cgutils.for_range(builder, index(q8_groups.QUADS)) as quad:
+                for weights in q8_groups.emit_quad(builder, group, quad.index, scales):
+                    use(weights)
+        return
+    with cgutils.for_range(builder, depth) as loop:
+        place = builder.add(w, builder.mul(loop.index, index(LANES * element.bitwidth // 8)))
+        weights = emit.load(builder, place, index(0), emit.word_of(element), LANES)
+        _prefetch(builder, place, 0)
+        use(emit.widen(builder, weights, element))
+
+
+def _prefetch(builder, place, line):
+    ahead = builder.add(place, place.type(PREFETCH_BYTES + line))
+    emit.prefetch(builder, builder.inttoptr(ahead, ir.IntType(8).as_pointer()), 3)
+
+
 def _emit_tile(builder, rows, x, x_stride, w, y, y_stride, depth, element):
     """The loop over `depth` for a fixed number of rows: a row of 16 weights in, one multiply-add for each row of x.
 
     Every third row of x has a pointer; the two rows below it are one and two strides away. A pointer for each row would
     take more integer registers than there are.
     """
-    index, weight, size = depth.type, w.type.pointee, element.bitwidth // 8
+    index = depth.type
     strides = [builder.mul(x_stride, index(r)) for r in range(rows)]
     thirds = [
         cgutils.alloca_once_value(builder, builder.gep(x, [stride], source_etype=FLOAT)) for stride in strides[::3]
     ]
     sums = [cgutils.alloca_once_value(builder, emit.constant(ir.VectorType(FLOAT, LANES), 0.0)) for _ in range(rows)]
-    with cgutils.for_range(builder, depth) as loop:
-        place = builder.gep(w, [builder.mul(loop.index, index(LANES))], source_etype=weight)
-        weights = emit.widen(builder, emit.load(builder, place, index(0), weight, LANES), element)
-        ahead = builder.gep(place, [index(PREFETCH_BYTES // size)], source_etype=weight)
-        emit.prefetch(builder, builder.bitcast(ahead, ir.IntType(8).as_pointer()), 3)
+
+    def add(weights):
         for r, total in enumerate(sums):
             row = builder.gep(builder.load(thirds[r // 3]), [strides[r % 3]], source_etype=FLOAT)
             number = emit.broadcast(builder, builder.load(row, typ=FLOAT), LANES)
             builder.store(emit.fma(builder, number, weights, builder.load(total)), total)
         for third in thirds:
             builder.store(builder.gep(builder.load(third), [index(1)], source_etype=FLOAT), third)
+
+    _emit_weights(builder, w, depth, element, add)
     for r, total in enumerate(sums):
         emit.store(builder, builder.load(total), y, builder.mul(y_stride, index(r)))
+
+
+@emit.function(types.int64, None, result=types.int64)
+def _block_bytes(builder, depth, element):
+    """Bytes of 16 outputs by `depth` numbers of x."""
+    if element == types.int8:
+        return builder.mul(builder.udiv(depth, depth.type(GROUP)), depth.type(GROUP_BYTES))
+    return builder.mul(depth, depth.type(LANES * element.bitwidth // 8))
 
 
 @emit.function(*[types.int64] * 7, None)
@@ -68,11 +103,10 @@ def _tile(builder, rows, x, x_stride, w, y, y_stride, depth, element):
     """y[r, 0..15] = sum over k of x[r, k] * w[k, 0..15], for the rows r < `rows` <= MAX_ROWS.
 
     x, y   addresses of float32; their strides count floats from row to row
-    w      address of [depth, 16] weights in a format
+    w      address of [depth, 16] weights in a format, or of depth / 32 groups of codes
     Vector instructions, in one loop for each number of rows, keep every sum in a register.
     """
     x, y = (builder.inttoptr(address, FLOAT.as_pointer()) for address in (x, y))
-    w = builder.inttoptr(w, emit.word_of(element).as_pointer())
 
     def body(count):
         _emit_tile(builder, count, x, x_stride, w, y, y_stride, depth, element)
@@ -85,7 +119,7 @@ def _work(counter, x, x_stride, x_head, w, y, rows, depth, heads, blocks, row_bl
     """One thread of the kernel: takes units (some rows of x, some blocks of w of one head) until none is left."""
     groups = (blocks + group - 1) // group
     units = groups * ((rows + row_block - 1) // row_block)  # of a head
-    block_bytes = depth * LANES * format.itemsize
+    block_bytes = _block_bytes(depth, format)
     y_stride = heads * blocks * LANES
     while True:
         unit = fetch_add(counter, 1)
@@ -161,9 +195,13 @@ def embed(blocks: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return blocks[ids // LANES, :, ids % LANES].float()
 
 
-def multiply(x: torch.Tensor, blocks: torch.Tensor, out: int) -> torch.Tensor:
-    """x [rows, in] float32 times the packed [out, in], transposed: [rows, out] float32."""
-    (rows, width), (num_blocks, depth, _) = x.shape, blocks.shape
+def multiply(x: torch.Tensor, weights: torch.Tensor, out: int) -> torch.Tensor:
+    """x [rows, in] float32 times a packed [out, in], transposed: [rows, out] float32.
+
+    weights   blocks as of `pack`, or groups of codes as of `q8_groups.pack`
+    """
+    coded, (rows, width), num_blocks = weights.dtype is torch.uint8, x.shape, len(weights)
+    depth = weights.shape[1] * GROUP if coded else weights.shape[1]
     if x.dtype is not torch.float32 or width != depth:
         raise TypeError(f"linear: x is {x.dtype} [{rows}, {width}], expected float32 [rows, {depth}]")
     if x.stride(1) != 1:
@@ -171,8 +209,8 @@ def multiply(x: torch.Tensor, blocks: torch.Tensor, out: int) -> torch.Tensor:
     y = x.new_empty(rows, num_blocks * LANES)
     threads = threads_for(rows * num_blocks * depth * LANES / 30e3)
     _multiply(
-        GOMP, threads, x.data_ptr(), x.stride(0), 0, blocks.data_ptr(), y.data_ptr(), rows, depth, 1, num_blocks,
-        FORMAT[blocks.dtype],
+        GOMP, threads, x.data_ptr(), x.stride(0), 0, weights.data_ptr(), y.data_ptr(), rows, depth, 1, num_blocks,
+        CODES if coded else FORMAT[weights.dtype],
     )  # fmt: skip
     return y if num_blocks * LANES == out else y[:, :out].contiguous()
 

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from nanokv.kernels.cpu import emit
+from nanokv.kernels.cpu import amx, emit
 from nanokv.kernels.cpu.emit import FLOAT, INT, SHORT, constant
 from nanokv.kernels.cpu.exp import SHIFT, emit_exp2
 
@@ -23,20 +23,7 @@ HEADROOM = 8.0
 """Weights of up to 2**8 lose no precision, and a base that seldom moves saves the scaling of sums."""
 # Minimax coefficients of 2**r on [-1/2, 1/2], the constant exactly 1: the error is below 1.1e-4.
 _COEFFICIENTS = (0.05500897, 0.24221106, 0.69328293, 1.0)
-_FLOATS, _WORDS, _SHORTS = ir.VectorType(FLOAT, 16), ir.VectorType(INT, 16), ir.VectorType(SHORT, 32)
-
-
-class _BFloat(ir.Type):
-    """bfloat16, a type that llvmlite lacks."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
+_FLOATS, _WORDS = ir.VectorType(FLOAT, 16), ir.VectorType(INT, 16)
 
 
 def _by_fours(builder: ir.IRBuilder, rows: ir.Value, first: float, body: Callable) -> list[ir.Value]:
@@ -59,9 +46,7 @@ def _row(builder: ir.IRBuilder, scores: ir.Value, row: ir.Value) -> ir.Value:
 
 def _pairs(builder: ir.IRBuilder, even: ir.Value, odd: ir.Value) -> ir.Value:
     """16 words of two bfloat16, rounded to even; numbers below 2**-126 become 0."""
-    kind = ir.FunctionType(ir.VectorType(_BFloat(), 32), [_FLOATS, _FLOATS])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
-    both = builder.bitcast(builder.call(function, [odd, even]), _SHORTS)
+    both = amx.round_both(builder, even, odd)
     order = ir.Constant(ir.VectorType(INT, 32), [n // 2 + 16 * (n % 2) for n in range(32)])
     return builder.bitcast(builder.shuffle_vector(both, both, order), _WORDS)
 
