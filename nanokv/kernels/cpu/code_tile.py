@@ -1,12 +1,15 @@
-"""A KV tile of codes: as kv_tile.py, but keys and values are decoded, not widened, and each token has a scale.
+"""A KV tile of codes: as kv_tile.py, but keys and values are decoded, not widened, and each token may have a scale.
 
     scores   = (q @ table[K codes] transposed) * K scales      `qk_codes`, after `locate_codes`
     acc     += (weights * V scales) @ table[V codes]           `pv_codes`, after `locate_codes`
 
-The scale of a token multiplies its scores and its weights instead of all its numbers. Codes that do not fill registers
-evenly (3 bits lie in two planes; a packed row may be no multiple of 16 bytes) are unpacked first, one code a byte.
+The scale of a token multiplies its scores and its weights instead of all its numbers. Numbers in GROUPS (KIVI) are
+low + step * code instead, and tokens have no scales. Codes that do not fill registers evenly (3 bits lie in two planes;
+a packed row may be no multiple of 16 bytes) are unpacked first, one code a byte.
 
-A plane is a tuple: offset, high_offset, scale_offset, bits, dim as in CodePlane, its form, the address of its table.
+A plane is a tuple: offset, high_offset, scale_offset, bits, dim as in CodePlane, its form, the address of its table,
+low_offset, and numbers of a token that share a step. Of GROUPS the scales are the steps, and the table is room for those
+of a tile.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ import numpy as np
 
 from nanokv.kernels.cpu.compiled import inner
 from nanokv.kernels.cpu.intrinsics import prefetch_line, size_of, view, widen
-from nanokv.kernels.cpu.kv_tile import DIM_TILE, F32, I64, KV_TILE, Q_TILE, last_visible
+from nanokv.kernels.cpu.kv_tile import DIM_TILE, F32, I64, KV_TILE, Q_TILE, last_visible, widen_row
 from nanokv.kernels.cpu.lookup import decode_keys, decode_values, extract_bits, multiply_64, transpose_bytes
 from nanokv.kernels.cpu.simd import multiply
+from nanokv.kernels.planes import GROUPS
 
 F16, U16, U64 = np.dtype(np.int16), np.dtype(np.uint16), np.dtype(np.uint64)
 
@@ -89,18 +93,52 @@ def _addresses(pages, slots, offset, width, out):
 
 
 @inner
-def locate_codes(pages, slots, head, page_size, plane, rows, high_rows, scales, room):
+def _load_scales(pages, slots, first, plane, out):
+    """The scales of a tile's tokens, as float32 [64]."""
+    at, pages, slots = view(out, KV_TILE, F32), view(pages, KV_TILE, I64), view(slots, KV_TILE, I64)
+    for j in range(KV_TILE):
+        at[j] = widen(view(pages[j] + plane[2] + 2 * (first + slots[j]), 1, F16)[0])
+
+
+@inner
+def _load_key_groups(pages, head, plane):
+    """The steps and lows of each dim, for the keys 0 - 31 of a tile, then for the others: float32 [2, 2, dim]."""
+    dim, out = plane[4], plane[6]
+    for half in range(2):
+        page = view(pages, KV_TILE, I64)[32 * half] + 2 * head * dim
+        widen_row(page + plane[2], out, dim, F16)
+        widen_row(page + plane[7], out + 4 * dim, dim, F16)
+        out += 8 * dim
+
+
+@inner
+def _load_value_groups(pages, slots, first, plane):
+    """The steps of each token's groups, then their lows: float32 [2, 64, groups]."""
+    groups = plane[4] // plane[8]
+    count = 32 * groups
+    for half in range(2):
+        slot = view(slots, KV_TILE, I64)[32 * half]
+        start = view(pages, KV_TILE, I64)[32 * half] + 2 * (first + slot) * groups
+        widen_row(start + plane[2], plane[6] + 4 * half * count, count, F16)
+        widen_row(start + plane[7], plane[6] + 4 * (half + 2) * count, count, F16)
+
+
+@inner
+def locate_codes(pages, slots, head, page_size, plane, are_keys, rows, high_rows, scales, room):
     """The addresses of a tile's codes, into `rows` int64 [64], and the scales of its tokens, into float32 [64].
 
     room      for 64 rows of codes that have to be unpacked
     Returns   bytes of a row, and bits of a code in it
     """
-    offset, high_offset, scale_offset, bits, dim = plane[:5]
+    offset, high_offset, bits, dim = plane[0], plane[1], plane[3], plane[4]
     first, width = head * page_size, row_bytes(plane)
     _addresses(pages, slots, offset + first * width, width, rows)
-    at, pages_at, slots_at = view(scales, KV_TILE, F32), view(pages, KV_TILE, I64), view(slots, KV_TILE, I64)
-    for j in range(KV_TILE):
-        at[j] = widen(view(pages_at[j] + scale_offset + 2 * (first + slots_at[j]), 1, F16)[0])
+    if plane[5] != GROUPS:
+        _load_scales(pages, slots, first, plane, scales)
+    elif are_keys:
+        _load_key_groups(pages, head, plane)
+    else:
+        _load_value_groups(pages, slots, first, plane)
     if bits != 3 and width % 16 == 0:
         return width, bits
     if bits == 3:
@@ -131,7 +169,7 @@ def qk_codes(rows, width, bits, plane, scales, q, queries, limits, transposed, k
             group = d // width
             run = min(end, (group + 1) * width) - d
             source, target = transposed + KV_TILE * (d - group * width), k + 4 * KV_TILE * (d - start)
-            decode_keys(run, source, bits * group, mask, plane[5], plane[6], target)
+            decode_keys(run, source, bits * group, mask, plane[5], plane[6], d, depth, target)
             d += run
         for n in range(0, queries, Q_TILE):
             last = min(n + Q_TILE, queries)
@@ -139,8 +177,9 @@ def qk_codes(rows, width, bits, plane, scales, q, queries, limits, transposed, k
             if limit >= 0:
                 part = q + 4 * (n * depth + start)
                 multiply(last - n, limit + 1, end - start, part, depth, k, KV_TILE, scores + 4 * KV_TILE * n, KV_TILE)
-    for n in range(queries):
-        multiply_64(scores + 4 * KV_TILE * n, scales)
+    if plane[5] != GROUPS:
+        for n in range(queries):
+            multiply_64(scores + 4 * KV_TILE * n, scales)
 
 
 @inner
@@ -150,9 +189,10 @@ def pv_codes(rows, width, bits, plane, scales, queries, limits, weights, v, acc)
     v     room for 64 x 64 float32
     acc   float32 [queries, dim]
     """
-    mask, dims = np.int64((1 << plane[3]) - 1), plane[4]
-    for n in range(queries):
-        multiply_64(weights + 4 * KV_TILE * n, scales)
+    mask, dims, group = np.int64((1 << plane[3]) - 1), plane[4], plane[8]
+    if plane[5] != GROUPS:
+        for n in range(queries):
+            multiply_64(weights + 4 * KV_TILE * n, scales)
     for start in range(0, dims, DIM_TILE):
         end = min(start + DIM_TILE, dims)
         for d in range(start, end, 32):
@@ -160,7 +200,7 @@ def pv_codes(rows, width, bits, plane, scales, queries, limits, weights, v, acc)
             a, b = d // width, other // width
             decode_values(
                 KV_TILE, rows, d - a * width, a * bits, other - b * width, b * bits, mask, plane[5], plane[6],
-                v + 4 * (d - start),
+                d // group, other // group, dims // group, v + 4 * (d - start),
             )  # fmt: skip
         for n in range(0, queries, Q_TILE):
             last = min(n + Q_TILE, queries)
