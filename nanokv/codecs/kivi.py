@@ -13,6 +13,7 @@ Source: Liu et al. 2024 (KIVI); its code gives these results for group_size = re
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -136,9 +137,10 @@ class KiviPages:
         if len(pieces.full):
             self._seal(self._own(memory, offset)[pieces.places[pieces.full]].float(), pool, batch, pieces)
         own = pieces.own_pages(self._codec.exact)
+        own_planes = _own_planes(offset, memory.stride(0), self._shape, self._codec.dtype)
         dtype = attention_dtype(qkv)
         out = heads.ops.group_attention(
-            q.to(dtype), pool, self._planes, memory, self._own_planes(memory, offset), own, pieces.batch, heads.scale
+            q.to(dtype), pool, self._planes, memory, own_planes, own, pieces.batch, heads.scale
         )
         return out.to(qkv.dtype)
 
@@ -150,15 +152,6 @@ class KiviPages:
     def _own(self, memory: torch.Tensor, offset: int) -> torch.Tensor:
         """The unquantized pages in a memory uint8 [places, bytes]: [places, keys of heads | values, page_size, dim]."""
         return page_array(memory, offset, self._shape, self._codec.dtype)
-
-    def _own_planes(self, memory: torch.Tensor, offset: int) -> KVPlanes:
-        heads, (_, size, dim), dtype = self._heads.kv_heads, self._shape, self._codec.dtype
-        row = dim * dtype.itemsize
-        return KVPlanes(
-            k_offset=offset, v_offset=offset + heads * size * row, rope_offset=0, page_bytes=memory.stride(0),
-            page_size=size, token_stride=row, head_stride=size * row, rope_stride=0, kv_heads=heads, head_dim=dim,
-            value_dim=dim, rope_dim=0, dtype=dtype,
-        )  # fmt: skip
 
     def _append(
         self, rows: torch.Tensor, states: torch.Tensor, batch: Batch, pieces: Pieces
@@ -191,6 +184,18 @@ class KiviPages:
         parts += [split_codes(codes.flatten(-2), self._codec.bits)[0], step.squeeze(-1), low.squeeze(-1)]
         for slot, numbers in zip(self._slots, parts, strict=True):
             array_of(pool, slot)[pages] = numbers
+
+
+@cache
+def _own_planes(offset: int, stride: int, shape: tuple[int, int, int], dtype: torch.dtype) -> KVPlanes:
+    """Unquantized pages [keys of heads | values, page_size, dim], `offset` bytes into places `stride` bytes apart."""
+    both, size, dim = shape
+    row = dim * dtype.itemsize
+    return KVPlanes(
+        k_offset=offset, v_offset=offset + both // 2 * size * row, rope_offset=0, page_bytes=stride, page_size=size,
+        token_stride=row, head_stride=size * row, rope_stride=0, kv_heads=both // 2, head_dim=dim, value_dim=dim,
+        rope_dim=0, dtype=dtype,
+    )  # fmt: skip
 
 
 class Pieces:

@@ -149,8 +149,8 @@ class CodePlanes:
 class GroupPlanes:
     """Places of one attention layer's codes in a full page. A number is low + step * code.
 
-    k_codes, v_codes   bytes from the start of a page to the codes: uint8 [kv_heads, page_size, dim * bits / 8], packed as
-                       in CodePlane
+    k_codes, v_codes   bytes from the start of a page to the codes: uint8 [kv_heads, page_size, dim * bits / 8], packed
+                       as in CodePlane
     k_step, k_low      to the numbers of each channel of a page's keys: float16 [kv_heads, dim]
     v_step, v_low      to those of `group` channels of a token's value: float16 [kv_heads, page_size, dim / group]
     bits               2 or 4

@@ -24,7 +24,6 @@ from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 from nanokv.kernels.cpu.row_blocks import row_blocks_of
 from nanokv.kernels.planes import GROUPS, LOOKUP, CodePlane, CodePlanes, GroupPlanes, KVPlanes, OwnPages
 
-
 _NO_PAGES = np.zeros(12, np.int64)
 _NO_TABLES = np.zeros(0, np.int32), np.zeros((0, 0), np.int32)
 
@@ -122,7 +121,7 @@ def _work(counter, q, q_stride, heads, out, pool, sizes, k_plane, v_plane, step,
                 at, head = h * queries, first_head + h
                 head_q, head_acc = wide_q + 4 * at * depth, acc + 4 * at * value_dim
                 view(scores, KV_TILE * queries, F32)[:] = ZERO
-                prefetch_codes(next_pages, next_slots, next_count, head, page_size, k_plane)
+                prefetch_codes(next_pages, next_slots, next_count, head, page_size, k_plane, True)
                 width, bits = locate_codes(
                     pages, slots, head, page_size, k_plane, True, rows, high_rows, k_scales, unpacked
                 )
@@ -130,7 +129,7 @@ def _work(counter, q, q_stride, heads, out, pool, sizes, k_plane, v_plane, step,
                 online_softmax(
                     queries, limits, scale, scores, head_acc, value_dim, total + 4 * at * LANES, best + 4 * at
                 )
-                prefetch_codes(next_pages, next_slots, next_count, head, page_size, v_plane)
+                prefetch_codes(next_pages, next_slots, next_count, head, page_size, v_plane, False)
                 width, bits = locate_codes(
                     pages, slots, head, page_size, v_plane, False, rows, high_rows, v_scales, unpacked
                 )

@@ -8,8 +8,8 @@ low + step * code instead, and tokens have no scales. Codes that do not fill reg
 a packed row may be no multiple of 16 bytes) are unpacked first, one code a byte.
 
 A plane is a tuple: offset, high_offset, scale_offset, bits, dim as in CodePlane, its form, the address of its table,
-low_offset, and numbers of a token that share a step. Of GROUPS the scales are the steps, and the table is room for those
-of a tile.
+low_offset, and numbers of a token that share a step. Of GROUPS the scales are the steps, and the table is room for the
+steps and lows of a tile.
 """
 
 from __future__ import annotations
@@ -40,17 +40,6 @@ def locate_tokens(pages, slots, start, count, pool, table, page_bytes, page_size
         slot += 1
     for j in range(count, KV_TILE):
         pages[j], slots[j] = pages[count - 1], slots[count - 1]
-
-
-@inner
-def prefetch_codes(pages, slots, count, head, page_size, plane):
-    """Prefetches the codes of `count` tokens of a tile."""
-    pages, slots = view(pages, KV_TILE, I64), view(slots, KV_TILE, I64)
-    width = row_bytes(plane)
-    for j in range(count):
-        address = pages[j] + plane[0] + (head * page_size + slots[j]) * width
-        for byte in range(0, width, 64):
-            prefetch_line(address + byte)
 
 
 @inner
@@ -101,24 +90,40 @@ def _load_scales(pages, slots, first, plane, out):
 
 
 @inner
-def _load_key_groups(pages, head, plane):
-    """The steps and lows of each dim, for the keys 0 - 31 of a tile, then for the others: float32 [2, 2, dim]."""
-    dim, out = plane[4], plane[6]
-    for half in range(2):
-        page = view(pages, KV_TILE, I64)[32 * half] + 2 * head * dim
-        widen_row(page + plane[2], out, dim, F16)
-        widen_row(page + plane[7], out + 4 * dim, dim, F16)
-        out += 8 * dim
+def _groups_of(pages, slots, half, head, page_size, plane, are_keys):
+    """The steps of the keys, or of the values, of half a tile: an address, still without the offset, and their number.
+    The 32 tokens share the steps of keys."""
+    page, dim = view(pages, KV_TILE, I64)[32 * half], plane[4]
+    if are_keys:
+        return page + 2 * head * dim, dim
+    groups = dim // plane[8]
+    return page + 2 * (head * page_size + view(slots, KV_TILE, I64)[32 * half]) * groups, 32 * groups
 
 
 @inner
-def _load_value_groups(pages, slots, first, plane):
-    """The steps of each token's groups, then their lows: float32 [2, 64, groups]."""
-    groups = plane[4] // plane[8]
-    count = 32 * groups
+def prefetch_codes(pages, slots, count, head, page_size, plane, are_keys):
+    """Prefetches the codes and the scales of `count` tokens of a tile."""
+    first, width = head * page_size, row_bytes(plane)
+    at, slots_at = view(pages, KV_TILE, I64), view(slots, KV_TILE, I64)
+    for j in range(count):
+        address = at[j] + plane[0] + (first + slots_at[j]) * width
+        for byte in range(0, width, 64):
+            prefetch_line(address + byte)
+        if plane[5] != GROUPS and (j == 0 or slots_at[j] % 32 == 0):
+            prefetch_line(at[j] + plane[2] + 2 * (first + slots_at[j]))
+    if plane[5] == GROUPS:
+        for half in range((count + 31) // 32):
+            start, numbers = _groups_of(pages, slots, half, head, page_size, plane, are_keys)
+            for byte in range(0, 2 * numbers, 64):
+                prefetch_line(start + plane[2] + byte)
+                prefetch_line(start + plane[7] + byte)
+
+
+@inner
+def _load_groups(pages, slots, head, page_size, plane, are_keys):
+    """The steps of a tile, by halves, then its lows: float32 [2, 2, dim] of keys, [2, 64, groups] of values."""
     for half in range(2):
-        slot = view(slots, KV_TILE, I64)[32 * half]
-        start = view(pages, KV_TILE, I64)[32 * half] + 2 * (first + slot) * groups
+        start, count = _groups_of(pages, slots, half, head, page_size, plane, are_keys)
         widen_row(start + plane[2], plane[6] + 4 * half * count, count, F16)
         widen_row(start + plane[7], plane[6] + 4 * (half + 2) * count, count, F16)
 
@@ -135,10 +140,8 @@ def locate_codes(pages, slots, head, page_size, plane, are_keys, rows, high_rows
     _addresses(pages, slots, offset + first * width, width, rows)
     if plane[5] != GROUPS:
         _load_scales(pages, slots, first, plane, scales)
-    elif are_keys:
-        _load_key_groups(pages, head, plane)
     else:
-        _load_value_groups(pages, slots, first, plane)
+        _load_groups(pages, slots, head, page_size, plane, are_keys)
     if bits != 3 and width % 16 == 0:
         return width, bits
     if bits == 3:

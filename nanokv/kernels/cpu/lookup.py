@@ -184,8 +184,8 @@ def decode_keys(builder, count, source, shift, mask, kind, table, first, dims, o
     """`count` rows of 64 bytes from `transpose_bytes` become rows of 64 float32, numbers for the codes
     (byte >> shift) & mask.
 
-    table   address of a table's bytes (LOOKUP, see split_table), of its float32, or of the steps and lows of the dims
-            for the keys 0 - 31, then for the others: float32 [2, 2, dims] (GROUPS)
+    table   address of a table's bytes (LOOKUP, see split_table), of its float32, or of the steps of the dims, for the
+            keys 0 - 31, then for the others, and of their lows: float32 [2, 2, dims] (GROUPS)
     first   the dim of the first row
     """
     words = ir.VectorType(WORD, 16)
@@ -200,8 +200,8 @@ def decode_keys(builder, count, source, shift, mask, kind, table, first, dims, o
                 codes = builder.bitcast(emit.load(builder, source, at, BYTE, 32), words)
                 codes = builder.and_(builder.bitcast(builder.lshr(codes, shift), BYTES), mask)
                 if kind == GROUPS:
-                    number = builder.add(builder.add(first, loop.index), builder.mul(dims, dims.type(2 * half)))
-                    group = _group(builder, table, number, dims)
+                    number = builder.add(builder.add(first, loop.index), builder.mul(dims, dims.type(half)))
+                    group = _group(builder, table, number, builder.mul(dims, dims.type(2)))
                     lines = [_scaled(builder, part, *group) for part in _widened(builder, codes)]
                 else:
                     lines = decode(codes)

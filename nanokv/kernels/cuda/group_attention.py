@@ -1,4 +1,4 @@
-"""Attention over codes in groups on a GPU: pages are decoded in torch, each once, and read by the kernel of plain pages."""
+"""Attention over codes in groups on a GPU: torch decodes each page once, and the kernel of plain pages attends."""
 
 from __future__ import annotations
 
