@@ -119,9 +119,10 @@ class KiviPages:
         parts = "codes", "step", "low"
         self._slots = [layout.paged(layer, f"{side}_{part}") for side in "kv" for part in parts]
         size, dim = layout.page_size, heads.head_dim
+        k_codes, k_step, k_low, v_codes, v_step, v_low = (slot.offset for slot in self._slots)
         self._planes = GroupPlanes(
-            *(slot.offset for slot in self._slots), bits=codec.bits, dim=dim, group=min(size, dim),
-            page_bytes=layout.page_bytes, page_size=size, kv_heads=heads.kv_heads,
+            k_codes=k_codes, k_step=k_step, k_low=k_low, v_codes=v_codes, v_step=v_step, v_low=v_low, bits=codec.bits,
+            dim=dim, group=min(size, dim), page_bytes=layout.page_bytes, page_size=size, kv_heads=heads.kv_heads,
         )  # fmt: skip
         # The two planes of a partial page lie side by side.
         self._partial = layout.state(layer, "k_tail").offset
