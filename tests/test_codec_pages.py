@@ -236,7 +236,7 @@ def test_a_gpu_attends_in_the_dtype_of_the_model(name, monkeypatch):
     expected = Layer(name).attend(qkv, {0: range(40)}, TABLES)
     for module in (pages, kivi):
         monkeypatch.setattr(module, "attention_dtype", lambda _: torch.bfloat16)
-    for op in ("paged_attention", "code_attention"):
+    for op in ("paged_attention", "code_attention", "group_attention"):
         own = getattr(Ops, op)
         monkeypatch.setattr(Ops, op, lambda self, q, *rest, own=own: seen.append((q, rest[1])) or own(self, q, *rest))
     found = Layer(name).attend(qkv, {0: range(40)}, TABLES)

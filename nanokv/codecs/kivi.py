@@ -13,16 +13,18 @@ Source: Liu et al. 2024 (KIVI); its code gives these results for group_size = re
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
 from nanokv.codecs.key_mean import KeyMean
-from nanokv.codecs.pages import Heads, attend_decoded, attention_dtype, rotated
+from nanokv.codecs.pages import Heads, attention_dtype, rotated
 from nanokv.codecs.quantizer import array_of, plane
 from nanokv.core.batch import Batch
 from nanokv.core.errors import ConfigError
 from nanokv.core.spec import LayerSpec, PageLayout, Plane
-from nanokv.kernels.reference import join_codes, split_codes
+from nanokv.kernels.planes import GroupPlanes, KVPlanes, OwnPages
+from nanokv.kernels.reference import decode_group_pages, decode_groups, page_array, split_codes
 
 GROUPS = (32, 64)
 
@@ -48,7 +50,7 @@ class Groups:
     @staticmethod
     def decode(codes: torch.Tensor, step: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """minimum + step * code: float32, the shape of codes."""
-        return codes.float() * step.float() + low.float()
+        return decode_groups(codes, step, low)
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,23 @@ class KiviPages:
 
     planes = None
     is_recordable = False
-    """Only the device knows which pages become full, and pages are decoded: see AttentionPages."""
+    """Only the device knows which pages become full: see AttentionPages."""
 
     def __init__(self, codec: KiviCodec, layout: PageLayout, layer: int, heads: Heads) -> None:
         self._codec = codec
         self._heads = heads
-        self._group = min(layout.page_size, heads.head_dim)
         self._keys, self._values = Groups(codec.bits, -2), Groups(codec.bits, -1)
         parts = "codes", "step", "low"
-        self._k, self._v = ([layout.paged(layer, f"{side}_{part}") for part in parts] for side in "kv")
-        self._partial = [layout.state(layer, f"{side}_tail") for side in "kv"]
+        self._slots = [layout.paged(layer, f"{side}_{part}") for side in "kv" for part in parts]
+        size, dim = layout.page_size, heads.head_dim
+        k_codes, k_step, k_low, v_codes, v_step, v_low = (slot.offset for slot in self._slots)
+        self._planes = GroupPlanes(
+            k_codes=k_codes, k_step=k_step, k_low=k_low, v_codes=v_codes, v_step=v_step, v_low=v_low, bits=codec.bits,
+            dim=dim, group=min(size, dim), page_bytes=layout.page_bytes, page_size=size, kv_heads=heads.kv_heads,
+        )  # fmt: skip
+        # The two planes of a partial page lie side by side.
+        self._partial = layout.state(layer, "k_tail").offset
+        self._shape = 2 * heads.kv_heads, size, dim
         self.key_mean = KeyMean(is_lossy=False)  # each channel has a minimum of its own
 
     def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -126,55 +135,81 @@ class KiviPages:
         heads = self._heads
         q, k, v = rotated(qkv, heads, self.key_mean, batch)
         pieces = batch.once(Pieces)
-        new = [self._append(x, slot, states, batch, pieces) for x, slot in zip((k, v), self._partial, strict=True)]
-        self._seal(new, pool, batch.write_pages[pieces.last_rows[pieces.full]].long(), pieces)
-        tables, sealed = batch.once(piece_tables, self._codec.exact)
-        k, v = (torch.cat((old, own.float())) for old, own in zip(self._decode(pool, sealed), new, strict=True))
-        by_piece = replace(batch, request_starts=pieces.starts)
-        out = attend_decoded(heads.ops, q, (k, v, None), by_piece, tables, heads.scale, attention_dtype(qkv))
+        memory, offset = self._append(torch.cat((k, v), dim=1).to(self._codec.dtype), states, batch, pieces)
+        if len(pieces.full):
+            self._seal(self._own(memory, offset)[pieces.places[pieces.full]].float(), pool, batch, pieces)
+        own = pieces.own_pages(self._codec.exact)
+        own_planes = _own_planes(offset, memory.stride(0), self._shape, self._codec.dtype)
+        dtype = attention_dtype(qkv)
+        out = heads.ops.group_attention(
+            q.to(dtype), pool, self._planes, memory, own_planes, own, pieces.batch, heads.scale
+        )
         return out.to(qkv.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of full pages, decoded: float32 [pages, kv_heads, page_size, head_dim] each."""
-        k, v = self._decode(pool, pages)
+        k, v = decode_group_pages(pool, self._planes, pages)
         return self.key_mean.add(k), v
 
-    def _append(self, x, slot, states, batch, pieces) -> torch.Tensor:
-        """The pages of this step unquantized: [pieces, kv_heads, page_size, head_dim]. Keeps those that are partial."""
-        kept = array_of(states, slot)
-        own = batch.state_ids.long()[pieces.requests]
-        pages = kept.new_zeros(len(own), *kept.shape[1:])
-        pages[pieces.continued] = kept[own[pieces.continued]]
-        pages[pieces.of_rows, :, batch.write_slots.long()] = x.to(self._codec.dtype)
-        kept[own[pieces.partial]] = pages[pieces.partial]
-        return pages
+    def _own(self, memory: torch.Tensor, offset: int) -> torch.Tensor:
+        """The unquantized pages in a memory uint8 [places, bytes]: [places, keys of heads | values, page_size, dim]."""
+        return page_array(memory, offset, self._shape, self._codec.dtype)
 
-    def _seal(self, new: list[torch.Tensor], pool: torch.Tensor, pages: torch.Tensor, pieces: Pieces) -> None:
-        """Writes the pages that this step fills, in codes."""
-        k, v = (x[pieces.full].float() for x in new)
+    def _append(
+        self, rows: torch.Tensor, states: torch.Tensor, batch: Batch, pieces: Pieces
+    ) -> tuple[torch.Tensor, int]:
+        """Writes rows [rows, keys of heads | values, dim] into the unquantized pages of this step, which are partial
+        pages in states where no request has two of them. Keeps those that stay partial.
+
+        Returns   memory uint8 [places, bytes], and the bytes from the start of a place to its page
+        """
+        memory, offset, kept = states, self._partial, self._own(states, self._partial)
+        if pieces.are_many:
+            pages = kept.new_zeros(len(pieces.requests), *self._shape)
+            memory, offset = pages.view(torch.uint8).flatten(1), 0
+            pages[pieces.continued] = kept[pieces.states[pieces.continued]]
+        self._own(memory, offset)[pieces.places[pieces.of_rows], :, batch.write_slots.long()] = rows
+        if pieces.are_many:
+            kept[pieces.states[pieces.partial]] = pages[pieces.partial]
+        return memory, offset
+
+    def _seal(self, new: torch.Tensor, pool: torch.Tensor, batch: Batch, pieces: Pieces) -> None:
+        """Writes the pages that this step fills, in codes.
+
+        new   float32 [full pages, keys of heads | values, page_size, dim]
+        """
+        k, v = new.chunk(2, dim=1)
+        pages = batch.write_pages[pieces.last_rows[pieces.full]].long()
         codes, step, low = self._keys.encode(k)
         parts = [split_codes(codes, self._codec.bits)[0], step.squeeze(-2), low.squeeze(-2)]
-        codes, step, low = self._values.encode(v.unflatten(-1, (-1, self._group)))
+        codes, step, low = self._values.encode(v.unflatten(-1, (-1, self._planes.group)))
         parts += [split_codes(codes.flatten(-2), self._codec.bits)[0], step.squeeze(-1), low.squeeze(-1)]
-        for slot, numbers in zip((*self._k, *self._v), parts, strict=True):
+        for slot, numbers in zip(self._slots, parts, strict=True):
             array_of(pool, slot)[pages] = numbers
 
-    def _decode(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of full pages: float32 [pages, kv_heads, page_size, head_dim] each."""
-        codes, step, low = (array_of(pool, slot)[pages] for slot in self._k)
-        k = Groups.decode(join_codes([codes], self._codec.bits), step.unsqueeze(-2), low.unsqueeze(-2))
-        codes, step, low = (array_of(pool, slot)[pages] for slot in self._v)
-        codes = join_codes([codes], self._codec.bits).unflatten(-1, (-1, self._group))
-        return k, Groups.decode(codes, step.unsqueeze(-1), low.unsqueeze(-1)).flatten(-2)
+
+@cache
+def _own_planes(offset: int, stride: int, shape: tuple[int, int, int], dtype: torch.dtype) -> KVPlanes:
+    """Unquantized pages [keys of heads | values, page_size, dim], `offset` bytes into places `stride` bytes apart."""
+    both, size, dim = shape
+    row = dim * dtype.itemsize
+    return KVPlanes(
+        k_offset=offset, v_offset=offset + both // 2 * size * row, rope_offset=0, page_bytes=stride, page_size=size,
+        token_stride=row, head_stride=size * row, rope_stride=0, kv_heads=both // 2, head_dim=dim, value_dim=dim,
+        rope_dim=0, dtype=dtype,
+    )  # fmt: skip
 
 
 class Pieces:
     """The rows of a step cut where the request or the page changes: int64 tensors, one number a piece unless said.
 
-    starts      int32 [pieces + 1]: the rows of piece i are starts[i] .. starts[i + 1]
+    batch       the Batch with a piece in place of each request
+    are_many    a request has several pieces
     of_rows     [rows]: the piece of each row
     requests    the request of each piece
-    places      which page of its request a piece is
+    states      its state
+    columns     which page of its request a piece is
+    places      where the piece's page lies unquantized: its state, or its own number where are_many
     last_rows   the last row of each piece
     full        the pieces whose last row fills the page; partial: the others
     continued   the pieces whose page was begun in an earlier step
@@ -183,32 +218,34 @@ class Pieces:
     def __init__(self, batch: Batch) -> None:
         counts = batch.request_starts.diff().long()
         request = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-        place = batch.positions.long() // batch.page_size
+        column = batch.positions.long() // batch.page_size
         is_first = torch.ones_like(request, dtype=torch.bool)
-        is_first[1:] = (request[1:] != request[:-1]) | (place[1:] != place[:-1])
+        is_first[1:] = (request[1:] != request[:-1]) | (column[1:] != column[:-1])
         first_rows = is_first.nonzero()[:, 0]
         self.of_rows = is_first.cumsum(0) - 1
-        self.starts = torch.cat((first_rows, first_rows.new_tensor([len(request)]))).int()
-        self.requests, self.places = request[first_rows], place[first_rows]
-        self.last_rows = self.starts[1:].long() - 1
+        starts = torch.cat((first_rows, first_rows.new_tensor([len(request)]))).int()
+        self.requests, self.columns = request[first_rows], column[first_rows]
+        self.states = batch.state_ids.long()[self.requests]
+        self.are_many = len(first_rows) > len(counts)
+        self.places = torch.arange(len(first_rows), device=counts.device) if self.are_many else self.states
+        self.last_rows = starts[1:].long() - 1
         are_full = batch.write_slots[self.last_rows] == batch.page_size - 1
         self.full, self.partial = are_full.nonzero()[:, 0], (~are_full).nonzero()[:, 0]
         self.continued = (batch.write_slots[first_rows] > 0).nonzero()[:, 0]
+        self.batch = replace(batch, request_starts=starts, page_tables=batch.page_tables[self.requests])
+
+    def own_pages(self, exact: bool) -> OwnPages:
+        """The pages that each piece sees unquantized.
+
+        exact   a piece sees only its own page unquantized; else all pages that its request writes in this step
+        """
+        return self.batch.once(_own_pages, self, exact)
 
 
-def piece_tables(batch: Batch, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Page tables int32 [pieces, widest] over [full pages to decode | this step's pages]; the full pages int64.
-
-    exact   a piece sees only its own page unquantized; else all pages that its request writes in this step
-    """
-    own = batch.once(Pieces)
-    pages = batch.page_tables[own.requests].long()
-    columns = torch.arange(pages.shape[1], device=pages.device)
+def _own_pages(batch: Batch, own: Pieces, exact: bool) -> OwnPages:
     # Pieces of a request follow each other: for each piece, the first one of its request.
     lead = torch.searchsorted(own.requests, own.requests)
-    first_unquantized = own.places if exact else own.places[lead]
-    is_sealed = columns < first_unquantized[:, None]
-    sealed = pages[is_sealed].unique()
-    pieces = torch.arange(len(lead), device=pages.device)
-    unquantized = (pieces - own.places)[:, None] + columns + len(sealed)
-    return torch.where(is_sealed, torch.searchsorted(sealed, pages), unquantized).clamp(min=0).int(), sealed
+    starts = own.columns if exact else own.columns[lead]
+    before = torch.arange(batch.page_tables.shape[1], device=starts.device) - own.columns[:, None]
+    places = own.places[:, None] + before.clamp(max=0) * own.are_many
+    return OwnPages(starts.int(), places.clamp(min=0).int())

@@ -63,10 +63,7 @@ def plane(name: str, heads: int, page_size: int, width: int | None, dtype: torch
 
 def array_of(memory: torch.Tensor, slot: PlaneSlot) -> torch.Tensor:
     """One plane of all pages (or of all states): a view [pages, *shape] of uint8 [pages, bytes]."""
-    numbers, size = memory.view(slot.plane.dtype), slot.plane.dtype.itemsize
-    strides = memory.stride(0) // size, *torch.empty(slot.plane.shape, device="meta").stride()
-    shape, offset = (memory.shape[0], *slot.plane.shape), numbers.storage_offset() + slot.offset // size
-    return numbers.as_strided(shape, strides, offset)
+    return reference.page_array(memory, slot.offset, slot.plane.shape, slot.plane.dtype)
 
 
 class QuantizerPages:

@@ -105,6 +105,7 @@ class Ops:
     store_codes = op("store_codes", reference.store_codes)
     paged_attention = op("paged_attention", reference.paged_attention)
     code_attention = op("code_attention", reference.code_attention)
+    group_attention = op("group_attention", reference.group_attention)
 
     short_conv = op("short_conv", reference.short_conv)
     delta_rule_step = op("delta_rule_step", reference.delta_rule_step)

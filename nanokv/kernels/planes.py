@@ -63,8 +63,8 @@ class KVPlanes:
 LARGEST_SCALE = 65504.0
 """The largest float16; larger scales are clamped to it."""
 
-LOOKUP, UNIFORM, FLOAT8 = range(3)
-"""The ways of a kernel to compute table[code]."""
+LOOKUP, UNIFORM, FLOAT8, GROUPS = range(4)
+"""The ways of a kernel to compute a number from its code: three of table[code]; low + step * code for GROUPS."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +143,47 @@ class CodePlanes:
         """page_bytes, page_size, kv_heads, then offset, high_offset, scale_offset, bits, dim of k and of v: int64."""
         sides = [n for s in (self.k, self.v) for n in (s.offset, s.high_offset, s.scale_offset, s.bits, s.dim)]
         return np.array([self.page_bytes, self.page_size, self.kv_heads, *sides], np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupPlanes:
+    """Places of one attention layer's codes in a full page. A number is low + step * code.
+
+    k_codes, v_codes   bytes from the start of a page to the codes: uint8 [kv_heads, page_size, dim * bits / 8], packed
+                       as in CodePlane
+    k_step, k_low      to the numbers of each channel of a page's keys: float16 [kv_heads, dim]
+    v_step, v_low      to those of `group` channels of a token's value: float16 [kv_heads, page_size, dim / group]
+    bits               2 or 4
+    dim                numbers of a token and KV head, a multiple of 16
+    group              a divisor of dim
+    page_bytes         bytes from one page of the pool to the next
+    page_size          tokens in a page: 32 or 64
+    """
+
+    k_codes: int
+    k_step: int
+    k_low: int
+    v_codes: int
+    v_step: int
+    v_low: int
+    bits: int
+    dim: int
+    group: int
+    page_bytes: int
+    page_size: int
+    kv_heads: int
+
+
+@dataclass(frozen=True, eq=False)
+class OwnPages:
+    """The pages that the requests of a step read unquantized.
+
+    starts   int32 [requests]: the first of these pages in each request; the pages before it are read in codes
+    tables   int32 [requests, widest]: places in the memory of such pages, by column as in Batch.page_tables
+    """
+
+    starts: torch.Tensor
+    tables: torch.Tensor
 
 
 @dataclass(frozen=True)

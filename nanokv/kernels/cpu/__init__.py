@@ -3,7 +3,7 @@
 # ruff: noqa: F401  the ops are imported for others
 
 from nanokv.kernels.cpu.attention import paged_attention
-from nanokv.kernels.cpu.code_attention import code_attention
+from nanokv.kernels.cpu.code_attention import code_attention, group_attention
 from nanokv.kernels.cpu.code_store import store_codes
 from nanokv.kernels.cpu.delta_rule import delta_rule_chunk, delta_rule_step
 from nanokv.kernels.cpu.elementwise import add_rms_norm, gated_rms_norm, rms_norm, sigmoid_mul, silu_mul

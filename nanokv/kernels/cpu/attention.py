@@ -81,7 +81,7 @@ def _work(counter, q, q_stride, heads, out, pool, numbers, step, cut, scale, q_f
                 locate(next_keys, after, next_count, key_plane, table, page_bytes, page_size, token_stride)
                 if rope_dim > 0:
                     locate(next_rope_keys, after, next_count, rope_plane, table, page_bytes, page_size, rope_stride)
-            set_limits(unit, positions, tile, limits)
+            set_limits(unit, positions, tile, count, limits)
             for h in range(unit_heads):
                 shift, at = h * head_stride, h * queries
                 for j in range(KV_TILE):

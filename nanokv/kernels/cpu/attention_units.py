@@ -12,7 +12,7 @@ from __future__ import annotations
 from nanokv.kernels.cpu.compiled import inner
 from nanokv.kernels.cpu.exp import ONE, ZERO
 from nanokv.kernels.cpu.intrinsics import narrow, size_of, view
-from nanokv.kernels.cpu.kv_tile import F32, I64, KV_TILE, LANES, MASKED, Q_TILE, widen_row
+from nanokv.kernels.cpu.kv_tile import F32, I64, LANES, MASKED, Q_TILE, widen_row
 
 MAX_FLOATS = 256 * 1024  # that the queries and results of a unit may take
 
@@ -59,12 +59,12 @@ def load_queries(unit, cut, q, q_stride, depth, format, wide_q, best, acc, padde
 
 
 @inner
-def set_limits(unit, positions, tile_start, limits):
-    """The last key of a KV tile that each query of a KV head sees, -1 for none: int64 [queries]."""
+def set_limits(unit, positions, tile_start, count, limits):
+    """The last of `count` keys of a KV tile that each query of a KV head sees, -1 for none: int64 [queries]."""
     start, _, _, members, queries = unit
     limits = view(limits, queries, I64)
     for n in range(queries):
-        limits[n] = max(min(positions[start + n // members] - tile_start, KV_TILE - 1), -1)
+        limits[n] = max(min(positions[start + n // members] - tile_start, count - 1), -1)
 
 
 @inner

@@ -1,12 +1,15 @@
-"""A KV tile of codes: as kv_tile.py, but keys and values are decoded, not widened, and each token has a scale.
+"""A KV tile of codes: as kv_tile.py, but keys and values are decoded, not widened, and each token may have a scale.
 
     scores   = (q @ table[K codes] transposed) * K scales      `qk_codes`, after `locate_codes`
     acc     += (weights * V scales) @ table[V codes]           `pv_codes`, after `locate_codes`
 
-The scale of a token multiplies its scores and its weights instead of all its numbers. Codes that do not fill registers
-evenly (3 bits lie in two planes; a packed row may be no multiple of 16 bytes) are unpacked first, one code a byte.
+The scale of a token multiplies its scores and its weights instead of all its numbers. Numbers in GROUPS (KIVI) are
+low + step * code instead, and tokens have no scales. Codes that do not fill registers evenly (3 bits lie in two planes;
+a packed row may be no multiple of 16 bytes) are unpacked first, one code a byte.
 
-A plane is a tuple: offset, high_offset, scale_offset, bits, dim as in CodePlane, its form, the address of its table.
+A plane is a tuple: offset, high_offset, scale_offset, bits, dim as in CodePlane, its form, the address of its table,
+low_offset, and numbers of a token that share a step. Of GROUPS the scales are the steps, and the table is room for the
+steps and lows of a tile.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ import numpy as np
 
 from nanokv.kernels.cpu.compiled import inner
 from nanokv.kernels.cpu.intrinsics import prefetch_line, size_of, view, widen
-from nanokv.kernels.cpu.kv_tile import DIM_TILE, F32, I64, KV_TILE, Q_TILE, last_visible
+from nanokv.kernels.cpu.kv_tile import DIM_TILE, F32, I64, KV_TILE, Q_TILE, last_visible, widen_row
 from nanokv.kernels.cpu.lookup import decode_keys, decode_values, extract_bits, multiply_64, transpose_bytes
 from nanokv.kernels.cpu.simd import multiply
+from nanokv.kernels.planes import GROUPS
 
 F16, U16, U64 = np.dtype(np.int16), np.dtype(np.uint16), np.dtype(np.uint64)
 
@@ -36,17 +40,6 @@ def locate_tokens(pages, slots, start, count, pool, table, page_bytes, page_size
         slot += 1
     for j in range(count, KV_TILE):
         pages[j], slots[j] = pages[count - 1], slots[count - 1]
-
-
-@inner
-def prefetch_codes(pages, slots, count, head, page_size, plane):
-    """Prefetches the codes of `count` tokens of a tile."""
-    pages, slots = view(pages, KV_TILE, I64), view(slots, KV_TILE, I64)
-    width = row_bytes(plane)
-    for j in range(count):
-        address = pages[j] + plane[0] + (head * page_size + slots[j]) * width
-        for byte in range(0, width, 64):
-            prefetch_line(address + byte)
 
 
 @inner
@@ -89,18 +82,66 @@ def _addresses(pages, slots, offset, width, out):
 
 
 @inner
-def locate_codes(pages, slots, head, page_size, plane, rows, high_rows, scales, room):
+def _load_scales(pages, slots, first, plane, out):
+    """The scales of a tile's tokens, as float32 [64]."""
+    at, pages, slots = view(out, KV_TILE, F32), view(pages, KV_TILE, I64), view(slots, KV_TILE, I64)
+    for j in range(KV_TILE):
+        at[j] = widen(view(pages[j] + plane[2] + 2 * (first + slots[j]), 1, F16)[0])
+
+
+@inner
+def _groups_of(pages, slots, half, head, page_size, plane, are_keys):
+    """The steps of the keys, or of the values, of half a tile: an address, still without the offset, and their number.
+    The 32 tokens share the steps of keys."""
+    page, dim = view(pages, KV_TILE, I64)[32 * half], plane[4]
+    if are_keys:
+        return page + 2 * head * dim, dim
+    groups = dim // plane[8]
+    return page + 2 * (head * page_size + view(slots, KV_TILE, I64)[32 * half]) * groups, 32 * groups
+
+
+@inner
+def prefetch_codes(pages, slots, count, head, page_size, plane, are_keys):
+    """Prefetches the codes and the scales of `count` tokens of a tile."""
+    first, width = head * page_size, row_bytes(plane)
+    at, slots_at = view(pages, KV_TILE, I64), view(slots, KV_TILE, I64)
+    for j in range(count):
+        address = at[j] + plane[0] + (first + slots_at[j]) * width
+        for byte in range(0, width, 64):
+            prefetch_line(address + byte)
+        if plane[5] != GROUPS and (j == 0 or slots_at[j] % 32 == 0):
+            prefetch_line(at[j] + plane[2] + 2 * (first + slots_at[j]))
+    if plane[5] == GROUPS:
+        for half in range((count + 31) // 32):
+            start, numbers = _groups_of(pages, slots, half, head, page_size, plane, are_keys)
+            for byte in range(0, 2 * numbers, 64):
+                prefetch_line(start + plane[2] + byte)
+                prefetch_line(start + plane[7] + byte)
+
+
+@inner
+def _load_groups(pages, slots, head, page_size, plane, are_keys):
+    """The steps of a tile, by halves, then its lows: float32 [2, 2, dim] of keys, [2, 64, groups] of values."""
+    for half in range(2):
+        start, count = _groups_of(pages, slots, half, head, page_size, plane, are_keys)
+        widen_row(start + plane[2], plane[6] + 4 * half * count, count, F16)
+        widen_row(start + plane[7], plane[6] + 4 * (half + 2) * count, count, F16)
+
+
+@inner
+def locate_codes(pages, slots, head, page_size, plane, are_keys, rows, high_rows, scales, room):
     """The addresses of a tile's codes, into `rows` int64 [64], and the scales of its tokens, into float32 [64].
 
     room      for 64 rows of codes that have to be unpacked
     Returns   bytes of a row, and bits of a code in it
     """
-    offset, high_offset, scale_offset, bits, dim = plane[:5]
+    offset, high_offset, bits, dim = plane[0], plane[1], plane[3], plane[4]
     first, width = head * page_size, row_bytes(plane)
     _addresses(pages, slots, offset + first * width, width, rows)
-    at, pages_at, slots_at = view(scales, KV_TILE, F32), view(pages, KV_TILE, I64), view(slots, KV_TILE, I64)
-    for j in range(KV_TILE):
-        at[j] = widen(view(pages_at[j] + scale_offset + 2 * (first + slots_at[j]), 1, F16)[0])
+    if plane[5] != GROUPS:
+        _load_scales(pages, slots, first, plane, scales)
+    else:
+        _load_groups(pages, slots, head, page_size, plane, are_keys)
     if bits != 3 and width % 16 == 0:
         return width, bits
     if bits == 3:
@@ -131,7 +172,7 @@ def qk_codes(rows, width, bits, plane, scales, q, queries, limits, transposed, k
             group = d // width
             run = min(end, (group + 1) * width) - d
             source, target = transposed + KV_TILE * (d - group * width), k + 4 * KV_TILE * (d - start)
-            decode_keys(run, source, bits * group, mask, plane[5], plane[6], target)
+            decode_keys(run, source, bits * group, mask, plane[5], plane[6], d, depth, target)
             d += run
         for n in range(0, queries, Q_TILE):
             last = min(n + Q_TILE, queries)
@@ -139,8 +180,9 @@ def qk_codes(rows, width, bits, plane, scales, q, queries, limits, transposed, k
             if limit >= 0:
                 part = q + 4 * (n * depth + start)
                 multiply(last - n, limit + 1, end - start, part, depth, k, KV_TILE, scores + 4 * KV_TILE * n, KV_TILE)
-    for n in range(queries):
-        multiply_64(scores + 4 * KV_TILE * n, scales)
+    if plane[5] != GROUPS:
+        for n in range(queries):
+            multiply_64(scores + 4 * KV_TILE * n, scales)
 
 
 @inner
@@ -150,9 +192,10 @@ def pv_codes(rows, width, bits, plane, scales, queries, limits, weights, v, acc)
     v     room for 64 x 64 float32
     acc   float32 [queries, dim]
     """
-    mask, dims = np.int64((1 << plane[3]) - 1), plane[4]
-    for n in range(queries):
-        multiply_64(weights + 4 * KV_TILE * n, scales)
+    mask, dims, group = np.int64((1 << plane[3]) - 1), plane[4], plane[8]
+    if plane[5] != GROUPS:
+        for n in range(queries):
+            multiply_64(weights + 4 * KV_TILE * n, scales)
     for start in range(0, dims, DIM_TILE):
         end = min(start + DIM_TILE, dims)
         for d in range(start, end, 32):
@@ -160,7 +203,7 @@ def pv_codes(rows, width, bits, plane, scales, queries, limits, weights, v, acc)
             a, b = d // width, other // width
             decode_values(
                 KV_TILE, rows, d - a * width, a * bits, other - b * width, b * bits, mask, plane[5], plane[6],
-                v + 4 * (d - start),
+                d // group, other // group, dims // group, v + 4 * (d - start),
             )  # fmt: skip
         for n in range(0, queries, Q_TILE):
             last = min(n + Q_TILE, queries)

@@ -2,7 +2,7 @@
 
 Up to 16 table entries are looked up byte by byte: the lowest bytes of all entries fill half a register, the next bytes
 another, and so on. One instruction (a byte shuffle) picks 32 bytes by 32 codes; four of them, interleaved, make 32
-float32. Converting and scaling a uniform grid would cost as much, so both take this way.
+float32. AVX-512 looks up 16 entries of float32 in one instruction. Codes in groups (KIVI) are converted and scaled.
 
 Keys are transposed as bytes, before they are unpacked.
 """
@@ -19,13 +19,15 @@ from nanokv.kernels.cpu import emit
 from nanokv.kernels.cpu.compiled import inner
 from nanokv.kernels.cpu.emit import FLOAT, INT
 from nanokv.kernels.cpu.intrinsics import view
-from nanokv.kernels.planes import FLOAT8, LOOKUP, UNIFORM
+from nanokv.kernels.planes import FLOAT8, GROUPS, LOOKUP, UNIFORM
 
 U8 = np.dtype(np.uint8)
 BYTE, WORD = ir.IntType(8), ir.IntType(16)
 BYTES = ir.VectorType(BYTE, 32)
-KINDS = (LOOKUP, UNIFORM, FLOAT8)  # of tables: decoding is compiled for each
-_HAS_BYTE_SHUFFLE = binding.get_host_cpu_features().get("avx2", False)
+FLOATS = ir.VectorType(FLOAT, 16)
+KINDS = (LOOKUP, UNIFORM, FLOAT8, GROUPS)  # of codes: decoding is compiled for each
+_FEATURES = binding.get_host_cpu_features()
+_HAS_BYTE_SHUFFLE, _HAS_TABLE_REGISTER = _FEATURES.get("avx2", False), _FEATURES.get("avx512f", False)
 
 
 def _splat(byte):
@@ -47,13 +49,25 @@ def _interleave(builder, a, b, high):
 
 
 def _join_bytes(builder, planes):
-    """The bytes of 32 numbers, lowest first, as four vectors of 8 int32: numbers 0-3 and 16-19, 4-7 and 20-23, ..."""
+    """The bytes of 32 numbers, lowest first, as two vectors of 16 int32."""
     lines = []
     for high in (0, 1):
         pairs = (_interleave(builder, planes[n], planes[n + 1], high) for n in (0, 2))
         low, top = (builder.bitcast(pair, ir.VectorType(WORD, 16)) for pair in pairs)
         lines += [builder.bitcast(_interleave(builder, low, top, half), ir.VectorType(INT, 8)) for half in (0, 1)]
-    return lines
+    return [_shuffle(builder, lines[n], lines[n + 1], range(16)) for n in (0, 2)]
+
+
+def _by_lanes(builder, codes):
+    """32 codes in the order that `_join_bytes` undoes: 4 of each 8 neighbours in the low half, the others above."""
+    quads = builder.bitcast(codes, ir.VectorType(INT, 8))
+    return builder.bitcast(_shuffle(builder, quads, quads, (0, 2, 4, 6, 1, 3, 5, 7)), BYTES)
+
+
+def _widened(builder, codes):
+    """32 codes as two vectors of 16 int32."""
+    halves = [_shuffle(builder, codes, codes, range(n, n + 16)) for n in (0, 16)]
+    return [builder.zext(half, ir.VectorType(INT, 16)) for half in halves]
 
 
 def _lookup_bytes(builder, table, codes):
@@ -71,35 +85,42 @@ def _lookup_bytes(builder, table, codes):
 
 
 def _decoder(builder, kind, table):
-    """A function from 32 codes to four vectors of float32, for one kind of table, which is loaded here."""
-    if kind == LOOKUP:
+    """A function from 32 codes to two vectors of 16 float32, for one kind of table, which is loaded here."""
+    if kind == LOOKUP and _HAS_TABLE_REGISTER:
+        entries = emit.load(builder, table, table.type(16), FLOAT, 16)
+        pick = ir.FunctionType(FLOATS, [FLOATS, ir.VectorType(INT, 16)])
+        permute = cgutils.get_or_insert_function(builder.module, pick, "llvm.x86.avx512.permvar.sf.512")
+
+        def decode(codes):
+            return [builder.call(permute, [entries, half]) for half in _widened(builder, codes)]
+
+    elif kind == LOOKUP:
         planes = []
         for n in range(4):
             half = emit.load(builder, table, table.type(16 * n), BYTE, 16)
             planes.append(_shuffle(builder, half, half, [*range(16)] * 2))
 
         def decode(codes):
+            codes = _by_lanes(builder, codes)
             lines = _join_bytes(builder, [_lookup_bytes(builder, plane, codes) for plane in planes])
-            return [builder.bitcast(line, ir.VectorType(FLOAT, 8)) for line in lines]
+            return [builder.bitcast(line, FLOATS) for line in lines]
 
     elif kind == UNIFORM:
         first, second = (
             builder.load(builder.bitcast(_pointer(builder, table, n), FLOAT.as_pointer()), typ=FLOAT) for n in (0, 4)
         )
-        step, first = emit.broadcast(builder, builder.fsub(second, first), 8), emit.broadcast(builder, first, 8)
-        nothing = _splat(0)
+        step, first = emit.broadcast(builder, builder.fsub(second, first), 16), emit.broadcast(builder, first, 16)
 
         def decode(codes):
-            lines = _join_bytes(builder, [codes, nothing, nothing, nothing])
-            return [emit.fma(builder, builder.sitofp(line, ir.VectorType(FLOAT, 8)), step, first) for line in lines]
+            return [_scaled(builder, half, step, first) for half in _widened(builder, codes)]
 
     else:
-        nothing, power = _splat(0), emit.constant(ir.VectorType(FLOAT, 8), 2.0**120)
+        nothing, power = _splat(0), emit.constant(FLOATS, 2.0**120)
 
         def decode(codes):
             # Codes ascend with the values: the first half is negative, and e4m3 has a NaN at each end.
             low, high = _splat(-128), _splat(126)
-            codes = builder.xor(codes, low)
+            codes = builder.xor(_by_lanes(builder, codes), low)
             codes = builder.select(builder.icmp_signed(">", codes, high), high, codes)
             codes = builder.select(builder.icmp_signed("<", codes, _splat(-127)), _splat(-127), codes)
             bits = builder.xor(
@@ -110,6 +131,19 @@ def _decoder(builder, kind, table):
             return [builder.fmul(builder.bitcast(line, power.type), power) for line in lines]
 
     return decode
+
+
+def _scaled(builder, codes, step, low):
+    """low + step * code, for 16 codes."""
+    return emit.fma(builder, builder.sitofp(codes, FLOATS), step, low)
+
+
+def _group(builder, steps, number, lows):
+    """Step and low of a group, in every lane. lows: how many floats after the steps the lows lie."""
+    steps = builder.inttoptr(steps, FLOAT.as_pointer())
+    numbers = (number, builder.add(number, lows))
+    places = (builder.gep(steps, [at], source_etype=FLOAT) for at in numbers)
+    return [emit.broadcast(builder, builder.load(place, typ=FLOAT), 16) for place in places]
 
 
 def _byte_mask(builder, mask):
@@ -127,8 +161,6 @@ def transpose_bytes(builder, keys, first, out):
     """Bytes first .. first + 15 of 32 rows, transposed: 16 rows of 32 bytes, 64 bytes apart.
 
     keys   address of 32 addresses
-    Columns are in the order in which `decode_keys` finds neighbours side by side: 0-3, 8-11, 16-19, 24-27, then the
-    others.
     """
     keys = builder.inttoptr(keys, first.type.as_pointer())
     halves = ir.VectorType(BYTE, 16)
@@ -139,10 +171,7 @@ def transpose_bytes(builder, keys, first, out):
         numbers.align = 1
         return numbers
 
-    lines = [
-        _shuffle(builder, row(n), row(n + 4), range(32))
-        for n in (*range(4), *range(8, 12), *range(16, 20), *range(24, 28))
-    ]
+    lines = [_shuffle(builder, row(n), row(n + 16), range(32)) for n in range(16)]
     for _ in range(4):
         lines = [_interleave(builder, lines[n // 2], lines[n // 2 + 8], n % 2) for n in range(16)]
     for n, line in enumerate(lines):
@@ -150,45 +179,59 @@ def transpose_bytes(builder, keys, first, out):
         builder.store(line, target, align=32)
 
 
-@emit.function(*[types.int64] * 7)
-def decode_keys(builder, count, source, shift, mask, kind, table, out):
-    """`count` rows of 64 bytes from `transpose_bytes` become rows of 64 float32: table[(byte >> shift) & mask].
+@emit.function(*[types.int64] * 9)
+def decode_keys(builder, count, source, shift, mask, kind, table, first, dims, out):
+    """`count` rows of 64 bytes from `transpose_bytes` become rows of 64 float32, numbers for the codes
+    (byte >> shift) & mask.
 
-    table   address of a table's bytes (LOOKUP) or of its float32
+    table   address of a table's bytes (LOOKUP, see split_table), of its float32, or of the steps of the dims, for the
+            keys 0 - 31, then for the others, and of their lows: float32 [2, 2, dims] (GROUPS)
+    first   the dim of the first row
     """
     words = ir.VectorType(WORD, 16)
     mask = _byte_mask(builder, mask)
     shift = emit.broadcast(builder, builder.trunc(shift, WORD), 16)
 
-    def body(number):
-        decode = _decoder(builder, number, table)
+    def body(kind):
+        decode = None if kind == GROUPS else _decoder(builder, kind, table)
         with cgutils.for_range(builder, count) as loop:
             for half in (0, 1):
                 at = builder.add(builder.mul(loop.index, count.type(64)), count.type(32 * half))
                 codes = builder.bitcast(emit.load(builder, source, at, BYTE, 32), words)
                 codes = builder.and_(builder.bitcast(builder.lshr(codes, shift), BYTES), mask)
-                for n, line in enumerate(decode(codes)):
-                    emit.store(builder, line, out, builder.add(at, at.type(8 * n)))
+                if kind == GROUPS:
+                    number = builder.add(builder.add(first, loop.index), builder.mul(dims, dims.type(half)))
+                    group = _group(builder, table, number, builder.mul(dims, dims.type(2)))
+                    lines = [_scaled(builder, part, *group) for part in _widened(builder, codes)]
+                else:
+                    lines = decode(codes)
+                for n, line in enumerate(lines):
+                    emit.store(builder, line, out, builder.add(at, at.type(16 * n)))
 
     emit.switch(builder, kind, KINDS, body)
 
 
-@emit.function(*[types.int64] * 10)
-def decode_values(builder, count, rows, first, first_shift, second, second_shift, mask, kind, table, out):
+@emit.function(*[types.int64] * 13)
+def decode_values(
+    builder, count, rows, first, first_shift, second, second_shift, mask, kind, table, first_group, second_group,
+    groups, out,
+):  # fmt: skip
     """32 float32 of each of `count` rows: 16 from the bytes at `first`, 16 from those at `second`.
 
-    rows   address of `count` addresses
-    out    rows of 64 float32
+    rows     address of `count` addresses
+    table    as in decode_keys; steps, then lows, of the groups of each row: float32 [2, count, groups] (GROUPS)
+    groups   of a row; those of the 16 numbers are `first_group` and `second_group`
+    out      rows of 64 float32
     """
     rows = builder.inttoptr(rows, count.type.as_pointer())
     quads, halves = ir.VectorType(INT, 8), ir.VectorType(BYTE, 16)
     mask = _byte_mask(builder, mask)
     shifts = ir.Constant(quads, ir.Undefined)
-    for n, amount in enumerate((first_shift, first_shift, second_shift, second_shift) * 2):
+    for n, amount in enumerate([first_shift] * 4 + [second_shift] * 4):
         shifts = builder.insert_element(shifts, builder.trunc(amount, INT), INT(n))
 
-    def body(number):
-        decode = _decoder(builder, number, table)
+    def body(kind):
+        decode = None if kind == GROUPS else _decoder(builder, kind, table)
         with cgutils.for_range(builder, count) as loop:
             row = builder.load(builder.gep(rows, [loop.index], source_etype=count.type), typ=count.type)
             a, b = (
@@ -197,11 +240,18 @@ def decode_values(builder, count, rows, first, first_shift, second, second_shift
             )
             a.align = b.align = 1
             both = builder.bitcast(_shuffle(builder, a, b, range(32)), quads)
-            # The first 4 of 8 neighbours go to the low lane, the others to the high one: `_join_bytes` joins them.
-            both = _shuffle(builder, both, both, (0, 2, 4, 6, 1, 3, 5, 7))
             codes = builder.and_(builder.bitcast(builder.lshr(both, shifts), BYTES), mask)
-            for n, line in enumerate(decode(codes)):
-                at = builder.add(builder.mul(loop.index, count.type(64)), count.type(8 * n))
+            if kind == GROUPS:
+                start, lows = builder.mul(loop.index, groups), builder.mul(count, groups)
+                numbers = (builder.add(start, number) for number in (first_group, second_group))
+                lines = [
+                    _scaled(builder, part, *_group(builder, table, number, lows))
+                    for part, number in zip(_widened(builder, codes), numbers, strict=True)
+                ]
+            else:
+                lines = decode(codes)
+            for n, line in enumerate(lines):
+                at = builder.add(builder.mul(loop.index, count.type(64)), count.type(16 * n))
                 emit.store(builder, line, out, at)
 
     emit.switch(builder, kind, KINDS, body)
@@ -218,11 +268,11 @@ def multiply_64(builder, numbers, factors):
 
 @inner
 def split_table(table, count, out):
-    """Up to 16 float32 as four runs of 16 bytes: the lowest byte of each, then the next, ..."""
-    source, target = view(table, 4 * count, U8), view(out, 64, U8)
+    """Up to 16 float32 as four runs of 16 bytes, the lowest byte of each, then the next, ...; then as they are."""
+    source, target = view(table, 4 * count, U8), view(out, 128, U8)
     for n in range(count):
         for byte in range(4):
-            target[16 * byte + n] = source[4 * n + byte]
+            target[16 * byte + n] = target[64 + 4 * n + byte] = source[4 * n + byte]
 
 
 @intrinsic

@@ -7,6 +7,7 @@ from nanokv.kernels.cuda.code_attention import code_attention
 from nanokv.kernels.cuda.codes import store_codes
 from nanokv.kernels.cuda.delta_rule import delta_rule_chunk, delta_rule_step
 from nanokv.kernels.cuda.elementwise import add_rms_norm, gated_rms_norm, rms_norm, sigmoid_mul, silu_mul
+from nanokv.kernels.cuda.group_attention import group_attention
 from nanokv.kernels.cuda.moe import add_experts
 from nanokv.kernels.cuda.short_conv import short_conv
 from nanokv.kernels.cuda.store import rope, rope_and_store, store_latent

@@ -117,27 +117,27 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, plane: CodePlane) -> torch.
     return plane.table[codes.int()] * scale.float()[..., None]
 
 
-def page_view(pool: torch.Tensor, planes: CodePlanes, offset: int, shape: tuple[int, ...], dtype: torch.dtype):
-    """The array [kv_heads, page_size, *shape] at `offset` bytes into every page.
+def page_array(pool: torch.Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The array at `offset` bytes into every page.
 
     pool     uint8 [num_pages, page_bytes]
-    Returns  a view [num_pages, kv_heads, page_size, *shape]
+    Returns  a view [num_pages, *shape]
     """
-    shape = planes.kv_heads, planes.page_size, *shape
     numbers, strides = pool.view(dtype), torch.empty(shape, device="meta").stride()
     return numbers.as_strided(
         (pool.shape[0], *shape),
-        (planes.page_bytes // dtype.itemsize, *strides),
+        (pool.stride(0) // dtype.itemsize, *strides),
         numbers.storage_offset() + offset // dtype.itemsize,
     )
 
 
 def _views(pool: torch.Tensor, planes: CodePlanes, plane: CodePlane) -> list[torch.Tensor]:
     """Views of the codes (two for 3 bits) and of the scales of K or V in every page."""
-    views = [page_view(pool, planes, plane.offset, (plane.dim * plane.low_bits // 8,), torch.uint8)]
+    tokens = planes.kv_heads, planes.page_size
+    views = [page_array(pool, plane.offset, (*tokens, plane.dim * plane.low_bits // 8), torch.uint8)]
     if plane.bits == 3:
-        views.append(page_view(pool, planes, plane.high_offset, (plane.dim // 8,), torch.uint8))
-    return [*views, page_view(pool, planes, plane.scale_offset, (), torch.float16)]
+        views.append(page_array(pool, plane.high_offset, (*tokens, plane.dim // 8), torch.uint8))
+    return [*views, page_array(pool, plane.scale_offset, tokens, torch.float16)]
 
 
 def store_codes(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batch: Batch) -> None:
