@@ -4,24 +4,17 @@ this folder changes, and the inner functions that become part of them."""
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core import event
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 
-
-def _fingerprint() -> str:
-    digest = hashlib.sha1(usedforsecurity=False)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-_STAMP = _fingerprint()
+from nanokv.kernels.ahead import stamp
+from nanokv.kernels.cpu.claims import claim
 
 
 def compiled(function: Callable) -> Callable:
@@ -34,8 +27,29 @@ def compiled(function: Callable) -> Callable:
     dispatcher: Any = njit(nogil=True, no_cfunc_wrapper=True)(function)  # type: ignore[call-overload]
     with contextlib.suppress(RuntimeError):  # numba found no folder: this process compiles for itself
         dispatcher.enable_caching()
-        dispatcher._cache._cache_file._source_stamp = _STAMP
+        cache = dispatcher._cache
+        cache._cache_file._source_stamp = stamp()
+        dispatcher.compile = _Once(dispatcher, Path(cache.cache_path) / f"{cache._cache_file._index_name}.lock")
     return dispatcher
+
+
+class _Once:
+    """The method `compile` of a dispatcher: two processes do not compile the same function at the same time."""
+
+    def __init__(self, dispatcher: Any, lock: Path) -> None:
+        self._dispatcher, self._compile, self._lock = dispatcher, dispatcher.compile, lock
+
+    def __call__(self, signature: Any, wait: bool = True) -> Any:
+        """Compiles for a signature, or loads the result of a process that has. Without `wait`, does nothing where
+        another process compiles."""
+        with claim(self._lock, wait=False) as is_held:
+            if is_held:
+                return self._compile(signature)
+        if not wait:
+            return None
+        data = {"dispatcher": self._dispatcher, "args": signature, "return_type": None}
+        with event.trigger_event("numba:compile", data=data), claim(self._lock, wait=True):
+            return self._compile(signature)
 
 
 class _Part(JITCodeLibrary):
