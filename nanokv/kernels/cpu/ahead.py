@@ -46,10 +46,12 @@ def kernels(dtype: str, is_raw: bool, is_latent: bool) -> list[Kernel]:
     return [*found, _kernel(elementwise._norm, x)]
 
 
-def compile_kernels(kernels: list[Kernel]) -> bool:
-    """Compiles kernels, but those that another process compiles at this moment. Returns whether all are compiled."""
+def compile_kernels(kernels: list[Kernel]) -> None:
+    """Compiles kernels, first those that no other process compiles at that moment. Then all lie in the cache."""
     gc.disable()
-    return None not in [function.compile(signature, wait=False) for function, signature in kernels]
+    for wait in (False, True):
+        for function, signature in kernels:
+            function.compile(signature, wait=wait)
 
 
 def _kernel(function: Any, usual: types.Type, /, **others: types.Type) -> Kernel:
