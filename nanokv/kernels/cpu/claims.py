@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-if sys.platform == "win32":
-    import msvcrt
 
-    def _lock(file: int) -> None:
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-else:
-    import fcntl
+def _module(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
 
-    def _lock(file: int) -> None:
+
+fcntl, msvcrt = _module("fcntl"), _module("msvcrt")  # of POSIX and of Windows
+
+
+def _lock(file: int) -> None:
+    """Locks a file, at once or not at all. Raises OSError."""
+    if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    elif msvcrt is not None:
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
 
 
 @contextmanager
