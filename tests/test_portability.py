@@ -63,6 +63,7 @@ if sys.argv[1] == "windows":
     status = lambda pointer: (setattr(pointer._obj, "total", 2**34), setattr(pointer._obj, "free", 2**33))
     ctypes.windll = types.SimpleNamespace(kernel32=types.SimpleNamespace(GlobalMemoryStatusEx=status))
     sys.modules["msvcrt"] = types.ModuleType("msvcrt")
+    sys.modules["msvcrt"].locking, sys.modules["msvcrt"].LK_NBLCK = lambda *file_mode_bytes: None, 2
 else:
     os.sysconf = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**22}.__getitem__
 """

@@ -132,7 +132,7 @@ def _open(
     """Loads the model and opens a session with it. Raises CheckpointError, ConfigError, RequestError."""
     from dataclasses import replace
 
-    from nanokv.cli.repl.compiling import Compilations
+    from nanokv.cli.repl.compiling import Compilations, compile_ahead
     from nanokv.cli.repl.settings import checked, model_defaults
     from nanokv.cli.repl.terminal import Terminal, wants_colour
 
@@ -146,6 +146,7 @@ def _open(
     gc.disable()
     try:
         with _log_as_notes(terminal), terminal.busy(lambda: compiled.line() or f"loading {name} ..."):
+            compile_ahead(folder, config)
             Thread(target=_read_ahead, args=(folder,), daemon=True).start()
             from nanokv.cli.repl.session import ChatSession
             from nanokv.engine.device import choose_device

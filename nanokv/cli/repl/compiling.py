@@ -1,4 +1,5 @@
-"""Compiling: progress of the compilation of CPU kernels, and a thread that runs them once while the user types."""
+"""Compiling: processes that compile CPU kernels while the model is loaded, the progress of compilation, and a thread
+that runs the kernels once while the user types."""
 
 from __future__ import annotations
 
@@ -7,12 +8,40 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nanokv.core.config import EngineConfig
+from nanokv.core.errors import CheckpointError
+from nanokv.kernels import ahead
+from nanokv.text.files import read_json
 
 if TYPE_CHECKING:
     from nanokv.llm import LLM
 
 logger = logging.getLogger("nanokv")
+
+
+NVIDIA = Path("/proc/driver/nvidia/version")
+"""The file of a driver, on Linux: torch, which would know whether there is a GPU, is not imported yet."""
+
+
+def compile_ahead(folder: Path, config: EngineConfig) -> None:
+    """Starts the processes that compile the kernels of a model, where the CPU will run it. Does not import torch."""
+    if (
+        config.kernels != "auto"
+        or config.device not in ("auto", "cpu")
+        or (config.device == "auto" and NVIDIA.exists())
+    ):
+        return
+    try:
+        fields = read_json(folder / "config.json")
+    except CheckpointError:  # loading names the fault
+        return
+    text = fields.get("text_config") or fields
+    dtype = config.dtype if config.dtype != "auto" else text.get("dtype") or text.get("torch_dtype") or "float32"
+    if dtype in ("float32", "bfloat16", "float16"):
+        ahead.start(dtype, config.codec, "kv_lora_rank" in text)
 
 
 class Compilations:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.exp import ONE, sigmoid, silu
@@ -18,7 +17,7 @@ UNIT_ROWS = 8
 """Rows of a unit of work."""
 
 
-@njit(fastmath={"reassoc", "contract"})
+@inner(fastmath={"reassoc", "contract"})
 def sum_of_squares(row):
     """The sum of squares of a row, in lanes that the compiler chooses: one fixed order, the same for every row.
 

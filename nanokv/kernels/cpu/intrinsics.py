@@ -12,8 +12,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import types
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from nanokv.kernels.cpu import emit
 
@@ -55,26 +56,31 @@ def size_of(builder, element):
 
 
 @intrinsic
-def _pointer(typingctx, address, format):
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(format.dtype)(types.int64, format), codegen
-
-
-@njit
-def view(address, size, format):
+def view(typingctx, address, size, format):
     """The `size` numbers of a format at an address, as an array."""
-    return carray(_pointer(address, format), (size,))
+    kind = types.Array(format.dtype, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        address, size, _ = args
+        array = context.make_array(kind)(context, builder)
+        width = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+        data = builder.inttoptr(address, array.data.type)
+        populate_array(array, data, shape=[size], strides=[width], itemsize=width, meminfo=None)
+        return array._getvalue()
+
+    return kind(types.int64, types.int64, format), codegen
 
 
-@njit
-def sizes(geometry):
+@intrinsic
+def sizes(typingctx, geometry):
     """KVPlanes.geometry as a tuple, whose numbers the compiler can keep in registers."""
-    return (
-        geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], geometry[5], geometry[6], geometry[7],
-        geometry[8], geometry[9], geometry[10], geometry[11],
-    )  # fmt: skip
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(geometry)(context, builder, args[0]).data
+        numbers = [builder.load(builder.gep(data, [ir.IntType(32)(n)])) for n in range(12)]
+        return context.make_tuple(builder, signature.return_type, numbers)
+
+    return types.UniTuple(types.int64, 12)(geometry), codegen
 
 
 @emit.function(types.int64, types.int64, result=types.int64)

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import torch
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 
 from nanokv.kernels.cpu import emit, q8_groups
 from nanokv.kernels.cpu.arena import allocate
-from nanokv.kernels.cpu.compiled import compiled
+from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.emit import FLOAT
 from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, view
 from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
@@ -114,7 +114,7 @@ def _tile(builder, rows, x, x_stride, w, y, y_stride, depth, element):
     emit.switch(builder, rows, range(1, MAX_ROWS + 1), body)
 
 
-@njit
+@inner
 def _work(counter, x, x_stride, x_head, w, y, rows, depth, heads, blocks, row_block, group, format):
     """One thread of the kernel: takes units (some rows of x, some blocks of w of one head) until none is left."""
     groups = (blocks + group - 1) // group
@@ -150,7 +150,7 @@ def _multiply(gomp, threads, x, x_stride, x_head, w, y, rows, depth, heads, bloc
     parallel_for(gomp, threads, _work, args)
 
 
-@njit
+@inner
 def _pack_work(counter, w, blocks, out, depth, format):
     """One thread of the kernel: transposes blocks of 16 outputs, in small squares that stay in cache."""
     size = format.itemsize
