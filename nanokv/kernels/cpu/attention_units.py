@@ -9,12 +9,25 @@ are numbered by KV head, then row, then query head. Two tuples:
 
 from __future__ import annotations
 
+import numpy as np
+from numba import carray
+
 from nanokv.kernels.cpu.compiled import inner
 from nanokv.kernels.cpu.exp import ONE, ZERO
-from nanokv.kernels.cpu.intrinsics import narrow, size_of, view
+from nanokv.kernels.cpu.intrinsics import narrow, pointer, size_of, view
 from nanokv.kernels.cpu.kv_tile import F32, I64, KV_TILE, LANES, MASKED, Q_TILE, widen_row
 
+I32 = np.dtype(np.int32)
 MAX_FLOATS = 256 * 1024  # that the queries and results of a unit may take
+
+
+@inner
+def arrays_of(step):
+    """What `step`, RowBlocks.arguments, stands for: blocks int64 [blocks, 4], rows of the largest block, positions int32
+    [rows] and page tables int32 [requests, widest]."""
+    num_blocks, block_rows, blocks, rows, positions, requests, widest, tables = step
+    blocks, tables = carray(pointer(blocks, I64), (num_blocks, 4)), carray(pointer(tables, I32), (requests, widest))
+    return blocks, block_rows, view(positions, rows, I32), tables
 
 
 @inner

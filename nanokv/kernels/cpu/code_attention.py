@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nanokv.core.batch import Batch
-from nanokv.kernels.cpu.attention_units import cut_units, load_queries, set_limits, store_results, unit_of
+from nanokv.kernels.cpu.attention_units import arrays_of, cut_units, load_queries, set_limits, store_results, unit_of
 from nanokv.kernels.cpu.code_tile import locate_codes, locate_tokens, prefetch_codes, pv_codes, qk_codes
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.exp import ZERO
@@ -36,7 +36,7 @@ def _with_split_table(plane, room):
 @inner
 def _work(counter, q, q_stride, heads, out, pool, sizes, k_plane, v_plane, step, cut, scale, q_format):
     """One thread of the kernel, as in attention.py: takes units until none is left."""
-    blocks, block_rows, positions, tables = step
+    blocks, block_rows, positions, tables = arrays_of(step)
     page_bytes, page_size, kv_heads = sizes
     _, unit_heads, unit_group, parts = cut
     depth, value_dim, splits = k_plane[4], v_plane[4], kv_heads // unit_heads * parts
@@ -98,16 +98,16 @@ def _work(counter, q, q_stride, heads, out, pool, sizes, k_plane, v_plane, step,
 
 @compiled
 def _attend(
-    gomp, threads, q, q_stride, heads, out, pool, geometry, tables, blocks, block_rows, positions, page_tables, scale,
+    gomp, threads, q, q_stride, heads, out, pool, geometry, tables, step, scale,
     q_format,
 ):  # fmt: skip
     k_form, v_form, k_table, v_table = tables
     sizes = (geometry[0], geometry[1], geometry[2])
     k_plane = (geometry[3], geometry[4], geometry[5], geometry[6], geometry[7], k_form, k_table)
     v_plane = (geometry[8], geometry[9], geometry[10], geometry[11], geometry[12], v_form, v_table)
-    cut = cut_units(threads, len(blocks), block_rows, heads, geometry[2], geometry[7] + geometry[12])
+    cut = cut_units(threads, step[0], step[1], heads, geometry[2], geometry[7] + geometry[12])
     args = (
-        q, q_stride, heads, out, pool, sizes, k_plane, v_plane, (blocks, block_rows, positions, page_tables), cut,
+        q, q_stride, heads, out, pool, sizes, k_plane, v_plane, step, cut,
         np.float32(scale), q_format.dtype,
     )  # fmt: skip
     parallel_for(gomp, threads, _work, args)
@@ -128,7 +128,7 @@ def code_attention(q: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batc
         return out
     _attend(
         GOMP, threads_for(step.cost * heads * (depth + v.dim) * 2e-3), q.data_ptr(), q_stride, heads, out.data_ptr(),
-        pool.data_ptr(), planes.geometry, (k.form, v.form, k.table.data_ptr(), v.table.data_ptr()), step.blocks,
-        step.block_rows, step.positions, step.page_tables, scale / math.log(2), FORMAT[q.dtype],
+        pool.data_ptr(), planes.geometry, (k.form, v.form, k.table.data_ptr(), v.table.data_ptr()), step.arguments,
+        scale / math.log(2), FORMAT[q.dtype],
     )  # fmt: skip
     return out

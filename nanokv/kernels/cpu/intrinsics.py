@@ -55,7 +55,9 @@ def size_of(builder, element):
 
 
 @intrinsic
-def _pointer(typingctx, address, format):
+def pointer(typingctx, address, format):
+    """An address as a pointer to numbers of a format."""
+
     def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
@@ -65,7 +67,7 @@ def _pointer(typingctx, address, format):
 @njit
 def view(address, size, format):
     """The `size` numbers of a format at an address, as an array."""
-    return carray(_pointer(address, format), (size,))
+    return carray(pointer(address, format), (size,))
 
 
 @njit

@@ -19,7 +19,7 @@ import torch
 
 from nanokv.kernels.cpu import amx
 from nanokv.kernels.cpu.amx import COLUMNS, DEPTH, ROWS, TILE_BYTES, release_tiles, set_shapes
-from nanokv.kernels.cpu.attention_units import cut_units, row_and_head, unit_of
+from nanokv.kernels.cpu.attention_units import arrays_of, cut_units, row_and_head, unit_of
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.exp import ONE, ZERO
 from nanokv.kernels.cpu.intrinsics import fetch_add, sizes, view
@@ -139,7 +139,7 @@ def _transpose_values(keys, count, next_keys, next_count, shift, from_key, dims,
 @inner
 def _work(counter, q, q_stride, heads, out, pool, numbers, step, cut, scale, shapes):
     """One thread of the kernel, as in attention.py: takes units until none is left."""
-    blocks, block_rows, positions, tables = step
+    blocks, block_rows, positions, tables = arrays_of(step)
     (
         k_offset, v_offset, rope_offset, page_bytes, page_size, token_stride, head_stride, rope_stride, kv_heads,
         head_dim, value_dim, rope_dim,
@@ -230,12 +230,12 @@ def _work(counter, q, q_stride, heads, out, pool, numbers, step, cut, scale, sha
 
 @compiled
 def _attend(
-    gomp, threads, q, q_stride, heads, depth, out, pool, geometry, blocks, block_rows, positions, tables, scale, shapes
+    gomp, threads, q, q_stride, heads, depth, out, pool, geometry, step, scale, shapes
 ):  # fmt: skip
     numbers = sizes(geometry)
-    cut = cut_units(threads, len(blocks), block_rows, heads, numbers[8], depth + numbers[10])
+    cut = cut_units(threads, step[0], step[1], heads, numbers[8], depth + numbers[10])
     args = (
-        q, q_stride, heads, out, pool, numbers, (blocks, block_rows, positions, tables), cut, np.float32(scale), shapes
+        q, q_stride, heads, out, pool, numbers, step, cut, np.float32(scale), shapes
     )  # fmt: skip
     parallel_for(gomp, threads, _work, args)
 
