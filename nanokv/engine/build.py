@@ -99,4 +99,6 @@ def build(
     if spare:
         with current(device):
             runner.pad_decodes(config.max_requests, cache.pages_for(max_length))
+    elif config.graphs is None and device.type == "cpu" and model.is_recordable:
+        runner.replay_decodes(config.max_requests, cache.pages_for(max_length))
     return Parts(config, layout, events, log, store, cache, runner, interrupts, pool_tokens, max_length)

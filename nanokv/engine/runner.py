@@ -11,6 +11,7 @@ from nanokv.engine.graphs import DecodeGraphs
 from nanokv.engine.host_copy import UnwritableRows
 from nanokv.engine.inputs import arrays_of, batch_of, on_device, take_in_flight
 from nanokv.engine.interrupts import Interrupts
+from nanokv.engine.replays import DecodeReplays
 from nanokv.models.decoder import Between, Decoder
 
 
@@ -37,12 +38,17 @@ class Runner:
         self._codec = codec
         self._between = between
         self._interrupts = interrupts if interrupts is not None else Interrupts()
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: DecodeGraphs | DecodeReplays | None = None
 
     def pad_decodes(self, max_rows: int, max_pages: int) -> None:
         """Runs decode steps in a few fixed sizes from now on (graphs.py), of up to `max_rows` requests of up to
         `max_pages` pages. The last page and the last state of the store must have no owner."""
         self._graphs = DecodeGraphs(self._model, self._store, self._page_size, max_rows, max_pages)
+
+    def replay_decodes(self, max_rows: int, max_pages: int) -> None:
+        """Records the layers of decode steps on a CPU from now on (replays.py), of up to `max_rows` requests of up to
+        `max_pages` pages."""
+        self._graphs = DecodeReplays(self._model, self._store, self._page_size, max_rows, max_pages)
 
     @torch.inference_mode()
     def run(

@@ -119,10 +119,14 @@ class Decoder:
         mixers = [layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)]
         return [mixer.pages.key_mean for mixer in mixers if mixer.pages.key_mean is not None]
 
+    def reach(self, num_positions: int) -> None:
+        """Extends the table of positions, which may move, to at least `num_positions` rows."""
+        extend(self.cos_sin, self.config.rope, num_positions, self.config.max_positions)
+
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream before the first layer: x and residual, each [rows, width]."""
         if len(self.cos_sin) < self.config.max_positions:
-            extend(self.cos_sin, self.config.rope, int(batch.positions.max()) + 1, self.config.max_positions)
+            self.reach(int(batch.positions.max()) + 1)
         x = self.embedding(batch.token_ids)
         return x, torch.zeros_like(x)
 

@@ -10,13 +10,17 @@ import torch
 from llvmlite import binding
 from numba import typeof, types
 
-from nanokv.kernels.cpu import attention, elementwise, linear, store, tile_attention, tile_linear
+from nanokv.kernels.cpu import attention, elementwise, linear, replay, store, tile_attention, tile_linear
 from nanokv.kernels.cpu.amx import has_tiles
 from nanokv.kernels.cpu.intrinsics import FORMAT
 
 # The types of parameters, by their names. Those that end with `format` are given, and all others int64.
-_TYPES = {"eps": types.float64, "scale": types.float64, "geometry": types.int64[::1]}
-_STEP = {"blocks": types.int64[:, ::1], "positions": types.int32[::1], "tables": types.int32[:, ::1]}
+_TYPES = {
+    "eps": types.float64,
+    "scale": types.float64,
+    "geometry": types.int64[::1],
+    "step": types.UniTuple(types.int64, 7),
+}
 Kernel = tuple[Any, tuple[types.Type, ...]]
 """A compiled function and the types of its arguments."""
 
@@ -35,7 +39,7 @@ def kernels(dtype: str, is_raw: bool, is_latent: bool) -> list[Kernel]:
     x = weights if multiplies else float32
     tiles = multiplies and has_tiles()
     attend = tile_attention._attend if tiles else attention._attend
-    found = [_kernel(attend, x, q_format=x, format=weights, **_STEP)] if is_raw else []
+    found = [_kernel(attend, x, q_format=x, format=weights)] if is_raw else []
     found.append(_kernel(elementwise._silu, x))
     if not is_latent:
         found.append(_kernel(store._rope, x, page_format=weights if is_raw else x))
@@ -43,7 +47,7 @@ def kernels(dtype: str, is_raw: bool, is_latent: bool) -> list[Kernel]:
         found.append(_kernel(tile_linear._multiply, x))
     elif not multiplies:
         found += [_kernel(linear._multiply, weights), _kernel(linear._pack, weights)]
-    return [*found, _kernel(elementwise._norm, x)]
+    return [*found, _kernel(elementwise._norm, x), _kernel(replay.replay, x)]
 
 
 def compile_kernels(kernels: list[Kernel]) -> None:

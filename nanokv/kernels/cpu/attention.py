@@ -24,7 +24,16 @@ import torch
 
 from nanokv.core.batch import Batch
 from nanokv.kernels.cpu import tile_attention
-from nanokv.kernels.cpu.attention_units import cut_units, load_queries, set_limits, store_results, unit_of
+from nanokv.kernels.cpu.attention_units import (
+    block_of,
+    cut_units,
+    load_queries,
+    positions_of,
+    set_limits,
+    store_results,
+    table_of,
+    unit_of,
+)
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.exp import ZERO
 from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, sizes, view
@@ -36,8 +45,8 @@ from nanokv.kernels.planes import KVPlanes
 
 @inner
 def _work(counter, q, q_stride, heads, out, pool, numbers, step, cut, scale, q_format, format):
-    """One thread of the kernel: takes units until none is left. step: blocks, rows of one, positions, page tables."""
-    blocks, block_rows, positions, tables = step
+    """One thread of the kernel: takes units until none is left. step: RowBlocks.arguments."""
+    block_rows, positions = step[1], positions_of(step)
     (
         k_offset, v_offset, rope_offset, page_bytes, page_size, token_stride, head_stride, rope_stride, kv_heads,
         head_dim, value_dim, rope_dim,
@@ -62,12 +71,16 @@ def _work(counter, q, q_stride, heads, out, pool, numbers, step, cut, scale, q_f
     best = total + 4 * most * LANES
     while True:
         index = fetch_add(counter, 1)
-        if index >= len(blocks) * splits:
+        if index >= step[0] * splits:
             break
-        start, end, request, last = blocks[index // splits]
+        start, end, request, last = block_of(step, index // splits)
         unit = unit_of(index % splits, start, end, cut)
         _, first_head, _, _, queries = unit
-        table, key_plane, rope_plane = tables[request], pool + k_offset + first_head * head_stride, pool + rope_offset
+        table, key_plane, rope_plane = (
+            table_of(step, request),
+            pool + k_offset + first_head * head_stride,
+            pool + rope_offset,
+        )
         load_queries(unit, cut, q, q_stride, depth, q_format, wide_q, best, acc, padded, total)
         tile, next_count = np.int64(0), min(last + 1, KV_TILE)
         locate(next_keys, tile, next_count, key_plane, table, page_bytes, page_size, token_stride)
@@ -110,13 +123,13 @@ def _work(counter, q, q_stride, heads, out, pool, numbers, step, cut, scale, q_f
 
 @compiled
 def _attend(
-    gomp, threads, q, q_stride, heads, depth, out, pool, geometry, blocks, block_rows, positions, tables, scale,
+    gomp, threads, q, q_stride, heads, depth, out, pool, geometry, step, scale,
     q_format, format,
 ):  # fmt: skip
     numbers = sizes(geometry)
-    cut = cut_units(threads, len(blocks), block_rows, heads, numbers[8], depth + numbers[10])
+    cut = cut_units(threads, step[0], step[1], heads, numbers[8], depth + numbers[10])
     args = (
-        q, q_stride, heads, out, pool, numbers, (blocks, block_rows, positions, tables), cut, np.float32(scale),
+        q, q_stride, heads, out, pool, numbers, step, cut, np.float32(scale),
         q_format.dtype, format.dtype,
     )  # fmt: skip
     parallel_for(gomp, threads, _work, args)
@@ -137,7 +150,7 @@ def paged_attention(q: torch.Tensor, pool: torch.Tensor, planes: KVPlanes, batch
     attend = tile_attention.attend if tile_attention.is_for(q, planes) else _attend
     attend(
         GOMP, threads, q.data_ptr(), q_stride, heads, depth, out.data_ptr(), pool.data_ptr(), planes.geometry,
-        step.blocks, step.block_rows, step.positions, step.page_tables, scale / math.log(2), FORMAT[q.dtype],
+        step.arguments, scale / math.log(2), FORMAT[q.dtype],
         FORMAT[planes.dtype],
     )  # fmt: skip
     return out

@@ -9,12 +9,34 @@ are numbered by KV head, then row, then query head. Two tuples:
 
 from __future__ import annotations
 
+import numpy as np
+
 from nanokv.kernels.cpu.compiled import inner
 from nanokv.kernels.cpu.exp import ONE, ZERO
 from nanokv.kernels.cpu.intrinsics import narrow, size_of, view
 from nanokv.kernels.cpu.kv_tile import F32, I64, LANES, MASKED, Q_TILE, widen_row
 
+I32 = np.dtype(np.int32)
 MAX_FLOATS = 256 * 1024  # that the queries and results of a unit may take
+
+
+@inner
+def block_of(step, n):
+    """Block n of a step (RowBlocks.arguments): first row, row after the last, request, greatest position."""
+    block = view(step[2] + 32 * n, 4, I64)
+    return block[0], block[1], block[2], block[3]
+
+
+@inner
+def positions_of(step):
+    """The positions of the rows of a step: int32 [rows]."""
+    return view(step[4], step[3], I32)
+
+
+@inner
+def table_of(step, request):
+    """The pages of a request, in order of position: int32 [widest]."""
+    return view(step[6] + 4 * step[5] * request, step[5], I32)
 
 
 @inner

@@ -13,19 +13,28 @@ import numpy as np
 import torch
 
 from nanokv.core.batch import Batch
-from nanokv.kernels.cpu.attention_units import cut_units, load_queries, set_limits, store_results, unit_of
+from nanokv.kernels.cpu.attention_units import (
+    I32,
+    block_of,
+    cut_units,
+    load_queries,
+    positions_of,
+    set_limits,
+    store_results,
+    table_of,
+    unit_of,
+)
 from nanokv.kernels.cpu.code_tile import locate_codes, locate_tokens, prefetch_codes, pv_codes, qk_codes
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.exp import ZERO
-from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, view
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, sizes, view
 from nanokv.kernels.cpu.kv_tile import DIM_TILE, F32, KV_TILE, LANES, locate, online_softmax, pv, qk
 from nanokv.kernels.cpu.lookup import split_table
 from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 from nanokv.kernels.cpu.row_blocks import row_blocks_of
 from nanokv.kernels.planes import GROUPS, LOOKUP, CodePlane, CodePlanes, GroupPlanes, KVPlanes, OwnPages
 
-_NO_PAGES = np.zeros(12, np.int64)
-_NO_TABLES = np.zeros(0, np.int32), np.zeros((0, 0), np.int32)
+_NO_PAGES = 0, np.zeros(12, np.int64), 0, 0, 0
 
 
 @inner
@@ -65,13 +74,14 @@ def _attend_own(unit, first, last, table, positions, own, scale, q, acc, total, 
 
 
 @inner
-def _work(counter, q, q_stride, heads, out, pool, sizes, k_plane, v_plane, step, own, cut, scale, q_format, own_format):
+def _work(counter, q, q_stride, heads, out, pool, shape, k_plane, v_plane, step, own, cut, scale, q_format, own_format):
     """One thread of the kernel, as in attention.py: takes units until none is left.
 
-    own   address and KVPlanes.geometry of unquantized pages; their starts and tables, of no requests if there are none
+    own   of unquantized pages: address, KVPlanes.geometry, address of their starts (0: there are none), width and
+          address of their tables
     """
-    blocks, block_rows, positions, tables = step
-    page_bytes, page_size, kv_heads = sizes
+    block_rows, positions = step[1], positions_of(step)
+    page_bytes, page_size, kv_heads = shape
     _, unit_heads, unit_group, parts = cut
     depth, value_dim, splits = k_plane[4], v_plane[4], kv_heads // unit_heads * parts
     widest, of_head = max(depth, value_dim), block_rows * unit_group
@@ -97,17 +107,17 @@ def _work(counter, q, q_stride, heads, out, pool, sizes, k_plane, v_plane, step,
     total = acc + 4 * most * value_dim
     best = total + 4 * most * LANES
     k_plane, v_plane = _with_room(k_plane, k_room), _with_room(v_plane, v_room)
-    memory, own_numbers, own_starts, own_tables = own
+    memory, own_numbers, own_starts, own_width, own_tables = own
     while True:
         index = fetch_add(counter, 1)
-        if index >= len(blocks) * splits:
+        if index >= step[0] * splits:
             break
-        start, end, request, last = blocks[index // splits]
+        start, end, request, last = block_of(step, index // splits)
         unit = unit_of(index % splits, start, end, cut)
         _, first_head, _, _, queries = unit
-        table = tables[request]
+        table = table_of(step, request)
         load_queries(unit, cut, q, q_stride, depth, q_format, wide_q, best, acc, value_dim, total)
-        coded = own_starts[request] * page_size if len(own_starts) > 0 else last + 1
+        coded = view(own_starts, request + 1, I32)[request] * page_size if own_starts != 0 else last + 1
         tile, next_count = np.int64(0), min(coded, KV_TILE)
         if next_count > 0:
             locate_tokens(next_pages, next_slots, tile, next_count, pool, table, page_bytes, page_size)
@@ -135,10 +145,11 @@ def _work(counter, q, q_stride, heads, out, pool, sizes, k_plane, v_plane, step,
                 )
                 pv_codes(rows, width, bits, v_plane, v_scales, queries, limits, scores, v, head_acc)
             tile += KV_TILE
-        if len(own_starts) > 0:
+        if own_starts != 0:
+            own_table = view(own_tables + 4 * own_width * request, own_width, I32)
             _attend_own(
-                unit, coded, last, own_tables[request], positions, (memory, own_numbers), scale, wide_q, acc, total,
-                best, (pages, limits, scores, k, v, unit_heads), own_format,
+                unit, coded, last, own_table, positions, (memory, own_numbers), scale, wide_q, acc, total, best,
+                (pages, limits, scores, k, v, unit_heads), own_format,
             )  # fmt: skip
         store_results(unit, cut, acc, value_dim, total, out, heads, value_dim, q_format)
     scratch[0] = 0  # numba frees an array after its last use, and an address is no use
@@ -146,12 +157,13 @@ def _work(counter, q, q_stride, heads, out, pool, sizes, k_plane, v_plane, step,
 
 @compiled
 def _attend(
-    gomp, threads, q, q_stride, heads, out, pool, sizes, k_plane, v_plane, blocks, block_rows, positions, page_tables,
-    own, scale, q_format, own_format,
+    gomp, threads, q, q_stride, heads, out, pool, shape, k_plane, v_plane, step, own, scale,
+    q_format, own_format,
 ):  # fmt: skip
-    cut = cut_units(threads, len(blocks), block_rows, heads, sizes[2], k_plane[4] + v_plane[4])
+    places = (own[0], sizes(own[1]), own[2], own[3], own[4])
+    cut = cut_units(threads, step[0], step[1], heads, shape[2], k_plane[4] + v_plane[4])
     args = (
-        q, q_stride, heads, out, pool, sizes, k_plane, v_plane, (blocks, block_rows, positions, page_tables), own, cut,
+        q, q_stride, heads, out, pool, shape, k_plane, v_plane, step, places, cut,
         np.float32(scale), q_format.dtype, own_format.dtype,
     )  # fmt: skip
     parallel_for(gomp, threads, _work, args)
@@ -177,8 +189,8 @@ def _run(op, q, pool, planes, k_plane, v_plane, own, own_dtype, batch, scale) ->
         return out
     _attend(
         GOMP, threads_for(step.cost * heads * (depth + v_dim) * 2e-3), q.data_ptr(), q_stride, heads, out.data_ptr(),
-        pool.data_ptr(), (planes.page_bytes, planes.page_size, planes.kv_heads), k_plane, v_plane, step.blocks,
-        step.block_rows, step.positions, step.page_tables, own, scale / math.log(2), FORMAT[q.dtype],
+        pool.data_ptr(), (planes.page_bytes, planes.page_size, planes.kv_heads), k_plane, v_plane, step.arguments,
+        own, scale / math.log(2), FORMAT[q.dtype],
         FORMAT[own_dtype],
     )  # fmt: skip
     return out
@@ -186,7 +198,7 @@ def _run(op, q, pool, planes, k_plane, v_plane, own, own_dtype, batch, scale) ->
 
 def code_attention(q: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batch: Batch, scale: float) -> torch.Tensor:
     """As reference.code_attention, for dims that are multiples of 16."""
-    sides, own = (_plane(planes.k), _plane(planes.v)), (0, _NO_PAGES, *_NO_TABLES)
+    sides, own = (_plane(planes.k), _plane(planes.v)), _NO_PAGES
     return _run("code_attention", q, pool, planes, *sides, own, torch.float32, batch, scale)
 
 
@@ -203,5 +215,8 @@ def group_attention(
     """As reference.group_attention, for dims that are multiples of 16 and pages of 32 or 64 tokens."""
     k = planes.k_codes, 0, planes.k_step, planes.bits, planes.dim, GROUPS, 0, planes.k_low, planes.dim
     v = planes.v_codes, 0, planes.v_step, planes.bits, planes.dim, GROUPS, 0, planes.v_low, planes.group
-    places = memory.data_ptr(), own_planes.geometry, own.starts.numpy(), own.tables.numpy()
+    starts, tables = own.starts.contiguous(), own.tables.contiguous()
+    places = (
+        memory.data_ptr(), own_planes.geometry, starts.data_ptr(), tables.shape[1], tables.data_ptr(),
+    )  # fmt: skip
     return _run("group_attention", q, pool, planes, k, v, places, own_planes.dtype, batch, scale)

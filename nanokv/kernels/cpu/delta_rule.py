@@ -23,7 +23,7 @@ from nanokv.core.batch import Batch
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.elementwise import sum_of_squares
 from nanokv.kernels.cpu.exp import ONE, ZERO
-from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, fma, narrow, prefetch_line, view, widen
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, fma, narrow, prefetch_line, size_of, view, widen
 from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 from nanokv.kernels.cpu.simd import multiply, update_state
 from nanokv.kernels.planes import StatePlanes
@@ -78,7 +78,7 @@ def _run(tokens, v, v_stride, out, out_stride, width, state, stride, key_dim, q,
     predicted[:] = ZERO
     multiply(np.int64(1), width, key_dim, k, key_dim, state, stride, predicted_at, width)
     for t in range(tokens):
-        value = view(v + t * v_stride * format.itemsize, width, format)
+        value = view(v + t * v_stride * size_of(format), width, format)
         for c in range(width):
             written[c] = betas[t] * fma(-decays[t], predicted[c], widen(value[c]))
         # The prediction after the last token is not used: its own k takes the place of the next.
@@ -86,7 +86,7 @@ def _run(tokens, v, v_stride, out, out_stride, width, state, stride, key_dim, q,
         update_state(
             width, key_dim, state, stride, decays[t], written_at, k + at, q + at, k + next_at, result_at, predicted_at
         )
-        target = view(out + t * out_stride * format.itemsize, width, format)
+        target = view(out + t * out_stride * size_of(format), width, format)
         for c in range(width):
             target[c] = narrow(result[c], format)
 
@@ -98,7 +98,7 @@ def _work(
 ):  # fmt: skip
     """One thread of the kernel: takes units (a request, a value head, `part` columns of it) until none is left."""
     _, offset, state_bytes, key_heads, value_heads, key_dim, value_dim, _ = geometry
-    size, splits, blocks = format.itemsize, (value_dim + part - 1) // part, (part + BLOCK - 1) // BLOCK
+    size, splits, blocks = size_of(format), (value_dim + part - 1) // part, (part + BLOCK - 1) // BLOCK
     out_stride, group = value_heads * value_dim, value_heads // key_heads
     starts, state_ids = view(starts, requests + 1, INT32), view(state_ids, requests, INT32)
     a_log, dt_bias = view(a_log, value_heads, F32), view(dt_bias, value_heads, F32)
@@ -161,7 +161,7 @@ def _delta_rule(
     )  # fmt: skip
     args = (
         qkv, qkv_stride, gates, gates_stride, a_log, dt_bias, out, states, numbers, starts, positions, state_ids,
-        requests, part, format,
+        requests, part, format.dtype,
     )  # fmt: skip
     parallel_for(gomp, threads, _work, args)
 

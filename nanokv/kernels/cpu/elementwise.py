@@ -98,7 +98,7 @@ def _normed(x: torch.Tensor, residual: int, weight: torch.Tensor, eps: float) ->
 
 @inner
 def _gated_work(counter, x, z, z_stride, weight, out, rows, heads, dim, eps, format, weight_format):
-    size, scale = format.itemsize, view(weight, dim, weight_format)
+    size, scale = size_of(format), view(weight, dim, weight_format)
     wide = np.empty(dim, np.float32)
     while True:
         first = fetch_add(counter, UNIT_ROWS)
@@ -119,7 +119,7 @@ def _gated_work(counter, x, z, z_stride, weight, out, rows, heads, dim, eps, for
 
 @compiled
 def _gated(gomp, threads, x, z, z_stride, weight, out, rows, heads, dim, eps, format, weight_format):
-    args = (x, z, z_stride, weight, out, rows, heads, dim, np.float32(eps), format, weight_format)
+    args = (x, z, z_stride, weight, out, rows, heads, dim, np.float32(eps), format.dtype, weight_format.dtype)
     parallel_for(gomp, threads, _gated_work, args)
 
 

@@ -22,7 +22,7 @@ from nanokv.kernels.cpu import emit, q8_groups
 from nanokv.kernels.cpu.arena import allocate
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.emit import FLOAT
-from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, view
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, size_of, view
 from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 from nanokv.kernels.cpu.q8_groups import CODES, GROUP_BYTES
 from nanokv.kernels.q8 import GROUP
@@ -146,14 +146,14 @@ def _multiply(gomp, threads, x, x_stride, x_head, w, y, rows, depth, heads, bloc
     row_block = MAX_ROWS * min(max(X_BYTES // (4 * depth * MAX_ROWS), 4), 32)
     # Each thread has as many equal groups as UNIT_BLOCKS demands, at least two: so all threads end together.
     group = -(-heads * blocks // (threads * max(2, -(-heads * blocks // (threads * UNIT_BLOCKS)))))
-    args = (x, x_stride, x_head, w, y, rows, depth, heads, blocks, row_block, min(group, blocks), format)
+    args = (x, x_stride, x_head, w, y, rows, depth, heads, blocks, row_block, min(group, blocks), format.dtype)
     parallel_for(gomp, threads, _work, args)
 
 
 @inner
 def _pack_work(counter, w, blocks, out, depth, format):
     """One thread of the kernel: transposes blocks of 16 outputs, in small squares that stay in cache."""
-    size = format.itemsize
+    size = size_of(format)
     while True:
         first = fetch_add(counter, LANES)
         if first >= out:
@@ -172,7 +172,7 @@ def _pack_work(counter, w, blocks, out, depth, format):
 
 @compiled
 def _pack(gomp, threads, w, blocks, out, depth, format):
-    args = (w, blocks, out, depth, format)
+    args = (w, blocks, out, depth, format.dtype)
     parallel_for(gomp, threads, _pack_work, args)
 
 

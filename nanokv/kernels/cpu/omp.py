@@ -18,25 +18,31 @@ import ctypes
 import os
 import sys
 
+import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 
-def _find_gomp_parallel() -> int:
-    """The address of GOMP_parallel; 0 where torch's OpenMP library has none, and kernels run on one thread."""
+def _address(name: str) -> int:
+    """The address of a function of torch's OpenMP library; 0 where that is not libgomp: kernels run on one thread."""
     library = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
     try:
-        function = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", library)).GOMP_parallel
+        function = getattr(ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", library)), name)
     except (OSError, AttributeError):
         return 0
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-GOMP = _find_gomp_parallel()
-"""The first argument of every compiled kernel. An argument, because machine code kept on disk outlives an address."""
+GOMP_PARALLEL, GOMP_BARRIER = _address("GOMP_parallel"), _address("GOMP_barrier")
+STARTER = np.array([GOMP_PARALLEL, 2], np.int64)
+"""The function that starts threads, and the fewest threads for which it is called. recording.py replaces both."""
+GOMP = STARTER.ctypes.data if GOMP_PARALLEL else 0
+"""The first argument of every compiled kernel: the address of STARTER, or 0 for kernels that run on one thread. An
+argument, because machine code kept on disk outlives an address."""
 
 
 def threads_for(work: float) -> int:
@@ -44,15 +50,24 @@ def threads_for(work: float) -> int:
     return torch.get_num_threads() if GOMP and work > 8 else 1
 
 
+def _holds_arrays(kind: types.Type) -> bool:
+    if isinstance(kind, types.BaseTuple):
+        return any(_holds_arrays(part) for part in kind)
+    return isinstance(kind, types.Array)
+
+
 @intrinsic
 def parallel_for(typingctx, gomp, threads, body, args):
     """Calls body(counter, *args) once on each of `threads` threads of the OpenMP team; returns when all have returned.
 
     gomp      GOMP
+    args      numbers and tuples of numbers: a recorded call keeps a copy of them, and no reference to an array
     counter   address of an int64 that starts at 0 and that the threads share: they draw units of work from it with
               `fetch_add`, which balances the load whatever a unit costs
     body      a compiled function that does not raise; results are written to addresses in `args`
     """
+    if _holds_arrays(args):
+        raise TypingError(f"parallel_for: the arguments {args} hold an array; a kernel takes its address")
     called = body.get_call_type(typingctx, (types.int64, *args), {})
 
     def codegen(context, builder, signature, values):
@@ -63,10 +78,13 @@ def parallel_for(typingctx, gomp, threads, body, args):
         # The counter and the arguments lie on the stack of the caller, which waits for the threads.
         counter = cgutils.alloca_once(builder, number)
         builder.store(number(0), counter)
-        shared = ir.LiteralStructType([number, packed.type])
+        shared = ir.LiteralStructType([number, number, packed.type])
         captured = cgutils.alloca_once(builder, shared)
-        numbers = builder.insert_value(ir.Constant(shared, ir.Undefined), builder.ptrtoint(counter, number), 0)
-        builder.store(builder.insert_value(numbers, packed, 1), captured)
+        size = number(context.get_abi_sizeof(shared))
+        numbers = ir.Constant(shared, ir.Undefined)
+        for place, value in enumerate((builder.ptrtoint(counter, number), size, packed)):
+            numbers = builder.insert_value(numbers, value, place)
+        builder.store(numbers, captured)
 
         name = f"{builder.function.name}.{body.dispatcher.py_func.__name__}"
         outlined = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [byte]), name)
@@ -74,14 +92,18 @@ def parallel_for(typingctx, gomp, threads, body, args):
         inside = ir.IRBuilder(outlined.append_basic_block())
         given = inside.load(inside.bitcast(outlined.args[0], shared.as_pointer()), typ=shared)
         function = context.declare_function(builder.module, compiled.fndesc)
-        inputs = [inside.extract_value(given, 0), *cgutils.unpack_tuple(inside, inside.extract_value(given, 1))]
+        inputs = [inside.extract_value(given, 0), *cgutils.unpack_tuple(inside, inside.extract_value(given, 2))]
         context.call_conv.call_function(inside, function, called.return_type, called.args, inputs)
         inside.ret_void()
 
-        with builder.if_else(builder.icmp_signed(">", threads, threads.type(1))) as (many, one):
+        fewest = cgutils.alloca_once_value(builder, number((1 << 63) - 1))
+        starter = builder.inttoptr(gomp, number.as_pointer())
+        with builder.if_then(builder.icmp_signed("!=", gomp, number(0))):
+            builder.store(builder.load(builder.gep(starter, [number(1)]), typ=number), fewest)
+        with builder.if_else(builder.icmp_signed(">=", threads, builder.load(fewest))) as (many, one):
             with many:
                 kind = ir.FunctionType(ir.VoidType(), [outlined.type, byte, ir.IntType(32), ir.IntType(32)])
-                parallel = builder.inttoptr(gomp, kind.as_pointer())
+                parallel = builder.inttoptr(builder.load(starter, typ=number), kind.as_pointer())
                 count = builder.trunc(threads, ir.IntType(32))
                 builder.call(parallel, [outlined, builder.bitcast(captured, byte), count, ir.IntType(32)(0)])
             with one:

@@ -18,7 +18,7 @@ import torch
 from nanokv.core.batch import Batch
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.exp import ZERO
-from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, narrow, view, widen
+from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, narrow, size_of, view, widen
 from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 from nanokv.kernels.cpu.simd import convolve
 from nanokv.kernels.planes import StatePlanes
@@ -64,7 +64,7 @@ def _work(
     format, weight_format, conv_format,
 ):  # fmt: skip
     """One thread of the kernel: takes units (a request, some channels) until none is left."""
-    parts, size = (channels + BLOCK - 1) // BLOCK, format.itemsize
+    parts, size = (channels + BLOCK - 1) // BLOCK, size_of(format)
     starts, state_ids = view(starts, requests + 1, INT32), view(state_ids, requests, INT32)
     window, weights = np.empty((KERNEL - 1 + ROWS, BLOCK), np.float32), np.empty((KERNEL, BLOCK), np.float32)
     result = np.empty(BLOCK, np.float32)
@@ -77,8 +77,8 @@ def _work(
         if start == end:
             continue
         state = states + state_ids[request] * state_bytes + conv_offset
-        state += first * (KERNEL - 1) * conv_format.itemsize
-        _read_weights(weight + first * KERNEL * weight_format.itemsize, weights, count, weight_format)
+        state += first * (KERNEL - 1) * size_of(conv_format)
+        _read_weights(weight + first * KERNEL * size_of(weight_format), weights, count, weight_format)
         if view(positions, end, INT32)[start] == 0:
             window[: KERNEL - 1] = ZERO
         else:
@@ -106,7 +106,7 @@ def _short_conv(
 ):  # fmt: skip
     args = (
         x, x_stride, weight, states, conv_offset, state_bytes, channels, starts, positions, state_ids, requests,
-        format, weight_format, conv_format,
+        format.dtype, weight_format.dtype, conv_format.dtype,
     )  # fmt: skip
     parallel_for(gomp, threads, _work, args)
 

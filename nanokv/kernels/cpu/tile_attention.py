@@ -19,7 +19,7 @@ import torch
 
 from nanokv.kernels.cpu import amx
 from nanokv.kernels.cpu.amx import COLUMNS, DEPTH, ROWS, TILE_BYTES, release_tiles, set_shapes
-from nanokv.kernels.cpu.attention_units import cut_units, row_and_head, unit_of
+from nanokv.kernels.cpu.attention_units import block_of, cut_units, positions_of, row_and_head, table_of, unit_of
 from nanokv.kernels.cpu.compiled import compiled, inner
 from nanokv.kernels.cpu.exp import ONE, ZERO
 from nanokv.kernels.cpu.intrinsics import fetch_add, sizes, view
@@ -139,7 +139,7 @@ def _transpose_values(keys, count, next_keys, next_count, shift, from_key, dims,
 @inner
 def _work(counter, q, q_stride, heads, out, pool, numbers, step, cut, scale, shapes):
     """One thread of the kernel, as in attention.py: takes units until none is left."""
-    blocks, block_rows, positions, tables = step
+    block_rows, positions = step[1], positions_of(step)
     (
         k_offset, v_offset, rope_offset, page_bytes, page_size, token_stride, head_stride, rope_stride, kv_heads,
         head_dim, value_dim, rope_dim,
@@ -169,13 +169,17 @@ def _work(counter, q, q_stride, heads, out, pool, numbers, step, cut, scale, sha
     set_shapes(shapes)
     while True:
         index = fetch_add(counter, 1)
-        if index >= len(blocks) * splits:
+        if index >= step[0] * splits:
             break
-        start, end, request, last = blocks[index // splits]
+        start, end, request, last = block_of(step, index // splits)
         unit = unit_of(index % splits, start, end, cut)
         _, first_head, _, _, queries = unit
         groups = (queries + COLUMNS - 1) // COLUMNS
-        table, key_plane, rope_plane = tables[request], pool + k_offset + first_head * head_stride, pool + rope_offset
+        table, key_plane, rope_plane = (
+            table_of(step, request),
+            pool + k_offset + first_head * head_stride,
+            pool + rope_offset,
+        )
         _load_queries(
             unit, cut, q, q_stride, depth, positions, zeros, rows, operands, lasts, base, total, acc, value_dim
         )
@@ -230,12 +234,12 @@ def _work(counter, q, q_stride, heads, out, pool, numbers, step, cut, scale, sha
 
 @compiled
 def _attend(
-    gomp, threads, q, q_stride, heads, depth, out, pool, geometry, blocks, block_rows, positions, tables, scale, shapes
+    gomp, threads, q, q_stride, heads, depth, out, pool, geometry, step, scale, shapes
 ):  # fmt: skip
     numbers = sizes(geometry)
-    cut = cut_units(threads, len(blocks), block_rows, heads, numbers[8], depth + numbers[10])
+    cut = cut_units(threads, step[0], step[1], heads, numbers[8], depth + numbers[10])
     args = (
-        q, q_stride, heads, out, pool, numbers, (blocks, block_rows, positions, tables), cut, np.float32(scale), shapes
+        q, q_stride, heads, out, pool, numbers, step, cut, np.float32(scale), shapes
     )  # fmt: skip
     parallel_for(gomp, threads, _work, args)
 

@@ -226,7 +226,7 @@ def _work(counter, x, x_stride, w, bias, y, rows, steps, blocks, group, shapes, 
 def _multiply(gomp, threads, x, x_stride, w, bias, y, rows, steps, blocks, shapes, room, format):
     # Each thread has as many equal groups as UNIT_BLOCKS demands, at least two: so all threads end together.
     group = -(-blocks // (threads * max(2, -(-blocks // (threads * UNIT_BLOCKS)))))
-    args = (x, x_stride, w, bias, y, rows, steps, blocks, min(group, blocks), shapes, room, format)
+    args = (x, x_stride, w, bias, y, rows, steps, blocks, min(group, blocks), shapes, room, format.dtype)
     parallel_for(gomp, threads, _work, args)
 
 
