@@ -92,8 +92,8 @@ class EngineConfig:
     """Plan the next step while the device computes this one. Default: on for a GPU, off for a CPU, where execution is
     synchronous."""
     graphs: bool | None = None
-    """Run decode steps from static buffers, on a GPU as CUDA graphs. Default: on for a GPU, off for a CPU, where it
-    saves nothing. Codecs that are decoded into pages made for one step cannot be recorded, and run without."""
+    """Run decode steps of a few fixed sizes from static buffers, on a GPU as CUDA graphs. Default: on for a GPU; a CPU
+    records the kernel calls of each size and replays them, without padding. False: neither. Codecs that are decoded into pages made for one step cannot be recorded, and run without."""
     schedule: str = "fcfs"
     """Order of waiting requests: "fcfs", or "longest-prefix" (longest cached prefix first, with ageing)."""
     seed: int = 0

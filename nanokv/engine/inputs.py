@@ -79,6 +79,8 @@ def padded(arrays: Arrays, num_rows: int, width: int, page: int, state: int | No
     more = num_rows - len(arrays["token_ids"])
 
     def fill(name: str, value: int) -> np.ndarray:
+        if not more:
+            return arrays[name]
         return np.concatenate((arrays[name], np.full(more, value, arrays[name].dtype)))
 
     tables = np.zeros((num_rows, width), np.int32)

@@ -86,6 +86,7 @@ class Recording:
             follows = self._calls[n + 1][2] if n + 1 < count else 1
             waits = max(threads, follows) > 1 and n + 1 < count
             self._list[n] = function, base + int(starts[n]), threads, waits
+        self._calls.clear()
 
     def replay(self) -> None:
         """Makes the calls again."""
