@@ -209,3 +209,18 @@ def test_ops_picks_the_compiled_twins_for_the_cpu():
     assert torch.equal(requests.attend({0: last(50, 3)}, AUTO), requests.attend({0: last(50, 3)}))
     rows = {0: last(50, 50)}
     assert torch.equal(*(requests.store(rows, twin, requests.pool.clone()) for twin in (AUTO, cpu)))
+
+
+def test_rows_that_no_scale_can_hold_are_marked_and_zeroed():
+    values = [1.0, float("nan"), float("inf"), -65504.0, -65505.0, 0.0, 3e38, float("-inf"), 2.0]
+    tables = torch.zeros(1, 1, dtype=torch.int32)
+    found = []
+    for module in (reference, cpu):
+        batch, x = step_of({0: list(range(len(values)))}, tables, 16), torch.ones(len(values), 5, 16)
+        x[:, 3, 7] = torch.tensor(values)
+        module.refuse_unwritable(x[:, 2:], batch)
+        found.append((batch.unwritable, x))
+    marks = torch.tensor([not abs(value) <= 65504 for value in values])
+    for unwritable, x in found:
+        assert torch.equal(unwritable, marks) and not x[marks, 2:].any() and x[:, :2].all()
+    assert torch.equal(found[0][1], found[1][1])

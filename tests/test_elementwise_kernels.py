@@ -243,3 +243,13 @@ def test_ops_picks_the_compiled_twins_for_the_cpu():
     assert same_bits(AUTO.sigmoid_mul(x, x), cpu.sigmoid_mul(x, x))
     assert same_bits(AUTO.gated_rms_norm(x, x, weight, 1e-5), cpu.gated_rms_norm(x, x, weight, 1e-5))
     assert same_bits(AUTO.add_rms_norm(x, x.clone(), weight, 1e-5), cpu.add_rms_norm(x, x.clone(), weight, 1e-5))
+
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("source", FLOATS)
+@pytest.mark.parametrize("target", FLOATS)
+def test_a_cast_rounds_as_torch_does(source, target):
+    x = noise(5, 70, dtype=source)[:, 3:40] * 1000
+    assert same_bits(AUTO.cast(x, target), x.to(target))

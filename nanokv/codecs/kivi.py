@@ -133,7 +133,7 @@ class KiviPages:
     def attend(self, qkv: torch.Tensor, pool: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """As AttentionPages.attend."""
         heads = self._heads
-        q, k, v = rotated(qkv, heads, self.key_mean, batch)
+        q, k, v = heads.split(rotated(qkv, heads, self.key_mean, batch))
         pieces = batch.once(Pieces)
         memory, offset = self._append(torch.cat((k, v), dim=1).to(self._codec.dtype), states, batch, pieces)
         if len(pieces.full):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanokv.codecs.pages import attend_decoded, attention_dtype, refuse_unwritable, used_pages, write_and_decode
+from nanokv.codecs.pages import attend_decoded, attention_dtype, used_pages, write_and_decode
 from nanokv.codecs.quantizer import Quantizer, QuantizerPages, array_of
 from nanokv.core.batch import Batch
 from nanokv.core.spec import PageLayout
@@ -159,7 +159,7 @@ class LatentPages:
         latent = self._latent
         latents, keys = self._compute(rope, kv, batch)
         for numbers in (latents, keys[:, None]):
-            refuse_unwritable(numbers, batch)
+            latent.ops.refuse_unwritable(numbers, batch)
         stored_keys = array_of(pool, self._rope)
         stored_keys[batch.write_pages.long(), batch.write_slots.long()] = keys.to(stored_keys.dtype)
         numbers = write_and_decode(self._coded, latents, pool, batch, self._exact)

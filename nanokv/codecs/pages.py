@@ -45,35 +45,22 @@ class Heads:
     norms: HeadNorms | None = None
     ops: Ops = AUTO
 
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views of the queries, keys and values in x [rows, num_heads + 2 * kv_heads, ...]."""
+        return x.split((self.num_heads, self.kv_heads, self.kv_heads), dim=1)
 
-def rotated(
-    qkv: torch.Tensor, heads: Heads, key_mean: KeyMean, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v ready to be coded: float32 [rows, heads, head_dim] each.
+
+def rotated(qkv: torch.Tensor, heads: Heads, key_mean: KeyMean, batch: Batch) -> torch.Tensor:
+    """q, k and v ready to be coded: float32 [rows, num_heads + 2 * kv_heads, head_dim], which `Heads.split` parts.
 
     qkv     [rows, (num_heads + 2 * kv_heads) * head_dim], normed and rotated IN PLACE
     batch   rows of k and v that no scale can hold are marked in batch.unwritable
     """
     heads.ops.rope(qkv, heads.cos_sin, batch, heads.num_heads, heads.kv_heads, heads.head_dim, heads.norms)
-    x = qkv.unflatten(1, (-1, heads.head_dim)).float()
-    q, k, v = x.split((heads.num_heads, heads.kv_heads, heads.kv_heads), dim=1)
-    key_mean.subtract(k)
-    refuse_unwritable(x[:, heads.num_heads :], batch)
-    return q, k, v
-
-
-def refuse_unwritable(x: torch.Tensor, batch: Batch) -> None:
-    """Marks the rows with numbers that no scale can hold in batch.unwritable, and zeros them.
-
-    x   float32 [rows, heads, dim], about to be written; changed IN PLACE
-
-    So every page holds finite numbers, other requests of the step are not affected, and the host need not wait: it
-    reads the marks with the tokens.
-    """
-    is_bad = ~(x.abs().amax((1, 2)) <= LARGEST_SCALE)  # NaN is not smaller either
-    assert batch.unwritable is not None
-    batch.unwritable.logical_or_(is_bad)
-    x.masked_fill_(is_bad[:, None, None], 0.0)
+    x = heads.ops.cast(qkv, torch.float32).unflatten(1, (-1, heads.head_dim))
+    key_mean.subtract(heads.split(x)[1])
+    heads.ops.refuse_unwritable(x[:, heads.num_heads :], batch)
+    return x
 
 
 def reason_unwritable(codec: str) -> str:
@@ -124,29 +111,31 @@ class AttentionPages:
         batch   rows with NaN, infinity or numbers beyond float16 are marked in batch.unwritable
         """
         heads = self._heads
-        q, k, v = rotated(qkv, heads, self.key_mean, batch)
+        x = rotated(qkv, heads, self.key_mean, batch)
         is_coded, dtype = self._exact or batch.once(prefill_rows) is None, attention_dtype(qkv)
         if self._planes is not None and is_coded:
-            out = self._attend_codes(q, k, v, pool, self._planes, batch, dtype).float()
+            out = self._attend_codes(x, pool, self._planes, batch, dtype).float()
         else:
-            out = self._attend_decoded(q, k, v, pool, batch, dtype).float()
-        return self._v.back(out.unflatten(1, (heads.num_heads, -1))).flatten(1).to(qkv.dtype)
+            out = self._attend_decoded(x, pool, batch, dtype).float()
+        return heads.ops.cast(self._v.back(out.unflatten(1, (heads.num_heads, -1))).flatten(1), qkv.dtype)
 
     def vectors(self, pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of whole pages, decoded: float32 [pages, kv_heads, page_size, head_dim] each."""
         k, v = (own.back(own.read(pool, pages)) for own in (self._k, self._v))
         return self.key_mean.add(k), v
 
-    def _attend_codes(self, q, k, v, pool, planes, batch, dtype) -> torch.Tensor:
+    def _attend_codes(self, x, pool, planes, batch, dtype) -> torch.Tensor:
         basis = self._k.encoder.basis
-        if basis is not None and basis is self._v.encoder.basis:  # one product for the three
-            q, k, v = basis.to(torch.cat((q, k, v), dim=1)).split((q.shape[1], k.shape[1], v.shape[1]), dim=1)
+        if basis is self._v.encoder.basis:  # one product for the three
+            q, k, v = self._heads.split(x if basis is None else basis.to(x))
         else:
+            q, k, v = self._heads.split(x)
             q, k, v = self._k.to(q), self._k.to(k), self._v.to(v)
         self._heads.ops.store_codes(k, v, pool, planes, batch)
         return self._heads.ops.code_attention(q.to(dtype), pool, planes, batch, self._heads.scale)
 
-    def _attend_decoded(self, q, k, v, pool, batch, dtype) -> torch.Tensor:
+    def _attend_decoded(self, x, pool, batch, dtype) -> torch.Tensor:
+        q, k, v = self._heads.split(x)
         keys, values = (write_and_decode(own, x, pool, batch, self._exact) for own, x in ((self._k, k), (self._v, v)))
         places = batch.once(used_pages)[1]
         heads, scratch = self._heads, (keys, values, None)

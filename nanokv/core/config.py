@@ -93,7 +93,8 @@ class EngineConfig:
     synchronous."""
     graphs: bool | None = None
     """Run decode steps of a few fixed sizes from static buffers, on a GPU as CUDA graphs. Default: on for a GPU; a CPU
-    records the kernel calls of each size and replays them, without padding. False: neither. Codecs that are decoded into pages made for one step cannot be recorded, and run without."""
+    records the kernel calls of each size and replays them, without padding. False: neither. Codecs that are decoded
+    into pages made for one step cannot be recorded, and run without."""
     schedule: str = "fcfs"
     """Order of waiting requests: "fcfs", or "longest-prefix" (longest cached prefix first, with ageing)."""
     seed: int = 0

@@ -98,11 +98,13 @@ class Ops:
     gated_rms_norm = op("gated_rms_norm", reference.gated_rms_norm)
     silu_mul = op("silu_mul", reference.silu_mul)
     sigmoid_mul = op("sigmoid_mul", reference.sigmoid_mul)
+    cast = op("cast", reference.cast)
 
     rope = op("rope", reference.rope)
     rope_and_store = op("rope_and_store", reference.rope_and_store)
     store_latent = op("store_latent", reference.store_latent)
     store_codes = op("store_codes", reference.store_codes)
+    refuse_unwritable = op("refuse_unwritable", reference.refuse_unwritable)
     paged_attention = op("paged_attention", reference.paged_attention)
     code_attention = op("code_attention", reference.code_attention)
     group_attention = op("group_attention", reference.group_attention)

@@ -167,3 +167,33 @@ def store_codes(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, planes: Co
         strides, rows, pool.data_ptr(), planes.geometry, _scaling_and_tables(planes.k), _scaling_and_tables(planes.v),
         batch.write_pages.data_ptr(), batch.write_slots.data_ptr(), FORMAT[k.dtype],
     )  # fmt: skip
+
+
+@inner
+def _refuse_work(counter, x, stride, rows, width, unwritable):
+    marks = view(unwritable, rows, U8)
+    while True:
+        first = fetch_add(counter, UNIT_ROWS)
+        if first >= rows:
+            break
+        for row in range(first, min(first + UNIT_ROWS, rows)):
+            numbers, is_good = view(x + 4 * row * stride, width, F32), True
+            for n in range(width):
+                is_good &= abs(numbers[n]) <= MAX_SCALE  # NaN is not smaller either
+            if not is_good:
+                marks[row] = 1
+                numbers[:] = ZERO
+
+
+@compiled
+def _refuse(gomp, threads, x, stride, rows, width, unwritable):
+    parallel_for(gomp, threads, _refuse_work, (x, stride, rows, width, unwritable))
+
+
+def refuse_unwritable(x: torch.Tensor, batch: Batch) -> None:
+    """As reference.refuse_unwritable."""
+    (rows, heads, dim), (stride, head_stride, step) = x.shape, x.stride()
+    if x.dtype != torch.float32 or (heads > 1 and head_stride != dim) or step != 1:
+        raise ValueError(f"refuse_unwritable: x {x.dtype} {tuple(x.shape)} with strides {x.stride()}")
+    threads = threads_for(rows * heads * dim / 3e3)
+    _refuse(GOMP, threads, x.data_ptr(), stride, rows, heads * dim, batch.unwritable.data_ptr())

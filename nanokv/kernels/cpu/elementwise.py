@@ -203,3 +203,34 @@ def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         GOMP, threads, x.data_ptr(), gate.data_ptr(), gate_stride, out.data_ptr(), rows, width, FORMAT[x.dtype]
     )
     return out
+
+
+@inner
+def _cast_work(counter, x, stride, out, rows, width, format, out_format):
+    while True:
+        first = fetch_add(counter, UNIT_ROWS)
+        if first >= rows:
+            break
+        for row in range(first, min(first + UNIT_ROWS, rows)):
+            source = view(x + row * stride * size_of(format), width, format)
+            target = view(out + row * width * size_of(out_format), width, out_format)
+            for d in range(width):
+                target[d] = narrow(widen(source[d]), out_format)
+
+
+@compiled
+def _cast(gomp, threads, x, stride, out, rows, width, format, out_format):
+    parallel_for(gomp, threads, _cast_work, (x, stride, out, rows, width, format.dtype, out_format.dtype))
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As reference.cast."""
+    (rows, width), (stride, step) = x.shape, x.stride()
+    if x.dtype == dtype:
+        return x
+    if step != 1:
+        raise ValueError(f"cast: the columns of x, strides {x.stride()}, must lie side by side")
+    out = x.new_empty(rows, width, dtype=dtype)
+    threads = threads_for(rows * width / 3e3)
+    _cast(GOMP, threads, x.data_ptr(), stride, out.data_ptr(), rows, width, FORMAT[x.dtype], FORMAT[dtype])
+    return out

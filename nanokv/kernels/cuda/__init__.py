@@ -1,4 +1,5 @@
-"""The Triton twins: the ops of reference/, tiled for the GPU. Importing them needs triton, running them a GPU."""
+"""The Triton twins: the ops of reference/, tiled for the GPU. Importing them needs triton, running them a GPU. Two ops
+are torch's own."""
 
 # ruff: noqa: F401  the ops are imported for others
 
@@ -11,3 +12,5 @@ from nanokv.kernels.cuda.group_attention import group_attention
 from nanokv.kernels.cuda.moe import add_experts
 from nanokv.kernels.cuda.short_conv import short_conv
 from nanokv.kernels.cuda.store import rope, rope_and_store, store_latent
+from nanokv.kernels.reference.codes import refuse_unwritable
+from nanokv.kernels.reference.elementwise import cast

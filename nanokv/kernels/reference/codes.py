@@ -140,6 +140,19 @@ def _views(pool: torch.Tensor, planes: CodePlanes, plane: CodePlane) -> list[tor
     return [*views, page_array(pool, plane.scale_offset, tokens, torch.float16)]
 
 
+def refuse_unwritable(x: torch.Tensor, batch: Batch) -> None:
+    """Marks the rows with numbers that no scale can hold in batch.unwritable, and zeros them.
+
+    x   float32 [rows, heads, dim], about to be written; changed IN PLACE; may be a view with a larger row stride
+
+    So every page holds finite numbers, other requests of the step are not affected, and the host need not wait: it
+    reads the marks with the tokens.
+    """
+    is_bad = ~(x.abs().amax((1, 2)) <= LARGEST_SCALE)  # NaN is not smaller either
+    batch.unwritable.logical_or_(is_bad)
+    x.masked_fill_(is_bad[:, None, None], 0.0)
+
+
 def store_codes(k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor, planes: CodePlanes, batch: Batch) -> None:
     """Encodes k and v of each row and writes codes and scales to its page.
 

@@ -67,3 +67,12 @@ def gated_rms_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: 
     """
     normed = rms_norm(x.unflatten(-1, (-1, weight.shape[0])), weight, eps).flatten(1)
     return (normed.float() * F.silu(z.float())).to(x.dtype)
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in another float dtype, rounded to even; x itself where it has that dtype.
+
+    x        [rows, width], float; may be a view with a larger row stride
+    Returns  [rows, width], `dtype`
+    """
+    return x.to(dtype)
