@@ -45,7 +45,7 @@ def test_attention_is_named_by_what_it_reads(config, attention, tiny_llama):
 @needs_tiles
 def test_weights_and_attention_on_tiles_need_no_reason(tiny_llama):
     assert reason((64, 96)) == ("tiles", None)
-    assert set(chosen(tiny_llama, dtype="bfloat16")[0].weights) <= {"tiles", "onednn"}
+    assert set(chosen(tiny_llama, dtype="bfloat16")[0].weights) <= {"tiles", "pairs"}
 
 
 def test_the_instructions_of_a_machine_are_those_that_its_forms_use():
@@ -56,7 +56,7 @@ def test_the_instructions_of_a_machine_are_those_that_its_forms_use():
 
 @needs_bfloat16
 def test_a_width_that_no_tile_holds_is_the_reason_for_the_next_form():
-    assert reason((64, 100)) == ("onednn", "width 100 is no multiple of 32")
+    assert reason((64, 100)) == ("pairs", "width 100 is no multiple of 32")
     assert reason((64, 100), torch.float32, torch.float32) == ("blocks", "float32 weights")
 
 
@@ -65,21 +65,14 @@ def test_a_width_that_no_tile_holds_is_the_reason_for_the_next_form():
 def test_a_machine_without_tiles_takes_the_next_form_and_says_why(has, why, tiny_llama, monkeypatch):
     monkeypatch.setattr(amx, "has_tiles", lambda: False)
     monkeypatch.setattr(amx, "cpu_has_tiles", lambda: has)
-    assert reason((64, 64)) == ("onednn", why)
+    assert reason((64, 64)) == ("pairs", why)
     found, stats = chosen(tiny_llama, dtype="bfloat16")
-    assert (stats["weight_forms"], stats["attention_form"]) == ("9 onednn", "float32")
-    assert str(found) == f"weights: 9 onednn ({why}); attention: float32"
+    assert (stats["weight_forms"], stats["attention_form"]) == ("9 pairs", "float32")
+    assert str(found) == f"weights: 9 pairs ({why}); attention: float32"
 
 
-@pytest.mark.parametrize(
-    ("has_onednn", "why"),
-    [(True, "the CPU has no bfloat16 instructions"), (False, "this build of torch has no oneDNN")],
-)
-def test_without_bfloat16_products_weights_stay_16_bit_and_activations_are_float32(
-    has_onednn, why, tiny_llama, monkeypatch
-):
+def test_without_bfloat16_products_weights_stay_16_bit_and_activations_are_float32(tiny_llama, monkeypatch):
     for module in ("forms", "linear"):
         monkeypatch.setattr(f"nanokv.kernels.{module}.multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
     found, _ = chosen(tiny_llama, dtype="bfloat16")
-    assert str(found) == f"weights: 9 blocks ({why}); attention: float32"
+    assert str(found) == "weights: 9 blocks (the CPU has no bfloat16 instructions); attention: float32"

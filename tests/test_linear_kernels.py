@@ -110,18 +110,17 @@ def test_the_engine_can_say_that_rows_are_invariant(dtype):
 @pytest.mark.parametrize("shape", [(100, 77), (512, 64)], ids=str)
 def test_a_packed_weight_is_also_an_embedding_table_and_unpacks_to_itself(shape, dtype):
     table = noise(*shape).to(dtype)
-    packed = pack_linear(table, torch.float32, keep=True)
+    packed = pack_linear(table, torch.float32)
     ids = torch.tensor([0, shape[0] - 1, 15, 16, 17, 15])
     assert torch.equal(embed(packed, ids), reference.embed(table, ids, torch.float32))
     assert embed(packed, ids).is_contiguous()
     assert torch.equal(packed.unpack(), table)
-    assert packed.table is None
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_the_reference_choice_multiplies_plain_weights_on_a_cpu(dtype):
     weight, x, ops = noise(100, 77).to(dtype), noise(5, 77, seed=1), Ops("reference")
-    packed = ops.pack_linear(weight, torch.float32, keep=True)
+    packed = ops.pack_linear(weight, torch.float32)
     assert packed.form == "plain" and torch.equal(packed.unpack(), weight)
     assert torch.allclose(linear(x, packed), reference.linear(x, weight), atol=1e-4)
     assert torch.equal(embed(packed, torch.tensor([3])), reference.embed(weight, torch.tensor([3]), torch.float32))
@@ -219,36 +218,12 @@ def test_an_x_that_does_not_fit_the_heads_is_refused():
             head_linear(x, packed)
 
 
-def onednn_form(weight: torch.Tensor, keep: bool):
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("torch was built without oneDNN")
-    form = forms.OneDNN()
-    return kernels.PackedLinear(tuple(weight.shape), weight.dtype, weight.dtype, form, *form.pack(weight, keep))
-
-
-def test_the_onednn_form_keeps_a_rows_bits_for_any_number_of_rows():
-    weight, x = noise(100, 77), noise(40, 77, seed=1)
-    packed = onednn_form(weight, keep=False)
-    whole = linear(x, packed)
-    torch.testing.assert_close(whole, reference.linear(x, weight), rtol=1e-4, atol=1e-4)
-    for rows in range(41):
-        assert torch.equal(linear(x[:rows], packed), whole[:rows]), rows
-    assert torch.equal(packed.unpack(), weight)
-
-
-def test_the_onednn_form_serves_as_a_table_only_when_its_rows_were_kept():
-    weight, ids = noise(20, 64), torch.tensor([3, 19])
-    assert torch.equal(embed(onednn_form(weight, keep=True), ids), weight[ids])
-    with pytest.raises(ValueError, match="keep=True"):
-        embed(onednn_form(weight, keep=False), ids)
-
-
 @pytest.mark.skipif(not forms.multiplies_bfloat16(), reason="needs a CPU with bfloat16 instructions")
 @pytest.mark.parametrize("shape", [(960, 576), (576, 1536)], ids=str)
 def test_bfloat16_throughout_agrees_with_sums_in_float64(shape):
     weight = noise(*shape).bfloat16()
     packed = pack_linear(weight, torch.bfloat16)
-    assert packed.form in ("tiles", "onednn")
+    assert packed.form in ("tiles", "pairs")
     for rows in (1, 2, 3, 17, 64):
         x = noise(rows, shape[1], seed=rows).bfloat16()
         torch.testing.assert_close(linear(x, packed), reference.linear(x, weight), rtol=2e-2, atol=0.3)
@@ -261,6 +236,22 @@ def test_numba_is_imported_only_when_a_weight_is_packed():
 
 refused = forms.Tiles().refusal(noise(16, 32).bfloat16(), torch.bfloat16)
 needs_tiles = pytest.mark.skipif(refused is not None, reason=f"tiles: {refused}")
+
+
+@pytest.mark.skipif(not forms.multiplies_bfloat16(), reason="needs a CPU with bfloat16 instructions")
+@pytest.mark.parametrize("shape", [(7, 34), (200, 576), (64, 1536)], ids=str)
+def test_a_product_of_pairs_is_that_of_float64_rounded_once_for_any_number_of_rows(shape, monkeypatch):
+    monkeypatch.setattr(forms, "_no_tiles", lambda: "the CPU has no AMX")
+    weight, bias, x = noise(*shape).bfloat16(), noise(shape[0], seed=9).bfloat16(), noise(90, shape[1]).bfloat16()
+    packed, ids = pack_linear(weight, torch.bfloat16), torch.tensor([0, shape[0] - 1, 3])
+    assert (
+        packed.form == "pairs" and torch.equal(packed.unpack(), weight) and torch.equal(embed(packed, ids), weight[ids])
+    )
+    whole, expected = linear(x, packed, bias), x.double() @ weight.double().T + bias.double()
+    assert torch.allclose(whole.double(), expected, rtol=2**-8, atol=1e-3)  # half a unit, and sums
+    for start, end in ((0, 0), (0, 1), (1, 3), (3, 16), (5, 22), (7, 90)):
+        assert same_bits(linear(x[start:end], packed, bias), whole[start:end])
+    assert same_bits(linear(torch.cat((x, x), 1)[:, : shape[1]], packed, bias), whole)
 
 
 @needs_tiles
@@ -299,6 +290,7 @@ def test_where_linux_refuses_tiles_the_next_form_is_taken(monkeypatch):
     from nanokv.kernels.cpu import amx
 
     monkeypatch.setattr(amx, "has_tiles", lambda: False)
-    assert pack_linear(noise(64, 64).bfloat16(), torch.bfloat16).form == "onednn"
+    assert pack_linear(noise(64, 64).bfloat16(), torch.bfloat16).form == "pairs"
     monkeypatch.undo()
-    assert pack_linear(noise(64, 33).bfloat16(), torch.bfloat16).form == "onednn"
+    assert pack_linear(noise(64, 34).bfloat16(), torch.bfloat16).form == "pairs"
+    assert pack_linear(noise(64, 33).bfloat16(), torch.bfloat16).form == "plain"

@@ -3,12 +3,12 @@
     tiles    CPU with tile registers, bfloat16 throughout: cpu/tile_linear.py; the bits of a row depend on it alone
     blocks   CPU, float32 activations, weights float32, bfloat16 or float16 in their own width: cpu/linear.py; the bits
              of a row depend on it alone
-    onednn   CPU with bfloat16 instructions, bfloat16 throughout: oneDNN's packed product (torch.ops.mkldnn)
+    pairs    CPU with bfloat16 instructions, bfloat16 throughout: cpu/linear.py; the bits of a row depend on it alone
     q8       CPU, where asked for, 8 bits a weight (q8.py): the product of tiles, with the bits of the decoded weight in
              bfloat16; without tile registers or bfloat16 that of blocks, with the bits of the decoded weight in float32
     plain    everything else, and every weight of a model with the reference kernels: torch.nn.functional.linear
 
-numba is imported when the first weight is packed into tiles, blocks or q8.
+numba is imported when the first weight is packed into another form than plain.
 """
 
 from __future__ import annotations
@@ -19,13 +19,9 @@ from types import ModuleType
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of blocks."""
-# oneDNN lays out weights for an expected number of rows. For a single row it picks a layout for matrix-vector products,
-# so a small batch is requested here and a single row runs as two: from two rows up, the bits of a row stay the same.
-_EXPECTED_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,6 @@ class PackedLinear:
     activation_dtype   of x and of the result
     packing            the form; None: plain
     data               the weight in that form
-    table              a plain copy [out, in] beside it, or None
     refusal            why the preferred form, the first of the list, was not taken; None where it was
     """
 
@@ -46,7 +41,6 @@ class PackedLinear:
     activation_dtype: torch.dtype
     packing: Form | None
     data: torch.Tensor
-    table: torch.Tensor | None = None
     refusal: str | None = None
 
     @property
@@ -56,9 +50,8 @@ class PackedLinear:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the weight, the plain copy included. oneDNN's form is counted without its padding."""
-        table = 0 if self.table is None else self.table.nbytes
-        return table + (self.data.numel() * self.data.element_size())
+        """Bytes of the weight in its form."""
+        return self.data.nbytes
 
     def unpack(self) -> torch.Tensor:
         """The weight [out, in] again (q8: decoded) in its own dtype; may share memory with the packed form."""
@@ -73,8 +66,8 @@ class Form(Protocol):
     def refusal(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> str | None:
         """Why this CPU does not multiply such a weight in this form, in few words; None where it does."""
 
-    def pack(self, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The packed weight, and with `keep` a plain copy where `embed` needs one."""
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """The packed weight."""
 
     def multiply(self, x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
         """As linear.linear."""
@@ -88,12 +81,8 @@ class Form(Protocol):
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 instructions and oneDNN uses them; without them oneDNN emulates, slowly."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and torch.cpu._is_avx512_bf16_supported()
-    )
+    """Whether this CPU has bfloat16 instructions."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def _no_bfloat16(weight_dtype: torch.dtype, activation_dtype: torch.dtype) -> str | None:
@@ -101,8 +90,7 @@ def _no_bfloat16(weight_dtype: torch.dtype, activation_dtype: torch.dtype) -> st
     if weight_dtype != torch.bfloat16:
         return f"{_name(weight_dtype)} weights"
     if not multiplies_bfloat16():
-        has_onednn = torch.backends.mkldnn.is_available()
-        return "the CPU has no bfloat16 instructions" if has_onednn else "this build of torch has no oneDNN"
+        return "the CPU has no bfloat16 instructions"
     return None if activation_dtype == torch.bfloat16 else f"{_name(activation_dtype)} activations"
 
 
@@ -151,8 +139,8 @@ class Tiles:
             return f"width {width} is no multiple of 32"
         return _no_tiles()
 
-    def pack(self, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return _tile_kernels().pack(weight), None
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        return _tile_kernels().pack(weight)
 
     def multiply(self, x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
         return _tile_kernels().multiply(x, packed.data, packed.shape[0], bias)
@@ -172,8 +160,8 @@ class Blocks:
             return None
         return f"{_name(weight.dtype)} weights and {_name(activation_dtype)} activations"
 
-    def pack(self, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return block_kernels().pack(weight), None
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        return block_kernels().pack(weight)
 
     def multiply(self, x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
         y = block_kernels().multiply(x, packed.data, packed.shape[0])
@@ -186,31 +174,24 @@ class Blocks:
         return block_kernels().unpack(packed.data, packed.shape[0])
 
 
-class OneDNN:
-    name = "onednn"
+class Pairs:
+    name = "pairs"
 
     def refusal(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> str | None:
-        return _no_bfloat16(weight.dtype, activation_dtype)
+        odd = f"width {weight.shape[1]} is odd" if weight.shape[1] % 2 else None
+        return _no_bfloat16(weight.dtype, activation_dtype) or odd
 
-    def pack(self, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        data = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _EXPECTED_ROWS)
-        return data, weight.clone() if keep else None
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        return _tile_kernels().pack(weight)
 
     def multiply(self, x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
-        rows = x.shape[0]
-        if rows == 0:
-            return x.new_empty((0, packed.shape[0]))
-        rows_of_x = x.expand(2, -1).contiguous() if rows == 1 else x.contiguous()
-        y = torch.ops.mkldnn._linear_pointwise(rows_of_x, packed.data, bias, "none", [], "")
-        return y if rows > 1 else y[:1]
+        return block_kernels().multiply_pairs(x, packed.data, packed.shape[0], bias)
 
     def embed(self, packed: PackedLinear, ids: torch.Tensor) -> torch.Tensor:
-        if packed.table is None:
-            raise ValueError("embed: the weight was packed without keep=True, and oneDNN's form hides its rows")
-        return F.embedding(ids, packed.table)
+        return _tile_kernels().embed(packed.data, ids)
 
     def unpack(self, packed: PackedLinear) -> torch.Tensor:
-        return packed.data.to_dense() if packed.table is None else packed.table
+        return _tile_kernels().unpack(packed.data, packed.shape[0])
 
 
 class Q8:
@@ -226,8 +207,8 @@ class Q8:
             return None
         return _no_tiles() if activation_dtype == torch.bfloat16 else f"{_name(activation_dtype)} activations"
 
-    def pack(self, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return _q8_groups().pack(weight), None
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        return _q8_groups().pack(weight)
 
     def multiply(self, x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
         if self.tiled:
@@ -242,7 +223,7 @@ class Q8:
         return _q8_groups().unpack(packed.data, packed.shape[0]).to(packed.weight_dtype)
 
 
-CPU_FORMS: tuple[Form, ...] = (Tiles(), Blocks(), OneDNN())
+CPU_FORMS: tuple[Form, ...] = (Tiles(), Blocks(), Pairs())
 """In order of preference."""
 Q8_FORMS: tuple[Form, ...] = (Q8(tiled=True), Q8(tiled=False))
 """The same, where 8 bits are asked for."""

@@ -24,14 +24,12 @@ def activation_dtype(device: torch.device | str, weight_dtype: torch.dtype) -> t
 
 
 def pack_linear(
-    weight: torch.Tensor, activation_dtype: torch.dtype, keep: bool = False, plain: bool = False, q8: bool = False
+    weight: torch.Tensor, activation_dtype: torch.dtype, plain: bool = False, q8: bool = False
 ) -> PackedLinear:
     """Packs a weight for its device.
 
     weight             [out, in], float; the form "plain" may share its memory
     activation_dtype   of x, see `activation_dtype`
-    keep               `embed` reads its rows too: a table that the output layer shares is then held once, but twice in
-                       oneDNN's form
     plain              takes the form "plain" on every device
     q8                 8 bits for a weight, whose `in` is a multiple of 32: the form "q8", or "plain" with the decoded
                        numbers
@@ -42,11 +40,11 @@ def pack_linear(
     for form in (Q8_FORMS if q8 else CPU_FORMS) if weight.device.type == "cpu" and not plain else ():
         refusal = form.refusal(weight, activation_dtype)
         if refusal is None:
-            return PackedLinear(shape, dtype, activation_dtype, form, *form.pack(weight, keep), first)
+            return PackedLinear(shape, dtype, activation_dtype, form, form.pack(weight), first)
         first = first or refusal
     if q8:
         weight = dequantise(*quantise(weight))
-    return PackedLinear(shape, dtype, activation_dtype, None, weight.to(activation_dtype).contiguous(), None, first)
+    return PackedLinear(shape, dtype, activation_dtype, None, weight.to(activation_dtype).contiguous(), first)
 
 
 def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -55,7 +53,7 @@ def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = No
     x        [rows, in], activation dtype; any number of rows, including 0
     bias     [out], activation dtype, or None
     Returns  [rows, out], activation dtype, a new contiguous tensor
-    Raises   TypeError for an x of another width or dtype in the forms tiles, blocks and q8; torch raises for the others
+    Raises   TypeError for an x of another width or dtype; torch raises in the form plain
     """
     if packed.packing is None:
         return F.linear(x, packed.data, bias)
@@ -67,7 +65,6 @@ def embed(packed: PackedLinear, ids: torch.Tensor) -> torch.Tensor:
 
     ids      int64 [rows], 0 <= id < out
     Returns  [rows, in], activation dtype, a new tensor
-    Raises   ValueError for a weight in oneDNN's form that was packed without `keep`
     """
     return F.embedding(ids, packed.data) if packed.packing is None else packed.packing.embed(packed, ids)
 
@@ -127,8 +124,6 @@ def row_invariant(
 ) -> bool:
     """Whether the bits of a row of `linear` are independent of the other rows: measured once in a process.
 
-    oneDNN's form counts as dependent: its kernels differ with the number of rows, for some shapes and threads.
-
     dtype    of the weights; activations take `activation_dtype(device, dtype)`
     plain    as of `pack_linear`
     widths   of x, on which the form of a weight depends
@@ -140,8 +135,6 @@ def row_invariant(
     for width in widths:
         weight = torch.randn(200, width, generator=noise).to(device, dtype)
         packed = pack_linear(weight, activation, plain=plain, q8=q8 and width % GROUP == 0)
-        if packed.form == "onednn":
-            return False
         x = torch.randn(130, width, generator=noise).to(device, activation)
         together = linear(x, packed)
         for start, end in ((0, 1), (1, 3), (3, 6), (6, 10), (10, 17), (17, 33), (33, 66), (66, 130), (5, 130)):

@@ -113,11 +113,9 @@ class Ops:
     delta_rule_step = op("delta_rule_step", reference.delta_rule_step)
     delta_rule_chunk = op("delta_rule_chunk", reference.delta_rule_chunk)
 
-    def pack_linear(
-        self, weight: torch.Tensor, activation_dtype: torch.dtype, keep: bool = False, q8: bool = False
-    ) -> PackedLinear:
+    def pack_linear(self, weight: torch.Tensor, activation_dtype: torch.dtype, q8: bool = False) -> PackedLinear:
         """`linear.pack_linear`; the reference choice keeps the weight as it is, with `q8` the decoded one."""
-        return linear.pack_linear(weight, activation_dtype, keep, self.are_reference, q8)
+        return linear.pack_linear(weight, activation_dtype, self.are_reference, q8)
 
     def pack_head_linear(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> PackedHeadLinear:
         """`linear.pack_head_linear`; the reference choice keeps the weight as it is."""

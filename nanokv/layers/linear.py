@@ -18,7 +18,6 @@ class Linear:
     activation   dtype of x and of the result
     ops          Ops
     bias         [out] in the activation dtype, or None
-    keep         whether `embed` reads the weight's rows too
     q8           whether the weight takes 8 bits for a number
     Call         [rows, in] -> [rows, out]
     """
@@ -29,10 +28,9 @@ class Linear:
         activation: torch.dtype,
         ops: Ops,
         bias: torch.Tensor | None = None,
-        keep: bool = False,
         q8: bool = False,
     ) -> None:
-        self.packed = ops.pack_linear(weight, activation, keep, q8)
+        self.packed = ops.pack_linear(weight, activation, q8)
         self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -30,13 +30,13 @@ class Forms:
     attention: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Such as "weights: 210 tiles, 1 onednn (width 100 is no multiple of 32); attention: tiles"."""
+        """Such as "weights: 210 tiles, 1 pairs (width 100 is no multiple of 32); attention: tiles"."""
         parts = [f"{count} {form}{self._reasons(form)}" for form, count in self.weights.items()]
         return f"weights: {', '.join(parts)}; attention: {self.of_attention}"
 
     @property
     def of_weights(self) -> str:
-        """Such as "210 tiles, 1 onednn"."""
+        """Such as "210 tiles, 1 pairs"."""
         return ", ".join(f"{count} {form}" for form, count in self.weights.items())
 
     @property

@@ -108,7 +108,7 @@ def decoder(config: ModelConfig, weights: Weights, codec: Codec, page_size: int)
     cos_sin = cos_sin_table(config.rope, first_positions(config.max_positions, weights.device), weights.device)
     name, vocab = "model.embed_tokens.weight", config.vocab_size
     if config.tie_embeddings:
-        head = weights.linear(weights.projection(name, vocab, width), keep=True)
+        head = weights.linear(weights.projection(name, vocab, width))
         embedding: Callable[[torch.Tensor], torch.Tensor] = partial(embed, head.packed)
     else:
         embedding = Embedding(weights.matrix(name, vocab, width), weights.activation)

@@ -53,13 +53,13 @@ class Weights:
         """A matrix [out, in] for `linear`. For 8 bits it keeps the stored dtype: only one rounding comes after it."""
         return self.take(name, (rows, columns), None if self.q8 else self.dtype)
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, keep: bool = False) -> Linear:
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """The layer of a weight made of projections, in 8 bits where they are asked for and `in` has whole groups.
 
-        bias, keep   as of Linear
+        bias   as of Linear
         """
         q8 = self.q8 and weight.shape[1] % GROUP == 0
-        return Linear(weight if q8 else weight.to(self.dtype), self.activation, self.ops, bias, keep, q8)
+        return Linear(weight if q8 else weight.to(self.dtype), self.activation, self.ops, bias, q8)
 
     def vector(self, name: str, size: int) -> torch.Tensor:
         """A vector [size] in the dtype of activations."""

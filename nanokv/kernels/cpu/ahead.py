@@ -45,7 +45,9 @@ def kernels(dtype: str, is_raw: bool, is_latent: bool) -> list[Kernel]:
         found.append(_kernel(store._rope, x, page_format=weights if is_raw else x))
     if tiles:
         found.append(_kernel(tile_linear._multiply, x))
-    elif not multiplies:
+    elif multiplies:
+        found += [_kernel(linear._multiply, typeof(linear.PAIRS)), _kernel(elementwise._cast, x, format=float32)]
+    else:
         found += [_kernel(linear._multiply, weights), _kernel(linear._pack, weights)]
     return [*found, _kernel(elementwise._norm, x), _kernel(replay.replay, x)]
 

@@ -109,9 +109,12 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
+BFLOATS = ir.VectorType(_BFloat(), 32)
+
+
 def round_both(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
     """Two vectors of 16 float32 as one of 32 bfloat16, rounded to even; numbers below 2**-126 become 0."""
-    kind = ir.FunctionType(ir.VectorType(_BFloat(), 32), [ir.VectorType(FLOAT, 16)] * 2)
+    kind = ir.FunctionType(BFLOATS, [ir.VectorType(FLOAT, 16)] * 2)
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
     return builder.bitcast(builder.call(function, [high, low]), ir.VectorType(SHORT, 32))
 

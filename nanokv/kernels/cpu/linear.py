@@ -7,21 +7,24 @@ as 16 bits, and no sum runs across lanes. The order of every sum is fixed:
     y[r, o] = x[r, 0] * w[o, 0] + x[r, 1] * w[o, 1] + ...        one fused step after the other
 
 whatever the other rows and the tiles are, so the bits of a row depend on that row alone. Groups of codes (q8_groups.py)
-are decoded in registers, to the bits that the decoded weight in float32 gives. A product for each head (x
+are decoded in registers, to the bits that the decoded weight in float32 gives. Where weights and x are bfloat16 (the
+layout of tile_linear.py, on a CPU without tiles), one step takes a pair of numbers. A product for each head (x
 [rows, heads, in], weights [heads, out, in]) is the same code with a loop over heads around it.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 
-from nanokv.kernels.cpu import emit, q8_groups
+from nanokv.kernels.cpu import amx, emit, q8_groups
 from nanokv.kernels.cpu.arena import allocate
 from nanokv.kernels.cpu.compiled import compiled, inner
-from nanokv.kernels.cpu.emit import FLOAT
+from nanokv.kernels.cpu.elementwise import cast
+from nanokv.kernels.cpu.emit import FLOAT, INT
 from nanokv.kernels.cpu.intrinsics import FORMAT, fetch_add, size_of, view
 from nanokv.kernels.cpu.omp import GOMP, parallel_for, threads_for
 from nanokv.kernels.cpu.q8_groups import CODES, GROUP_BYTES
@@ -36,6 +39,8 @@ PREFETCH_BYTES = 2048
 X_BYTES = 256 * 1024
 # Blocks of a unit of work: long runs of memory for one row, few enough to balance the load.
 UNIT_BLOCKS = 12
+PAIRS = np.empty(0, np.uint32)
+"""The format of a kernel's weights (intrinsics.py): two bfloat16, in words; x lies likewise."""
 SQUARE = 64  # side of the squares in which weights are transposed
 
 
@@ -54,14 +59,25 @@ def _emit_weights(builder, w, depth, element, use):
         return
     with cgutils.for_range(builder, depth) as loop:
         place = builder.add(w, builder.mul(loop.index, index(LANES * element.bitwidth // 8)))
-        weights = emit.load(builder, place, index(0), emit.word_of(element), LANES)
         _prefetch(builder, place, 0)
-        use(emit.widen(builder, weights, element))
+        if element == types.uint32:
+            use(emit.load(builder, place, index(0), INT, LANES))
+        else:
+            use(emit.widen(builder, emit.load(builder, place, index(0), emit.word_of(element), LANES), element))
 
 
 def _prefetch(builder, place, line):
     ahead = builder.add(place, place.type(PREFETCH_BYTES + line))
     emit.prefetch(builder, builder.inttoptr(ahead, ir.IntType(8).as_pointer()), 3)
+
+
+def _multiply_add(builder, number, weights, total):
+    """total + number * weights; for weights in words, of the two bfloat16 in each, one after the other."""
+    if weights.type.element == FLOAT:
+        return emit.fma(builder, number, weights, total)
+    kind = ir.FunctionType(total.type, [total.type, amx.BFLOATS, amx.BFLOATS])
+    product = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+    return builder.call(product, [total, *(builder.bitcast(each, amx.BFLOATS) for each in (number, weights))])
 
 
 def _emit_tile(builder, rows, x, x_stride, w, y, y_stride, depth, element):
@@ -81,7 +97,7 @@ def _emit_tile(builder, rows, x, x_stride, w, y, y_stride, depth, element):
         for r, total in enumerate(sums):
             row = builder.gep(builder.load(thirds[r // 3]), [strides[r % 3]], source_etype=FLOAT)
             number = emit.broadcast(builder, builder.load(row, typ=FLOAT), LANES)
-            builder.store(emit.fma(builder, number, weights, builder.load(total)), total)
+            builder.store(_multiply_add(builder, number, weights, builder.load(total)), total)
         for third in thirds:
             builder.store(builder.gep(builder.load(third), [index(1)], source_etype=FLOAT), third)
 
@@ -213,6 +229,26 @@ def multiply(x: torch.Tensor, weights: torch.Tensor, out: int) -> torch.Tensor:
         CODES if coded else FORMAT[weights.dtype],
     )  # fmt: skip
     return y if num_blocks * LANES == out else y[:, :out].contiguous()
+
+
+def multiply_pairs(x: torch.Tensor, tiles: torch.Tensor, out: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [rows, in] bfloat16 times a packed [out, in], transposed, plus bias [out]: [rows, out] bfloat16.
+
+    tiles   bfloat16 [ceil(out / 16), in / 2, 16, 2], as of `tile_linear.pack`
+    """
+    (rows, width), (num_blocks, pairs, _, _) = x.shape, tiles.shape
+    if x.dtype is not torch.bfloat16 or width != 2 * pairs:
+        raise TypeError(f"linear: x is {x.dtype} [{rows}, {width}], expected bfloat16 [rows, {2 * pairs}]")
+    if x.stride(1) != 1 or x.stride(0) % 2:
+        x = x.contiguous()
+    y = x.new_empty(rows, num_blocks * LANES, dtype=torch.float32)
+    threads = threads_for(rows * num_blocks * pairs * LANES / 30e3)
+    _multiply(
+        GOMP, threads, x.data_ptr(), x.stride(0) // 2, 0, tiles.data_ptr(), y.data_ptr(), rows, pairs, 1, num_blocks,
+        PAIRS,
+    )  # fmt: skip
+    y = y if num_blocks * LANES == out else y[:, :out]
+    return cast(y if bias is None else y.add_(bias), torch.bfloat16)
 
 
 def pack_heads(weight: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,26 @@
-"""The exactness law in bfloat16 on tile registers: the bits of a token's logits depend on its request alone."""
+"""The exactness law where a CPU multiplies bfloat16: the bits of a token's logits depend on its request alone."""
 
 import oracles
 import pytest
 import torch
 from test_exactness import PARAMS, answers
 
+from nanokv.kernels import forms
 from nanokv.kernels.cpu import amx
 from nanokv.llm import LLM
 
-pytestmark = pytest.mark.skipif(not amx.has_tiles(), reason="needs AMX")
+pytestmark = pytest.mark.skipif(not forms.multiplies_bfloat16(), reason="needs a CPU with bfloat16 instructions")
+
+
+@pytest.fixture(scope="module", autouse=True, params=["tiles", "pairs"])
+def form(request):
+    """The form of all weights; "pairs" on a machine that has tiles: as if it had none."""
+    if request.param == "tiles" and not amx.has_tiles():
+        pytest.skip("needs AMX")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "pairs":
+            patch.setattr(amx, "has_tiles", lambda: False)
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +32,11 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(model):
+def alone(model, form):
     """The answer of each request alone, without a prefix cache, its prompt in one step."""
     with LLM(model, num_pages=64, prefix_cache=False, max_requests=1) as llm:
         assert llm.dtype == torch.bfloat16 and llm.stats()["row_invariant"]
-        assert {layer.mlp.down.packed.form for layer in llm.engine.model.layers} == {"tiles"}
+        assert {layer.mlp.down.packed.form for layer in llm.engine.model.layers} == {form}
         return answers(llm)
 
 
