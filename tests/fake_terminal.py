@@ -36,7 +36,7 @@ def byte_tokenizer() -> Tokenizer:
 class ScriptedDecoder:
     """A decoder that gives the tokens of `script`, one per step. Calls `before_step` with each step's number."""
 
-    is_recordable = True
+    is_recordable = False
 
     def __init__(self, max_positions: int = 1024) -> None:
         plane = Plane("k", (16, 16), torch.uint8, token_axis=0)

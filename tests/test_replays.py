@@ -8,8 +8,7 @@ import torch
 from helpers import noise, same_bits, with_logprobs
 
 from nanokv import SamplingParams
-from nanokv.engine.replays import DecodeReplays
-from nanokv.kernels.cpu import recording
+from nanokv.kernels.cpu import barrier, recording
 from nanokv.kernels.ops import AUTO
 from nanokv.layers import rotary
 from nanokv.llm import LLM
@@ -28,8 +27,7 @@ def answers(llm: LLM) -> list[tuple]:
 
 def sizes(llm: LLM) -> set[int]:
     """The numbers of rows that are recorded."""
-    assert isinstance(llm.engine.runner._graphs, DecodeReplays)
-    return {key[0] for key in llm.engine.runner._graphs._sizes}
+    return {key[0] for key in llm.engine.runner._replays._sizes}
 
 
 def both(folder, **config) -> set[int]:
@@ -37,7 +35,7 @@ def both(folder, **config) -> set[int]:
     config = {"num_pages": 128, "num_states": 40, **config}
     with LLM(folder, graphs=False, **config) as llm:
         expected = [answers(llm), answers(llm)]
-        assert llm.engine.runner._graphs is None
+        assert llm.engine.runner._replays is None
     with LLM(folder, **config) as llm:
         assert [answers(llm), answers(llm)] == expected
         llm.engine.cache.check()
@@ -48,9 +46,9 @@ def both(folder, **config) -> set[int]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_replayed_steps_change_no_bit(family, dtype, tmp_path):
     folder = oracles.checkpoint(family, tmp_path)
-    found = both(folder, dtype=dtype)
-    if family in ("llama", "qwen3"):
-        assert found == set(range(1, 9))
+    # Biases in float32, latents in 16 bits and outputs that are no multiple of 16 are computed in torch.
+    is_recorded = family in ("llama", "qwen3") or (family, dtype) == ("qwen2", "bfloat16")
+    assert both(folder, dtype=dtype) == (set(range(1, 9)) if is_recorded else set())
 
 
 @pytest.mark.parametrize("codec", ["tq4", "int8"])
@@ -122,6 +120,49 @@ def test_another_number_of_threads_is_recorded_again(tiny_llama):
         try:
             torch.set_num_threads(3 - min(before, 2))
             assert answers(llm) == expected
-            assert {key[2] for key in llm.engine.runner._graphs._sizes} == {3 - min(before, 2)}
+            assert {key[2] for key in llm.engine.runner._replays._sizes} == {3 - min(before, 2)}
         finally:
             torch.set_num_threads(before)
+
+
+def test_a_fault_while_a_call_is_recorded_is_raised_and_leaves_kernels_as_they_were(monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    x, weight = noise(3, 64), noise(64, seed=2)
+    expected = AUTO.rms_norm(x, weight, 1e-6)
+    monkeypatch.setattr(recording.Recording, "append", fail)
+    with pytest.raises(KeyboardInterrupt), recording.recording(recording.Memory(3), 3):
+        AUTO.rms_norm(x, weight, 1e-6)
+    assert same_bits(AUTO.rms_norm(x, weight, 1e-6), expected)
+
+
+def test_an_engine_that_computes_while_another_one_records_disturbs_neither(tiny_llama):
+    """Steps of other sizes are recorded all the time, because batches grow and shrink."""
+    with LLM(tiny_llama, num_pages=128, graphs=False) as llm:
+        expected = answers(llm)
+    found = []
+
+    def run():
+        for _ in range(3):
+            with LLM(tiny_llama, num_pages=128) as llm:
+                found.append(answers(llm))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 6
+
+
+def test_threads_that_sleep_at_every_barrier_compute_the_same():
+    x, weight = noise(600, 64), noise(64, seed=2)
+    with recording.recording(recording.Memory(600), 600) as (made, _):
+        found = AUTO.rms_norm(AUTO.rms_norm(AUTO.rms_norm(x, weight, 1e-6), weight, 1e-6), weight, 1e-6)
+    expected = AUTO.rms_norm(AUTO.rms_norm(AUTO.rms_norm(x, weight, 1e-6), weight, 1e-6), weight, 1e-6)
+    for _ in range(50):
+        made._barrier[made._barrier == barrier.MOST_SPINS] = 0
+        found.zero_()
+        made.replay()
+        assert same_bits(found, expected)

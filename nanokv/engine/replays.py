@@ -47,29 +47,21 @@ class DecodeReplays:
 
     def __init__(self, model: Decoder, store: CacheStore, page_size: int, max_rows: int, max_pages: int) -> None:
         # numba is imported when the engine is built, as the weights need it too.
-        from nanokv.kernels.cpu.omp import GOMP
-        from nanokv.kernels.cpu.recording import Memory
+        from nanokv.kernels.cpu.recording import IS_POSSIBLE, Memory
 
         self._model, self._store, self._page_size = model, store, page_size
         self._max_rows, self._pages = max_rows, page_ladder(max_pages)
         self._memory = Memory(max_rows)
         self._sizes: dict[tuple[int, ...], _Size] = {}
-        self._is_possible = GOMP != 0
-
-    def fit(self, arrays: Arrays) -> bool:
-        """Whether this is a step of one row a request, each with logits, that can be recorded."""
-        num_rows, width = arrays["page_tables"].shape
-        is_decode = len(arrays["token_ids"]) == len(arrays["logit_rows"]) == num_rows
-        if not (self._is_possible and is_decode and num_rows <= self._max_rows and width <= self._pages[-1]):
-            return False
-        return self._size(arrays) is not None
+        self._is_possible = IS_POSSIBLE
 
     def run(
         self, arrays: Arrays, in_flight_token_ids: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As DecodeGraphs.run."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """As DecodeGraphs.run; None for a step that is no decode, is too large, or cannot be recorded."""
         size = self._size(arrays)
-        assert size is not None
+        if size is None:
+            return None
         num_rows, _ = arrays["page_tables"].shape
         size.block.fill(padded(arrays, num_rows, size.batch.page_tables.shape[1], 0, None))
         if in_flight_token_ids is not None:
@@ -83,12 +75,15 @@ class DecodeReplays:
         return logits, size.block.views["token_ids"], size.block.views["unwritable"]
 
     def _size(self, arrays: Arrays) -> _Size | None:
-        """The recorded step of these shapes; None where it cannot be recorded."""
+        """The recorded step of these shapes, one row a request, each with logits; None where there is none."""
         num_rows, own_width = arrays["page_tables"].shape
+        is_decode = len(arrays["token_ids"]) == len(arrays["logit_rows"]) == num_rows
+        if not (self._is_possible and is_decode and num_rows <= self._max_rows and own_width <= self._pages[-1]):
+            return None
         width = next(n for n in self._pages if n >= own_width)
         self._model.reach(int(arrays["positions"].max()) + 1)
         key = num_rows, width, torch.get_num_threads(), self._model.cos_sin.data_ptr()
-        if key not in self._sizes and self._is_possible:
+        if key not in self._sizes:
             self._sizes = {old: size for old, size in self._sizes.items() if old[2:] == key[2:]}
             self._record(key, padded(arrays, num_rows, width, 0, None))
         return self._sizes.get(key)

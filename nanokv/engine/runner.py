@@ -9,7 +9,7 @@ from nanokv.cache.store import CacheStore
 from nanokv.core.request import Request
 from nanokv.engine.graphs import DecodeGraphs
 from nanokv.engine.host_copy import UnwritableRows
-from nanokv.engine.inputs import arrays_of, batch_of, on_device, take_in_flight
+from nanokv.engine.inputs import Arrays, arrays_of, batch_of, on_device, take_in_flight
 from nanokv.engine.interrupts import Interrupts
 from nanokv.engine.replays import DecodeReplays
 from nanokv.models.decoder import Between, Decoder
@@ -38,7 +38,8 @@ class Runner:
         self._codec = codec
         self._between = between
         self._interrupts = interrupts if interrupts is not None else Interrupts()
-        self._graphs: DecodeGraphs | DecodeReplays | None = None
+        self._graphs: DecodeGraphs | None = None
+        self._replays: DecodeReplays | None = None
 
     def pad_decodes(self, max_rows: int, max_pages: int) -> None:
         """Runs decode steps in a few fixed sizes from now on (graphs.py), of up to `max_rows` requests of up to
@@ -48,7 +49,7 @@ class Runner:
     def replay_decodes(self, max_rows: int, max_pages: int) -> None:
         """Records the layers of decode steps on a CPU from now on (replays.py), of up to `max_rows` requests of up to
         `max_pages` pages."""
-        self._graphs = DecodeReplays(self._model, self._store, self._page_size, max_rows, max_pages)
+        self._replays = DecodeReplays(self._model, self._store, self._page_size, max_rows, max_pages)
 
     @torch.inference_mode()
     def run(
@@ -66,13 +67,20 @@ class Runner:
         if self._graphs is not None and self._graphs.fit(arrays):
             logits, tokens, refused = self._graphs.run(arrays, in_flight)
             return logits, tokens, self._unwritable(refused)
+        with self._interrupts.forward_pass():
+            replayed = self._replays.run(arrays, in_flight) if self._replays is not None else None
+            logits, tokens, refused = replayed or self._forward(arrays, in_flight)
+        return logits, tokens, self._unwritable(refused)
+
+    def _forward(
+        self, arrays: Arrays, in_flight: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         views = on_device(arrays, self._store.device)
         if in_flight is not None:
             take_in_flight(views, in_flight)
         batch = batch_of(views, self._page_size)
-        with self._interrupts.forward_pass():
-            logits = self._model.forward(batch, self._store, self._between)
-        return logits, batch.token_ids[batch.logit_rows], self._unwritable(batch.unwritable)
+        logits = self._model.forward(batch, self._store, self._between)
+        return logits, batch.token_ids[batch.logit_rows], batch.unwritable
 
     def _unwritable(self, rows: torch.Tensor) -> UnwritableRows | None:
         return None if self._codec == "raw" else UnwritableRows(rows, self._codec)

@@ -11,6 +11,9 @@ from __future__ import annotations
 import random
 import time
 from array import array
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +23,7 @@ from nanokv.bench.workloads import random_prompts
 from nanokv.cache.manager import CacheManager
 from nanokv.core.request import Request
 from nanokv.core.spec import PageLayout
+from nanokv.kernels.cpu.recording import Recording
 from nanokv.llm import LLM
 
 PAGE_SIZE = 16
@@ -37,20 +41,30 @@ def step_overhead(llm: LLM, running: int, context: int, tree_pages: int = 0, ste
         declare(engine.cache, random_prompts(1, per_prompt, vocab_size, seed)[0])
     prompts = random_prompts(running, context, vocab_size, seed=-4)
     declare_cached(llm, prompts)
-    inside = 0.0
-    forward = engine.model.forward
+    inside, depth = 0.0, 0
 
-    def timed_forward(*arguments: Any) -> Any:
-        nonlocal inside
-        begin = time.perf_counter()
-        logits = forward(*arguments)
-        inside = time.perf_counter() - begin
-        return logits
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            nonlocal inside, depth
+            begin, depth = time.perf_counter(), depth + 1
+            result = function(*arguments)
+            depth -= 1
+            inside += time.perf_counter() - begin if depth == 0 else 0.0
+            return result
+
+        return call
 
     whole, beside = [], []
-    with decoding_together(llm, prompts, steps + 8), patch.object(engine.model, "forward", timed_forward):
+    with ExitStack() as stack:
+        stack.enter_context(decoding_together(llm, prompts, steps + 8))
+        # A replayed step computes its layers in `replay`, and calls the decoder for its embedding and its logits.
+        for owner, name in (
+            (engine.model, "forward"), (engine.model, "embed"), (engine.model, "logits"), (Recording, "replay"),
+        ):  # fmt: skip
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name))))
         for _ in range(steps):
-            begin = time.perf_counter()
+            inside, begin = 0.0, time.perf_counter()
             llm.loop.step()
             whole.append(time.perf_counter() - begin)
             beside.append(whole[-1] - inside)

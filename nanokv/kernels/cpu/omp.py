@@ -37,7 +37,7 @@ def _address(name: str) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-GOMP_PARALLEL, GOMP_BARRIER = _address("GOMP_parallel"), _address("GOMP_barrier")
+GOMP_PARALLEL, NUM_THREADS = _address("GOMP_parallel"), _address("omp_get_num_threads")
 STARTER = np.array([GOMP_PARALLEL, 2], np.int64)
 """The function that starts threads, and the fewest threads for which it is called. recording.py replaces both."""
 GOMP = STARTER.ctypes.data if GOMP_PARALLEL else 0
@@ -52,7 +52,7 @@ def threads_for(work: float) -> int:
 
 def _holds_arrays(kind: types.Type) -> bool:
     if isinstance(kind, types.BaseTuple):
-        return any(_holds_arrays(part) for part in kind)
+        return any(_holds_arrays(part) for part in kind.types)  # type: ignore[attr-defined]
     return isinstance(kind, types.Array)
 
 

@@ -13,6 +13,7 @@ Source: CUDA graphs, which record kernel launches in the same way.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanokv.kernels.cpu.omp import GOMP, GOMP_BARRIER, GOMP_PARALLEL, STARTER
+from nanokv.kernels.cpu.barrier import FUTEX, SYSCALL, address, new_state
+from nanokv.kernels.cpu.omp import GOMP, GOMP_PARALLEL, NUM_THREADS, STARTER
 from nanokv.kernels.cpu.replay import replay
 
 _I64 = np.dtype(np.int64)
@@ -31,6 +33,10 @@ _LINE = 8
 _START = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 """The type of GOMP_parallel: function, its data, threads, flags."""
 _ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default}
+
+
+IS_POSSIBLE = bool(GOMP and NUM_THREADS and SYSCALL)
+"""Whether this system has what a replay needs."""
 
 
 class CannotRecord(Exception):
@@ -63,9 +69,13 @@ class Memory:
 
 
 class Recording:
-    """A list of kernel calls, in the order in which they were made, and what they need to be made again."""
+    """A list of kernel calls, in the order in which they were made, and what they need to be made again.
 
-    def __init__(self) -> None:
+    memory   where their results lie; None: nowhere
+    """
+
+    def __init__(self, memory: Memory | None = None) -> None:
+        self._memory = memory
         self._calls: list[tuple[int, bytes, int]] = []
 
     def append(self, function: int, data: int, threads: int) -> None:
@@ -87,11 +97,13 @@ class Recording:
             waits = max(threads, follows) > 1 and n + 1 < count
             self._list[n] = function, base + int(starts[n]), threads, waits
         self._calls.clear()
+        self._barrier = new_state()
 
     def replay(self) -> None:
         """Makes the calls again."""
         self._counters[:] = 0
-        replay(GOMP, self.threads, self._list.ctypes.data, len(self._list), GOMP_BARRIER)
+        calls, barrier = self._list.ctypes.data, address(self._barrier)
+        replay(GOMP, self.threads, calls, len(self._list), NUM_THREADS, barrier, SYSCALL, FUTEX)
 
 
 class _Allocations(TorchDispatchMode):
@@ -123,7 +135,53 @@ def _shares_memory(result: Any, arguments: Any) -> bool:
     return isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() in memories
 
 
-_lock = threading.Lock()
+class _Recorder:
+    """Stands in for GOMP_parallel while a step is recorded: notes the calls of one thread, and makes all others.
+
+    A kernel of another thread may still hold the address of `callback` when the recording has ended, so there is one
+    for the life of the process.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.owner: int | None = None
+        self.made = Recording()
+        self.fault: BaseException | None = None
+        self._parallel = _START(GOMP_PARALLEL)
+        self._callback = _START(self._call)
+        self._starter = np.array([ctypes.cast(self._callback, ctypes.c_void_p).value, 1], np.int64)
+        self._usual = STARTER.copy()
+
+    def _call(self, function: int, data: int, threads: int, flags: int) -> None:
+        if threading.get_ident() != self.owner:  # another model of this process computes meanwhile
+            self._parallel(function, data, threads, flags)
+            return
+        try:
+            self.made.append(function, data, threads)
+        except BaseException as error:  # ctypes would drop it, and the call would be missing
+            self.fault = error
+
+    def begin(self, made: Recording) -> None:
+        self.owner, self.made, self.fault = threading.get_ident(), made, None
+        STARTER[:] = self._starter
+
+    def end(self) -> None:
+        STARTER[:], self.owner = self._usual, None
+
+    def check(self) -> None:
+        """Raises what a call of the recording has raised."""
+        if self.fault is not None:
+            raise self.fault
+
+    def renew(self) -> None:
+        """In a forked child: the thread that recorded is gone."""
+        self.lock = threading.Lock()
+        self.end()
+
+
+_recorder = _Recorder()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_recorder.renew)
 
 
 @contextmanager
@@ -134,22 +192,13 @@ def recording(memory: Memory, rows: int) -> Iterator[tuple[Recording, Callable[[
     Yields   the Recording, complete after the block, and a function to call after each layer
     Raises   CannotRecord, from inside the block
     """
-    made, allocations, owner = Recording(), _Allocations(memory, rows), threading.get_ident()
-    start = _START(GOMP_PARALLEL)
-
-    def record(function: int, data: int, threads: int, flags: int) -> None:
-        if threading.get_ident() == owner:
-            made.append(function, data, threads)
-        else:  # another model of this process computes meanwhile
-            start(function, data, threads, flags)
-
-    callback = _START(record)
-    with _lock:
-        before = STARTER.copy()
-        STARTER[:] = ctypes.cast(callback, ctypes.c_void_p).value or 0, 1
+    made, allocations = Recording(memory), _Allocations(memory, rows)
+    with _recorder.lock:
         try:
+            _recorder.begin(made)
             with allocations:
                 yield made, allocations.next_layer
+            _recorder.check()
         finally:
-            STARTER[:] = before
+            _recorder.end()
     made.close()

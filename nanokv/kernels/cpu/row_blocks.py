@@ -46,13 +46,6 @@ class RowBlocks:
         return blocks, int(cost.sum()), int((end - first).max(initial=0))
 
 
-_latest: RowBlocks | None = None
-
-
 def row_blocks_of(batch: Batch) -> RowBlocks:
     """The blocks of a batch, whose tensors do not change; all layers of a step get the same object."""
-    global _latest
-    blocks = _latest
-    if blocks is None or blocks.batch is not batch:
-        blocks = _latest = RowBlocks(batch)
-    return blocks
+    return batch.once(RowBlocks)
