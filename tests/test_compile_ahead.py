@@ -74,7 +74,7 @@ def test_a_process_that_cannot_be_started_does_no_harm(empty_cache, monkeypatch)
 
 
 def test_a_single_core_compiles_for_itself(empty_cache, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
     assert ahead.start("float32", "raw", False) == []
 
 

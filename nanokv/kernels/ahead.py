@@ -15,9 +15,11 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -53,7 +55,8 @@ def start(dtype: str, codec: str, is_latent: bool) -> list[Thread]:
     if not sys.executable or done.exists():
         return []
     order = {"path": sys.path, "done": str(done), "dtype": dtype, "is_raw": codec == "raw", "is_latent": is_latent}
-    count = min(MOST_PROCESSES, (os.cpu_count() or 1) - 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(MOST_PROCESSES, cores - 1)
     threads = [Thread(target=_run, args=(order,), name="compile-ahead", daemon=True) for _ in range(count)]
     for thread in threads:
         thread.start()
@@ -62,14 +65,26 @@ def start(dtype: str, codec: str, is_latent: bool) -> list[Thread]:
 
 def _marker(dtype: str, codec: str, is_latent: bool) -> Path:
     """The file that says that these kernels are in numba's cache, which lies in the same folder."""
-    name = f"{stamp()} {sys.version} {dtype} {codec == 'raw'} {is_latent}"
-    folder = os.environ.get("NUMBA_CACHE_DIR") or FOLDER / "__pycache__"
-    return Path(folder) / f"ahead-{hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()}"
+    name = f"{stamp()} {sys.version} {version('numba')} {_cpu()} {dtype} {codec == 'raw'} {is_latent}"
+    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or FOLDER / "__pycache__")
+    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):  # numba takes a folder of the user
+        folder = Path.home() / ".cache" / "nanokv"
+    return folder / f"ahead-{hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()}"
+
+
+def _cpu() -> str:
+    """The model of the CPU and its instructions, on Linux; elsewhere the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return " ".join(next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags"))
 
 
 def _run(order: dict[str, Any]) -> None:
     """Runs the process to its end. It ends when its standard input does, so it does not outlive this process."""
-    silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # A Ctrl-C at the terminal ends no process of another session.
+    silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     try:
         with subprocess.Popen([sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, text=True, **silent) as process:
             assert process.stdin is not None

@@ -31,7 +31,9 @@ def compile_ahead(order: dict[str, Any]) -> None:
     from nanokv.kernels.cpu import ahead
 
     ahead.compile_kernels(ahead.kernels(order["dtype"], order["is_raw"], order["is_latent"]))
-    Path(order["done"]).touch()
+    done = Path(order["done"])
+    done.parent.mkdir(parents=True, exist_ok=True)
+    done.touch()
 
 
 def _end_with_parent() -> None:

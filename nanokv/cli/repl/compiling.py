@@ -29,7 +29,7 @@ NVIDIA = Path("/proc/driver/nvidia/version")
 def compile_ahead(folder: Path, config: EngineConfig) -> None:
     """Starts the processes that compile the kernels of a model, where the CPU will run it. Does not import torch."""
     if (
-        config.kernels != "auto"
+        (config.kernels, config.weights) != ("auto", "auto")
         or config.device not in ("auto", "cpu")
         or (config.device == "auto" and NVIDIA.exists())
     ):
@@ -39,6 +39,8 @@ def compile_ahead(folder: Path, config: EngineConfig) -> None:
     except CheckpointError:  # loading names the fault
         return
     text = fields.get("text_config") or fields
+    if not isinstance(text, dict):
+        return
     dtype = config.dtype if config.dtype != "auto" else text.get("dtype") or text.get("torch_dtype") or "float32"
     if dtype in ("float32", "bfloat16", "float16"):
         ahead.start(dtype, config.codec, "kv_lora_rank" in text)

@@ -21,6 +21,9 @@ def _module(name: str) -> Any:
 fcntl, msvcrt = _module("fcntl"), _module("msvcrt")  # of POSIX and of Windows
 
 
+LONGEST_WAIT_S = 30.0
+
+
 def _lock(file: int) -> None:
     """Locks a file, at once or not at all. Raises OSError."""
     if fcntl is not None:
@@ -33,9 +36,8 @@ def _lock(file: int) -> None:
 def claim(path: Path, wait: bool) -> Iterator[bool]:
     """Holds the lock of a file for a block; a process that ends, however it ends, releases it.
 
-    wait     until another process has released it
-    Yields   whether the lock is held, or cannot be had on this file system; without `wait`, False where another
-             process holds it
+    wait     until another process has released it, LONGEST_WAIT_S at most: it may be stopped
+    Yields   whether the lock is held, or cannot be had on this file system; False where another process holds it
     """
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -49,11 +51,12 @@ def claim(path: Path, wait: bool) -> Iterator[bool]:
 
 
 def _is_held(file: int, wait: bool) -> bool:
+    end = time.monotonic() + LONGEST_WAIT_S
     while True:
         try:
             _lock(file)
         except (BlockingIOError, PermissionError):  # held elsewhere: the first on POSIX, the second on Windows
-            if not wait:
+            if not wait or time.monotonic() > end:
                 return False
             time.sleep(0.005)
         except OSError:  # this file system has no locks
