@@ -62,7 +62,7 @@ def open_model(
     chosen = choose_device(config.device)
     device = chosen.device
     set_threads(config.threads)
-    if torch.get_num_threads() > 1:
+    if device.type == "cpu" and torch.get_num_threads() > 1:
         warn_of_spins()
     model_config = read_folder(folder)
     dtype = resolve_dtype(config.dtype, model_config)

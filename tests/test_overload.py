@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from nanokv.cli.repl.overload import Overload, thread_times
+from nanokv.cli.repl.overload import Overload, since, thread_times
 
 SECOND = 10**9
 
@@ -37,7 +37,7 @@ def root(tmp_path):
 
 def test_times_of_threads_add_up(root):
     threads(root, (1, 0.5), (2, 0.25))
-    assert thread_times(str(root)) == (3.0, 0.75)
+    assert since({}, thread_times(str(root))) == (3.0, 0.75)
 
 
 def test_an_answer_that_waits_for_processors_says_so_with_the_share(root):
@@ -65,12 +65,19 @@ def test_a_system_that_does_not_count_waiting_says_nothing(tmp_path):
 def test_linux_counts_the_waiting_of_programs_that_share_a_processor():
     """Two programs on one processor: each runs for about half of the time, and waits for the rest."""
     program = (
-        "import os, sys, time; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(flush=True);"
-        "end = time.monotonic() + 0.6\n"
+        "import os, sys, time; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+        "from nanokv.cli.repl.overload import since, thread_times\n"
+        "print(flush=True); input(); before, end = thread_times(), time.monotonic() + 0.6\n"
         "while time.monotonic() < end: pass\n"
-        "from nanokv.cli.repl.overload import thread_times; print(*thread_times())"
+        "print(*since(before, thread_times()))"
     )
-    both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", program], **pipes) for _ in range(2)]
+    for process in both:
+        process.stdout.readline()
+    for process in both:  # both are ready, and begin
+        process.stdin.write("\n")
+        process.stdin.flush()
     shares = []
     for process in both:
         ran, waited = map(float, process.communicate(timeout=60)[0].split())

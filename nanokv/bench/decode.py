@@ -83,7 +83,7 @@ def fits(llm: LLM, batch: int, context: int, steps: int) -> bool:
 
 
 def notes(llm: LLM, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What was chosen for this model on this machine, and the limit that the rows are compared with."""
+    """The forms that this model takes on this machine, and the limit that the rows are compared with."""
     limits = [
         f"limit: {row['bandwidth_bytes_per_s'] / 1e9:.3g} GB/s, a plain read of {row['read_bytes'] / 1e6:,.0f} MB"
         for row in rows[-1:]

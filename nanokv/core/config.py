@@ -23,6 +23,7 @@ _SCHEDULES = ("fcfs", "longest-prefix")
 _LOADS = ("auto", "dummy")
 _PREFILLS = ("exact", "fast")
 KERNELS = ("auto", "reference")
+MOST_THREADS = 1024
 WEIGHTS = ("auto", "q8")
 
 
@@ -127,6 +128,8 @@ class EngineConfig:
             object.__setattr__(self, "page_size", _PAGE_SIZES.get(str(self.codec), 16))
         self._integers(page_size=1, max_step_tokens=1, max_requests=1)
         self._integers(optional=True, num_pages=1, num_states=2, state_interval=1, max_model_len=2, threads=1)
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise ConfigError(f"threads={self.threads}: at most {MOST_THREADS}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}: expected an integer")
         if self.page_size & (self.page_size - 1) or self.page_size > 64:

@@ -42,20 +42,27 @@ def processors(root: str = "") -> int:
     return max(1, min([mine, *_quotas(root)]))
 
 
+_changed: tuple[int, int] | None = None
+"""The threads of torch before an engine changed them, and what it made of them."""
+
+
 def set_threads(threads: int | None = None, root: str = "") -> None:
     """Sets the threads of torch, whose number the compiled kernels take too. It counts for the whole process: the
     engine that was built last decides for all. Only a Python thread that has run torch before keeps its number.
 
-    threads   None: those that torch has, but no more than `processors`. More would take turns, and spin meanwhile.
-              OMP_NUM_THREADS is the user's choice, and stays
+    threads   None: those that torch had before an engine changed them, but no more than `processors`. More would take
+              turns, and spin meanwhile. OMP_NUM_THREADS is the user's choice, and stays
     """
+    global _changed
     available, present = processors(root), torch.get_num_threads()
+    own = _changed[0] if _changed is not None and _changed[1] == present else present
     if threads is None:
-        threads = present if "OMP_NUM_THREADS" in os.environ else min(present, available)
+        threads = own if "OMP_NUM_THREADS" in os.environ else min(own, available)
     elif threads > available:
         logger.warning("threads=%d: this process may use %d processors, so threads wait for each other",
                        threads, available)  # fmt: skip
     if threads != present:
+        _changed = own, threads
         torch.set_num_threads(threads)
 
 

@@ -70,7 +70,7 @@ def _write_weights(file: GGUFFile, table: list[Tensor], path: Path, progress: Pr
 
 
 def _write_blocks(file: GGUFFile, table: list[Tensor], path: Path) -> None:
-    """The matrices in blocks Q8_0, bit for bit: codes int8 [out, in] and scales float16 [out, in / 32].
+    """The matrices in blocks Q8_0: codes int8 [out, in] and scales float16 [out, in / 32].
 
     Writes no file where there are none. Engines with 8-bit weights read it beside the rounded numbers.
     """

@@ -89,7 +89,7 @@ def find_damage(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if name.endswith(".safetensors") and path.stat().st_size != size:
+        if name.endswith((".safetensors", Q8_FILE)) and path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
     return None
 

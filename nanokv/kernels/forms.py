@@ -205,7 +205,9 @@ class Q8:
     def refusal(self, weight: torch.Tensor, activation_dtype: torch.dtype) -> str | None:
         if not self.tiled:
             return None
-        return _no_tiles() if activation_dtype == torch.bfloat16 else f"{_name(activation_dtype)} activations"
+        if activation_dtype != torch.bfloat16:
+            return f"{_name(activation_dtype)} activations"
+        return _no_tiles() or (None if _q8_groups().permutes_bytes() else "the CPU has no AVX-512 VBMI")
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         return _q8_groups().pack(weight)

@@ -122,7 +122,7 @@ class Ops:
         return linear.pack_head_linear(weight, activation_dtype, plain=self.are_reference)
 
     def attention_form(self, x: torch.Tensor, planes: KVPlanes | CodePlanes | None) -> str:
-        """What computes attention: "tiles" or "float32" over raw pages, "codes" over coded ones, "decoded" over pages
+        """The form of attention: "tiles" or "float32" over raw pages, "codes" over coded ones, "decoded" over pages
         that are decoded first; "reference", "triton".
 
         x        of the activations' dtype and device

@@ -18,7 +18,7 @@ _PARTS = "nanokv.models.", "nanokv.layers.", "nanokv.kernels.experts"
 
 @dataclass(frozen=True)
 class Forms:
-    """What was chosen.
+    """The chosen forms.
 
     weights     matrices by form, most first
     refusals    (form, why it is not the preferred one) -> matrices

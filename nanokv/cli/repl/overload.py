@@ -15,21 +15,31 @@ LEAST_S = 0.2
 """Seconds that the threads must have run, together, for a share that is more than noise."""
 
 
-def thread_times(root: str = "") -> tuple[float, float]:
-    """Seconds that the threads of this process have run, and those that they waited for a processor; 0 where the system
-    does not tell.
+Times = dict[str, tuple[int, int]]
+
+
+def thread_times(root: str = "") -> Times:
+    """The nanoseconds that each thread of this process has run, and those that it waited for a processor; empty where
+    the system does not tell.
 
     root   a folder in front of /proc: tests have their own
     """
-    ran = waited = 0
+    found = {}
     for path in glob(f"{root}/proc/self/task/*/schedstat"):
         try:
             with open(path, encoding="ascii") as file:
                 numbers = file.read().split()
         except OSError:  # the thread has ended
             continue
-        ran, waited = ran + int(numbers[0]), waited + int(numbers[1])
-    return ran / 1e9, waited / 1e9
+        found[path] = int(numbers[0]), int(numbers[1])
+    return found
+
+
+def since(before: Times, now: Times) -> tuple[float, float]:
+    """Seconds that threads have run, and waited, of those that are alive now."""
+    own = [(times, before.get(path, (0, 0))) for path, times in now.items()]
+    ran, waited = (sum(times[n] - earlier[n] for times, earlier in own) / 1e9 for n in range(2))
+    return ran, waited
 
 
 class Overload:
@@ -38,7 +48,7 @@ class Overload:
     def __init__(self, threads: int, processors: int, root: str = "") -> None:
         self._root, self._is_silent = root, threads > processors
         self._is_overloaded = False
-        self._before = 0.0, 0.0
+        self._before: Times = {}
 
     def begin(self) -> None:
         """Begins an answer."""
@@ -46,8 +56,7 @@ class Overload:
 
     def line(self) -> str:
         """Ends an answer. The line for the first one of an overload; empty for all others."""
-        (ran, waited), now = self._before, thread_times(self._root)
-        ran, waited = now[0] - ran, now[1] - waited
+        ran, waited = since(self._before, thread_times(self._root))
         if self._is_silent or ran < LEAST_S:
             return ""
         share, was_overloaded = waited / (ran + waited), self._is_overloaded

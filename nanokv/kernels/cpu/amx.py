@@ -119,6 +119,13 @@ def round_both(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value
     return builder.bitcast(builder.call(function, [high, low]), ir.VectorType(SHORT, 32))
 
 
+def round_one(builder: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
+    """A vector of 16 float32 as bfloat16, as `round_both`."""
+    kind = ir.FunctionType(ir.VectorType(_BFloat(), 16), [numbers.type])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512")
+    return builder.bitcast(builder.call(function, [numbers]), ir.VectorType(SHORT, 16))
+
+
 def in_turns(builder: ir.IRBuilder, steps: ir.Value, body: Callable[[ir.Value, int], None]) -> None:
     """Emits: body(step, step % 2) for every step, so that a register can be loaded while products read another."""
     index = steps.type

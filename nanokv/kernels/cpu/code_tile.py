@@ -96,8 +96,9 @@ def _groups_of(pages, slots, half, head, page_size, plane, are_keys):
     page, dim = view(pages, KV_TILE, I64)[32 * half], plane[4]
     if are_keys:
         return page + 2 * head * dim, dim
-    groups = dim // plane[8]
-    return page + 2 * (head * page_size + view(slots, KV_TILE, I64)[32 * half]) * groups, 32 * groups
+    # Where a tile ends in its first half, the second one repeats the last token, and its group is read from the start.
+    groups, slot = dim // plane[8], view(slots, KV_TILE, I64)[32 * half] // 32 * 32
+    return page + 2 * (head * page_size + slot) * groups, 32 * groups
 
 
 @inner

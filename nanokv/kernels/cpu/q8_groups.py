@@ -10,6 +10,8 @@ multiply-add decodes, exactly:
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from llvmlite import binding, ir
@@ -35,6 +37,12 @@ binding.initialize_native_asmparser()  # for the instruction in `_moved`
 _BYTE = ir.IntType(8)
 _WORDS = ir.VectorType(INT, LANES)
 _BYTES = ir.VectorType(_BYTE, 4 * LANES)
+
+
+@cache
+def permutes_bytes() -> bool:
+    """Whether the CPU has the instruction of `_moved`."""
+    return bool(binding.get_host_cpu_features().get("avx512vbmi", False))
 
 
 def emit_scales(builder: ir.IRBuilder, group: ir.Value) -> tuple[ir.Value, ir.Value]:

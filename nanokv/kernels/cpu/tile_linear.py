@@ -178,7 +178,7 @@ def _round(builder, rows, blocks, sums, sums_stride, bias, y, y_stride):
             source = builder.add(sums, builder.mul(r.index, sums_stride))
             target = builder.add(y, builder.mul(r.index, y_stride))
             total = builder.fadd(emit.load(builder, source, column, FLOAT, COLUMNS), plus)
-            emit.store(builder, emit.narrow(builder, total, types.uint16), target, column)
+            emit.store(builder, amx.round_one(builder, total), target, column)
 
 
 @inner
